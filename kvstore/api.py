@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a store is: the protocol that the in-process store and the sidecar's client both keep.
+
+A request's life:  open → match → (load) → announce → save … → forget.
+Nothing here raises for a miss, a rejection or back-pressure; those are values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, Self
+
+from kvstore.block import Chain, ModelId, RootId
+from kvstore.layout import BlockLayout
+
+DEVICE_TIER = "device"
+HOST_TIER = "host"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hint:
+    """What a connector knows about a request and an eviction policy may use. All of it is optional.
+
+    Attributes:
+        conversation: any id that is the same for all turns of one chat.
+        turn: 1 for the first.
+        prompt_tokens, new_blocks: length of the prompt, and how many of its blocks nobody had.
+        priority: 0 (drop first) to 100; 50 for ordinary.
+        ttl_s: keep at least this long if possible, then drop first.
+        closed: the conversation ended; its private blocks will not come back.
+        time_s: the store's clock; the store fills it in.
+    """
+
+    conversation: str = ""
+    turn: int = 0
+    prompt_tokens: int = 0
+    new_blocks: int = 0
+    priority: int = 50
+    ttl_s: float | None = None
+    closed: bool = False
+    time_s: float = 0.0
+
+
+NO_HINT = Hint()
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """How much of a chain is there. `num_blocks` leading blocks can be loaded now.
+
+    Attributes:
+        num_blocks: run from the first block, over host and the lower tiers that have answered.
+        num_host_blocks: the part of it that lies in the host tier.
+        num_pending_blocks: blocks right after the run that somebody announced and is computing.
+        settled: False while a lower tier is still being asked; match again for its answer.
+        tiers: (tier name, number of blocks) along the run; sums to num_blocks.
+    """
+
+    num_blocks: int
+    num_host_blocks: int
+    num_pending_blocks: int
+    settled: bool
+    tiers: tuple[tuple[str, int], ...] = ()
+
+
+class LoadedBlock(Protocol):
+    """A block whose bytes are in place and verified, valid until the Load is closed or moves its window on."""
+
+    @property
+    def index(self) -> int:
+        """Position in the chain."""
+
+    @property
+    def tier(self) -> str:
+        """Where it came from."""
+
+    @property
+    def views(self) -> Sequence[memoryview]:
+        """Read-only bytes of the asked parts, in the order asked; shapes as in `BlockLayout.parts`."""
+
+
+class Load(Protocol):
+    """Blocks of a chain arriving in order. A context manager; leaving it releases the blocks.
+
+    Iteration ends early at the first block that turns out to be missing, corrupt or late: what came before is
+    a shorter hit. For a load larger than the arena, a block is valid only until the iterator moves on.
+    """
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks this load will try to deliver."""
+
+    def __iter__(self) -> Iterator[LoadedBlock]: ...
+
+    def intact(self) -> bool:
+        """True while nothing handed out can have been overwritten. Ask after the copy, before reporting success."""
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class Save(Protocol):
+    """Slots to fill and publish. A context manager; leaving it aborts what was not committed.
+
+    Attributes:
+        indices: chain positions that are wanted, head to tail; blocks already there are left out.
+        num_refused: blocks that found no room (everything evictable is pinned) or whose parent is not resident.
+    """
+
+    @property
+    def indices(self) -> Sequence[int]: ...
+
+    @property
+    def num_refused(self) -> int: ...
+
+    def views(self, index: int) -> Sequence[memoryview | None]:
+        """Writable bytes of block `index`, one for each asked part; None where the part is there already."""
+
+    def commit(self, *indices: int) -> int:
+        """Publish filled blocks, head to tail; no argument means all. Returns how many became matchable."""
+
+    def abort(self) -> None:
+        """Give back every slot not committed."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class Announcement(Protocol):
+    """A mark that says a range is being computed here. Ends by commit, withdrawal or, unrenewed, by its TTL."""
+
+    def renew(self) -> None: ...
+
+    def withdraw(self) -> None: ...
+
+
+class Store(Protocol):
+    """A tiered store of KV blocks, thread-safe, synchronous.
+
+    `parts` arguments name cells of the part grid; None means all of them.
+    """
+
+    def open(self, model: ModelId) -> BlockLayout:
+        """Agree on a model. Raises ConfigError where the store cannot hold one of its blocks."""
+
+    def match(
+        self,
+        chain: Chain,
+        request: str,
+        *,
+        hint: Hint = NO_HINT,
+        parts: Sequence[int] | None = None,
+        wait_s: float = 0.0,
+    ) -> Match:
+        """How much of `chain` is there, holding what the host has for a short while under `request`.
+
+        Answers from the host at once. Lower tiers are asked in the background about what follows; a later call,
+        or this one if `wait_s` allows, has their answer. Repeating it replaces the request's hold.
+        """
+
+    def load(self, request: str, num_blocks: int | None = None, *, start: int = 0) -> Load:
+        """Turn the hold of `request` into a lease and fetch blocks `start` … `num_blocks` of its match.
+
+        Raises UnknownLease where the request has no hold. A hold that expired gives an empty load.
+        """
+
+    def forget(self, request: str) -> None:
+        """Drop the request's hold, if any."""
+
+    def announce(self, chain: Chain, start: int, stop: int) -> Announcement:
+        """Say that blocks `start` … `stop` are being computed here. Costs no slot."""
+
+    def save(
+        self,
+        chain: Chain,
+        start: int,
+        stop: int,
+        *,
+        parts: Sequence[int] | None = None,
+        hint: Hint = NO_HINT,
+    ) -> Save:
+        """Reserve slots for those of blocks `start` … `stop` that are not there."""
+
+    def touch(self, chain: Chain, num_blocks: int, hint: Hint = NO_HINT) -> None:
+        """Say that the first `num_blocks` were used, though not loaded from here (a device cache served them)."""
+
+    def clear(self, root: RootId | None = None) -> int:
+        """Remove every unpinned block under `root`, or of all roots, from every tier. Returns how many left the host."""
+
+    def stats(self) -> Mapping[str, float]:
+        """Counters and gauges by dotted name, such as `host.hits` (blocks) and `redis.read_bytes`."""
+
+    def check(self) -> list[str]:
+        """Broken invariants; empty when healthy."""
+
+    def close(self) -> None:
+        """Flush pending write-through within the configured limit, then stop threads and release memory."""

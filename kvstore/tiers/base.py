@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a tier is: a keyed place for parts of blocks. Batches only; a miss is an absence, not an error."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from kvstore.api import Hint
+from kvstore.block import BlockId, BlockMeta, PartKey, RootId
+from kvstore.layout import BlockLayout
+from kvstore.stats import Stats
+
+
+class Tier(ABC):
+    """A place below (or at) the host. Thread-safe. Deadlines are durations in seconds for the whole call.
+
+    A failing tier raises TierError from any call; the store turns that into a miss. A value that is not what
+    was asked for (corrupt, foreign, short) never raises: it is removed, counted in stats and left out.
+    """
+
+    @dataclass(frozen=True, slots=True)
+    class Options:
+        """Settings of this tier."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def open(self, layout: BlockLayout) -> None:
+        """Learn a model before any of its keys are used. Idempotent."""
+
+    @abstractmethod
+    def contains(self, keys: Sequence[PartKey], deadline_s: float) -> list[bool]:
+        """Presence of each key, as far as known without reading values."""
+
+    @abstractmethod
+    def read(self, into: Mapping[PartKey, memoryview], deadline_s: float) -> Iterator[PartKey]:
+        """Fill buffers in mapping order; yield each key once its buffer is filled and verified.
+
+        Keys that are missing or corrupt are skipped. Once the iterator ends, is closed, or raises, by time-out
+        included, nothing writes to `into` any more. Buffers of keys not yielded hold garbage.
+        """
+
+    @abstractmethod
+    def write(
+        self, parts: Mapping[PartKey, memoryview], meta: Mapping[BlockId, BlockMeta], deadline_s: float
+    ) -> set[PartKey]:
+        """Store parts, parents before children as mapped; return the keys that are certainly there now.
+
+        The caller keeps the bytes unchanged during the call, and knows the parents of the first block to be
+        in the tier or in the mapping. `meta` has an entry for each block named.
+        """
+
+    @abstractmethod
+    def touch(self, keys: Sequence[PartKey], hint: Hint) -> None:
+        """A chain was used: its keys from the root, head to tail. Best effort, may be coalesced."""
+
+    @abstractmethod
+    def remove(self, keys: Sequence[PartKey]) -> None:
+        """Remove on request. Unknown keys are passed over."""
+
+    @abstractmethod
+    def clear(self, root: RootId | None) -> None:
+        """Remove everything under `root`, or everything this tier owns."""
+
+    @abstractmethod
+    def check(self) -> list[str]:
+        """Broken invariants; empty when healthy."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop threads, close connections."""
+
+    def bind(self, stats: Stats) -> None:
+        """Count into `stats` from now on, under names that begin with the tier's."""
+        self.stats = stats
