@@ -162,8 +162,8 @@ def _block_hash(parent: bytes, tokens: bytes, extra: bytes) -> BlockId:
 
 def as_u32(tokens: Tokens) -> npt.NDArray[np.uint32]:
     """Token ids as a u32 array. Raises ValueError for ids outside 0 … 2³²−1."""
-    if isinstance(tokens, np.ndarray) and tokens.dtype == np.uint32:
-        return tokens
+    if isinstance(tokens, np.ndarray) and tokens.dtype == np.uint32 and tokens.ndim == 1:
+        return tokens.astype(np.uint32, copy=False)
     array = np.asarray(tokens, dtype=np.int64)
     if array.ndim != 1:
         raise ValueError(f"tokens must be one-dimensional, not of shape {array.shape}")

@@ -27,6 +27,10 @@ class Tier(ABC):
 
     name: ClassVar[str]
 
+    def __init__(self, options: object) -> None:
+        self.options = options
+        self.stats = Stats()
+
     @abstractmethod
     def open(self, layout: BlockLayout) -> None:
         """Learn a model before any of its keys are used. Idempotent."""

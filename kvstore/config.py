@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One schema for all settings: defaults, then a TOML file or dict, then the environment.
+
+    [host]                              KVSTORE_HOST__CAPACITY_BYTES=8GiB
+    capacity_bytes = "8GiB"
+    [mover]
+    write = "through"
+    [tiers.redis]                       KVSTORE_TIERS__REDIS__URL=redis://cache:6379
+    url = "redis://cache:6379"
+
+An unknown key is an error that names the known ones. Sizes take suffixes (KiB, MiB, GiB, TiB, kB, MB, GB, TB).
+`StoreConfig.explain()` prints every setting with where its value came from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import tomllib
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kvstore.errors import ConfigError
+from kvstore.mover import MoverOptions
+from kvstore.tiers import TIERS
+from kvstore.tiers.host import HostOptions
+
+_UNITS = {"": 1, "b": 1}
+for _power, _letter in enumerate("kmgt", start=1):
+    _UNITS |= {f"{_letter}b": 1000**_power, f"{_letter}ib": 1024**_power}
+
+
+def parse_bytes(value: object, name: str) -> int:
+    """`8589934592`, `"8GiB"` or `"8 GB"` as bytes."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
+    if found is None or found[2].lower() not in _UNITS:
+        raise ConfigError(f"{name} is {value!r}: give a number of bytes, or a size such as 8GiB or 500MB")
+    return int(float(found[1]) * _UNITS[found[2].lower()])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestOptions:
+    """Settings of matches and loads.
+
+    Attributes:
+        hold_s: how long a match keeps what it found, for the load to come.
+        lease_s: how long a load may go without progress of its consumer.
+        lookup_deadline_s, read_deadline_s: for one question to, one read from a lower tier.
+        io_threads: threads that talk to lower tiers for loads and matches.
+        require_tiers: refuse to start when a lower tier does not answer; otherwise say so and start.
+    """
+
+    hold_s: float = 10.0
+    lease_s: float = 60.0
+    lookup_deadline_s: float = 0.25
+    read_deadline_s: float = 5.0
+    io_threads: int = 4
+    require_tiers: bool = False
+
+
+_SECTIONS: dict[str, type] = {"host": HostOptions, "mover": MoverOptions, "request": RequestOptions}
+_ENV_PREFIX = "KVSTORE_"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreConfig:
+    """Everything an in-process store is told. Make it with `StoreConfig.load` to have values checked and traced.
+
+    Attributes:
+        tiers: lower tiers in the order they are asked, by name in TIERS, each with its class's `Options`.
+        sources: where each non-default value came from, by dotted key.
+    """
+
+    host: HostOptions = HostOptions()
+    mover: MoverOptions = MoverOptions()
+    request: RequestOptions = RequestOptions()
+    tiers: Mapping[str, object] = field(default_factory=dict)
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def load(
+        cls,
+        values: Mapping[str, object] | None = None,
+        *,
+        path: str | Path | None = None,
+        environ: Mapping[str, str] | None = None,
+    ) -> StoreConfig:
+        """Settings from a TOML file, then `values`, then the environment; the last one to name a key wins.
+
+        Raises ConfigError for an unknown key or a value of the wrong kind, naming what is accepted.
+        """
+        tree: dict[str, Any] = {}
+        sources: dict[str, str] = {}
+        if path is not None:
+            _merge(tree, _read_toml(path), f"file {path}", sources)
+        _merge(tree, values or {}, "argument", sources)
+        for key, text in sorted((os.environ if environ is None else environ).items()):
+            if key.startswith(_ENV_PREFIX):
+                _merge(tree, _nest(key, text), f"environment {key}", sources)
+        unknown = [key for key in tree if key not in _SECTIONS and key != "tiers"]
+        if unknown:
+            known = ", ".join([*_SECTIONS, "tiers"])
+            raise ConfigError(f"unknown section {unknown[0]!r} ({sources_of(unknown[0], sources)}): known are {known}")
+        made = {name: _options(kind, tree.get(name, {}), name, sources) for name, kind in _SECTIONS.items()}
+        tiers = {
+            name: _options(_tier_options(name), section, f"tiers.{name}", sources)
+            for name, section in _section(tree.get("tiers", {}), "tiers").items()
+        }
+        return cls(**made, tiers=tiers, sources=sources)
+
+    def explain(self) -> list[tuple[str, object, str]]:
+        """Every setting as (dotted key, value, source)."""
+        rows: list[tuple[str, object, str]] = []
+        sections: dict[str, Any] = {name: getattr(self, name) for name in _SECTIONS}
+        sections |= {f"tiers.{name}": options for name, options in self.tiers.items()}
+        for name, options in sections.items():
+            for item in dataclasses.fields(options):
+                key = f"{name}.{item.name}"
+                rows.append((key, getattr(options, item.name), self.sources.get(key, "default")))
+        return rows
+
+
+def sources_of(key: str, sources: Mapping[str, str]) -> str:
+    """Where a key, or anything below it, was set."""
+    return next((f"from {source}" for name, source in sources.items() if f"{name}.".startswith(f"{key}.")), "")
+
+
+def _read_toml(path: str | Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(Path(path).read_text())
+    except OSError as exc:
+        raise ConfigError(f"config file {path} cannot be read: {exc.strerror}") from exc
+    except tomllib.TOMLDecodeError as exc:
+        raise ConfigError(f"config file {path} is not TOML: {exc}") from exc
+
+
+def _nest(key: str, text: str) -> dict[str, Any]:
+    """KVSTORE_TIERS__REDIS__URL=x as {"tiers": {"redis": {"url": "x"}}}."""
+    nested: Any = text
+    for name in reversed(key.removeprefix(_ENV_PREFIX).lower().split("__")):
+        nested = {name: nested}
+    return typing.cast("dict[str, Any]", nested)
+
+
+def _merge(tree: dict[str, Any], values: Mapping[str, Any], source: str, sources: dict[str, str], at: str = "") -> None:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            branch = tree.setdefault(key, {})
+            if isinstance(branch, dict):
+                _merge(branch, value, source, sources, f"{at}{key}.")
+                continue
+        tree[key] = value
+        sources[f"{at}{key}"] = source
+
+
+def _section(values: object, name: str) -> Mapping[str, Any]:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{name} is {values!r}: it is a section with keys of its own")
+    return values
+
+
+def _tier_options(name: str) -> type:
+    return typing.cast(type, typing.cast(Any, TIERS.load(name)).Options)
+
+
+def _options(kind: type, values: object, section: str, sources: Mapping[str, str]) -> Any:
+    """`values` as an instance of the options class `kind`."""
+    hints = typing.get_type_hints(kind)
+    known = {item.name for item in dataclasses.fields(kind)}
+    checked: dict[str, object] = {}
+    for key, value in _section(values, section).items():
+        if key not in known:
+            where = sources_of(f"{section}.{key}", sources)
+            raise ConfigError(f"unknown key {section}.{key} ({where}): known are {', '.join(sorted(known))}")
+        checked[key] = _coerce(value, hints[key], f"{section}.{key}")
+    return kind(**checked)
+
+
+def _coerce(value: object, kind: object, name: str) -> object:
+    """A value from TOML or the environment as the type its field declares."""
+    if kind is bool:
+        text = str(value).lower()
+        if text not in ("true", "false", "1", "0", "yes", "no"):
+            raise ConfigError(f"{name} is {value!r}: use true or false")
+        return text in ("true", "1", "yes")
+    if kind is int:
+        if "_bytes" in name.rpartition(".")[2]:
+            return parse_bytes(value, name)
+        return _number(value, int, name)
+    if kind is float:
+        return _number(value, float, name)
+    if kind is str and not isinstance(value, str):
+        raise ConfigError(f"{name} is {value!r}: give a string")
+    return value
+
+
+def _number(value: object, kind: type[int] | type[float], name: str) -> int | float:
+    try:
+        return kind(str(value))
+    except ValueError:
+        raise ConfigError(f"{name} is {value!r}: give a {'whole number' if kind is int else 'number'}") from None

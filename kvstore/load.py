@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A load in flight: host blocks at once, blocks of lower tiers as a fetch brings them into slots.
+
+The fetch runs on a thread of the store's; the consumer iterates on its own. A block is handed out only when its
+bytes are verified. A load larger than the arena goes in windows: what the consumer has passed gives way, from
+the tail, to slots that belong to no block.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import closing
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from kvstore.api import HOST_TIER, Hint
+from kvstore.block import BlockId, Chain, PartKey
+from kvstore.errors import TierError
+from kvstore.layout import BlockLayout, PartLayout
+from kvstore.lease import Lease, LeaseBook
+from kvstore.pool import Reservation, part_mask
+from kvstore.stats import Stats
+from kvstore.tiers.base import Tier
+from kvstore.tiers.host import HostTier
+
+_BATCH_BYTES = 16 << 20
+"""Small enough that the consumer's copy of one batch overlaps the fetch of the next."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadyBlock:
+    """See `kvstore.api.LoadedBlock`."""
+
+    index: int
+    tier: str
+    views: Sequence[memoryview]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadPlan:
+    """What to load and where it lies."""
+
+    chain: Chain
+    layout: BlockLayout
+    parts: tuple[int, ...]
+    start: int
+    num_host_blocks: int
+    """Chain index up to which the host has pinned blocks; the lease's rows are those from 0."""
+    sources: tuple[tuple[Tier, int], ...]
+    """(tier, number of blocks) that follow, in order."""
+    hint: Hint
+    read_deadline_s: float
+    now_s: Callable[[], float]
+    lease_s: float
+
+    @property
+    def stop(self) -> int:
+        return self.num_host_blocks + sum(num_blocks for _, num_blocks in self.sources)
+
+    def cells(self) -> list[PartLayout]:
+        return [self.layout.parts[part] for part in self.parts]
+
+
+class BlockLoad:
+    """Implements `kvstore.api.Load` over a host tier and a lease."""
+
+    def __init__(self, plan: LoadPlan, host: HostTier, leases: LeaseBook, lease: Lease, stats: Stats) -> None:
+        self._plan = plan
+        self._host = host
+        self._leases = leases
+        self._lease = lease
+        self._stats = stats
+        self._ready: dict[int, ReadyBlock] = {}
+        self._moved = threading.Condition()
+        self._consumed = plan.num_host_blocks
+        self._ended = not plan.sources
+        self._closed = False
+        self._fetching = False
+        self._scratch: list[tuple[int, ...]] = []
+
+    @property
+    def num_blocks(self) -> int:
+        return self._plan.stop - self._plan.start
+
+    # -- consumer ----------------------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[ReadyBlock]:
+        plan = self._plan
+        rows = self._lease.rows
+        for index in range(plan.start, plan.num_host_blocks):
+            if not self._lease.alive:
+                return
+            views = self._host.views(int(rows[index]), plan.layout, plan.parts)
+            yield ReadyBlock(index, HOST_TIER, tuple(view.toreadonly() for view in views))
+        for index in range(max(plan.start, plan.num_host_blocks), plan.stop):
+            block = self._wait_for(index)
+            if block is None:
+                return
+            yield block
+
+    def _wait_for(self, index: int) -> ReadyBlock | None:
+        """The block once it is there; None where the load ended before it."""
+        with self._moved:
+            self._consumed = index
+            self._moved.notify_all()
+            self._moved.wait_for(lambda: index in self._ready or self._ended)
+            self._leases.renew(self._lease, self._plan.now_s() + self._plan.lease_s)
+            return self._ready.get(index) if self._lease.alive else None
+
+    def intact(self) -> bool:
+        return self._lease.alive
+
+    def close(self) -> None:
+        """Release. Waits until a fetch under way has stopped writing to the load's slots."""
+        with self._moved:
+            self._closed = True
+            self._moved.notify_all()
+            self._moved.wait_for(lambda: not self._fetching)
+            scratch, self._scratch = self._scratch, []
+        for slots in scratch:
+            self._host.pool.release_scratch(slots)
+        self._leases.release(self._lease)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- fetch -------------------------------------------------------------------------------------------------
+
+    def begin_fetch(self) -> None:
+        """Call before `fetch` is handed to a thread, so that `close` waits for it."""
+        self._fetching = True
+
+    def fetch(self) -> None:
+        """Bring in what lower tiers hold, in order; ends at the first block that does not come."""
+        at = self._plan.num_host_blocks
+        try:
+            for tier, num_blocks in self._plan.sources:
+                for start, stop in self._batches(at, at + num_blocks):
+                    if self._closed or not self._fetch_batch(tier, start, stop):
+                        return
+                at += num_blocks
+        finally:
+            with self._moved:
+                self._ended = True
+                self._fetching = False
+                self._moved.notify_all()
+
+    def _batches(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        block_bytes = sum(cell.num_bytes for cell in self._plan.cells())
+        num_blocks = max(1, min(_BATCH_BYTES, self._host.arena.capacity_bytes // 4) // block_bytes)
+        for at in range(start, stop, num_blocks):
+            yield at, min(at + num_blocks, stop)
+
+    def _fetch_batch(self, tier: Tier, start: int, stop: int) -> bool:
+        """True where all of `start` … `stop` was delivered."""
+        plan, pool = self._plan, self._host.pool
+        blocks = plan.chain.ids[start:stop]
+        if not self._scratch:
+            reserved, refused = pool.reserve(
+                plan.chain.root.id, plan.layout, blocks, lambda at: plan.chain.meta(start + at), plan.parts
+            )
+            room = stop - refused
+            if room > start and not self._read_into_pool(tier, start, room, reserved):
+                return False
+            start = room
+        while start < stop:
+            if not self._read_into_scratch(tier, start):
+                return False
+            start += 1
+        return True
+
+    def _read_into_pool(self, tier: Tier, start: int, stop: int, reserved: list[Reservation]) -> bool:
+        """Promote: blocks become resident as they arrive. Others may be filling some of them."""
+        plan, pool = self._plan, self._host.pool
+        filling = {start + item.position: item for item in reserved}
+        missing = {start + item.position: len(item.parts) for item in reserved}
+        pinned: dict[int, int] = {}
+        at = self._hand_out(tier, start, stop, filling, pinned)
+        try:
+            with closing(self._reading(tier, self._slots_by_key(start, reserved))) as reading:
+                for key in reading:
+                    index = plan.chain.ids.index(key.block, start, stop)
+                    missing[index] -= 1
+                    if missing[index] == 0:
+                        # Pinned from the moment it is published: a full arena could evict it before the hand-out.
+                        for item in pool.publish([filling.pop(index)], plan.hint, pins=1):
+                            pinned[index] = item.row
+                        at = self._hand_out(tier, at, stop, filling, pinned)
+                    if self._closed or index > at:
+                        break  # a hole: what follows it is of no use
+        finally:
+            pool.abort(list(filling.values()))
+            pool.unpin(np.array(list(pinned.values()), np.int64))
+        return at == stop
+
+    def _slots_by_key(self, start: int, reserved: list[Reservation]) -> dict[PartKey, memoryview]:
+        chain, layout = self._plan.chain, self._plan.layout
+        return {
+            PartKey(chain.root.id, chain.ids[start + item.position], part): self._host.arena.view(
+                slot, layout.parts[part].num_bytes
+            )
+            for item in reserved
+            for part, slot in zip(item.parts, item.slots, strict=True)
+        }
+
+    def _hand_out(
+        self, tier: Tier, at: int, stop: int, filling: dict[int, Reservation], pinned: dict[int, int]
+    ) -> int:
+        """Hand out resident blocks from `at` on, up to the first that this load is filling; returns where it stopped.
+
+        Waits for blocks that somebody else is filling, and stops at one that did not become resident.
+        """
+        plan = self._plan
+        while at < stop and at not in filling and not self._closed:
+            row = pinned.pop(at, None)
+            if row is None:
+                row = self._pin_when_filled(plan.chain.ids[at])
+            if row is None:
+                return at
+            self._leases.extend(self._lease, [row])
+            views = self._host.views(row, plan.layout, plan.parts)
+            self._deliver(ReadyBlock(at, tier.name, tuple(view.toreadonly() for view in views)))
+            at += 1
+        return at
+
+    def _pin_when_filled(self, block: BlockId) -> int | None:
+        plan, pool = self._plan, self._host.pool
+        need = part_mask(plan.layout, plan.parts)
+        with pool.changed:
+            pool.changed.wait_for(lambda: not pool.is_filling(block, need), timeout=plan.read_deadline_s)
+            rows = pool.pin_leading([block], need)
+        return int(rows[0]) if len(rows) else None
+
+    def _read_into_scratch(self, tier: Tier, index: int) -> bool:
+        """One block of a load larger than the arena, in slots that belong to no block."""
+        plan, pool = self._plan, self._host.pool
+        with self._moved:  # every block handed out so far must have been copied by its consumer
+            if not self._moved.wait_for(
+                lambda: self._closed or self._consumed >= index, timeout=plan.read_deadline_s
+            ):
+                return False
+        if self._closed:
+            return False
+        if self._scratch:
+            slots = self._scratch[-1]
+        else:
+            found = self._acquire_window()
+            if found is None:
+                return False
+            slots = found
+            self._scratch.append(slots)
+        into = {
+            PartKey(plan.chain.root.id, plan.chain.ids[index], cell.part): self._host.arena.view(slot, cell.num_bytes)
+            for cell, slot in zip(plan.cells(), slots, strict=True)
+        }
+        if len(list(self._reading(tier, into))) != len(into):
+            return False
+        self._deliver(ReadyBlock(index, tier.name, tuple(view.toreadonly() for view in into.values())))
+        return True
+
+    def _acquire_window(self) -> tuple[int, ...] | None:
+        """Scratch slots, giving up pins of consumed blocks from the tail until there is room."""
+        sizes = [cell.num_bytes for cell in self._plan.cells()]
+        while (slots := self._host.pool.acquire_scratch(sizes)) is None:
+            if not len(self._lease.all_rows()):
+                return None
+            self._leases.shorten(self._lease, 1)
+        return slots
+
+    def _reading(self, tier: Tier, into: dict[PartKey, memoryview]) -> Generator[PartKey, None, None]:
+        """Keys as the tier fills them; a failure of the tier ends it, counted."""
+        if not into:
+            return
+        began_s = self._plan.now_s()
+        num_bytes = 0
+        try:
+            for key in tier.read(into, self._plan.read_deadline_s):
+                num_bytes += len(into[key])
+                yield key
+        except TierError:
+            self._stats.add(f"{tier.name}.read_failures")
+        finally:
+            self._stats.add_all(
+                {f"{tier.name}.read_bytes": num_bytes, f"{tier.name}.read_s": self._plan.now_s() - began_s}
+            )
+
+    def _deliver(self, block: ReadyBlock) -> None:
+        with self._moved:
+            self._ready[block.index] = block
+            self._moved.notify_all()

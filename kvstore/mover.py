@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Background demotion: copies committed blocks from the host to lower tiers, and passes touches down.
+
+Never in a request's way: one thread, a queue bounded in bytes, a write budget per second. Back-pressure drops
+writes (counted), a failed write is tried once more (then counted), and nothing is believed to be below that the
+tier did not confirm. A block being demoted is pinned, and stays readable.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+
+from kvstore.api import Hint
+from kvstore.block import BlockId, BlockMeta, Chain, PartKey
+from kvstore.clock import Clock
+from kvstore.errors import ConfigError, TierError
+from kvstore.stats import Stats
+from kvstore.tiers.base import Tier
+from kvstore.tiers.host import HostTier
+
+log = logging.getLogger("kvstore.mover")
+
+_BATCH_BYTES = 32 << 20
+_IDLE_S = 0.05
+_MAX_TOUCHES = 1024
+_EVICT_AHEAD_SHARE = 0.1
+_ATTEMPTS = 2
+
+
+class WriteMode(Enum):
+    """When a block goes down.
+
+    through: as soon as it is committed. on_reuse: when a later request matches it (three quarters of chat blocks
+    never are). on_evict: when it is among the coldest tenth of a full host tier; eviction itself never waits.
+    """
+
+    THROUGH = "through"
+    ON_REUSE = "on_reuse"
+    ON_EVICT = "on_evict"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoverOptions:
+    """Settings of demotion.
+
+    Attributes:
+        write: when blocks go to lower tiers: through, on_reuse or on_evict.
+        write_bytes_per_s: budget; 0 for none.
+        queue_bytes: blocks waiting to go down; more are dropped.
+        write_deadline_s: for one batch of at most 32 MiB.
+        flush_s: how long `close` waits for the queue.
+    """
+
+    write: str = "on_reuse"
+    write_bytes_per_s: int = 0
+    queue_bytes: int = 1 << 30
+    write_deadline_s: float = 10.0
+    flush_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        accepted = [mode.value for mode in WriteMode]
+        if self.write not in accepted:
+            raise ConfigError(f"mover.write is {self.write!r}: use one of {', '.join(accepted)}")
+
+
+class _Outcome(Enum):
+    DONE = "all is there now"
+    FAILED = "some was not taken"
+    ORPHANED = "the first block was not taken, perhaps for want of its parent"
+
+
+@dataclass(slots=True)
+class _Job:
+    blocks: list[BlockId]
+    num_bytes: int
+    tiers: list[int]
+    attempt: int = 1
+
+
+class Mover:
+    """Owns the demotion thread. Methods are called by the store after a commit and after a match."""
+
+    def __init__(
+        self, host: HostTier, tiers: Sequence[Tier], options: MoverOptions, clock: Clock, stats: Stats
+    ) -> None:
+        self._host = host
+        self._tiers = list(tiers)
+        self._options = options
+        self._mode = WriteMode(options.write)
+        self._clock = clock
+        self._stats = stats
+        self._wake = threading.Condition()
+        self._jobs: deque[_Job] = deque()
+        self._queued: set[BlockId] = set()
+        self._queued_bytes = 0
+        self._touches: dict[BlockId, tuple[Chain, int, tuple[int, ...], Hint]] = {}
+        self._busy = False
+        self._dirty = False
+        self._closing = False
+        self._failed = [False] * len(self._tiers)
+        self._budget_at_s = clock.now_s()
+        self._budget_bytes = float(options.write_bytes_per_s)
+        self._thread: threading.Thread | None = None
+        if self._tiers:
+            self._thread = threading.Thread(target=self._run, name="kvstore-mover", daemon=True)
+            self._thread.start()
+
+    # -- what the store says -----------------------------------------------------------------------------------
+
+    def committed(self, chain: Chain, indices: Sequence[int], block_bytes: int) -> None:
+        """Blocks became resident, head to tail."""
+        self._dirty = True
+        if self._tiers and self._mode is WriteMode.THROUGH:
+            self._enqueue([chain.ids[index] for index in indices], block_bytes)
+
+    def reused(self, chain: Chain, num_blocks: int, block_bytes: int) -> None:
+        """A request matched the chain's first `num_blocks` in the host."""
+        if self._tiers and self._mode is not WriteMode.ON_EVICT and num_blocks:
+            self._enqueue(chain.ids[:num_blocks], block_bytes)
+
+    def touched(self, chain: Chain, num_blocks: int, parts: tuple[int, ...], hint: Hint) -> None:
+        """The chain's first `num_blocks` were used, wherever they lie: keep them warm below, head to tail.
+
+        A head served by the host must not look cold in the shared tier.
+        """
+        if not self._tiers or not num_blocks:
+            return
+        with self._wake:
+            tail = chain.ids[num_blocks - 1]
+            if tail in self._touches or len(self._touches) < _MAX_TOUCHES:
+                self._touches.pop(tail, None)
+                self._touches[tail] = (chain, num_blocks, parts, hint)
+                self._wake.notify()
+
+    def _enqueue(self, blocks: Sequence[BlockId], block_bytes: int) -> None:
+        with self._wake:
+            if not self._closing:
+                fresh = [block for block in blocks if block not in self._queued]
+                room = max(0, self._options.queue_bytes - self._queued_bytes) // block_bytes
+                if len(fresh) > room:
+                    self._stats.add("mover.dropped_blocks", len(fresh) - room)
+                    fresh = fresh[:room]  # the head is kept: a tail without it could not be found
+                if fresh:
+                    self._push(_Job(fresh, len(fresh) * block_bytes, list(range(len(self._tiers)))))
+
+    def _push(self, job: _Job) -> None:
+        self._jobs.append(job)
+        self._queued.update(job.blocks)
+        self._queued_bytes += job.num_bytes
+        self._wake.notify()
+
+    # -- the thread --------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                self._busy = False
+                self._wake.notify_all()
+                if not self._jobs and not self._touches:
+                    if self._closing:
+                        return
+                    self._wake.wait(_IDLE_S if self._mode is WriteMode.ON_EVICT else None)
+                self._busy = True
+                job = self._jobs.popleft() if self._jobs else None
+                touches, self._touches = self._touches, {}
+            try:
+                self._pass_touches(touches)
+                if job is not None:
+                    self._demote(job)
+                elif self._mode is WriteMode.ON_EVICT:
+                    self._evict_ahead()
+            except Exception:  # a thread's top: a bug here must not end demotion for good
+                log.exception("demotion failed")
+                self._stats.add("mover.errors")
+
+    def _pass_touches(self, touches: dict[BlockId, tuple[Chain, int, tuple[int, ...], Hint]]) -> None:
+        for chain, num_blocks, parts, hint in touches.values():
+            keys = chain.part_keys(0, num_blocks, parts)
+            for number, tier in enumerate(self._tiers):
+                try:
+                    tier.touch(keys, hint)
+                except TierError as error:
+                    self._note_failure(number, error)
+
+    def _demote(self, job: _Job) -> None:
+        again: list[int] = []
+        blocks = job.blocks
+        for number in job.tiers:
+            outcome = self._write_blocks(job.blocks, number)
+            if outcome is not _Outcome.DONE:
+                again.append(number)
+            if outcome is _Outcome.ORPHANED:
+                blocks = self._with_ancestors(job.blocks, number)
+        with self._wake:
+            self._queued.difference_update(job.blocks)
+            self._queued_bytes -= job.num_bytes
+            if again and job.attempt < _ATTEMPTS and not self._closing:
+                self._push(_Job(blocks, job.num_bytes, again, job.attempt + 1))
+            elif again:
+                self._stats.add("mover.failed_blocks", len(job.blocks))
+
+    def _write_blocks(self, blocks: Sequence[BlockId], number: int) -> _Outcome:
+        """Write those of `blocks` that tier `number` is not believed to hold."""
+        pool = self._host.pool
+        resident, rows = pool.pin_resident(blocks)
+        try:
+            believed = pool.below(rows, number)
+            wanted = [pair for pair, there in zip(zip(resident, rows.tolist(), strict=True), believed, strict=True) if not there]
+            while wanted:
+                batch, wanted = self._split(wanted)
+                outcome = self._write_batch(batch, number)
+                if outcome is not _Outcome.DONE:
+                    return outcome
+        finally:
+            pool.unpin(rows)
+        return _Outcome.DONE
+
+    def _with_ancestors(self, blocks: Sequence[BlockId], number: int) -> list[BlockId]:
+        """The tier refused a block for want of its parent: what it was believed to hold is gone; write it again."""
+        pool = self._host.pool
+        chain = list(dict.fromkeys(each for block in blocks for each in pool.ancestry(block)))
+        resident, rows = pool.pin_resident(chain)
+        pool.forget_below(rows, number)
+        pool.unpin(rows)
+        self._stats.add("mover.restored_blocks", len(resident) - len(blocks))
+        return resident
+
+    def _split(self, wanted: list[tuple[BlockId, int]]) -> tuple[list[tuple[BlockId, int]], list[tuple[BlockId, int]]]:
+        _, layout = self._host.pool.place_of(wanted[0][1])
+        num_blocks = max(1, _BATCH_BYTES // layout.block_bytes)
+        return wanted[:num_blocks], wanted[num_blocks:]
+
+    def _write_batch(self, batch: list[tuple[BlockId, int]], number: int) -> _Outcome:
+        pool, tier = self._host.pool, self._tiers[number]
+        parts: dict[PartKey, memoryview] = {}
+        meta: dict[BlockId, BlockMeta] = {}
+        for block, row in batch:
+            root, layout = pool.place_of(row)
+            meta[block] = pool.meta_of(row)
+            cells = pool.ready_parts(row)
+            views = self._host.views(row, layout, cells)
+            parts |= {PartKey(root, block, cell): view for cell, view in zip(cells, views, strict=True)}
+        self._spend(sum(map(len, parts.values())))
+        try:
+            written = tier.write(parts, meta, self._options.write_deadline_s)
+        except TierError as error:
+            self._note_failure(number, error)
+            return _Outcome.FAILED
+        self._note_success(number)
+        partial = {key.block for key in parts if key not in written}
+        done = [row for block, row in batch if block not in partial]
+        pool.set_below(np.array(done, np.int64), number)
+        self._stats.add("mover.demoted_blocks", len(done))
+        if not partial:
+            return _Outcome.DONE
+        first = batch[0][0]
+        return _Outcome.ORPHANED if first in partial and meta[first].depth else _Outcome.FAILED
+
+    def _evict_ahead(self) -> None:
+        """Write the coldest blocks of a nearly full host tier down before eviction reaches them."""
+        arena, pool = self._host.arena, self._host.pool
+        if not self._dirty:
+            return
+        self._dirty = False
+        if arena.acquired_bytes < (1 - _EVICT_AHEAD_SHARE) * arena.capacity_bytes:
+            return
+        cold = pool.coldest(max(1, int(len(pool) * _EVICT_AHEAD_SHARE)))
+        chains = dict.fromkeys(block for tail in cold for block in pool.ancestry(tail))
+        for number in range(len(self._tiers)):
+            self._write_blocks(list(chains), number)
+
+    def _spend(self, num_bytes: int) -> None:
+        """Wait until the write budget allows `num_bytes`."""
+        rate = self._options.write_bytes_per_s
+        if not rate:
+            return
+        now_s = self._clock.now_s()
+        self._budget_bytes = min(float(rate), self._budget_bytes + (now_s - self._budget_at_s) * rate)
+        self._budget_at_s = now_s
+        self._budget_bytes -= num_bytes
+        if self._budget_bytes < 0:
+            with self._wake:
+                self._wake.wait_for(lambda: self._closing, timeout=-self._budget_bytes / rate)
+
+    def _note_failure(self, number: int, error: TierError) -> None:
+        self._stats.add(f"{self._tiers[number].name}.write_failures")
+        if not self._failed[number]:
+            self._failed[number] = True
+            log.warning("demotion to %s fails: %s", self._tiers[number].name, error)
+
+    def _note_success(self, number: int) -> None:
+        if self._failed[number]:
+            # It may have come back empty: what it was believed to hold must be asked or written again.
+            self._failed[number] = False
+            self._host.pool.clear_below(number)
+            log.warning("demotion to %s works again", self._tiers[number].name)
+
+    # -- end ---------------------------------------------------------------------------------------------------
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until everything queued has gone down, or failed; False on time-out."""
+        with self._wake:
+            return self._wake.wait_for(
+                lambda: not self._jobs and not self._touches and not self._busy, timeout=timeout_s
+            )
+
+    def gauges(self) -> dict[str, float]:
+        with self._wake:
+            return {"mover.queued_bytes": self._queued_bytes}
+
+    def close(self) -> None:
+        """Flush within the limit, then stop."""
+        if self._thread is None:
+            return
+        self.flush(self._options.flush_s)
+        with self._wake:
+            self._closing = True
+            self._jobs.clear()
+            self._touches.clear()
+            self._wake.notify_all()
+        self._thread.join(timeout=self._options.write_deadline_s + 1)

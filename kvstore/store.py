@@ -1,0 +1,382 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The store: one host tier as gateway, lower tiers behind it, and the life of a request over both.
+
+Invariants
+1. `match` takes pins and nothing else; a miss allocates nothing.
+2. Lower tiers are asked, read and written on other threads than a scheduler's, each call under a deadline.
+3. No lock is held across a copy, a tier's call or a codec. Lock order: holds → leases → pool.
+4. A failure of a lower tier is a shorter hit.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+from kvstore.api import HOST_TIER, NO_HINT, Hint, Match
+from kvstore.block import BlockId, Chain, ModelId, PartKey, RootId
+from kvstore.clock import Clock, MonotonicClock
+from kvstore.config import StoreConfig
+from kvstore.errors import ConfigError, TierError, UnknownLease
+from kvstore.layout import BlockLayout, layout_of
+from kvstore.lease import Lease, LeaseBook
+from kvstore.load import BlockLoad, LoadPlan
+from kvstore.marks import Mark, Marks
+from kvstore.mover import Mover
+from kvstore.pool import part_mask
+from kvstore.save import BlockSave, SavePlan
+from kvstore.stats import Stats
+from kvstore.tiers import TIERS
+from kvstore.tiers.base import Tier
+from kvstore.tiers.host import HostTier
+
+log = logging.getLogger("kvstore.store")
+
+_SWEEP_S = 0.25
+_Sources = tuple[tuple[Tier, int], ...]
+
+
+@dataclass(slots=True)
+class _Hold:
+    """What a match left behind for one request."""
+
+    chain: Chain
+    layout: BlockLayout
+    parts: tuple[int, ...]
+    lease: Lease
+    hint: Hint
+    asked_from: int
+    """Chain index from which lower tiers were asked."""
+    answer: Future[_Sources] | None
+
+    def sources(self, num_host_blocks: int) -> _Sources:
+        """What lower tiers hold after the host's run, as far as they have answered."""
+        if self.answer is None or not self.answer.done():
+            return ()
+        skip = num_host_blocks - self.asked_from
+        out: list[tuple[Tier, int]] = []
+        for tier, num_blocks in self.answer.result():
+            used = min(skip, num_blocks)
+            skip -= used
+            if num_blocks > used:
+                out.append((tier, num_blocks - used))
+        return tuple(out)
+
+
+class KVStore:
+    """The in-process store. Implements `kvstore.api.Store`."""
+
+    def __init__(
+        self, config: StoreConfig | None = None, *, clock: Clock | None = None, tiers: Sequence[Tier] | None = None
+    ) -> None:
+        """Start the store. `tiers` replaces the configured lower tiers; the store closes them either way."""
+        self.config = config or StoreConfig()
+        self._clock = clock or MonotonicClock()
+        self._stats = Stats()
+        self._host = HostTier(self.config.host)
+        self._tiers = list(tiers) if tiers is not None else self._make_tiers()
+        for tier in self._tiers:
+            tier.bind(self._stats)
+        self._mover = Mover(self._host, self._tiers, self.config.mover, self._clock, self._stats)
+        self._leases = LeaseBook(self._host.pool)
+        self._marks = Marks(self._clock)
+        self._layouts: dict[ModelId, BlockLayout] = {}
+        self._holds: dict[str, _Hold] = {}
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._pool = ThreadPoolExecutor(self.config.request.io_threads, thread_name_prefix="kvstore-io")
+        self._sweeper = threading.Thread(target=self._sweep, name="kvstore-sweep", daemon=True)
+        self._sweeper.start()
+
+    def _make_tiers(self) -> list[Tier]:
+        made: list[Tier] = []
+        try:
+            for name, options in self.config.tiers.items():
+                made.append(TIERS.load(name)(options))
+                self._greet(made[-1])
+        except BaseException:
+            for tier in made:
+                tier.close()
+            self._host.close()
+            raise
+        return made
+
+    def _greet(self, tier: Tier) -> None:
+        """Say at start, in one sentence, when a lower tier does not answer."""
+        nothing = PartKey(RootId(bytes(32)), BlockId(bytes(32)), 0)
+        try:
+            tier.contains([nothing], self.config.request.read_deadline_s)
+        except TierError as error:
+            if self.config.request.require_tiers:
+                raise ConfigError(f"lower tier does not answer: {error}") from error
+            log.warning("lower tier does not answer, starting without it until it does: %s", error)
+
+    # -- models ------------------------------------------------------------------------------------------------
+
+    def open(self, model: ModelId) -> BlockLayout:
+        layout = layout_of(model)
+        self._host.open(layout)
+        for tier in self._tiers:
+            tier.open(layout)
+        self._layouts[model] = layout
+        return layout
+
+    def _layout(self, chain: Chain) -> BlockLayout:
+        layout = self._layouts.get(chain.root.model)
+        if layout is None:
+            raise ConfigError(f"model {chain.root.model.model!r} is not open: call store.open(model) first")
+        return layout
+
+    # -- finding -----------------------------------------------------------------------------------------------
+
+    def match(
+        self,
+        chain: Chain,
+        request: str,
+        *,
+        hint: Hint = NO_HINT,
+        parts: Sequence[int] | None = None,
+        wait_s: float = 0.0,
+    ) -> Match:
+        layout = self._layout(chain)
+        cells = layout.all_parts if parts is None else tuple(parts)
+        now_s = self._clock.now_s()
+        rows = self._host.pool.pin_leading(chain.ids, part_mask(layout, cells))
+        lease = self._leases.add(rows, now_s + self.config.request.hold_s)
+        num_host = len(rows)
+        with self._lock:
+            before = self._holds.get(request)
+            hold = _Hold(chain, layout, cells, lease, replace(hint, time_s=now_s), num_host, None)
+            if before is not None and before.chain is chain and before.parts == cells and before.asked_from <= num_host:
+                hold.asked_from, hold.answer = before.asked_from, before.answer
+            first_time = before is None
+            self._holds[request] = hold
+        if before is not None:
+            self._leases.release(before.lease)
+        if hold.answer is None and self._tiers and num_host < len(chain):
+            hold.answer = self._pool.submit(self._ask, chain, num_host, cells)
+        if hold.answer is not None and wait_s > 0:
+            try:
+                hold.answer.result(timeout=wait_s)
+            except FutureTimeout:
+                pass
+        if first_time:
+            self._note_match(hold, num_host)
+        return self._describe(hold, num_host)
+
+    def _note_match(self, hold: _Hold, num_host: int) -> None:
+        """Keep the chain warm everywhere, and count."""
+        self._host.pool.touch(hold.chain.ids, num_host, hold.hint)
+        self._mover.touched(hold.chain, num_host, hold.parts, hold.hint)
+        self._mover.reused(hold.chain, num_host, hold.layout.block_bytes)
+        self._stats.add_all(
+            {
+                "match.requests": 1,
+                "match.asked_blocks": len(hold.chain),
+                "host.hit_blocks": num_host,
+                "host.missed_blocks": len(hold.chain) - num_host,
+            }
+        )
+
+    def _describe(self, hold: _Hold, num_host: int) -> Match:
+        sources = hold.sources(num_host)
+        num_blocks = num_host + sum(count for _, count in sources)
+        tiers = (((HOST_TIER, num_host),) if num_host else ()) + tuple((tier.name, count) for tier, count in sources)
+        return Match(
+            num_blocks=num_blocks,
+            num_host_blocks=num_host,
+            num_pending_blocks=self._marks.run(hold.chain.ids, num_blocks),
+            settled=hold.answer is None or hold.answer.done(),
+            tiers=tiers,
+        )
+
+    def _ask(self, chain: Chain, start: int, parts: tuple[int, ...]) -> _Sources:
+        """Ask lower tiers, one after the other, what they hold of `chain` from `start` on."""
+        found: list[tuple[Tier, int]] = []
+        at = start
+        for tier in self._tiers:
+            keys = chain.part_keys(at, len(chain), parts)
+            if not keys:
+                break
+            try:
+                there = tier.contains(keys, self.config.request.lookup_deadline_s)
+            except TierError:
+                self._stats.add(f"{tier.name}.lookup_failures")
+                continue
+            num_keys = next((number for number, present in enumerate(there) if not present), len(there))
+            num_blocks = num_keys // len(parts)
+            if num_blocks:
+                found.append((tier, num_blocks))
+                at += num_blocks
+                self._mover.touched(chain, at, parts, NO_HINT)
+            self._stats.add_all(
+                {f"{tier.name}.hit_blocks": num_blocks, f"{tier.name}.missed_blocks": len(chain) - at}
+            )
+        return tuple(found)
+
+    def forget(self, request: str) -> None:
+        with self._lock:
+            hold = self._holds.pop(request, None)
+        if hold is not None:
+            self._leases.release(hold.lease)
+
+    def touch(self, chain: Chain, num_blocks: int, hint: Hint = NO_HINT) -> None:
+        hint = replace(hint, time_s=self._clock.now_s())
+        self._host.pool.touch(chain.ids, num_blocks, hint)
+        self._mover.touched(chain, num_blocks, self._layout(chain).all_parts, hint)
+
+    # -- loading -----------------------------------------------------------------------------------------------
+
+    def load(self, request: str, num_blocks: int | None = None, *, start: int = 0) -> BlockLoad:
+        with self._lock:
+            hold = self._holds.pop(request, None)
+        if hold is None:
+            raise UnknownLease(f"request {request!r} has no hold: call match first")
+        settings = self.config.request
+        alive = self._leases.renew(hold.lease, self._clock.now_s() + settings.lease_s)
+        num_host = len(hold.lease.rows) if alive else 0
+        stop = num_host + sum(count for _, count in hold.sources(num_host)) if alive else 0
+        stop = stop if num_blocks is None else min(stop, num_blocks)
+        sources = _first(hold.sources(num_host), stop - num_host) if alive else ()
+        plan = LoadPlan(
+            chain=hold.chain,
+            layout=hold.layout,
+            parts=hold.parts,
+            start=min(start, stop),
+            num_host_blocks=min(num_host, stop),
+            sources=sources,
+            hint=hold.hint,
+            read_deadline_s=settings.read_deadline_s,
+            now_s=self._clock.now_s,
+            lease_s=settings.lease_s,
+        )
+        load = BlockLoad(plan, self._host, self._leases, hold.lease, self._stats)
+        self._stats.add("load.requests")
+        if sources:
+            load.begin_fetch()
+            self._pool.submit(self._fetch, load)
+        return load
+
+    def _fetch(self, load: BlockLoad) -> None:
+        try:
+            load.fetch()
+        except Exception:  # a thread's top: the load has ended, shorter
+            self._stats.add("load.errors")
+            raise
+
+    # -- saving ------------------------------------------------------------------------------------------------
+
+    def announce(self, chain: Chain, start: int, stop: int) -> Mark:
+        return self._marks.add(chain.ids[start:stop])
+
+    def save(
+        self,
+        chain: Chain,
+        start: int,
+        stop: int,
+        *,
+        parts: Sequence[int] | None = None,
+        hint: Hint = NO_HINT,
+    ) -> BlockSave:
+        layout = self._layout(chain)
+        cells = layout.all_parts if parts is None else tuple(parts)
+        if not 0 <= start <= stop <= len(chain):
+            raise ConfigError(f"blocks {start}…{stop} are outside the chain, which has {len(chain)} full blocks")
+        plan = SavePlan(chain, layout, cells, start, replace(hint, time_s=self._clock.now_s()))
+        reserved = self._host.pool.reserve(
+            chain.root.id, layout, chain.ids[start:stop], lambda at: chain.meta(start + at), cells
+        )
+        self._stats.add_all({"save.requests": 1, "save.refused_blocks": reserved[1]})
+
+        def committed(indices: Sequence[int]) -> None:
+            self._marks.fulfil([chain.ids[index] for index in indices])
+            self._mover.committed(chain, indices, layout.block_bytes)
+            self._stats.add_all(
+                {"save.blocks": len(indices), "save.bytes": sum(layout.parts[p].num_bytes for p in cells) * len(indices)}
+            )
+
+        return BlockSave(plan, self._host.arena, self._host.pool, reserved, committed)
+
+    # -- care --------------------------------------------------------------------------------------------------
+
+    def clear(self, root: RootId | None = None) -> int:
+        self._mover.flush(self.config.mover.flush_s)
+        removed = self._host.pool.clear(root)
+        for tier in self._tiers:
+            try:
+                tier.clear(root)
+            except TierError:
+                self._stats.add(f"{tier.name}.clear_failures")
+        return removed
+
+    def flush(self, timeout_s: float = 10.0) -> bool:
+        """Wait until queued demotions and touches went down; False on time-out."""
+        return self._mover.flush(timeout_s)
+
+    def drop_host(self) -> int:
+        """Empty the host tier alone, as another replica would see it. Returns the number of blocks."""
+        return self._host.pool.clear()
+
+    def wait_ready(self, timeout_s: float | None = None) -> bool:
+        """Wait until the arena is populated; True when it is."""
+        return self._host.arena.wait_prefaulted(timeout_s)
+
+    def _sweep(self) -> None:
+        while not self._closing.wait(_SWEEP_S):
+            now_s = self._clock.now_s()
+            expired = self._leases.expire(now_s)
+            if expired:
+                self._stats.add("lease.expired", expired)
+            with self._lock:
+                dead = [request for request, hold in self._holds.items() if not hold.lease.alive]
+                for request in dead:
+                    del self._holds[request]
+
+    def stats(self) -> Mapping[str, float]:
+        gauges = {
+            **self._host.gauges(),
+            **self._mover.gauges(),
+            "lease.live": len(self._leases),
+            "marks.live": len(self._marks),
+        }
+        return dict(sorted({**self._stats.snapshot(), **gauges}.items()))
+
+    def check(self) -> list[str]:
+        faults = self._host.pool.check()
+        if not len(self._leases) and (pinned := self._host.pool.pinned_rows()) and self._mover.flush(0):
+            faults.append(f"store: {pinned} rows are pinned by nobody")
+        for tier in self._tiers:
+            faults += tier.check()
+        return faults
+
+    def close(self) -> None:
+        if self._closing.is_set():
+            return
+        self._closing.set()
+        self._sweeper.join()
+        self._mover.close()
+        self._pool.shutdown(wait=True)
+        for tier in self._tiers:
+            tier.close()
+        self._host.close()
+
+    def __enter__(self) -> KVStore:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _first(sources: _Sources, num_blocks: int) -> _Sources:
+    """The sources' first `num_blocks`."""
+    out: list[tuple[Tier, int]] = []
+    for tier, count in sources:
+        if num_blocks > 0:
+            out.append((tier, min(count, num_blocks)))
+            num_blocks -= count
+    return tuple(out)
