@@ -246,13 +246,23 @@ class BlockPool:
             tail = blocks[num_blocks - 1]
             self._touches.pop(tail, None)
             self._touches[tail] = (blocks, num_blocks, hint)
-            if len(self._touches) >= _MAX_TOUCHES:
-                self._apply_touches()
+            if len(self._touches) > _MAX_TOUCHES:
+                self._apply_touch(next(iter(self._touches)))
+
+    def settle(self) -> None:
+        """Apply waiting touches, giving the lock up between chains; for a background thread."""
+        while self._touches:
+            with self.lock:
+                if self._touches:
+                    self._apply_touch(next(iter(self._touches)))
+
+    def _apply_touch(self, tail: BlockId) -> None:
+        blocks, num_blocks, hint = self._touches.pop(tail)
+        self._policy.touch(blocks[:num_blocks], hint)
 
     def _apply_touches(self) -> None:
-        touches, self._touches = self._touches, {}
-        for blocks, num_blocks, hint in touches.values():
-            self._policy.touch(blocks[:num_blocks], hint)
+        while self._touches:
+            self._apply_touch(next(iter(self._touches)))
 
     # -- what lower tiers are believed to hold -----------------------------------------------------------------
 

@@ -332,6 +332,7 @@ class KVStore:
             expired = self._leases.expire(now_s)
             if expired:
                 self._stats.add("lease.expired", expired)
+            self._host.pool.settle()
             with self._lock:
                 dead = [request for request, hold in self._holds.items() if not hold.lease.alive]
                 for request in dead:

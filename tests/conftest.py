@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What store tests share: small models, chains over them, a store that must be healthy when a test ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import pytest
+
+from kvstore.block import Chain, ModelId, Root
+from kvstore.config import StoreConfig
+from kvstore.layout import BlockLayout, layout_of
+from kvstore.store import KVStore
+from kvstore.tiers.base import Tier
+from tests.fakes import FakeClock
+
+MakeStore = Callable[..., KVStore]
+
+
+@pytest.fixture
+def model() -> ModelId:
+    """One part of 4 KiB a block of 16 tokens: exactly one page."""
+    return ModelId(
+        model="tiny", revision="1", kv_dtype="bfloat16", num_layers=2, num_kv_heads=2, head_dim=16, block_tokens=16
+    )
+
+
+@pytest.fixture
+def layout(model: ModelId) -> BlockLayout:
+    return layout_of(model)
+
+
+@pytest.fixture
+def root(model: ModelId) -> Root:
+    return Root(model)
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def make_store(model: ModelId, clock: FakeClock) -> Iterator[MakeStore]:
+    """Makes stores of a number of one-page blocks; each must end healthy, with nothing held."""
+    made: list[KVStore] = []
+
+    def make(num_blocks: int = 64, *, tiers: Sequence[Tier] = (), **sections: dict[str, object]) -> KVStore:
+        values = {"host": {"capacity_bytes": num_blocks * 4096, "prefault": False}, **sections}
+        store = KVStore(StoreConfig.load(values, environ={}), clock=clock, tiers=tiers)
+        store.open(model)
+        made.append(store)
+        return store
+
+    yield make
+    for store in made:
+        store.flush(5)
+        faults = store.check()
+        held = {name: value for name, value in store.stats().items() if name in ("host.pinned_blocks", "lease.live")}
+        store.close()
+        assert faults == []
+        assert set(held.values()) <= {0}, held
+
+
+@pytest.fixture
+def store(make_store: MakeStore) -> KVStore:
+    return make_store()
+
+
+def chain_of(root: Root, num_blocks: int, *, seed: int = 0, extra_tokens: int = 0) -> Chain:
+    """A chain of random tokens; equal seeds share their prefix."""
+    tokens = np.random.default_rng(seed).integers(0, 50_000, num_blocks * root.model.block_tokens + extra_tokens)
+    return Chain(root, tokens)
+
+
+def content(chain: Chain, index: int, part: int, num_bytes: int) -> bytes:
+    """Bytes that belong to this block and part alone."""
+    return (chain.ids[index] + bytes([part])) * (num_bytes // 33) + bytes(num_bytes % 33)
+
+
+def save_all(store: KVStore, chain: Chain, start: int = 0, stop: int | None = None) -> int:
+    """Fill and commit blocks; returns how many became matchable."""
+    with store.save(chain, start, len(chain) if stop is None else stop) as save:
+        for index in save.indices:
+            for part, view in enumerate(save.views(index)):
+                assert view is not None
+                view[:] = content(chain, index, part, len(view))
+        return save.commit()
+
+
+def load_all(store: KVStore, chain: Chain, *, request: str = "load", wait_s: float = 5.0, start: int = 0) -> list[str]:
+    """Load what matches, comparing every byte; returns the tier each block came from."""
+    store.match(chain, request, wait_s=wait_s)
+    tiers: list[str] = []
+    with store.load(request, start=start) as load:
+        for block in load:
+            for part, view in enumerate(block.views):
+                assert bytes(view) == content(chain, block.index, part, len(view)), f"block {block.index}"
+            tiers.append(block.tier)
+        assert load.intact()
+    return tiers

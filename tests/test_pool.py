@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Resident blocks: publication, closure under eviction, pins, parts, sizes that share an arena."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+
+from kvstore.api import NO_HINT
+from kvstore.arena import PAGE_BYTES, Arena
+from kvstore.block import Chain, ModelId, Root
+from kvstore.layout import BlockLayout, layout_of
+from kvstore.policies.lru import LruPolicy
+from kvstore.pool import BlockPool, Reservation, part_mask
+from tests.conftest import chain_of
+
+MakePool = Callable[[int], BlockPool]
+
+
+@pytest.fixture
+def make_pool(layout: BlockLayout) -> MakePool:
+    def make(num_pages: int) -> BlockPool:
+        pool = BlockPool(Arena(num_pages * PAGE_BYTES, prefault=False), LruPolicy())
+        pool.open(layout)
+        return pool
+
+    return make
+
+
+def reserve(
+    pool: BlockPool, chain: Chain, start: int = 0, stop: int | None = None, parts: tuple[int, ...] | None = None
+) -> tuple[list[Reservation], int]:
+    layout = layout_of(chain.root.model)
+    cells = layout.all_parts if parts is None else parts
+    return pool.reserve(chain.root.id, layout, chain.ids[start:stop], lambda at: chain.meta(start + at), cells)
+
+
+def put(pool: BlockPool, chain: Chain) -> int:
+    reserved, _ = reserve(pool, chain)
+    done = pool.publish(reserved, NO_HINT)
+    pool.touch(chain.ids, len(chain))
+    return len(done)
+
+
+def test_a_reserved_block_is_not_matchable_until_published(make_pool: MakePool, root: Root) -> None:
+    pool, chain = make_pool(8), chain_of(root, 3)
+    reserved, _ = reserve(pool, chain)
+    assert pool.leading(chain.ids, 1) == 0
+    pool.publish(reserved[:2], NO_HINT)
+    assert pool.leading(chain.ids, 1) == 2
+    pool.abort(reserved[2:])
+    assert pool.check() == []
+
+
+def test_an_aborted_reservation_leaves_no_trace(make_pool: MakePool, root: Root) -> None:
+    pool, chain = make_pool(8), chain_of(root, 5)
+    reserved, _ = reserve(pool, chain)
+    pool.abort(reserved)
+    assert len(pool) == 0
+    assert pool.check() == []
+    assert len(reserve(pool, chain_of(root, 8, seed=1))[0]) == 8
+
+
+def test_a_full_pool_evicts_tails_before_heads(make_pool: MakePool, root: Root) -> None:
+    pool, old, new = make_pool(8), chain_of(root, 6), chain_of(root, 5, seed=1)
+    put(pool, old)
+    put(pool, new)
+    assert pool.leading(old.ids, 1) == 3
+    assert pool.leading(new.ids, 1) == 5
+    assert pool.check() == []
+
+
+def test_a_touched_chain_outlives_an_untouched_one(make_pool: MakePool, root: Root) -> None:
+    pool, one, two = make_pool(8), chain_of(root, 4, seed=1), chain_of(root, 4, seed=2)
+    put(pool, one)
+    put(pool, two)
+    pool.touch(one.ids, 4)
+    put(pool, chain_of(root, 4, seed=3))
+    assert (pool.leading(one.ids, 1), pool.leading(two.ids, 1)) == (4, 0)
+
+
+def test_pinned_blocks_refuse_the_reservation_instead_of_leaving(make_pool: MakePool, root: Root) -> None:
+    pool, chain = make_pool(4), chain_of(root, 4)
+    put(pool, chain)
+    rows = pool.pin_leading(chain.ids, 1)
+    reserved, refused = reserve(pool, chain_of(root, 2, seed=1))
+    assert (reserved, refused) == ([], 2)
+    pool.unpin(rows)
+    assert put(pool, chain_of(root, 2, seed=1)) == 2
+    assert pool.check() == []
+
+
+def test_a_chain_longer_than_the_pool_keeps_its_head(make_pool: MakePool, root: Root) -> None:
+    pool, chain = make_pool(4), chain_of(root, 9)
+    reserved, refused = reserve(pool, chain)
+    assert (len(reserved), refused) == (4, 5)
+    pool.publish(reserved, NO_HINT)
+    assert pool.leading(chain.ids, 1) == 4
+    assert pool.check() == []
+
+
+def test_a_block_is_refused_where_its_parent_is_not_resident(make_pool: MakePool, root: Root) -> None:
+    pool, chain = make_pool(8), chain_of(root, 4)
+    assert reserve(pool, chain, 2) == ([], 2)
+    assert pool.check() == []
+
+
+def test_a_child_of_an_aborted_parent_is_not_published(make_pool: MakePool, root: Root) -> None:
+    pool, chain = make_pool(8), chain_of(root, 4)
+    head, _ = reserve(pool, chain, 0, 2)
+    tail, _ = reserve(pool, chain, 2, 4)
+    pool.abort(head)
+    assert pool.publish(tail, NO_HINT) == []
+    assert len(pool) == 0
+    assert pool.check() == []
+
+
+def test_two_writers_of_one_block_do_not_meet(make_pool: MakePool, root: Root) -> None:
+    pool, chain = make_pool(8), chain_of(root, 3)
+    first, _ = reserve(pool, chain)
+    second, refused = reserve(pool, chain)
+    assert (second, refused) == ([], 0)
+    pool.publish(first, NO_HINT)
+    assert pool.leading(chain.ids, 1) == 3
+
+
+def test_removing_a_block_removes_what_hangs_from_it(make_pool: MakePool, root: Root) -> None:
+    pool, chain = make_pool(16), chain_of(root, 5)
+    put(pool, chain)
+    assert pool.remove([chain.ids[2]]) == 3
+    assert pool.leading(chain.ids, 1) == 2
+    assert pool.check() == []
+
+
+def test_a_block_removed_while_pinned_keeps_its_slot_until_the_last_pin(make_pool: MakePool, root: Root) -> None:
+    pool, chain = make_pool(4), chain_of(root, 4)
+    put(pool, chain)
+    rows = pool.pin_leading(chain.ids, 1)
+    assert pool.clear() == 4
+    assert pool.leading(chain.ids, 1) == 0
+    assert reserve(pool, chain)[1] == 4
+    pool.unpin(rows)
+    assert put(pool, chain) == 4
+    assert pool.check() == []
+
+
+def test_clear_of_one_root_spares_the_other(make_pool: MakePool, model: ModelId) -> None:
+    pool = make_pool(8)
+    mine, yours = chain_of(Root(model, salt=b"a"), 3), chain_of(Root(model, salt=b"b"), 3)
+    put(pool, mine)
+    put(pool, yours)
+    assert pool.clear(mine.root.id) == 3
+    assert (pool.leading(mine.ids, 1), pool.leading(yours.ids, 1)) == (0, 3)
+
+
+def test_a_block_is_a_hit_only_where_every_asked_part_is(model: ModelId) -> None:
+    gridded = dataclasses.replace(model, part_layers=1, part_heads=1)
+    layout, chain = layout_of(gridded), chain_of(Root(gridded), 2)
+    pool = BlockPool(Arena(16 * PAGE_BYTES, prefault=False), LruPolicy())
+    pool.open(layout)
+    pool.publish(reserve(pool, chain, parts=(0, 2))[0], NO_HINT)
+    assert pool.leading(chain.ids, part_mask(layout, (0, 2))) == 2
+    assert pool.leading(chain.ids, part_mask(layout, (0, 1))) == 0
+    pool.publish(reserve(pool, chain, 0, 1)[0], NO_HINT)
+    assert pool.leading(chain.ids, part_mask(layout, None)) == 1
+    assert pool.check() == []
+
+
+def test_a_second_model_gets_its_share_of_a_full_arena(make_pool: MakePool, model: ModelId, root: Root) -> None:
+    pool = make_pool(64)
+    for seed in range(8):
+        put(pool, chain_of(root, 8, seed=seed))
+    bigger = dataclasses.replace(model, num_layers=8)
+    pool.open(layout_of(bigger))
+    other = chain_of(Root(bigger), 4)
+    assert put(pool, other) == 4
+    assert pool.leading(other.ids, 1) == 4
+    assert pool.check() == []
+
+
+def test_touches_beyond_the_bound_are_applied_not_lost(make_pool: MakePool, root: Root) -> None:
+    pool = make_pool(1000)
+    chains = [chain_of(root, 1, seed=seed) for seed in range(1000)]
+    for chain in chains:
+        put(pool, chain)
+    for chain in chains[:500]:
+        pool.touch(chain.ids, 1)
+    put(pool, chain_of(root, 500, seed=5000))
+    assert [pool.leading(chain.ids, 1) for chain in chains] == [1] * 500 + [0] * 500
