@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from kvstore.api import NO_HINT
 from kvstore.arena import PAGE_BYTES, Arena
-from kvstore.block import Chain, ModelId, Root
+from kvstore.block import BlockId, Chain, ModelId, Root
 from kvstore.layout import BlockLayout, layout_of
 from kvstore.policies.lru import LruPolicy
 from kvstore.pool import BlockPool, Reservation, part_mask
@@ -70,6 +70,21 @@ def test_a_full_pool_evicts_tails_before_heads(make_pool: MakePool, root: Root) 
     assert pool.leading(old.ids, 1) == 3
     assert pool.leading(new.ids, 1) == 5
     assert pool.check() == []
+
+
+class HeadFirst(LruPolicy):
+    """The worst a policy can ask for: heads before tails."""
+
+    def victims(self) -> Iterator[BlockId]:
+        return iter(list(super().victims())[::-1])
+
+
+def test_no_policy_can_strand_a_tail(root: Root, layout: BlockLayout) -> None:
+    pool = BlockPool(Arena(8 * PAGE_BYTES, prefault=False), HeadFirst())
+    pool.open(layout)
+    for seed in range(20):
+        assert put(pool, chain_of(root, 3 + seed % 4, seed=seed)) == 3 + seed % 4
+        assert pool.check() == []
 
 
 def test_a_touched_chain_outlives_an_untouched_one(make_pool: MakePool, root: Root) -> None:

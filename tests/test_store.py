@@ -413,3 +413,72 @@ def test_a_model_that_is_not_open_is_refused(store: KVStore, model: ModelId) -> 
 def test_a_save_outside_the_chain_is_refused(store: KVStore, root: Root) -> None:
     with pytest.raises(ConfigError, match="blocks 1…9 are outside the chain, which has 3 full blocks"):
         store.save(chain_of(root, 3), 1, 9)
+
+
+# -- several parts a block -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gridded(model: ModelId) -> Root:
+    """Two parts a block, one a head."""
+    return Root(dataclasses.replace(model, part_heads=1))
+
+
+def test_a_block_that_lacks_one_part_below_ends_the_load_and_leaves_no_trace(
+    make_store: MakeStore, gridded: Root
+) -> None:
+    tier = DictTier()
+    store = make_store(tiers=[tier], mover=THROUGH)
+    store.open(gridded.model)
+    chain = chain_of(gridded, 8)
+    save_all(store, chain)
+    store.flush()
+    store.drop_host()
+    store.match(chain, "r", wait_s=5)
+    lost = tier.values.pop(PartKey(gridded.id, chain.ids[3], 1))
+    with store.load("r") as load:
+        assert [block.index for block in load] == [0, 1, 2]
+    assert store.match(chain, "r").num_host_blocks == 3
+    store.forget("r")
+    assert store.stats()["host.used_bytes"] == 3 * 2 * 4096
+    tier.values[PartKey(gridded.id, chain.ids[3], 1)] = lost
+
+
+def test_parts_written_by_two_ranks_make_one_block(make_store: MakeStore, gridded: Root) -> None:
+    tier = DictTier()
+    store = make_store(tiers=[tier], mover=THROUGH)
+    store.open(gridded.model)
+    chain = chain_of(gridded, 3)
+    for part in (0, 1):
+        assert store.match(chain, "both").num_blocks == 0
+        with store.save(chain, 0, 3, parts=(part,)) as save:
+            for index in save.indices:
+                view = save.views(index)[0]
+                assert view is not None
+                view[:] = content(chain, index, part, len(view))
+            save.commit()
+        assert store.match(chain, "rank", parts=(part,)).num_blocks == 3
+    store.forget("both")
+    store.forget("rank")
+    assert load_all(store, chain) == ["host"] * 3
+    store.flush()
+    store.drop_host()
+    assert load_all(store, chain) == ["dict"] * 3
+
+
+def test_a_tier_that_came_back_empty_is_filled_again_by_use(make_store: MakeStore, root: Root) -> None:
+    tier = DictTier()
+    store = make_store(tiers=[tier], mover=THROUGH)
+    chain, other = chain_of(root, 4), chain_of(root, 2, seed=1)
+    save_all(store, chain)
+    store.flush()
+    tier.down = True
+    save_all(store, other)
+    store.flush()
+    tier.values.clear()
+    tier.down = False
+    load_all(store, other, request="other")
+    store.flush()
+    load_all(store, chain)
+    store.flush()
+    assert len(tier.values) == 6

@@ -120,6 +120,26 @@ class StoreMachine(RuleBasedStateMachine):
     def drop_host(self) -> None:
         self.store.drop_host()
 
+    @rule()
+    def flush_and_drop_host(self) -> None:
+        self.store.flush(2)
+        self.store.drop_host()
+
+    @precondition(lambda self: self.tier.values)
+    @rule(which=st.integers(0, 99))
+    def lose_a_value_below(self, which: int) -> None:
+        with self.tier.lock:
+            keys = list(self.tier.values)
+            doomed = keys[which % len(keys)]
+            # With all that hangs from it, as a tier that keeps its contract would.
+            gone = {doomed.block}
+            for key in keys:
+                if self.tier.meta[key.block].parent in gone:
+                    gone.add(key.block)
+            for key in keys:
+                if key.block in gone and (key.part == doomed.part):
+                    del self.tier.values[key]
+
     @rule(down=st.booleans())
     def turn_tier(self, down: bool) -> None:
         self.tier.down = down
