@@ -4,6 +4,7 @@
     PagedKV      which tensors hold the KV, and what each of their axes means
     PageCopier   gather (save) and scatter (load) whole blocks, many in one call
     to_tensor    a slot as a tensor, without a copy
+    copy_rows    one strided copy between tensors, for engines that have no pages
 
 A slot is a memoryview of a part's canonical bytes, `[layers][kv][tokens][heads][head_dim]`. Bytes are never
 converted here, so fp8 and bf16 are just bytes.
@@ -58,6 +59,32 @@ def to_tensor(view: memoryview, part: PartLayout, dtype: torch.dtype) -> torch.T
     raw = (ctypes.c_char * view.nbytes).from_address(array.ctypes.data)
     raw.keep = array  # type: ignore[attr-defined]  # the tensor holds raw, raw holds the view
     return torch.frombuffer(raw, dtype=dtype).view(part.shape)
+
+
+def copy_rows(into: torch.Tensor, source: torch.Tensor) -> None:
+    """`into.copy_(source)` for tensors alike in shape and dtype, each with any strides.
+
+    On the CPU by numpy and thus on this thread alone: torch splits such copies over its thread pool, whose
+    barrier costs ten times the copy as soon as another process wants a core. With a device on either side it
+    is torch's own copy, asynchronous where the host side is pinned.
+    """
+    if into.shape != source.shape or into.dtype != source.dtype:
+        raise ValueError(f"cannot copy {_kind(source)} into {_kind(into)}")
+    if into.device.type != "cpu" or source.device.type != "cpu":
+        into.copy_(source, non_blocking=True)
+        return
+    row_bytes = into.element_size()
+    axes = list(zip(into.shape, into.stride(), source.stride(), strict=True))
+    axes = [(size, a * row_bytes, b * row_bytes) for size, a, b in axes]
+    while axes and (axes[-1][0] == 1 or axes[-1][1] == axes[-1][2] == row_bytes):
+        row_bytes *= axes.pop()[0]
+    shape = tuple(size for size, _, _ in axes)
+    row: np.dtype[np.void] = np.dtype((np.void, row_bytes))
+    views = []
+    for tensor, at in ((into, 1), (source, 2)):
+        steps = tuple(axis[at] for axis in axes)
+        views.append(np.ndarray(shape, row, _memory(tensor.data_ptr(), _extent(tensor)), strides=steps))
+    views[0][...] = views[1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,9 +172,7 @@ def _logical(tensor: torch.Tensor, axes: str, page_tokens: int) -> torch.Tensor:
     if "slot" in names:
         at = names.index("slot")
         if page_tokens < 1 or tensor.shape[at] % page_tokens:
-            raise ConfigError(
-                f"a slot axis of {tensor.shape[at]} does not divide into pages of {page_tokens} tokens"
-            )
+            raise ConfigError(f"a slot axis of {tensor.shape[at]} does not divide into pages of {page_tokens} tokens")
         tensor = tensor.unflatten(at, (-1, page_tokens))  # type: ignore[no-untyped-call]
         names[at : at + 1] = ["page", "token"]
     for name in ("layer", "kv", "head"):
@@ -155,9 +180,7 @@ def _logical(tensor: torch.Tensor, axes: str, page_tokens: int) -> torch.Tensor:
             tensor = tensor.unsqueeze(0)
             names.insert(0, name)
     if sorted(names) != sorted(_AXES):
-        raise ConfigError(
-            f"axes {axes!r} must be among {' '.join(_AXES)}, with page and token (or slot) and dim"
-        )
+        raise ConfigError(f"axes {axes!r} must be among {' '.join(_AXES)}, with page and token (or slot) and dim")
     return tensor.permute([names.index(name) for name in _AXES])
 
 
@@ -228,9 +251,7 @@ class PageCopier:
         """Copy blocks from slots into the engine's pages; arguments and result as in `gather`."""
         return self._copy(page_ids, blocks, to_slots=False)
 
-    def _copy(
-        self, page_ids: Sequence[int], blocks: Iterable[tuple[int, SlotViews]], *, to_slots: bool
-    ) -> int:
+    def _copy(self, page_ids: Sequence[int], blocks: Iterable[tuple[int, SlotViews]], *, to_slots: bool) -> int:
         work = list(blocks)
         num_bytes = self._check(page_ids, work)
         if self.paged.device.type == "cpu":
@@ -248,22 +269,16 @@ class PageCopier:
         num_bytes = 0
         for index, views in work:
             if len(views) != len(self.parts):
-                raise ValueError(
-                    f"block {index} has {len(views)} slots for the {len(self.parts)} parts {self.parts}"
-                )
+                raise ValueError(f"block {index} has {len(views)} slots for the {len(self.parts)} parts {self.parts}")
             for cell, view in zip(self._cells, views, strict=True):
                 if view is None:
                     continue
                 if view.nbytes != cell.num_bytes:
-                    raise ValueError(
-                        f"block {index}: a slot of {view.nbytes} bytes for a part of {cell.num_bytes}"
-                    )
+                    raise ValueError(f"block {index}: a slot of {view.nbytes} bytes for a part of {cell.num_bytes}")
                 num_bytes += cell.num_bytes
             for page, _ in self._places(page_ids, index):
                 if not 0 <= page < self.paged.num_pages:
-                    raise ValueError(
-                        f"block {index}: page {page} is outside the engine's {self.paged.num_pages} pages"
-                    )
+                    raise ValueError(f"block {index}: page {page} is outside the engine's {self.paged.num_pages} pages")
         return num_bytes
 
     def _places(self, page_ids: Sequence[int], index: int) -> list[tuple[int, int]]:
@@ -271,17 +286,13 @@ class PageCopier:
         page_tokens = self.paged.page_tokens
         start = index * self._block_tokens
         if index < 0 or start + self._block_tokens > len(page_ids) * page_tokens:
-            raise ValueError(
-                f"block {index} is outside a page table of {len(page_ids)} × {page_tokens} tokens"
-            )
+            raise ValueError(f"block {index} is outside a page table of {len(page_ids)} × {page_tokens} tokens")
         return [
             (int(page_ids[token // page_tokens]), token % page_tokens // self._piece_tokens)
             for token in range(start, start + self._block_tokens, self._piece_tokens)
         ]
 
-    def _copy_part(
-        self, at: int, view: memoryview, places: Sequence[tuple[int, int]], to_slots: bool
-    ) -> None:
+    def _copy_part(self, at: int, view: memoryview, places: Sequence[tuple[int, int]], to_slots: bool) -> None:
         shape, row = self._shapes[at]
         slot = np.frombuffer(view, row).reshape(shape)
         for run in self._runs[at]:
@@ -295,13 +306,8 @@ class PageCopier:
     def _plan(self, cell: PartLayout) -> None:
         """Views over the engine's memory for one part: as few runs, and as long rows, as it allows."""
         planes = [
-            [
-                plane[:, :, cell.heads.start - self._head_at : cell.heads.stop - self._head_at]
-                for plane in layer
-            ]
-            for layer in self.paged.planes[
-                cell.layers.start - self._layer_at : cell.layers.stop - self._layer_at
-            ]
+            [plane[:, :, cell.heads.start - self._head_at : cell.heads.stop - self._head_at] for plane in layer]
+            for layer in self.paged.planes[cell.layers.start - self._layer_at : cell.layers.stop - self._layer_at]
         ]
         plane = planes[0][0]
         item = plane.element_size()
@@ -323,9 +329,7 @@ class PageCopier:
         self._shapes.append(((*addresses.shape, self._pieces, *inner), row))
         self._runs.append(runs)
 
-    def copy_on_device(
-        self, page_ids: Sequence[int], work: Sequence[tuple[int, SlotViews]], *, to_slots: bool
-    ) -> None:
+    def copy_on_device(self, page_ids: Sequence[int], work: Sequence[tuple[int, SlotViews]], *, to_slots: bool) -> None:
         """The path for device tensors, taken by `gather` and `scatter`; it runs on any torch device.
 
         On a side stream: index the pages into a contiguous stage, then one copy a block between stage and
@@ -403,6 +407,10 @@ def _check_fit(layout: BlockLayout, paged: PagedKV, layers: range, heads: range)
         )
 
 
+def _memory(address: int, num_bytes: int) -> memoryview:
+    return memoryview((ctypes.c_char * num_bytes).from_address(address))
+
+
 def _extent(plane: torch.Tensor) -> int:
     """Bytes from a plane's first element to its last."""
     steps = zip(plane.shape, plane.stride(), strict=True)
@@ -443,6 +451,6 @@ def _strided(
     low, high = int(starts.min()), int(starts.max())
     reach = sum((size - 1) * step for size, step in zip(shape[2:], steps, strict=True))
     # The memory may span gaps between tensors that are not ours: no index of the view leads there.
-    memory = memoryview((ctypes.c_char * (high - low + reach + row.itemsize)).from_address(low))
+    memory = _memory(low, high - low + reach + row.itemsize)
     offset = int(starts[0, 0]) - low
     return np.ndarray(shape, row, memory, offset=offset, strides=(layer_step, kv_step, *steps))

@@ -16,7 +16,7 @@ import torch
 from kvstore.block import ModelId
 from kvstore.errors import ConfigError
 from kvstore.layout import BlockLayout, layout_of
-from kvstore.transfer import PageCopier, PagedKV, to_tensor
+from kvstore.transfer import PageCopier, PagedKV, copy_rows, to_tensor
 
 LAYERS, HEADS, DIM, PAGES = 3, 4, 8, 40
 POISON = 0xA5
@@ -132,9 +132,7 @@ def slots_of(layout: BlockLayout, parts: tuple[int, ...], fill: int | None = Non
     slots: list[memoryview | None] = []
     for part in parts:
         size = layout.parts[part].num_bytes
-        source = (
-            torch.randint(0, 256, (size,), dtype=torch.uint8) if fill is None else torch.full((size,), fill)
-        )
+        source = torch.randint(0, 256, (size,), dtype=torch.uint8) if fill is None else torch.full((size,), fill)
         slots.append(memoryview(bytearray(source.to(torch.uint8).numpy().tobytes())))
     return slots
 
@@ -146,9 +144,7 @@ def expected(layout: BlockLayout, part: int, kv: torch.Tensor, pages: list[int],
     tokens = []
     for token in range(index * layout.model.block_tokens, (index + 1) * layout.model.block_tokens):
         page, at = pages[token // page_tokens], token % page_tokens
-        tokens.append(
-            kv[cell.layers.start : cell.layers.stop, :, page, at, cell.heads.start : cell.heads.stop]
-        )
+        tokens.append(kv[cell.layers.start : cell.layers.stop, :, page, at, cell.heads.start : cell.heads.stop])
     return bytes(torch.stack(tokens, dim=2).contiguous().numpy().tobytes())
 
 
@@ -224,9 +220,7 @@ def test_two_engines_of_different_layout_and_page_size_read_each_others_blocks()
     slots = slots_of(layout, (0,), 0)
     PageCopier(layout, writer.kv).gather([5], [(0, slots)])
     PageCopier(layout, reader.kv).scatter([8, 1, 30, 2], [(0, slots)])
-    assert expected(layout, 0, reader.logical(), [8, 1, 30, 2], 0) == expected(
-        layout, 0, writer.logical(), [5], 0
-    )
+    assert expected(layout, 0, reader.logical(), [8, 1, 30, 2], 0) == expected(layout, 0, writer.logical(), [5], 0)
 
 
 @pytest.mark.parametrize("make", ENGINES, ids=lambda make: make.__name__)
@@ -253,8 +247,7 @@ def test_ranks_of_a_parallel_engine_fill_the_blocks_of_a_single_one() -> None:
     for layers in (range(2), range(2, 3)):
         for heads in (range(2), range(2, 4)):
             planes = tuple(
-                tuple(plane[:, :, heads.start : heads.stop] for plane in whole.kv.planes[layer])
-                for layer in layers
+                tuple(plane[:, :, heads.start : heads.stop] for plane in whole.kv.planes[layer]) for layer in layers
             )
             rank = PageCopier(layout, PagedKV(planes), layers=layers, heads=heads)
             assert len(rank.parts) == len(layers)
@@ -369,3 +362,30 @@ def test_layers_at_equal_distances_are_copied_as_one_view() -> None:
     layout = layout_of(model())
     for make in (cross_layer, descending):
         assert PageCopier(layout, make(torch.bfloat16, 4).kv).num_views == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_a_strided_copy_moves_its_rows_and_nothing_beside_them(dtype: torch.dtype) -> None:
+    memory, storage = _buffer(dtype, LAYERS, 2, HEADS, 64, DIM)
+    _, slot = _buffer(dtype, LAYERS, 2, 16, HEADS, DIM)
+    before = memory.clone()
+    span = storage[:, :, :, 16:32].transpose(2, 3)
+    copy_rows(span, slot)
+    assert torch.equal(_bytes(span), _bytes(slot))
+    back = torch.empty_like(slot)
+    copy_rows(back, span)
+    assert torch.equal(_bytes(back), _bytes(slot))
+    after = memory.clone()
+    memory.copy_(before)
+    changed = (after != before)[256:-256].view(LAYERS, 2, HEADS, 64, -1)
+    assert not changed[:, :, :, :16].any()
+    assert not changed[:, :, :, 32:].any()
+    assert torch.equal(after[:256], before[:256])
+    assert torch.equal(after[-256:], before[-256:])
+
+
+def test_a_strided_copy_refuses_another_shape_or_dtype() -> None:
+    with pytest.raises(ValueError, match="cannot copy"):
+        copy_rows(torch.zeros(2, 3), torch.zeros(3, 2))
+    with pytest.raises(ValueError, match="cannot copy"):
+        copy_rows(torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.bfloat16))
