@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shared tier: parts of blocks as values in Redis or Valkey.
+
+One value per part, a frame header and a payload. Values are sent from the caller's memory and received into it;
+a value that is not exactly the one asked for is a miss, is removed, and is counted. What leaves when space runs
+out is decided here and not by the server (`maxmemory-policy noeviction`): the least recently used chains, tails
+before heads, by an order that all writers share (`redis_accounting`).
+
+    redis_names       which key, which score        redis_wire    RESP straight from and into memory
+    redis_accounting  what is there, what goes      redis_pool    connections, breaker, error mapping
+    redis_read        values into buffers           redis_write   values with their accounts, in order
+    redis_sweep       repair, and check             redis_upkeep  touches, ageing, sweeps in the background
+    valkey            a server of our own, for url="embedded"
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from kvstore.api import Hint
+from kvstore.block import BlockId, BlockMeta, PartKey, RootId
+from kvstore.codecs import CODECS
+from kvstore.errors import ConfigError
+from kvstore.layout import BlockLayout
+from kvstore.stats import Stats
+from kvstore.tiers.base import Tier
+from kvstore.tiers.redis_accounting import Accounting
+from kvstore.tiers.redis_names import MAX_BUCKETS, Names
+from kvstore.tiers.redis_pool import Breaker, Connections
+from kvstore.tiers.redis_read import Reader
+from kvstore.tiers.redis_sweep import Sweeper
+from kvstore.tiers.redis_upkeep import Upkeep
+from kvstore.tiers.redis_write import Writer
+from kvstore.tiers.valkey import EmbeddedServer
+
+EMBEDDED = "embedded"
+_EMBEDDED_CAPACITY_BYTES = 1 << 30
+_PRESENCE_BATCH = 4096
+
+
+class RedisTier(Tier):
+    """Redis 7 or Valkey, one node. Each process has its own; any number of them share a server."""
+
+    @dataclass(frozen=True, slots=True)
+    class Options:
+        """Settings.
+
+        Attributes:
+            url: redis://, rediss:// or unix://, as redis-py reads them (user, password, database, TLS files in
+                the query); `embedded` starts a server that lives as long as this process.
+            capacity_bytes: limit of what all stores on this server keep together; give all the same. 0 takes
+                80 % of the server's `maxmemory`, and where it has none, no limit (1 GiB for `embedded`).
+            num_buckets: how many ways a namespace is cut. Part of key names: stores that share must agree.
+            connections: for loads, and as many again for all else, so that loads never wait behind stores.
+            codec: how values are written; whatever codec they name is read.
+            ttl_s: backstop of the server: a value that nobody used and nobody evicted goes after this. Ageing
+                by score comes at half of it, tails first. 0 for neither.
+            connect_timeout_s: for connecting and authenticating, within the call's deadline.
+            call_timeout_s: deadline of calls that are given none, and of background work.
+            breaker_open_s: how long calls are refused at once after a failure, before one tries again.
+            sweep_every_s: how often all stores together repair what crashes and expiry left; 0 for never.
+        """
+
+        url: str = field(default=EMBEDDED, repr=False)  # it may hold a password
+        capacity_bytes: int = 0
+        num_buckets: int = 16
+        connections: int = 2
+        codec: str = "raw"
+        ttl_s: int = 2 * 86_400
+        connect_timeout_s: float = 1.0
+        call_timeout_s: float = 5.0
+        breaker_open_s: float = 1.0
+        sweep_every_s: float = 900.0
+
+        def __post_init__(self) -> None:
+            if not 1 <= self.num_buckets <= MAX_BUCKETS:
+                raise ConfigError(f"num_buckets is {self.num_buckets}: use 1 to {MAX_BUCKETS} (16 is a good default)")
+            if self.connections < 1:
+                raise ConfigError(f"connections is {self.connections}: use at least 1 (2 to 4 is a good choice)")
+            for name in ("capacity_bytes", "ttl_s", "sweep_every_s", "breaker_open_s"):
+                if getattr(self, name) < 0:
+                    raise ConfigError(f"{name} is {getattr(self, name)}: it must not be negative")
+            for name in ("connect_timeout_s", "call_timeout_s"):
+                if getattr(self, name) <= 0:
+                    raise ConfigError(f"{name} is {getattr(self, name)}: it must be more than 0")
+
+    name: ClassVar[str] = "redis"
+
+    def __init__(self, options: RedisTier.Options | None = None) -> None:
+        self.options: RedisTier.Options = options or RedisTier.Options()
+        self.stats = Stats()
+        codec = CODECS.load(self.options.codec)()
+        names = Names(self.options.num_buckets)
+        self._breaker = Breaker(self.options.breaker_open_s)
+        # Refuse a bad URL before a server is started for nothing.
+        self.server = EmbeddedServer() if self.options.url == EMBEDDED else None
+        url = self.server.url if self.server else self.options.url
+        capacity_bytes = self.options.capacity_bytes or (_EMBEDDED_CAPACITY_BYTES if self.server else 0)
+        self._loads = self._connections(url)
+        self._stores = self._connections(url)
+        self._names = names
+        self._accounting = Accounting(names, capacity_bytes)
+        self._writer = Writer(self._accounting, codec, self.options.ttl_s)
+        self._reader = Reader(names)
+        self._sweeper = Sweeper(self._accounting)
+        self._upkeep = Upkeep(
+            self._stores,
+            self._accounting,
+            self._sweeper,
+            ttl_s=self.options.ttl_s,
+            call_timeout_s=self.options.call_timeout_s,
+            sweep_every_s=self.options.sweep_every_s,
+        )
+        self.bind(self.stats)
+
+    def _connections(self, url: str) -> Connections:
+        options = self.options
+        return Connections(url, options.connections, options.connect_timeout_s, self._breaker)
+
+    def bind(self, stats: Stats) -> None:
+        super().bind(stats)
+        self._upkeep.stats = stats
+
+    def open(self, layout: BlockLayout) -> None:
+        self._writer.learn(layout)
+
+    def contains(self, keys: Sequence[PartKey], deadline_s: float) -> list[bool]:
+        deadline = time.monotonic() + deadline_s
+        present: list[bool] = []
+        if not keys:
+            return present
+        with self._loads.lease(deadline) as wire:
+            for at in range(0, len(keys), _PRESENCE_BATCH):
+                batch = keys[at : at + _PRESENCE_BATCH]
+                wire.send([self._names.pipeline("EXISTS", batch)], deadline)
+                present += wire.flags(len(batch), deadline)
+        return present
+
+    def read(self, into: Mapping[PartKey, memoryview], deadline_s: float) -> Iterator[PartKey]:
+        return self._read(into, time.monotonic() + deadline_s)
+
+    def _read(self, into: Mapping[PartKey, memoryview], deadline: float) -> Iterator[PartKey]:
+        if not into:
+            return
+        damaged: list[PartKey] = []
+        counts: dict[str, float] = {}
+        try:
+            with self._loads.lease(deadline) as wire:
+                yield from self._reader.read(wire, into, deadline, damaged, counts)
+        finally:
+            self.stats.add_all({f"redis.{name}": amount for name, amount in counts.items()})
+            if damaged:
+                self._upkeep.discard(damaged)
+
+    def write(
+        self, parts: Mapping[PartKey, memoryview], meta: Mapping[BlockId, BlockMeta], deadline_s: float
+    ) -> set[PartKey]:
+        deadline = time.monotonic() + deadline_s
+        if not parts:
+            return set()
+        counts: dict[str, float] = {}
+        try:
+            with self._stores.lease(deadline) as wire:
+                return self._writer.write(wire, parts, meta, deadline, counts)
+        finally:
+            self.stats.add_all({f"redis.{name}": amount for name, amount in counts.items()})
+
+    def touch(self, keys: Sequence[PartKey], hint: Hint) -> None:
+        self._upkeep.touch(keys)
+
+    def remove(self, keys: Sequence[PartKey]) -> None:
+        deadline = time.monotonic() + self.options.call_timeout_s
+        if keys:
+            with self._stores.lease(deadline) as wire:
+                self._accounting.remove(wire, keys, deadline)
+
+    def clear(self, root: RootId | None) -> None:
+        deadline = time.monotonic() + self.options.call_timeout_s
+        with self._stores.lease(deadline) as wire:
+            self._sweeper.clear(wire, root, deadline)
+
+    def sweep(self) -> dict[str, int]:
+        """Repair what crashes and expiry left: returns what was found, by kind. Costs a look at every header."""
+        deadline = time.monotonic() + self.options.call_timeout_s
+        with self._stores.lease(deadline) as wire:
+            return self._sweeper.sweep(wire, deadline)
+
+    def settle(self, deadline_s: float) -> bool:
+        """Wait until touches and removals handed to the background are done; False if time ran out first."""
+        return self._upkeep.settle(deadline_s)
+
+    def accounted_bytes(self) -> int:
+        """What all stores keep on this server, by its own count."""
+        deadline = time.monotonic() + self.options.call_timeout_s
+        with self._stores.lease(deadline) as wire:
+            return self._accounting.total_bytes(wire, deadline)
+
+    def check(self) -> list[str]:
+        """Broken invariants: accounts without values or the reverse, wrong sums, blocks without their parents.
+
+        Meaningful while nobody writes.
+        """
+        deadline = time.monotonic() + self.options.call_timeout_s
+        with self._stores.lease(deadline) as wire:
+            return self._sweeper.check(wire, deadline)
+
+    def close(self) -> None:
+        self._upkeep.close()
+        self._loads.close()
+        self._stores.close()
+        if self.server is not None:
+            self.server.close()

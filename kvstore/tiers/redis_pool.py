@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Connections to one server, the circuit breaker before them, and the one edge where foreign errors end.
+
+redis-py connects and authenticates; the socket then belongs to a `Wire`. A wire goes back to the pool only if its
+conversation ended well and in step; anything else, a generator closed early included, closes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, cast
+
+import redis
+import redis.backoff
+import redis.exceptions
+import redis.retry
+
+from kvstore.errors import ConfigError, TierError, TierTimeout, TierUnavailable
+from kvstore.tiers.redis_wire import ProtocolBroken, ReplyError, Wire, stream_over
+
+log = logging.getLogger("kvstore.tiers.redis")
+
+TIER = "redis"
+
+
+@contextlib.contextmanager
+def map_redis_errors() -> Iterator[None]:
+    """Whatever redis-py, the socket or the server raised leaves here as TierTimeout or TierUnavailable."""
+    try:
+        yield
+    except (redis.exceptions.TimeoutError, TimeoutError) as exc:
+        raise TierTimeout(TIER, str(exc) or "timed out") from exc
+    except (redis.exceptions.AuthenticationError, redis.exceptions.AuthorizationError) as exc:
+        raise TierUnavailable(TIER, f"the server refuses our user or password: {exc}") from exc
+    except (
+        redis.exceptions.RedisError,
+        redis.exceptions.RedisClusterException,
+        redis.exceptions.ChildDeadlockedError,
+        ProtocolBroken,
+        ReplyError,
+        OSError,
+    ) as exc:
+        raise TierUnavailable(TIER, f"{type(exc).__name__}: {exc}") from exc
+
+
+class Breaker:
+    """Closed while the server works; after a failure open for `open_s`, then one call tries it.
+
+    While open, and while that one call is under way, all others are refused at once. A refusal costs
+    microseconds, so a dead server costs its callers nothing but shorter hits.
+    """
+
+    def __init__(self, open_s: float) -> None:
+        self._open_s = open_s
+        self._lock = threading.Lock()
+        self._failing = False
+        self._retry_at = 0.0
+        self._last_error = ""
+
+    @property
+    def closed(self) -> bool:
+        return not self._failing
+
+    def admit(self) -> None:
+        """Raises TierUnavailable unless a call may be made now."""
+        if not self._failing:
+            return
+        with self._lock:
+            now = time.monotonic()
+            if now < self._retry_at:
+                raise TierUnavailable(TIER, f"not tried again yet after: {self._last_error}")
+            self._retry_at = now + self._open_s  # this call is the probe; others wait for its outcome
+
+    def succeeded(self) -> None:
+        if not self._failing:
+            return
+        with self._lock:
+            if self._failing:
+                self._failing = False
+                log.warning("redis: back after: %s", self._last_error)
+
+    def failed(self, error: TierError) -> None:
+        with self._lock:
+            self._last_error = str(error)
+            self._retry_at = time.monotonic() + self._open_s
+            if not self._failing:
+                self._failing = True
+                log.warning("redis: off until it answers again: %s", error)
+
+
+class Connections:
+    """Up to `limit` wires, made when needed, the most recently used first. Thread-safe."""
+
+    def __init__(self, url: str, limit: int, connect_timeout_s: float, breaker: Breaker) -> None:
+        try:
+            # Only parses: nothing connects here.
+            self._template = redis.ConnectionPool.from_url(url, protocol=2)
+        except ValueError as exc:
+            raise ConfigError(
+                f"the redis URL is not usable: {exc}; use redis://, rediss:// or unix:// or 'embedded'"
+            ) from exc
+        self._connect_timeout_s = connect_timeout_s
+        self._breaker = breaker
+        self._changed = threading.Condition()
+        self._idle: list[Wire] = []
+        self._free = limit
+        self._closed = False
+        self._owner = os.getpid()
+
+    @contextlib.contextmanager
+    def lease(self, deadline: float) -> Iterator[Wire]:
+        """A wire for one conversation. Raises TierUnavailable or TierTimeout; wakes the breaker on both.
+
+        A time-out while waiting for a wire, or after the server was heard in this conversation, says that it is
+        busy and not that it is gone: the breaker stays closed.
+        """
+        self._breaker.admit()
+        self._take_place(deadline)
+        wire: Wire | None = None
+        try:
+            with map_redis_errors():
+                wire = self._idle_wire() or self._connect(deadline)
+                wire.heard = False
+                yield wire
+        except TierError as exc:
+            if not (isinstance(exc, TierTimeout) and wire is not None and wire.heard):
+                self._breaker.failed(exc)
+            self._give_place(wire, in_order=False)
+            raise
+        except BaseException:
+            self._give_place(wire, in_order=False)
+            raise
+        self._breaker.succeeded()
+        self._give_place(wire, in_order=wire.in_step())
+
+    def _take_place(self, deadline: float) -> None:
+        with self._changed:
+            if os.getpid() != self._owner:
+                raise TierUnavailable(TIER, "the process forked: open a store of its own in the child")
+            got = self._changed.wait_for(lambda: self._free > 0 or self._closed, max(0.0, deadline - time.monotonic()))
+            if self._closed:
+                raise TierUnavailable(TIER, "the tier is closed")
+            if not got:
+                raise TierTimeout(TIER, "no connection became free before the deadline")
+            self._free -= 1
+
+    def _give_place(self, wire: Wire | None, *, in_order: bool) -> None:
+        with self._changed:
+            self._free += 1
+            if wire is not None and in_order and not self._closed:
+                self._idle.append(wire)
+                wire = None
+            self._changed.notify()
+        if wire is not None:
+            wire.close()
+
+    def _idle_wire(self) -> Wire | None:
+        """The wire used last that the server has not closed meanwhile."""
+        while True:
+            with self._changed:
+                if not self._idle:
+                    return None
+                wire = self._idle.pop()
+            if wire.alive():
+                return wire
+            wire.close()
+
+    def _connect(self, deadline: float) -> Wire:
+        limit_s = min(self._connect_timeout_s, deadline - time.monotonic())
+        if limit_s <= 0:
+            raise TimeoutError("the deadline passed before connecting")
+        settings = dict(self._template.connection_kwargs)
+        settings |= {
+            "socket_connect_timeout": limit_s,
+            "socket_timeout": limit_s,
+            "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 0),
+        }
+        connection = cast(Any, self._template.connection_class)(**settings)
+        connection.connect()
+        sock, connection._sock = connection._sock, None  # from here on the socket is ours alone
+        return Wire(stream_over(sock))
+
+    def close(self) -> None:
+        """Close idle wires now and lent ones as they come back."""
+        with self._changed:
+            self._closed = True
+            idle, self._idle = self._idle, []
+            self._changed.notify_all()
+        for wire in idle:
+            wire.close()

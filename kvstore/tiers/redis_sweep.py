@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Looking at all that lies in Redis: repair (`sweep`), the same look without a hand (`check`), and `clear`.
+
+Writers keep accounts right at every moment; what is left to repair is what no single bucket can hold: blocks whose
+parent another store evicted in between, values whose TTL ran out, and what foreign hands changed.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from kvstore.block import PartKey, RootId
+from kvstore.tiers.redis_accounting import Accounting, many
+from kvstore.tiers.redis_names import REGISTRY, STEP_S, Bucket, root_tag
+from kvstore.tiers.redis_wire import Reply, Wire, command
+from kvstore.wire import frame
+from kvstore.wire.frame import FrameError, Header
+
+_PAGE = 512
+_HEAD_BYTES = frame.MIN_HEADER_BYTES + 4 * frame.MAX_TOKENS + 1024
+_MAX_PASSES = 16
+
+# KEYS: order, sizes, total. Makes both lists name the same members, and the total their sum.
+_RECOUNT = """
+local sum, fixed = 0, 0
+for _, member in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do
+  if redis.call('HEXISTS', KEYS[2], member) == 0 then
+    redis.call('ZREM', KEYS[1], member)
+    fixed = fixed + 1
+  end
+end
+local sizes = redis.call('HGETALL', KEYS[2])
+for i = 1, #sizes, 2 do
+  if redis.call('ZSCORE', KEYS[1], sizes[i]) then
+    sum = sum + sizes[i + 1]
+  else
+    redis.call('HDEL', KEYS[2], sizes[i])
+    fixed = fixed + 1
+  end
+end
+if sum ~= tonumber(redis.call('GET', KEYS[3]) or 0) then
+  redis.call('SET', KEYS[3], string.format('%.0f', sum))
+  fixed = fixed + 1
+end
+return fixed
+"""
+
+# KEYS: registry, order. ARGV: tag. A bucket without members is named no longer; its next write names it again.
+_RETIRE = """
+if redis.call('EXISTS', KEYS[2]) == 0 then return redis.call('SREM', KEYS[1], ARGV[1]) end
+return 0
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A member with what its value says of it."""
+
+    bucket: Bucket
+    member: str
+    score: float
+    header: Header | None = None
+    there: bool = False
+    parent_there: bool = True
+    parent_score: float | None = None
+
+    @property
+    def parent(self) -> PartKey | None:
+        """The same part of the block before; None for a chain's first."""
+        if self.header is None or not self.header.meta.depth:
+            return None
+        return self.header.key._replace(block=self.header.meta.parent)
+
+
+class Sweeper:
+    """Reads members from the highest score down, parents before children, a page at a time."""
+
+    def __init__(self, accounting: Accounting) -> None:
+        self._accounting = accounting
+        self._names = accounting.names
+
+    # ── repair ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def sweep(self, wire: Wire, deadline: float) -> dict[str, int]:
+        """Repair until a pass finds nothing. Returns how much of each kind was found."""
+        found: dict[str, int] = {"strays": self._remove_strays(wire, deadline)}
+        for _ in range(_MAX_PASSES):
+            changes = self._pass(wire, deadline)
+            for name, count in changes.items():
+                found[name] = found.get(name, 0) + count
+            if not any(changes.values()):
+                break
+        found["recounted"] = 0
+        for bucket in self._accounting.buckets(wire, deadline):
+            recount = command("EVAL", _RECOUNT, 3, bucket.order, bucket.sizes, bucket.total)
+            retire = command("EVAL", _RETIRE, 2, REGISTRY, bucket.order, bucket.tag)
+            fixed, _ = many(wire, [recount, retire], deadline)
+            found["recounted"] += fixed if isinstance(fixed, int) else 0
+        return found
+
+    def _pass(self, wire: Wire, deadline: float) -> dict[str, int]:
+        changes = {"empty": 0, "orphans": 0, "damaged": 0, "lowered": 0}
+        for page in self._pages(wire, None, deadline):
+            gone: set[PartKey] = set()
+            doomed: dict[Bucket, list[str]] = {}
+            empty: dict[Bucket, list[str]] = {}
+            lowered: list[bytes] = []
+            for entry in page:
+                parent = entry.parent
+                if not entry.there:
+                    empty.setdefault(entry.bucket, []).append(entry.member)
+                elif entry.header is None:
+                    doomed.setdefault(entry.bucket, []).append(entry.member)
+                    changes["damaged"] += 1
+                elif parent is not None and (parent in gone or not entry.parent_there):
+                    doomed.setdefault(entry.bucket, []).append(entry.member)
+                    gone.add(entry.header.key)
+                    changes["orphans"] += 1
+                elif entry.parent_score is not None and entry.parent_score <= entry.score:
+                    score = repr(entry.parent_score - STEP_S)
+                    lowered.append(command("ZADD", entry.bucket.order, "XX", "LT", score, entry.member))
+            if empty:
+                changes["empty"] += self._accounting.remove_members(wire, empty, deadline, only="missing")
+            if doomed:
+                self._accounting.remove_members(wire, doomed, deadline)
+            if lowered:
+                many(wire, lowered, deadline)
+                changes["lowered"] += len(lowered)
+        return changes
+
+    def _remove_strays(self, wire: Wire, deadline: float) -> int:
+        """Values that no member speaks of: nobody would ever evict them."""
+        strays: dict[Bucket, list[str]] = {}
+        for name in self._unaccounted(wire, deadline):
+            head, _, member = name.partition("}:v:")
+            strays.setdefault(Bucket(head.removeprefix("kvs1:{")), []).append(member)
+        return self._accounting.remove_members(wire, strays, deadline) if strays else 0
+
+    def _unaccounted(self, wire: Wire, deadline: float) -> list[str]:
+        """Names of values without a member, by scanning all keys."""
+        unaccounted: list[str] = []
+        cursor = b"0"
+        while True:
+            scan = command("SCAN", cursor, "MATCH", "kvs1:{*}:v:*", "COUNT", _PAGE)
+            (reply,) = many(wire, [scan], deadline)
+            if not isinstance(reply, list) or not isinstance(reply[1], list):
+                return unaccounted
+            names = [name.decode(errors="replace") for name in reply[1] if isinstance(name, bytes)]
+            lookups = []
+            for name in names:
+                head, _, member = name.partition("}:v:")
+                lookups.append(command("ZSCORE", head + "}:z", member))
+            scores = many(wire, lookups, deadline) if lookups else []
+            unaccounted += (name for name, score in zip(names, scores, strict=True) if score is None)
+            cursor = reply[0] if isinstance(reply[0], bytes) else b"0"
+            if cursor == b"0":
+                return unaccounted
+
+    # ── looking ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _pages(self, wire: Wire, root: RootId | None, deadline: float) -> Iterator[list[_Entry]]:
+        """All members with their headers and their parents' state, from the highest score down."""
+        buckets = [
+            bucket
+            for bucket in self._accounting.buckets(wire, deadline)
+            if root is None or bucket.tag.startswith(root_tag(root))
+        ]
+        descending = heapq.merge(
+            *(self._members(wire, bucket, deadline) for bucket in buckets), key=lambda entry: -entry.score
+        )
+        page: list[_Entry] = []
+        for entry in descending:
+            page.append(entry)
+            if len(page) == _PAGE:
+                yield self._with_headers(wire, page, deadline)
+                page = []
+        if page:
+            yield self._with_headers(wire, page, deadline)
+
+    def _members(self, wire: Wire, bucket: Bucket, deadline: float) -> Iterator[_Entry]:
+        """Pages follow scores and not ranks, which shift while members come and go."""
+        highest, num_ties = b"+inf", 0
+        while True:
+            window = ("WITHSCORES", "LIMIT", num_ties, _PAGE)
+            query = command("ZREVRANGEBYSCORE", bucket.order, highest, "-inf", *window)
+            (reply,) = many(wire, [query], deadline)
+            flat = [item for item in reply if isinstance(item, bytes)] if isinstance(reply, list) else []
+            for member, score in zip(flat[0::2], flat[1::2], strict=True):
+                yield _Entry(bucket, member.decode(), float(score))
+            if len(flat) < 2 * _PAGE:
+                return
+            lowest = flat[-1]
+            num_ties = flat[1::2].count(lowest) + (num_ties if lowest == highest else 0)
+            highest = lowest
+
+    def _with_headers(self, wire: Wire, page: Sequence[_Entry], deadline: float) -> list[_Entry]:
+        values = [entry.bucket.values + entry.member for entry in page]
+        kinds = many(wire, [command("TYPE", value) for value in values], deadline)
+        strings = [value for value, kind in zip(values, kinds, strict=True) if kind == b"string"]
+        lookups = [command("GETRANGE", value, 0, _HEAD_BYTES - 1) for value in strings]
+        lookups += [command("STRLEN", value) for value in strings]
+        replies = many(wire, lookups, deadline)
+        heads, lengths = iter(replies[: len(strings)]), iter(replies[len(strings) :])
+        entries = []
+        for entry, kind in zip(page, kinds, strict=True):
+            if kind == b"none":
+                entries.append(entry)
+            else:
+                header = _header(next(heads), next(lengths)) if kind == b"string" else None
+                if header is not None and self._names.member(header.key.block, header.key.part) != entry.member:
+                    header = None
+                entries.append(replace(entry, header=header, there=True))
+        return self._with_parents(wire, entries, deadline)
+
+    def _with_parents(self, wire: Wire, entries: Sequence[_Entry], deadline: float) -> list[_Entry]:
+        parents = [parent for entry in entries if (parent := entry.parent) is not None]
+        if not parents:
+            return list(entries)
+        lookups = [command("EXISTS", self._names.value(parent)) for parent in parents]
+        for parent in parents:
+            member = self._names.member(parent.block, parent.part)
+            lookups.append(command("ZSCORE", self._names.bucket(parent).order, member))
+        replies = many(wire, lookups, deadline)
+        exists, scores = iter(replies[: len(parents)]), iter(replies[len(parents) :])
+        result = []
+        for entry in entries:
+            if entry.parent is None:
+                result.append(entry)
+                continue
+            score = next(scores)
+            result.append(
+                replace(
+                    entry,
+                    parent_there=next(exists) == 1,
+                    parent_score=float(score) if isinstance(score, bytes) else None,
+                )
+            )
+        return result
+
+    # ── check and clear ────────────────────────────────────────────────────────────────────────────────────
+
+    def check(self, wire: Wire, deadline: float) -> list[str]:
+        """Broken invariants in words; see `RedisTier.check`."""
+        problems = [f"{name} has no account" for name in self._unaccounted(wire, deadline)]
+        for page in self._pages(wire, None, deadline):
+            for entry in page:
+                where = f"{entry.bucket.values}{entry.member}"
+                if not entry.there:
+                    problems.append(f"{where} is accounted and not there")
+                elif entry.header is None:
+                    problems.append(f"{where} is damaged")
+                elif not entry.parent_there:
+                    problems.append(f"{where} lacks its parent")
+                elif entry.parent_score is not None and entry.parent_score <= entry.score:
+                    problems.append(f"{where} scores above its parent")
+        for bucket in self._accounting.buckets(wire, deadline):
+            problems += self._check_sums(wire, bucket, deadline)
+        return problems
+
+    def _check_sums(self, wire: Wire, bucket: Bucket, deadline: float) -> list[str]:
+        members, sizes, total = many(
+            wire,
+            [
+                command("ZRANGE", bucket.order, 0, -1),
+                command("HGETALL", bucket.sizes),
+                command("GET", bucket.total),
+            ],
+            deadline,
+        )
+        named = set(members) if isinstance(members, list) else set()
+        flat = sizes if isinstance(sizes, list) else []
+        by_member = dict(zip(flat[0::2], (_as_int(size) for size in flat[1::2]), strict=True))
+        problems = []
+        if named != set(by_member):
+            problems.append(f"{bucket.tag}: {len(named)} members are ordered and {len(by_member)} have sizes")
+        if sum(by_member.values()) != _as_int(total):
+            problems.append(f"{bucket.tag}: sizes sum to {sum(by_member.values())}, the count says {_as_int(total)}")
+        values = [bucket.values + member.decode() for member in by_member if isinstance(member, bytes)]
+        lengths = many(wire, [command("STRLEN", value) for value in values], deadline) if values else []
+        for value, length, size in zip(values, lengths, by_member.values(), strict=True):
+            if _as_int(length) > size:
+                problems.append(f"{value} has {_as_int(length)} bytes and {size} accounted")
+        return problems
+
+    def clear(self, wire: Wire, root: RootId | None, deadline: float) -> None:
+        """Remove everything of a namespace, or of all."""
+        for bucket in self._accounting.buckets(wire, deadline):
+            if root is None or bucket.tag.startswith(root_tag(root)):
+                self._accounting.evict_below(wire, [bucket], b"+inf", deadline)
+        if root is None:
+            self._remove_strays(wire, deadline)
+
+
+def _header(head: Reply, length: Reply) -> Header | None:
+    """The header of a value that begins so and is so long; None where that is not a frame."""
+    if not isinstance(head, bytes) or not isinstance(length, int):
+        return None
+    try:
+        header = frame.unpack(head)
+        if header.meta.block_id() != header.key.block:
+            return None
+        header_bytes = frame.measure(head)
+    except FrameError:
+        return None
+    return header if header_bytes + header.payload_bytes == length else None
+
+
+def _as_int(reply: Reply) -> int:
+    return int(reply) if isinstance(reply, (bytes, int)) else 0

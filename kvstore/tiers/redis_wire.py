@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RESP on a bare socket: bulk bytes go between the caller's memory and the kernel with nothing in between.
+
+redis-py makes the connection (URL, TLS, ACL, database); then its socket is ours. Its parser would copy every
+value twice and cap reads at a few hundred MB/s. Every call takes an absolute deadline on `time.monotonic`.
+
+Invariant: `Wire` is either in step (every reply that was asked for has been read) or it is closed. Whoever stops
+half-way, for whatever reason, closes it.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import ssl
+import struct
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+Buffer = bytes | bytearray | memoryview
+Reply = int | bytes | list["Reply"] | None
+
+_SCRATCH_BYTES = 64 << 10
+_MAX_IOVECS = 512
+"""The kernel's limit is 1,024."""
+
+
+class ReplyError(Exception):
+    """An error the server answered with, such as `WRONGTYPE …`. The wire stays in step."""
+
+    @property
+    def code(self) -> str:
+        return str(self).partition(" ")[0]
+
+
+class ProtocolBroken(Exception):
+    """Bytes that are not the reply expected here, or the end of the stream."""
+
+
+class Stream(Protocol):
+    """Blocking socket I/O under a deadline. Raises TimeoutError once it has passed."""
+
+    def send(self, buffers: list[Buffer], deadline: float) -> int: ...
+
+    def recv(self, view: memoryview, deadline: float, *, fill: bool) -> int: ...
+
+    def silent(self) -> bool:
+        """Open, and nothing waits to be read."""
+
+    def close(self) -> None: ...
+
+
+def _remaining_s(deadline: float) -> float:
+    remaining = deadline - time.monotonic()
+    if remaining <= 0:
+        raise TimeoutError("the deadline passed")
+    return remaining
+
+
+class PlainStream:
+    """A socket in blocking mode whose time-outs the kernel keeps.
+
+    Python's own time-outs make the socket non-blocking and poll before each call, and a non-blocking socket
+    hands out what little lies in its buffer; this one fills megabytes in one call (MSG_WAITALL).
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        sock.setblocking(True)
+
+    def _limit(self, option: int, deadline: float) -> None:
+        seconds, fraction = divmod(_remaining_s(deadline), 1.0)
+        # A zero would mean "for ever".
+        packed = struct.pack("@ll", int(seconds), max(1, int(fraction * 1e6)))
+        self._sock.setsockopt(socket.SOL_SOCKET, option, packed)
+
+    def send(self, buffers: list[Buffer], deadline: float) -> int:
+        self._limit(socket.SO_SNDTIMEO, deadline)
+        try:
+            return self._sock.sendmsg(buffers)
+        except BlockingIOError as exc:
+            raise TimeoutError("the deadline passed while sending") from exc
+
+    def recv(self, view: memoryview, deadline: float, *, fill: bool) -> int:
+        self._limit(socket.SO_RCVTIMEO, deadline)
+        try:
+            return self._sock.recv_into(view, 0, socket.MSG_WAITALL if fill else 0)
+        except BlockingIOError as exc:
+            raise TimeoutError("the deadline passed while receiving") from exc
+
+    def silent(self) -> bool:
+        return _silent(self._sock)
+
+    def close(self) -> None:
+        self._sock.close()
+
+
+class TlsStream:
+    """A TLS socket: no scatter I/O, no flags; OpenSSL copies anyway."""
+
+    def __init__(self, sock: ssl.SSLSocket) -> None:
+        self._sock = sock
+
+    def send(self, buffers: list[Buffer], deadline: float) -> int:
+        self._sock.settimeout(_remaining_s(deadline))
+        self._sock.sendall(buffers[0])
+        return len(buffers[0])
+
+    def recv(self, view: memoryview, deadline: float, *, fill: bool) -> int:
+        self._sock.settimeout(_remaining_s(deadline))
+        return self._sock.recv_into(view)
+
+    def silent(self) -> bool:
+        return self._sock.pending() == 0 and _silent(self._sock)
+
+    def close(self) -> None:
+        self._sock.close()
+
+
+def _silent(sock: socket.socket) -> bool:
+    """Neither bytes nor an end of stream wait on the descriptor itself."""
+    poller = select.poll()
+    poller.register(sock.fileno(), select.POLLIN)
+    return not poller.poll(0)
+
+
+def stream_over(sock: socket.socket) -> Stream:
+    """The fastest stream for this kind of socket."""
+    return TlsStream(sock) if isinstance(sock, ssl.SSLSocket) else PlainStream(sock)
+
+
+class Wire:
+    """One connection, one conversation at a time. Not thread-safe; the pool lends it to one thread."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._scratch = bytearray(_SCRATCH_BYTES)
+        self._view = memoryview(self._scratch)
+        self._start = 0
+        self._end = 0
+        self.left = 0
+        """Bytes of the current value not read yet."""
+        self.heard = False
+        """Something was received since it was set False: the server is alive, if slow."""
+
+    def close(self) -> None:
+        self._stream.close()
+
+    # ── sending ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def send(self, buffers: Sequence[Buffer], deadline: float) -> None:
+        """Send all of `buffers` in order, without joining them. Raises TimeoutError or OSError."""
+        pending: list[Buffer] = [buffer for buffer in buffers if len(buffer)]
+        while pending:
+            sent = self._stream.send(pending[:_MAX_IOVECS], deadline)
+            num_done = 0
+            while num_done < len(pending) and sent >= len(pending[num_done]):
+                sent -= len(pending[num_done])
+                num_done += 1
+            del pending[:num_done]
+            if sent:
+                pending[0] = memoryview(pending[0])[sent:]
+
+    # ── receiving ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def _fill(self, limit: int, deadline: float) -> None:
+        """Receive up to `limit` more bytes into the scratch buffer, at least one."""
+        if self._start == self._end:
+            self._start = self._end = 0
+        elif self._end + limit > _SCRATCH_BYTES:
+            size = self._end - self._start
+            self._scratch[:size] = self._scratch[self._start : self._end]
+            self._start, self._end = 0, size
+        room = self._view[self._end : min(_SCRATCH_BYTES, self._end + limit)]
+        if not room:
+            raise ProtocolBroken("a reply line longer than the buffer")
+        self._end += self._recv(room, deadline, fill=False)
+
+    def _recv(self, view: memoryview, deadline: float, *, fill: bool) -> int:
+        count = self._stream.recv(view, deadline, fill=fill)
+        if not count:
+            raise ProtocolBroken("the server closed the connection")
+        self.heard = True
+        return count
+
+    def _line(self, deadline: float, limit: int) -> bytes:
+        """One reply line without its end. `limit` bounds how far past it to read."""
+        searched = self._start
+        while True:
+            found = self._scratch.find(b"\r\n", searched, self._end)
+            if found >= 0:
+                line = bytes(self._view[self._start : found])
+                self._start = found + 2
+                return line
+            pending = self._end - self._start
+            self._fill(limit, deadline)
+            searched = max(self._start, self._start + pending - 1)
+
+    def reply(self, deadline: float) -> Reply | ReplyError:
+        """One whole reply, errors as values so that the rest of a pipeline can be read."""
+        return self._parse(self._line(deadline, _SCRATCH_BYTES // 2), deadline)
+
+    def _parse(self, line: bytes, deadline: float) -> Reply | ReplyError:
+        kind, rest = line[:1], line[1:]
+        if kind == b"+":
+            return rest
+        if kind == b"-":
+            return ReplyError(rest.decode(errors="replace"))
+        number = _integer(rest)
+        if kind == b":":
+            return number
+        if kind == b"$":
+            return None if number < 0 else self._bulk(number, deadline)
+        if kind == b"*":
+            if number < 0:
+                return None
+            items: list[Reply] = []
+            for _ in range(number):
+                item = self.reply(deadline)
+                if isinstance(item, ReplyError):
+                    # Only EXEC nests errors; the first is what the whole came to, the rest must still be read.
+                    return self._drain(item, number - len(items) - 1, deadline)
+                items.append(item)
+            return items
+        raise ProtocolBroken(f"{line[:32]!r} is no reply")
+
+    def _drain(self, error: ReplyError, num_replies: int, deadline: float) -> ReplyError:
+        for _ in range(num_replies):
+            self.reply(deadline)
+        return error
+
+    def _bulk(self, length: int, deadline: float) -> bytes:
+        data = bytearray(length)
+        self.left = length
+        self.read_into(memoryview(data), deadline)
+        self.finish_bulk(deadline)
+        return bytes(data)
+
+    def begin_bulk(self, deadline: float, peek_bytes: int) -> int | ReplyError | None:
+        """Begin reading a GET's reply: its length, None for nil, or the server's error.
+
+        Whoever got a length reads what it wants of it with `peek` and `read_into`, then calls `finish_bulk`.
+        `peek_bytes` bounds how much of the value may come into the scratch buffer, and be copied once more.
+        """
+        line = self._line(deadline, peek_bytes)
+        if line[:1] == b"-":
+            return ReplyError(line[1:].decode(errors="replace"))
+        if line[:1] != b"$":
+            raise ProtocolBroken(f"{line[:32]!r} is no bulk reply")
+        length = _integer(line[1:])
+        if length < 0:
+            return None
+        self.left = length
+        return length
+
+    def peek(self, num_bytes: int, deadline: float) -> bytes:
+        """Read `num_bytes` of the current value into new bytes."""
+        self._claim(num_bytes)
+        return self._take(num_bytes, deadline)
+
+    def read_into(self, into: memoryview, deadline: float) -> None:
+        """Fill `into` from the current value."""
+        self._claim(len(into))
+        buffered = min(len(into), self._end - self._start)
+        if buffered:
+            into[:buffered] = self._view[self._start : self._start + buffered]
+            self._start += buffered
+        while buffered < len(into):
+            buffered += self._recv(into[buffered:], deadline, fill=True)
+
+    def finish_bulk(self, deadline: float) -> None:
+        """Read on over the rest of the current value and its end."""
+        while self.left:
+            if self._start == self._end:
+                self._fill(min(self.left, _SCRATCH_BYTES), deadline)
+            step = min(self.left, self._end - self._start)
+            self._start += step
+            self.left -= step
+        if self._take(2, deadline) != b"\r\n":
+            raise ProtocolBroken("a value is not followed by its end")
+
+    def _claim(self, num_bytes: int) -> None:
+        if num_bytes > self.left:
+            raise ProtocolBroken(f"{num_bytes} bytes wanted of a value with {self.left} left")
+        self.left -= num_bytes
+
+    def _take(self, num_bytes: int, deadline: float) -> bytes:
+        while self._end - self._start < num_bytes:
+            self._fill(num_bytes - (self._end - self._start), deadline)
+        data = bytes(self._view[self._start : self._start + num_bytes])
+        self._start += num_bytes
+        return data
+
+    def flags(self, count: int, deadline: float) -> list[bool]:
+        """`count` one-digit integer replies, as EXISTS gives them: thousands in one go."""
+        size = 4 * count
+        if size <= _SCRATCH_BYTES // 2:
+            while self._end - self._start < size and self._looks_like_flags():
+                self._fill(size - (self._end - self._start), deadline)
+            if self._end - self._start >= size and self._looks_like_flags():
+                data = bytes(self._view[self._start : self._start + size])
+                if data[0::4] == b":" * count and data[3::4] == b"\n" * count:
+                    self._start += size
+                    return [byte == 0x31 for byte in data[1::4]]
+        replies = [self.reply(deadline) for _ in range(count)]
+        for reply in replies:
+            if isinstance(reply, ReplyError):
+                raise reply
+        return [reply == 1 for reply in replies]
+
+    def _looks_like_flags(self) -> bool:
+        return self._start == self._end or self._scratch[self._start] == 0x3A
+
+    def alive(self) -> bool:
+        """The server has neither hung up nor said anything since the last conversation."""
+        return self.in_step() and self._stream.silent()
+
+    def in_step(self) -> bool:
+        """All that was received was also read."""
+        return self._start == self._end and not self.left
+
+
+def _integer(digits: bytes) -> int:
+    try:
+        return int(digits)
+    except ValueError as exc:
+        raise ProtocolBroken(f"{digits[:32]!r} is no number") from exc
+
+
+def command(*words: bytes | str | int | float) -> bytes:
+    """One command as RESP."""
+    parts = [b"*%d\r\n" % len(words)]
+    for word in words:
+        data = (
+            word if isinstance(word, bytes) else repr(word).encode() if isinstance(word, float) else str(word).encode()
+        )
+        parts.append(b"$%d\r\n%b\r\n" % (len(data), data))
+    return b"".join(parts)
