@@ -64,6 +64,7 @@ UP_TO_2 = (
     "kvstore.codecs.*",
     "kvstore.wire.frame",
     "kvstore.arena",
+    "kvstore.copying",
     "kvstore.index",
     "kvstore.transfer",
 )
@@ -124,8 +125,9 @@ RULES: dict[str, Rule] = {
     "kvstore.wire.frame": Rule(1, FOUNDATIONS, ("xxhash",), never=CODEC_NEVER),
     # 2: memory, and what lies where in it
     "kvstore.arena": Rule(2, FOUNDATIONS),
+    "kvstore.copying": Rule(2, FOUNDATIONS),
     "kvstore.index": Rule(2, FOUNDATIONS),
-    "kvstore.transfer": Rule(2, FOUNDATIONS, ("torch",)),
+    "kvstore.transfer": Rule(2, (*FOUNDATIONS, "kvstore.copying"), ("torch",)),
     # 3: places to keep blocks
     "kvstore.pool": Rule(3, UP_TO_2),
     "kvstore.device": Rule(3, (*UP_TO_2, "kvstore.pool"), ("torch",)),

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The streaming copy equals numpy's assignment, to the byte and to the border."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvstore.copying import MIN_BYTES, assign, copy_bytes, is_native
+
+
+def test_the_native_copy_is_built_here() -> None:
+    assert is_native(), "kvstore._copy is missing: is there a C compiler? run `make venv` again"
+
+
+@given(
+    lead=st.integers(0, 200), tail=st.integers(0, 200), extra=st.integers(0, 300), shift=st.integers(0, 100)
+)
+@settings(max_examples=60, deadline=None)
+def test_any_alignment_and_length_copies_exactly_and_nothing_beyond(
+    lead: int, tail: int, extra: int, shift: int
+) -> None:
+    size = MIN_BYTES + extra
+    source = np.random.default_rng(0).integers(0, 256, size + shift, np.uint8)
+    into = np.full(lead + size + tail, 7, np.uint8)
+    assign(into[lead : lead + size], source[shift:])
+    assert np.array_equal(into[lead : lead + size], source[shift:])
+    assert (into[:lead] == 7).all()
+    assert (into[lead + size :] == 7).all()
+
+
+@pytest.mark.parametrize("row", [1, 7, 100, 256, 333, 4096])
+@pytest.mark.parametrize("flip", [False, True])
+def test_strided_axes_copy_like_numpy(row: int, flip: bool) -> None:
+    rng = np.random.default_rng(row)
+    count = MIN_BYTES // row // 12 + 1
+    source = rng.integers(0, 256, (2, count + 3, 3, 2, row + 5), np.uint8)[:, 1:-2, :, :, 2:-3].transpose(1, 0, 3, 2, 4)
+    into = np.zeros((count, 2, 2, 3, row + 9), np.uint8)
+    expected = into.copy()
+    target, wanted = into[..., 4:-5], expected[..., 4:-5]
+    if flip:
+        target, wanted, source = target[::-1], wanted[::-1], source[:, ::-1]
+    wanted[...] = source
+    assign(target, source)
+    assert np.array_equal(into, expected)
+
+
+def test_arrays_that_differ_are_refused() -> None:
+    with pytest.raises(ValueError, match="cannot copy"):
+        assign(np.zeros(4, np.uint8), np.zeros(5, np.uint8))
+    frozen = np.frombuffer(bytes(4), np.uint8)
+    with pytest.raises(ValueError, match="read-only"):
+        assign(frozen, np.zeros(4, np.uint8))
+
+
+def test_bytes_copy_between_views() -> None:
+    source = np.random.default_rng(1).bytes(MIN_BYTES * 3)
+    into = bytearray(len(source))
+    copy_bytes(memoryview(into), memoryview(source))
+    assert into == source
