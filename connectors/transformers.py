@@ -1,0 +1,553 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hugging Face transformers (5 and later): `generate` and plain forward passes that reuse stored prefixes.
+
+    connector = TransformersConnector(model, store, revision="<commit of the weights>")
+    done = connector.generate(input_ids, max_new_tokens=64, conversation="chat-17")
+    done.sequences, done.ttft_s, done.hit_tokens
+
+Stored blocks are copied straight into a preallocated cache, the rest of the prompt runs in chunks, and blocks
+are saved as they fill, decoded ones included. At most all but the last prompt token is reused: with the whole
+prompt cached, `generate` returns wrong tokens without an error. One sequence at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
+from transformers.generation.streamers import BaseStreamer
+
+from connectors.base import Connection, Conversations, CostModel, FailOpen, LoadRule, Session
+from kvstore.api import NO_HINT, Hint, Store
+from kvstore.block import Chain, ModelId, Root
+from kvstore.device import DeviceOverlay
+from kvstore.errors import ConfigError
+from kvstore.layout import BlockLayout, layout_of
+from kvstore.transfer import copy_rows, to_tensor
+
+_CAPACITY_STEP = 256
+_MAX_IDLE_CACHES = 2
+# What a config says that does not change the KV of a token.
+_VOLATILE = frozenset(
+    (
+        "_attn_implementation",
+        "_name_or_path",
+        "architectures",
+        "attn_implementation",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "dtype",
+        "eos_token_id",
+        "id2label",
+        "label2id",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "problem_type",
+        "return_dict",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    )
+)
+
+
+# -- identity --------------------------------------------------------------------------------------------------
+
+
+def model_id_of(
+    model: PreTrainedModel,
+    *,
+    revision: str,
+    block_tokens: int = 64,
+    part_layers: int = 0,
+    part_heads: int = 0,
+) -> ModelId:
+    """The ModelId of a loaded model.
+
+    Args:
+        revision: what tells these weights from any others of this architecture: a commit hash of the hub, or a
+            digest of the weight files. Never a branch such as `main`, a date or a path: two sets of weights
+            under one revision would read each other's KV, and nothing could notice.
+
+    Raises ConfigError, naming why, where the KV of a prefix cannot be cut into blocks.
+    """
+    if not revision or revision in ("main", "master", "latest"):
+        raise ConfigError(f"revision is {revision!r}: give the commit or a digest of the weights")
+    config = model.config.get_text_config(decoder=True)
+    _refuse_uncuttable(model, config)
+    heads = int(config.num_attention_heads)
+    facts = {key: value for key, value in config.to_dict().items() if key not in _VOLATILE}
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    rope = getattr(config, "rope_parameters", None)
+    return ModelId(
+        model=f"{type(model).__name__}-{digest}",
+        revision=revision,
+        kv_dtype=str(model.dtype).removeprefix("torch."),
+        num_layers=int(config.num_hidden_layers),
+        num_kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+        head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
+        position=json.dumps(rope, sort_keys=True, default=str) if rope else "",
+        block_tokens=block_tokens,
+        part_layers=part_layers,
+        part_heads=part_heads,
+    )
+
+
+def _refuse_uncuttable(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+    """Raise ConfigError where blocks of this model's cache would not stand for its prefix."""
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise ConfigError(f"{name} is an encoder-decoder: its cache depends on the encoder's input, not on a prefix")
+    if config is not model.config:
+        raise ConfigError(f"{name} takes more than text: placeholder tokens do not identify images or sound")
+    if not isinstance(model, GenerationMixin) or not _keeps_plain_cache(model):
+        raise ConfigError(f"{name} does not generate from a per-layer KV cache")
+    if getattr(config, "kv_lora_rank", None):
+        raise ConfigError(f"{name} uses multi-head latent attention (kv_lora_rank): keys and values differ in width")
+    layer_types = set(get_layer_types_and_kwargs(config)[0])
+    reasons = {
+        "sliding_attention": "sliding windows drop the keys of earlier tokens",
+        "chunked_attention": "chunked attention drops the keys of earlier tokens",
+        "linear_attention": "linear attention and state-space layers keep one state, not a key per token",
+        "conv": "convolution layers keep one state, not a key per token",
+        "hybrid": "hybrid layers keep a recurrent state beside their keys",
+        "hybrid_sliding": "hybrid layers keep a recurrent state beside their keys",
+        "dummy": "some layers share or lack a cache",
+        "indexed_attention": "sparse attention keeps indexer keys beside its cache",
+    }
+    for layer_type in sorted(layer_types - {"full_attention"}):
+        raise ConfigError(f"{name} has {layer_type} layers: {reasons.get(layer_type, 'their cache is not known here')}")
+    if getattr(config, "use_bidirectional_attention", False) or getattr(config, "is_causal", True) is False:
+        raise ConfigError(f"{name} attends to later tokens: a prefix's keys depend on what follows it")
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") in ("dynamic", "longrope"):
+        raise ConfigError(f"{name} has rope_type {rope['rope_type']!r}: keys depend on the length of the whole input")
+    cache_kind = getattr(model.generation_config, "cache_implementation", None)
+    if cache_kind not in (None, "dynamic"):
+        raise ConfigError(f"{name} generates with a {cache_kind!r} cache: unset generation_config.cache_implementation")
+    if len({str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}) > 1:
+        raise ConfigError(f"{name} is spread over several devices: its cache is not in one place")
+
+
+def _keeps_plain_cache(model: GenerationMixin) -> bool:
+    """Whether transformers itself would give this model a cache of one entry a layer."""
+    return bool(model._supports_default_dynamic_cache())  # type: ignore[misc]
+
+
+# -- cache -----------------------------------------------------------------------------------------------------
+
+
+class BlockCache(Cache):
+    """A transformers cache over one tensor `[layers, 2, heads, capacity, dim]` for one sequence.
+
+    `update` writes in place, and a block is one strided copy over all layers. Implements `EngineMemory`.
+    """
+
+    def __init__(self, layout: BlockLayout, device: torch.device, capacity: int) -> None:
+        self._block_layout = layout
+        model = layout.model
+        self._shape = (model.num_layers, 2, model.num_kv_heads, model.head_dim)
+        self._dtype: torch.dtype = getattr(torch, model.kv_dtype)
+        self._device = device
+        self._storage = self._allocate(capacity)
+        self._planes = [_CacheLayer(self, layer) for layer in range(model.num_layers)]
+        super().__init__(layers=[*self._planes])
+
+    def _allocate(self, capacity: int) -> torch.Tensor:
+        layers, kv, heads, dim = self._shape
+        rounded = -(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP
+        return torch.empty(layers, kv, heads, rounded, dim, dtype=self._dtype, device=self._device)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens there is room for without growing."""
+        return int(self._storage.shape[3])
+
+    def reserve(self, num_tokens: int) -> None:
+        """Make room for `num_tokens`, at least doubling, so that growing costs a constant a token."""
+        if num_tokens > self.capacity:
+            old = self._storage
+            self._storage = self._allocate(max(num_tokens, 2 * self.capacity))
+            self._storage[:, :, :, : old.shape[3]].copy_(old)
+            for layer in self._planes:
+                layer.refresh()
+
+    def set_length(self, num_tokens: int) -> None:
+        """Say that the first `num_tokens` tokens are in place, and no others."""
+        self.reserve(num_tokens)
+        for layer in self._planes:
+            layer.length = num_tokens
+            layer.refresh()
+
+    def planes(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a layer, `[1, heads, capacity, dim]`."""
+        return self._storage[layer, 0].unsqueeze(0), self._storage[layer, 1].unsqueeze(0)
+
+    def block(self, index: int) -> torch.Tensor:
+        """Block `index`, a view `[layers, kv, tokens, heads, head_dim]`."""
+        tokens = self._block_layout.model.block_tokens
+        self.reserve((index + 1) * tokens)
+        return self._storage[:, :, :, index * tokens : (index + 1) * tokens].transpose(2, 3)
+
+    def write_block(self, index: int, views: Sequence[memoryview]) -> None:
+        for cell, slot in self._cells(index, views):
+            copy_rows(cell, slot)
+
+    def read_block(self, index: int, views: Sequence[memoryview | None]) -> None:
+        for cell, slot in self._cells(index, views):
+            copy_rows(slot, cell)
+
+    def _cells(self, index: int, views: Sequence[memoryview | None]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(where a part lies in the cache, its slot as a tensor), for each slot."""
+        block = self.block(index)
+        return [
+            (
+                block[part.layers.start : part.layers.stop, :, :, part.heads.start : part.heads.stop],
+                to_tensor(view, part, self._dtype),
+            )
+            for part, view in zip(self._block_layout.parts, views, strict=True)
+            if view is not None
+        ]
+
+    def write_tensor(self, index: int, block: torch.Tensor) -> None:
+        copy_rows(self.block(index), block)
+
+    def read_tensor(self, index: int, block: torch.Tensor) -> None:
+        copy_rows(block, self.block(index))
+
+    def finish(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+
+
+class _CacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """One layer of a BlockCache, as transformers sees it."""
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, owner: BlockCache, layer: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.length = 0
+        self._owner = owner
+        self._layer = layer
+        self.is_initialized = True
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take up the owner's storage as it is now."""
+        self._keys, self._values = self._owner.planes(self._layer)
+        self.keys, self.values = self._keys[:, :, : self.length], self._values[:, :, : self.length]
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to do: the storage is there."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if key_states.dtype != self._keys.dtype or key_states.shape[:2] != self._keys.shape[:2]:
+            raise ConfigError(
+                f"the model computes keys of shape {tuple(key_states.shape)} in {key_states.dtype}, the cache keeps "
+                f"{tuple(self._keys.shape)} in {self._keys.dtype}: one sequence at a time, without autocast"
+            )
+        start, stop = self.length, self.length + key_states.shape[2]
+        self._owner.reserve(stop)
+        self._keys[:, :, start:stop] = key_states
+        self._values[:, :, start:stop] = value_states
+        self.length = stop
+        self.keys, self.values = self._keys[:, :, :stop], self._values[:, :, :stop]
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.length = 0
+        self.refresh()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.length -= min(abs(tokens_to_remove), self.length)
+        self.refresh()
+
+
+# -- connector -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """What a `generate` returned, and what it cost.
+
+    Attributes:
+        sequences: `[1, prompt + new]` token ids, as from `model.generate`.
+        ttft_s: from the call to the first new token, matching and loading included; load_s: that part of it.
+        hit_tokens: prompt tokens reused, by tier; their sum is at most prompt_tokens − 1.
+        loaded_bytes: bytes those took; saved_blocks: blocks added to the store.
+    """
+
+    sequences: torch.Tensor
+    ttft_s: float
+    total_s: float
+    load_s: float
+    prompt_tokens: int
+    new_tokens: int
+    hit_tokens: Mapping[str, int]
+    loaded_bytes: int
+    saved_blocks: int
+
+
+class _OnToken(StoppingCriteria):
+    """Called by `generate` after each new token: times the first one, saves the blocks that the others fill."""
+
+    def __init__(self, session: Session, chain: Chain, prompt_tokens: int) -> None:
+        self.first_s = 0.0
+        self._session = session
+        self._chain = chain
+        self._seen = prompt_tokens
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        num_tokens = input_ids.shape[1]
+        fresh = input_ids[0, self._seen :].tolist()  # waits for the device: the token is there now
+        if not self.first_s:
+            self.first_s = time.perf_counter()
+        self._chain.extend(fresh)
+        self._seen = num_tokens
+        # The newest token has not run through the model: its KV does not exist yet.
+        self._session.computed(num_tokens - 1)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+class TransformersConnector:
+    """Prefix reuse for one loaded model.
+
+    Args:
+        model: a decoder-only model in evaluation mode, on one device.
+        store: where blocks come from and go to; None keeps them on the device alone.
+        revision: see `model_id_of`; it must identify the weights.
+        block_tokens: tokens a block, a power of two.
+        chunk_tokens: tokens a forward pass during prefill; blocks are saved after each.
+        adapter: content digest of the active LoRA adapter; required where one is loaded.
+        salt: keeps tenants apart: what one saves, another with a different salt does not find.
+        secret: keys block ids, so that nobody without it can guess them from prompts.
+        part_layers, part_heads: the part grid; 0 means all, and fits engines without parallelism.
+        device_budget_bytes: memory for blocks kept on the device, above the store; 0 for none.
+        max_wait_s: longest wait for an answer of lower tiers.
+        load_rule: load where it is predicted to pay, or always.
+
+    Raises ConfigError for a model whose cache cannot be cut into blocks, and what `store.open` raises.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        store: Store | None,
+        *,
+        revision: str,
+        block_tokens: int = 64,
+        chunk_tokens: int = 512,
+        adapter: bytes = b"",
+        salt: bytes = b"",
+        secret: bytes = b"",
+        part_layers: int = 0,
+        part_heads: int = 0,
+        device_budget_bytes: int = 0,
+        max_wait_s: float = 0.25,
+        load_rule: LoadRule = LoadRule.MEASURED,
+    ) -> None:
+        if chunk_tokens < 1:
+            raise ConfigError(f"chunk_tokens is {chunk_tokens}: it must be at least 1")
+        if getattr(model, "_hf_peft_config_loaded", False) and not adapter:
+            raise ConfigError("the model has an adapter loaded: give its content digest as adapter=")
+        self.model = model
+        self._generate: Callable[..., torch.Tensor] = model.generate  # type: ignore[assignment]
+        self.model_id = model_id_of(
+            model,
+            revision=revision,
+            block_tokens=block_tokens,
+            part_layers=part_layers,
+            part_heads=part_heads,
+        )
+        self.layout = layout_of(self.model_id) if store is None else store.open(self.model_id)
+        self.overlay: DeviceOverlay | None = None
+        if device_budget_bytes:
+            self.overlay = DeviceOverlay(self.layout, model.device, device_budget_bytes)
+        self.cost = CostModel(block_tokens, self.layout.block_bytes, rule=load_rule)
+        self.fail_open = FailOpen()
+        self._chunk_tokens = chunk_tokens
+        self._connection = Connection(
+            store=store,
+            overlay=self.overlay,
+            cost=self.cost,
+            fail_open=self.fail_open,
+            max_wait_s=max_wait_s,
+        )
+        self._conversations = Conversations(Root(self.model_id, adapter, salt, secret))
+        # Kept between requests: memory fresh from the system faults at 1 GB/s, slower than many a prefill.
+        self._idle_caches: list[BlockCache] = []
+
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        max_new_tokens: int,
+        do_sample: bool = False,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float | None = None,
+        eos_token_id: int | list[int] | None = None,
+        pad_token_id: int | None = None,
+        stopping_criteria: Sequence[StoppingCriteria] = (),
+        streamer: BaseStreamer | None = None,
+        hint: Hint = NO_HINT,
+        request: str | None = None,
+        conversation: str = "",
+    ) -> Generation:
+        """`model.generate` for one sequence, reusing and saving its prefix.
+
+        Args:
+            input_ids: the whole prompt, `[1, tokens]`.
+            do_sample … pad_token_id: as in `model.generate`; None leaves the model's generation config to say.
+            stopping_criteria, streamer: as in `model.generate`.
+            hint: what eviction may use; request: an id for the store, made up if None.
+            conversation: any id that all turns of a chat share; their common tokens are then hashed once.
+
+        Raises ConfigError for a batch of more than one sequence. Never for anything the store does.
+        """
+        began_s = time.perf_counter()
+        prompt = self._prompt(input_ids)
+        num_tokens = prompt.shape[1]
+        options = {
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "repetition_penalty": repetition_penalty,
+            "eos_token_id": eos_token_id,
+            "pad_token_id": pad_token_id,
+            "streamer": streamer,
+        }
+        chain = self._conversations.chain(conversation, prompt[0].cpu().numpy())
+        cache = self._take_cache(num_tokens + max_new_tokens)
+        hint = replace(hint, prompt_tokens=num_tokens, conversation=hint.conversation or conversation)
+        session = Session(
+            self._connection, cache, chain, request or uuid.uuid4().hex, prompt_tokens=num_tokens, hint=hint
+        )
+        try:
+            computed = self._prefill_chunks(prompt, cache, session)
+            on_token = _OnToken(session, chain, num_tokens)
+            last_s = time.perf_counter()
+            sequences = self._generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                past_key_values=cache,
+                max_new_tokens=max_new_tokens,
+                do_sample=do_sample,
+                num_beams=1,
+                num_return_sequences=1,
+                use_cache=True,
+                return_dict_in_generate=False,
+                stopping_criteria=StoppingCriteriaList([on_token, *stopping_criteria]),
+                **{name: value for name, value in options.items() if value is not None},
+            )
+            self.cost.seen_prefill(num_tokens - computed, computed, on_token.first_s - last_s)
+        finally:
+            session.close()
+            self._give_back(cache)
+        self._conversations.keep(conversation, chain, sequences[0].cpu().numpy())
+        return Generation(
+            sequences=sequences,
+            ttft_s=on_token.first_s - began_s,
+            total_s=time.perf_counter() - began_s,
+            load_s=session.load_s,
+            prompt_tokens=num_tokens,
+            new_tokens=int(sequences.shape[1]) - num_tokens,
+            hit_tokens=dict(session.hit_tokens),
+            loaded_bytes=session.loaded_bytes,
+            saved_blocks=session.saved_blocks,
+        )
+
+    def prefill(
+        self, input_ids: torch.Tensor, *, hint: Hint = NO_HINT, request: str | None = None, conversation: str = ""
+    ) -> tuple[torch.Tensor, BlockCache]:
+        """Logits of the last prompt token, `[1, vocabulary]`, and the prompt's cache, which is the caller's.
+
+        For forward passes of one's own: go on with `model(next_ids, past_key_values=cache)`.
+        """
+        prompt = self._prompt(input_ids)
+        num_tokens = prompt.shape[1]
+        tokens = prompt[0].cpu().numpy()
+        chain = self._conversations.chain(conversation, tokens)
+        cache = BlockCache(self.layout, self.model.device, num_tokens + self.model_id.block_tokens)
+        session = Session(
+            self._connection,
+            cache,
+            chain,
+            request or uuid.uuid4().hex,
+            prompt_tokens=num_tokens,
+            hint=replace(hint, prompt_tokens=num_tokens, conversation=hint.conversation or conversation),
+        )
+        try:
+            computed = self._prefill_chunks(prompt, cache, session)
+            began_s = time.perf_counter()
+            with torch.no_grad():
+                logits = self.model(prompt[:, computed:], past_key_values=cache, use_cache=True).logits[:, -1]
+            cache.finish()
+            self.cost.seen_prefill(num_tokens - computed, computed, time.perf_counter() - began_s)
+            session.computed(num_tokens)
+        finally:
+            session.close()
+        self._conversations.keep(conversation, chain, tokens)
+        return logits, cache
+
+    def _prefill_chunks(self, prompt: torch.Tensor, cache: BlockCache, session: Session) -> int:
+        """Load what pays, then run all but the last chunk; returns the tokens in the cache.
+
+        Chunks end at multiples of `chunk_tokens` wherever reuse ended, so that a token is computed in the same
+        company as often as can be.
+        """
+        computed = session.load()
+        cache.set_length(computed)
+        session.announce(computed)
+        num_tokens = prompt.shape[1]
+        while num_tokens - computed > self._chunk_tokens:
+            stop = (computed // self._chunk_tokens + 1) * self._chunk_tokens
+            began_s = time.perf_counter()
+            with torch.no_grad():
+                # Without the head: the logits of a chunk in the middle are of no use.
+                self.model.base_model(prompt[:, computed:stop], past_key_values=cache, use_cache=True)
+            cache.finish()
+            self.cost.seen_prefill(stop - computed, computed, time.perf_counter() - began_s)
+            session.computed(stop)
+            computed = stop
+        return computed
+
+    def _prompt(self, input_ids: torch.Tensor) -> torch.Tensor:
+        if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] < 1:
+            raise ConfigError(f"input_ids have shape {tuple(input_ids.shape)}: one sequence, [1, tokens], is served")
+        return input_ids.to(self.model.device)
+
+    def _take_cache(self, num_tokens: int) -> BlockCache:
+        try:
+            cache = self._idle_caches.pop()
+        except IndexError:
+            return BlockCache(self.layout, self.model.device, num_tokens)
+        cache.set_length(0)
+        cache.reserve(num_tokens)
+        return cache
+
+    def _give_back(self, cache: BlockCache) -> None:
+        if len(self._idle_caches) < _MAX_IDLE_CACHES:
+            self._idle_caches.append(cache)

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans by learnt costs, chains kept between turns, and failing open."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+pytest.importorskip("torch", reason="connectors copy torch tensors")
+
+from connectors.base import Conversations, CostModel, FailOpen, LoadRule, plan_save
+from kvstore.api import Match
+from kvstore.block import Chain, ModelId, Root
+from kvstore.errors import ConfigError, LeaseExpired, TierUnavailable
+
+MODEL = ModelId(model="m", revision="r", kv_dtype="float32", num_layers=1, num_kv_heads=1, head_dim=1, block_tokens=4)
+ROOT = Root(MODEL)
+A, B = 1e-3, 1e-6
+
+
+def model_that_knows(a: float = A, b: float = B, **rates: float) -> CostModel:
+    """A cost model for blocks of 4 tokens and 1,000 bytes, taught exact costs."""
+    cost = CostModel(4, 1000)
+    for new, past in ((100, 0), (500, 0), (100, 5000), (500, 2000)):
+        cost.seen_prefill(new, past, a * new + b * new * (past + new / 2))
+    for tier, rate in rates.items():
+        cost.seen_load(tier, 1000, 1000 / rate)
+    return cost
+
+
+def match_of(*tiers: tuple[str, int], pending: int = 0) -> Match:
+    total = sum(count for _, count in tiers)
+    return Match(total, dict(tiers).get("host", 0), pending, True, tiers)
+
+
+def test_prefill_cost_is_learnt_from_what_was_seen() -> None:
+    cost = model_that_knows()
+    assert cost.prefill_s(300, 1000) == pytest.approx(A * 300 + B * 300 * 1150, rel=1e-3)
+
+
+def test_one_shape_alone_still_gives_a_usable_cost() -> None:
+    cost = CostModel(4, 1000)
+    for _ in range(5):
+        cost.seen_prefill(100, 0, 0.5)
+    assert cost.prefill_s(200, 0) == pytest.approx(1.0)
+
+
+def test_costs_are_never_negative_whatever_was_seen() -> None:
+    cost = CostModel(4, 1000)
+    for new, past, seconds in ((10, 0, 9.0), (500, 4000, 0.1), (20, 0, 5.0), (400, 0, 0.2)):
+        cost.seen_prefill(new, past, seconds)
+        predicted = cost.prefill_s(100, 100)
+        assert predicted is not None
+        assert predicted >= 0
+
+
+def test_what_was_never_seen_is_loaded_so_that_it_is_measured() -> None:
+    assert CostModel(4, 1000).plan_load(match_of(("host", 10)), 100) == 10
+    assert model_that_knows().plan_load(match_of(("host", 10)), 100) == 10
+
+
+def test_a_fast_tier_is_loaded_and_a_slow_one_recomputed() -> None:
+    cost = model_that_knows(host=1e8, redis=1e4)
+    assert cost.plan_load(match_of(("host", 10), ("redis", 10)), 100) == 10
+    assert cost.plan_load(match_of(("redis", 20)), 100) == 0
+
+
+def test_a_slow_tier_is_crossed_where_a_fast_one_behind_it_pays_for_both() -> None:
+    cost = model_that_knows(host=1e8, redis=2e5, remote=1e9)
+    assert cost.plan_load(match_of(("host", 10), ("redis", 1), ("remote", 1000)), 5000) == 1011
+
+
+def test_a_tier_that_was_slow_once_is_tried_again_in_time() -> None:
+    cost = model_that_knows(redis=2e5)
+    assert cost.plan_load(match_of(("redis", 20)), 100) == 0
+    tries = 0
+    while cost.plan_load(match_of(("redis", 20)), 100) == 0:
+        tries += 1
+        assert tries < 200
+    assert tries > 5
+
+
+def test_the_rule_always_loads_however_slow() -> None:
+    cost = CostModel(4, 1000, rule=LoadRule.ALWAYS)
+    cost.seen_prefill(100, 0, 1e-6)
+    cost.seen_load("redis", 10, 100.0)
+    assert cost.plan_load(match_of(("redis", 20)), 100) == 20
+
+
+@pytest.mark.parametrize(("prompt", "blocks"), [(1, 0), (4, 0), (5, 1), (8, 1), (9, 2), (40, 9)])
+def test_the_last_prompt_token_is_never_loaded(prompt: int, blocks: int) -> None:
+    for cost in (CostModel(4, 1000), model_that_knows(host=1e12)):
+        assert cost.plan_load(match_of(("host", 10)), prompt) == blocks
+
+
+def test_blocks_that_are_on_the_device_cost_nothing() -> None:
+    cost = model_that_knows(redis=2e5)
+    assert cost.plan_load(match_of(("redis", 20)), 100, start=20) == 20
+    assert cost.plan_load(match_of(("host", 3)), 100, start=5) == 3
+
+
+def test_waiting_for_pending_blocks_lasts_as_long_as_computing_them() -> None:
+    cost = model_that_knows()
+    waiting = cost.plan_wait_s(match_of(("host", 2), pending=5), 1000)
+    assert waiting == pytest.approx(cost.prefill_s(20, 8))
+    assert cost.plan_wait_s(match_of(("host", 2)), 1000) == 0
+    assert CostModel(4, 1000).plan_wait_s(match_of(pending=5), 1000) == 0
+
+
+def test_only_full_blocks_of_computed_tokens_are_saved() -> None:
+    assert plan_save(15, 0, 4) == range(3)
+    assert plan_save(16, 3, 4) == range(3, 4)
+    assert not plan_save(16, 4, 4)
+    assert not plan_save(3, 7, 4)
+
+
+def test_a_conversation_hashes_only_its_new_tokens() -> None:
+    chats = Conversations(ROOT)
+    chain = chats.chain("c", [1, 2, 3, 4, 5])
+    chain.extend([6, 7])
+    chats.keep("c", chain, [1, 2, 3, 4, 5, 6, 7])
+    again = chats.chain("c", [1, 2, 3, 4, 5, 6, 7, 8, 9])
+    assert again is chain
+    assert again.ids == Chain(ROOT, range(1, 10)).ids
+
+
+@pytest.mark.parametrize("tokens", [[1, 2, 3, 9, 5, 6, 7, 8], [1, 2, 3, 4], [9]])
+def test_a_conversation_that_goes_another_way_gets_a_chain_of_its_own(tokens: list[int]) -> None:
+    chats = Conversations(ROOT)
+    chain = chats.chain("c", [1, 2, 3, 4, 5])
+    chats.keep("c", chain, [1, 2, 3, 4, 5])
+    other = chats.chain("c", tokens)
+    assert other is not chain
+    assert other.ids == Chain(ROOT, tokens).ids
+
+
+def test_requests_without_a_conversation_share_no_chain() -> None:
+    chats = Conversations(ROOT)
+    chain = chats.chain("", [1, 2])
+    chats.keep("", chain, [1, 2])
+    assert chats.chain("", [1, 2, 3]) is not chain
+
+
+def test_the_oldest_conversations_are_forgotten() -> None:
+    chats = Conversations(ROOT, max_conversations=2)
+    chains = {name: chats.chain(name, [1]) for name in "abc"}
+    for name, chain in chains.items():
+        chats.keep(name, chain, [1])
+    assert chats.chain("a", [1]) is not chains["a"]
+    assert chats.chain("c", [1]) is chains["c"]
+
+
+class Time:
+    """A clock that the test moves."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def fail() -> int:
+    raise TierUnavailable("redis", "down")
+
+
+def test_a_failure_is_the_default_and_the_store_is_left_alone_for_a_while(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    clock = Time()
+    guard = FailOpen(backoff_s=1.0, now_s=clock)
+    with caplog.at_level(logging.INFO, logger="kvstore.connector"):
+        assert guard.call(fail, 7) == 7
+        calls: list[int] = []
+        assert guard.call(lambda: calls.append(1), None) is None
+        assert calls == []
+        clock.now_s += 1.0
+        assert guard.call(fail, 7) == 7
+        clock.now_s += 1.0
+        assert guard.call(lambda: 5, 7) == 5
+        assert guard.call(lambda: 6, 7) == 6
+    assert (guard.num_failures, guard.num_skipped) == (2, 1)
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+
+
+def test_an_expired_lease_is_a_miss_and_not_a_dead_store() -> None:
+    guard = FailOpen(now_s=Time())
+
+    def expired() -> int:
+        raise LeaseExpired("too late")
+
+    assert guard.call(expired, 0) == 0
+    assert not guard.resting
+    assert guard.call(lambda: 3, 0) == 3
+
+
+def test_a_broken_connection_and_a_wrong_setting_fail_open_but_a_bug_does_not() -> None:
+    for error in (ConnectionResetError("reset"), ConfigError("not open")):
+
+        def broken(error: Exception = error) -> int:
+            raise error
+
+        assert FailOpen(now_s=Time()).call(broken, 1) == 1
+    with pytest.raises(ZeroDivisionError):
+        FailOpen().call(lambda: 1 // 0, 1)
