@@ -146,7 +146,8 @@ def test_a_conversion_gives_a_model_that_loads_in_half_precision(
     assert fresh.model.dtype == torch.bfloat16
     weight, expected = fresh.model.lm_head.weight, smollm2.model.lm_head.weight
     assert torch.equal(weight, expected.to(torch.bfloat16))
-    assert fresh.encode(SYSTEM) == smollm2.encode(SYSTEM)
+    for text in (SYSTEM, "in   1024"):
+        assert fresh.encode(text) == smollm2.encode(text)
 
 
 # ---- where converted models live ----
