@@ -159,7 +159,7 @@ def test_bars_stack_the_mean_hits_of_each_tier_up_to_the_prompt() -> None:
         "recomputed": [1000, 200],
     }
     # In the second turn device holds the first 400, host the next 300, and so on up.
-    assert [bars[1].get_y() for bars in store.containers] == [0, 400, 700, 800]  # type: ignore[index, union-attr]
+    assert [bars[1].get_y() for bars in store.containers] == [0, 400, 700, 800]
     assert [text.get_text() for text in store.texts] == ["4 s", "500 ms"]
 
 
