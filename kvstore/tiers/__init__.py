@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lower tiers by name. A new one is a file here and a line in TIERS. (The host tier is the gateway, not one of them.)"""
+"""Lower tiers by name. A new one is a file here and a line in TIERS. The host tier is the gateway, not one of them."""
 
 from __future__ import annotations
 

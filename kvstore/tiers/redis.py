@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import ClassVar
 
 from kvstore.api import Hint
@@ -30,7 +30,7 @@ from kvstore.tiers.base import Tier
 from kvstore.tiers.redis_accounting import Accounting
 from kvstore.tiers.redis_names import MAX_BUCKETS, Names
 from kvstore.tiers.redis_pool import Breaker, Connections
-from kvstore.tiers.redis_read import Reader
+from kvstore.tiers.redis_read import Counts, Reader
 from kvstore.tiers.redis_sweep import Sweeper
 from kvstore.tiers.redis_upkeep import Upkeep
 from kvstore.tiers.redis_write import Writer
@@ -146,12 +146,12 @@ class RedisTier(Tier):
         if not into:
             return
         damaged: list[PartKey] = []
-        counts: dict[str, float] = {}
+        counts = Counts()
         try:
             with self._loads.lease(deadline) as wire:
                 yield from self._reader.read(wire, into, deadline, damaged, counts)
         finally:
-            self.stats.add_all({f"redis.{name}": amount for name, amount in counts.items()})
+            self._count(asdict(counts))
             if damaged:
                 self._upkeep.discard(damaged)
 
@@ -166,7 +166,10 @@ class RedisTier(Tier):
             with self._stores.lease(deadline) as wire:
                 return self._writer.write(wire, parts, meta, deadline, counts)
         finally:
-            self.stats.add_all({f"redis.{name}": amount for name, amount in counts.items()})
+            self._count(counts)
+
+    def _count(self, counts: Mapping[str, float]) -> None:
+        self.stats.add_all({f"{self.name}.{name}": amount for name, amount in counts.items() if amount})
 
     def touch(self, keys: Sequence[PartKey], hint: Hint) -> None:
         self._upkeep.touch(keys)

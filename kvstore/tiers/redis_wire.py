@@ -237,15 +237,15 @@ class Wire:
         self.finish_bulk(deadline)
         return bytes(data)
 
-    def begin_bulk(self, deadline: float, peek_bytes: int) -> int | ReplyError | None:
-        """Begin reading a GET's reply: its length, None for nil, or the server's error.
+    def begin_bulk(self, deadline: float, peek_bytes: int) -> int | None:
+        """Begin reading a GET's reply: its length, or None for nil. Raises ReplyError.
 
         Whoever got a length reads what it wants of it with `peek` and `read_into`, then calls `finish_bulk`.
         `peek_bytes` bounds how much of the value may come into the scratch buffer, and be copied once more.
         """
         line = self._line(deadline, peek_bytes)
         if line[:1] == b"-":
-            return ReplyError(line[1:].decode(errors="replace"))
+            raise ReplyError(line[1:].decode(errors="replace"))
         if line[:1] != b"$":
             raise ProtocolBroken(f"{line[:32]!r} is no bulk reply")
         length = _integer(line[1:])

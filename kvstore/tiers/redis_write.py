@@ -1,27 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Values into Redis: sent straight from the caller's memory, each with its account, parents before children.
 
-Checksums ride along: between two sends of a megabyte a megabyte of what comes next is hashed, while the server
-empties the socket's buffer; they cost next to nothing and need no thread.
+A large value is hashed right before it is sent, in one go: that leaves it in the cache for the send. Hashing the next
+one between sends, or in another thread, was slower on two cores.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-import xxhash
 
 from kvstore.block import BlockId, BlockMeta, PartKey
 from kvstore.codecs import CODECS, Codec
 from kvstore.layout import BlockLayout
-from kvstore.tiers.redis_accounting import Accounting
+from kvstore.tiers.redis_accounting import Accounting, Facts
 from kvstore.tiers.redis_names import STEP_S
 from kvstore.tiers.redis_wire import Buffer, ProtocolBroken, ReplyError, Wire, command
 from kvstore.wire import frame
 from kvstore.wire.frame import Header
 
-_CHUNK_BYTES = 1 << 20
 _GROUP_BYTES = 1 << 20
 _MAX_GROUP = 32
 _MAX_GROUPS_IN_FLIGHT = 256
@@ -39,31 +36,6 @@ class _Value:
     payload: memoryview
     codec_id: int
     item_bytes: int
-
-
-class _Checksums:
-    """xxh3 of payloads in order, in steps small enough to lie between two sends."""
-
-    def __init__(self, payloads: Iterable[memoryview]) -> None:
-        self._chunks = self._walk(payloads)
-        self._done: list[int] = []
-
-    def _walk(self, payloads: Iterable[memoryview]) -> Iterator[None]:
-        for payload in payloads:
-            digest = xxhash.xxh3_64()
-            for at in range(0, len(payload), _CHUNK_BYTES):
-                digest.update(payload[at : at + _CHUNK_BYTES])
-                yield
-            self._done.append(digest.intdigest())
-
-    def step(self) -> None:
-        """Hash on a little."""
-        next(self._chunks, None)
-
-    def of(self, index: int) -> int:
-        while len(self._done) <= index:
-            next(self._chunks, None)
-        return self._done[index]
 
 
 class Writer:
@@ -200,25 +172,13 @@ class Writer:
     def _send(self, wire: Wire, values: Sequence[_Value], deadline: float, counts: dict[str, float]) -> set[PartKey]:
         """Send values in groups, each one transaction with its accounts. Returns the keys that arrived."""
         facts = self._accounting.facts(wire, deadline)
-        checksums = _Checksums(value.payload for value in values)
         landed: set[PartKey] = set()
         unanswered: list[Sequence[_Value]] = []
         index = 0
         while index < len(values):
             group = _group(values, index)
-            buffers: list[Buffer] = [command("MULTI")]
-            accounts: list[tuple[PartKey, float, int]] = []
-            for value in group:
-                header = self._header(value, checksums.of(index))
-                index += 1
-                buffers += self._set(value, header)
-                stored_bytes = len(header) + len(value.payload)
-                accounts.append((value.key, value.score, self._accounting.accounted_bytes(stored_bytes, facts)))
-                self._accounting.written(accounts[-1][2])
-            buffers.append(self._accounting.account(accounts) + command("EXEC"))
-            for chunk in _chunks(buffers):
-                wire.send(chunk, deadline)
-                checksums.step()
+            index += len(group)
+            wire.send(self._transaction(group, facts), deadline)
             unanswered.append(group)
             if len(unanswered) == _MAX_GROUPS_IN_FLIGHT:
                 landed |= self._answers(wire, unanswered.pop(0), deadline, counts)
@@ -226,18 +186,18 @@ class Writer:
             landed |= self._answers(wire, group, deadline, counts)
         return landed
 
-    def _header(self, value: _Value, digest: int) -> bytes:
-        return frame.pack(
-            Header(
-                value.key,
-                value.meta,
-                value.codec_id,
-                value.item_bytes,
-                value.raw_bytes,
-                len(value.payload),
-                digest,
-            )
-        )
+    def _transaction(self, group: Sequence[_Value], facts: Facts) -> list[Buffer]:
+        """Values and their accounts, all or nothing."""
+        buffers: list[Buffer] = [command("MULTI")]
+        accounts: list[tuple[PartKey, float, int]] = []
+        for value in group:
+            header = _header(value)
+            buffers += self._set(value, header)
+            num_bytes = self._accounting.accounted_bytes(len(header) + len(value.payload), facts)
+            accounts.append((value.key, value.score, num_bytes))
+            self._accounting.written(num_bytes)
+        buffers.append(self._accounting.account(accounts) + command("EXEC"))
+        return buffers
 
     def _set(self, value: _Value, header: bytes) -> tuple[Buffer, Buffer, Buffer]:
         name = self._names.value(value.key)
@@ -275,6 +235,20 @@ class Writer:
             raise error
 
 
+def _header(value: _Value) -> bytes:
+    return frame.pack(
+        Header(
+            value.key,
+            value.meta,
+            value.codec_id,
+            value.item_bytes,
+            value.raw_bytes,
+            len(value.payload),
+            frame.checksum(value.payload),
+        )
+    )
+
+
 def _group(values: Sequence[_Value], start: int) -> Sequence[_Value]:
     """Consecutive values for one transaction: one large one, or small ones up to about a megabyte."""
     num_bytes = 0
@@ -283,22 +257,6 @@ def _group(values: Sequence[_Value], start: int) -> Sequence[_Value]:
         num_bytes += len(values[stop].payload)
         stop += 1
     return values[start:stop]
-
-
-def _chunks(buffers: Sequence[Buffer]) -> Iterator[list[Buffer]]:
-    """The same bytes in order, in pieces of about a megabyte."""
-    pending: list[Buffer] = []
-    num_bytes = 0
-    for buffer in buffers:
-        view = memoryview(buffer)
-        for at in range(0, len(view), _CHUNK_BYTES):
-            pending.append(view[at : at + _CHUNK_BYTES])
-            num_bytes += len(pending[-1])
-            if num_bytes >= _CHUNK_BYTES:
-                yield pending
-                pending, num_bytes = [], 0
-    if pending:
-        yield pending
 
 
 def _without_parent(
