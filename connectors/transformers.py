@@ -544,7 +544,6 @@ class TransformersConnector:
             cache = self._idle_caches.pop()
         except IndexError:
             return BlockCache(self.layout, self.model.device, num_tokens)
-        cache.set_length(0)
         cache.reserve(num_tokens)
         return cache
 

@@ -12,18 +12,20 @@ converted here, so fp8 and bf16 are just bytes.
 Invariants: nothing outside the named pages, layers and heads is read or written; page ids and sizes are
 checked before the first byte moves; when a call returns, its copies are done, on a device too.
 
-Why numpy on the CPU: a block is one strided assignment per page over all layers at once, whose inner loop is
-memmove and which runs without the GIL. Measured with 32 layers of 32 KiB rows (16-token pages in random
-order, 512 MiB, one thread), as a share of one memmove of 512 MiB, which uses streaming stores (memmove in
-pieces of 8 MiB: 0.66):
+On the CPU a block is one strided copy per page over all layers at once, on the caller's thread and without the
+GIL. Measured with 32 layers of 32 KiB rows (16-token pages in random order, 512 MiB, one thread), as a share of
+one memmove of 512 MiB (memmove in pieces of 8 MiB: 0.66–0.74):
 
-    all layers in one strided assignment   gather 0.60, scatter 0.60   chosen
+    streaming stores, all layers at once   gather 0.77, scatter 0.77   chosen; see kvstore.copying
+    numpy, all layers at once              gather 0.60, scatter 0.60   what it falls back to where no C was built
     the same on two threads                gather 0.55, scatter 0.55   one thread fills the memory bus
     np.take(out=, mode="clip")             gather 0.60                 no scatter; copies a source with gaps
-    torch copy_ / _foreach_copy_           gather 0.55 / 0.57          with two threads 0.1–0.5 on a busy box
-    assignment per layer                   gather 0.50, scatter 0.47
+    torch copy_ / _foreach_copy_           gather 0.55 / 0.57          0.1–0.5 on two threads of a busy box
+    numpy, layer by layer                  gather 0.50, scatter 0.47
     ctypes.memmove per row                 gather 0.44
-    destination order, row by row          gather 0.43
+    numpy, in the destination's order      gather 0.43
+
+Short rows cost more: 4-token pages (8 KiB rows) reach 0.4, pages with heads before tokens (256-byte rows) 0.65.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvstore.copying import assign
 from kvstore.errors import ConfigError
 from kvstore.layout import BlockLayout, PartLayout
 
@@ -64,7 +67,7 @@ def to_tensor(view: memoryview, part: PartLayout, dtype: torch.dtype) -> torch.T
 def copy_rows(into: torch.Tensor, source: torch.Tensor) -> None:
     """`into.copy_(source)` for tensors alike in shape and dtype, each with any strides.
 
-    On the CPU by numpy and thus on this thread alone: torch splits such copies over its thread pool, whose
+    On the CPU it runs on this thread alone: torch splits such copies over its thread pool, whose
     barrier costs ten times the copy as soon as another process wants a core. With a device on either side it
     is torch's own copy, asynchronous where the host side is pinned.
     """
@@ -84,7 +87,7 @@ def copy_rows(into: torch.Tensor, source: torch.Tensor) -> None:
     for tensor, at in ((into, 1), (source, 2)):
         steps = tuple(axis[at] for axis in axes)
         views.append(np.ndarray(shape, row, _memory(tensor.data_ptr(), _extent(tensor)), strides=steps))
-    views[0][...] = views[1]
+    assign(views[0], views[1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -299,9 +302,9 @@ class PageCopier:
             held = slot[run.layers, run.kv]
             for piece, (page, piece_of_page) in enumerate(places):
                 if to_slots:
-                    held[:, :, piece] = run.rows[:, :, page, piece_of_page]
+                    assign(held[:, :, piece], run.rows[:, :, page, piece_of_page])
                 else:
-                    run.rows[:, :, page, piece_of_page] = held[:, :, piece]
+                    assign(run.rows[:, :, page, piece_of_page], held[:, :, piece])
 
     def _plan(self, cell: PartLayout) -> None:
         """Views over the engine's memory for one part: as few runs, and as long rows, as it allows."""

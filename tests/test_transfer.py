@@ -288,6 +288,7 @@ def test_the_device_path_moves_the_same_bytes(make: Callable[[torch.dtype, int],
     assert all(torch.equal(a, b) for a, b in zip(by_index, other.memory, strict=True))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT TESTED HERE: no CUDA device")
 @pytest.mark.parametrize("make", [nhd, hnd], ids=lambda make: make.__name__)
 def test_a_cuda_engine_round_trips_through_slots(make: Callable[[torch.dtype, int], Engine]) -> None:

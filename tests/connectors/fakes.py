@@ -22,6 +22,7 @@ class Faults:
         failing: methods that raise TierUnavailable.
         break_load_at: number of blocks after which a load raises.
         end_load_at: number of blocks after which a load just ends.
+        skip_load_at: number of a block that a load leaves out, against the protocol.
         overwritten: loads report that their bytes may have changed.
         full: saves are refused.
     """
@@ -29,6 +30,7 @@ class Faults:
     failing: set[str] = field(default_factory=set)
     break_load_at: int | None = None
     end_load_at: int | None = None
+    skip_load_at: int | None = None
     overwritten: bool = False
     full: bool = False
 
@@ -53,6 +55,8 @@ class FakeLoad:
         for number, index in enumerate(range(self._start, self._stop)):
             if number == faults.end_load_at:
                 return
+            if number == faults.skip_load_at:
+                continue
             if number == faults.break_load_at:
                 raise TierUnavailable("fake", "gone in the middle of a load")
             # A copy that is scrambled when the iterator moves on: who keeps a view too long, notices.
