@@ -195,7 +195,7 @@ class Store(Protocol):
         """Say that the first `num_blocks` were used, though not loaded from here (a device cache served them)."""
 
     def clear(self, root: RootId | None = None) -> int:
-        """Remove every unpinned block under `root`, or of all roots, from every tier. Returns how many left the host."""
+        """Remove every block under `root`, or of all roots, from every tier; returns how many left the host."""
 
     def stats(self) -> Mapping[str, float]:
         """Counters and gauges by dotted name, such as `host.hits` (blocks) and `redis.read_bytes`."""

@@ -89,9 +89,7 @@ class ModelId:
             raise ConfigError(f"num_kv is {self.num_kv}: use 2 (keys and values) or 1 (MLA latent)")
         if not 0 <= self.part_layers <= self.num_layers:
             raise ConfigError(f"part_layers is {self.part_layers}: use 0 (all) to num_layers={self.num_layers}")
-        if not 0 <= self.part_heads <= self.num_kv_heads or (
-            self.part_heads and self.num_kv_heads % self.part_heads
-        ):
+        if not 0 <= self.part_heads <= self.num_kv_heads or (self.part_heads and self.num_kv_heads % self.part_heads):
             raise ConfigError(
                 f"part_heads is {self.part_heads}: use 0 (all) or a divisor of num_kv_heads={self.num_kv_heads}"
             )

@@ -9,8 +9,8 @@ the tail, to slots that belong to no block.
 from __future__ import annotations
 
 import threading
-from contextlib import closing
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -212,9 +212,7 @@ class BlockLoad:
             for part, slot in zip(item.parts, item.slots, strict=True)
         }
 
-    def _hand_out(
-        self, tier: Tier, at: int, stop: int, filling: dict[int, Reservation], pinned: dict[int, int]
-    ) -> int:
+    def _hand_out(self, tier: Tier, at: int, stop: int, filling: dict[int, Reservation], pinned: dict[int, int]) -> int:
         """Hand out resident blocks from `at` on, up to the first that this load is filling; returns where it stopped.
 
         Waits for blocks that somebody else is filling, and stops at one that did not become resident.
@@ -242,11 +240,9 @@ class BlockLoad:
 
     def _read_into_scratch(self, tier: Tier, index: int) -> bool:
         """One block of a load larger than the arena, in slots that belong to no block."""
-        plan, pool = self._plan, self._host.pool
+        plan = self._plan
         with self._moved:  # every block handed out so far must have been copied by its consumer
-            if not self._moved.wait_for(
-                lambda: self._closed or self._consumed >= index, timeout=plan.read_deadline_s
-            ):
+            if not self._moved.wait_for(lambda: self._closed or self._consumed >= index, timeout=plan.read_deadline_s):
                 return False
         if self._closed:
             return False

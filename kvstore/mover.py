@@ -169,6 +169,8 @@ class Mover:
                     self._wake.wait(_IDLE_S if self._mode is WriteMode.ON_EVICT else None)
                 self._busy = True
                 job = self._jobs.popleft() if self._jobs else None
+                if job is not None:  # from here on, a part committed to one of its blocks is news again
+                    self._queued.difference_update(job.blocks)
                 touches, self._touches = self._touches, {}
             try:
                 self._pass_touches(touches)
@@ -199,7 +201,6 @@ class Mover:
             if outcome is _Outcome.ORPHANED:
                 blocks = self._with_ancestors(job.blocks, number)
         with self._wake:
-            self._queued.difference_update(job.blocks)
             self._queued_bytes -= job.num_bytes
             if again and job.attempt < _ATTEMPTS and not self._closing:
                 self._push(_Job(blocks, job.num_bytes, again, job.attempt + 1))
@@ -212,7 +213,11 @@ class Mover:
         resident, rows = pool.pin_resident(blocks)
         try:
             believed = pool.below(rows, number)
-            wanted = [pair for pair, there in zip(zip(resident, rows.tolist(), strict=True), believed, strict=True) if not there]
+            wanted = [
+                pair
+                for pair, there in zip(zip(resident, rows.tolist(), strict=True), believed, strict=True)
+                if not there
+            ]
             while wanted:
                 batch, wanted = self._split(wanted)
                 outcome = self._write_batch(batch, number)
@@ -241,12 +246,13 @@ class Mover:
         pool, tier = self._host.pool, self._tiers[number]
         parts: dict[PartKey, memoryview] = {}
         meta: dict[BlockId, BlockMeta] = {}
+        cells: dict[int, tuple[int, ...]] = {}
         for block, row in batch:
             root, layout = pool.place_of(row)
             meta[block] = pool.meta_of(row)
-            cells = pool.ready_parts(row)
-            views = self._host.views(row, layout, cells)
-            parts |= {PartKey(root, block, cell): view for cell, view in zip(cells, views, strict=True)}
+            cells[row] = pool.ready_parts(row)
+            views = self._host.views(row, layout, cells[row])
+            parts |= {PartKey(root, block, cell): view for cell, view in zip(cells[row], views, strict=True)}
         self._spend(sum(map(len, parts.values())))
         try:
             written = tier.write(parts, meta, self._options.write_deadline_s)
@@ -256,7 +262,7 @@ class Mover:
         self._note_success(number)
         partial = {key.block for key in parts if key not in written}
         done = [row for block, row in batch if block not in partial]
-        pool.set_below(np.array(done, np.int64), number)
+        pool.set_below(np.array(done, np.int64), number, [cells[row] for row in done])
         self._stats.add("mover.demoted_blocks", len(done))
         if not partial:
             return _Outcome.DONE

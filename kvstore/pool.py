@@ -198,6 +198,7 @@ class BlockPool:
                 if not table.ready[item.row]:
                     fresh.append(block)
                 table.ready[item.row] |= mask
+                table.below[item.row] = 0  # no tier has this part yet
                 table.filling[item.row] &= ~mask
                 table.pins[item.row] += pins
                 done.append(item)
@@ -271,9 +272,12 @@ class BlockPool:
         with self.lock:
             return [bool(bits >> tier & 1) for bits in self._table.below[rows].tolist()]
 
-    def set_below(self, rows: Rows, tier: int) -> None:
+    def set_below(self, rows: Rows, tier: int, parts: Sequence[Sequence[int]]) -> None:
+        """Each row's `parts` are in the tier now; believed of a row unless it has gained parts meanwhile."""
+        masks = np.array([_mask(cells) for cells in parts], np.uint64)
         with self.lock:
-            self._table.below[rows] |= np.uint8(1 << tier)
+            whole = rows[self._table.ready[rows] == masks]
+            self._table.below[whole] |= np.uint8(1 << tier)
 
     def forget_below(self, rows: Rows, tier: int) -> None:
         """Undo `set_below`."""

@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, replace
-from itertools import groupby
 
 from kvstore.api import HOST_TIER, NO_HINT, Hint, Match
 from kvstore.block import BlockId, Chain, ModelId, PartKey, RootId
@@ -214,9 +213,7 @@ class KVStore:
                 found.append((tier, num_blocks))
                 at += num_blocks
                 self._mover.touched(chain, at, parts, NO_HINT)
-            self._stats.add_all(
-                {f"{tier.name}.hit_blocks": num_blocks, f"{tier.name}.missed_blocks": len(chain) - at}
-            )
+            self._stats.add_all({f"{tier.name}.hit_blocks": num_blocks, f"{tier.name}.missed_blocks": len(chain) - at})
         return tuple(found)
 
     def forget(self, request: str) -> None:
@@ -297,7 +294,10 @@ class KVStore:
             self._marks.fulfil([chain.ids[index] for index in indices])
             self._mover.committed(chain, indices, layout.block_bytes)
             self._stats.add_all(
-                {"save.blocks": len(indices), "save.bytes": sum(layout.parts[p].num_bytes for p in cells) * len(indices)}
+                {
+                    "save.blocks": len(indices),
+                    "save.bytes": sum(layout.parts[p].num_bytes for p in cells) * len(indices),
+                }
             )
 
         return BlockSave(plan, self._host.arena, self._host.pool, reserved, committed)

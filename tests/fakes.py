@@ -89,7 +89,8 @@ class DictTier(Tier):
         return [
             f"dict: {key} lacks its parent"
             for key in self.values
-            if self.meta[key.block].depth and PartKey(key.root, self.meta[key.block].parent, key.part) not in self.values
+            if self.meta[key.block].depth
+            and PartKey(key.root, self.meta[key.block].parent, key.part) not in self.values
         ]
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -35,7 +36,7 @@ def test_slots_of_mixed_sizes_never_overlap() -> None:
             if slot is not None:
                 held[slot] = size
     spans = sorted((slot, slot + size) for slot, size in held.items())
-    assert all(one[1] <= two[0] for one, two in zip(spans, spans[1:], strict=False))
+    assert all(one[1] <= two[0] for one, two in itertools.pairwise(spans))
     assert arena.check() == []
 
 

@@ -15,9 +15,7 @@ def test_the_native_copy_is_built_here() -> None:
     assert is_native(), "kvstore._copy is missing: is there a C compiler? run `make venv` again"
 
 
-@given(
-    lead=st.integers(0, 200), tail=st.integers(0, 200), extra=st.integers(0, 300), shift=st.integers(0, 100)
-)
+@given(lead=st.integers(0, 200), tail=st.integers(0, 200), extra=st.integers(0, 300), shift=st.integers(0, 100))
 @settings(max_examples=60, deadline=None)
 def test_any_alignment_and_length_copies_exactly_and_nothing_beyond(
     lead: int, tail: int, extra: int, shift: int

@@ -59,9 +59,14 @@ def test_blocks_are_matchable_as_each_is_committed(store: KVStore, root: Root) -
 
 def test_a_save_abandoned_half_way_leaves_no_trace(store: KVStore, root: Root) -> None:
     chain = chain_of(root, 6)
-    with pytest.raises(RuntimeError, match="forward failed"), store.save(chain, 0, 6) as save:
-        save.commit(0, 1)
-        raise RuntimeError("forward failed")
+
+    def forward_fails_half_way() -> None:
+        with store.save(chain, 0, 6) as save:
+            save.commit(0, 1)
+            raise RuntimeError("forward failed")
+
+    with pytest.raises(RuntimeError, match="forward failed"):
+        forward_fails_half_way()
     assert store.match(chain, "r").num_blocks == 2
     store.forget("r")
     assert store.stats()["host.blocks"] == 2
@@ -401,7 +406,7 @@ def test_clear_empties_every_tier_under_one_root(make_store: MakeStore, model: M
 
 def test_a_host_smaller_than_one_block_is_refused_naming_both(make_store: MakeStore, model: ModelId) -> None:
     store = make_store(1)
-    with pytest.raises(ConfigError, match="host.capacity_bytes is 4096, less than one block of 'tiny', which takes 8192"):
+    with pytest.raises(ConfigError, match=r"capacity_bytes is 4096, less than one block of 'tiny', which takes 8192"):
         store.open(dataclasses.replace(model, num_layers=4))
 
 

@@ -20,7 +20,14 @@ from tests.conftest import content
 from tests.fakes import DictTier, FakeClock
 
 MODEL = ModelId(
-    model="tiny", revision="1", kv_dtype="bfloat16", num_layers=2, num_kv_heads=2, head_dim=8, block_tokens=4, part_heads=1
+    model="tiny",
+    revision="1",
+    kv_dtype="bfloat16",
+    num_layers=2,
+    num_kv_heads=2,
+    head_dim=8,
+    block_tokens=4,
+    part_heads=1,
 )
 PART_BYTES = 2 * 2 * 4 * 8 * 2
 ALL_PARTS = (0, 1)

@@ -6,6 +6,8 @@ from __future__ import annotations
 from kvstore.codecs.base import Codec
 from kvstore.registry import Registry
 
-CODECS: Registry[Codec] = Registry("codec", {"raw": "kvstore.codecs.raw:RawCodec", "lz4": "kvstore.codecs.lz4:Lz4Codec"})
+CODECS: Registry[Codec] = Registry(
+    "codec", {"raw": "kvstore.codecs.raw:RawCodec", "lz4": "kvstore.codecs.lz4:Lz4Codec"}
+)
 
 __all__ = ["CODECS", "Codec"]

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public names are what they are said to be, and documents name only what exists."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+import kvstore
+
+ROOT = Path(__file__).parent.parent
+PAGES = [page for page in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md") if (ROOT / page).exists()]
+
+
+def test_every_public_name_resolves_and_is_listed() -> None:
+    assert kvstore.__all__ == sorted(kvstore.__all__)
+    for name in kvstore.__all__:
+        assert getattr(kvstore, name).__name__ == name
+    assert set(kvstore.__all__) <= set(dir(kvstore))
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        _ = kvstore.Nothing
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_a_page_names_exists(page: str) -> None:
+    text = (ROOT / page).read_text()
+    paths = set(re.findall(r"`((?:kvstore|connectors|bench|tests|protos|deploy)/[\w./-]*\w)`", text))
+    missing = [path for path in paths if not (ROOT / path).exists() and not list(ROOT.glob(path + "*"))]
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_dotted_name_a_page_gives_resolves(page: str) -> None:
+    text = (ROOT / page).read_text()
+    for module, name in set(re.findall(r"`(kvstore(?:\.[a-z_]+)+):([A-Za-z_]\w*)`", text)):
+        assert hasattr(importlib.import_module(module), name), f"{module}:{name}"
