@@ -131,7 +131,7 @@ class Reader:
         except FrameError:
             counts.corrupt_blocks += 1
             damaged.append(key)
-        wire.finish_bulk(deadline)
+        wire.finish_bulk(deadline, self._peek_bytes)
         return arrived
 
     def _receive_value(self, wire: Wire, key: PartKey, into: memoryview, deadline: float) -> None:
@@ -146,7 +146,9 @@ class Reader:
         if rest > wire.left:
             raise FrameError(f"a value of {length} bytes ends within its header")
         head += wire.peek(rest, deadline)
-        self._peek_bytes = len(head) + 24
+        # Just the next value's length line and header, to the byte: its payload then lands on an aligned address,
+        # where the kernel copies twice as fast.
+        self._peek_bytes = len(f"${length}\r\n") + len(head)
         header = frame.unpack(head)
         if header.key != key:
             raise _Foreign

@@ -67,10 +67,15 @@ class PlainStream:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        self._armed_s = {socket.SO_SNDTIMEO: 0.0, socket.SO_RCVTIMEO: 0.0}
         sock.setblocking(True)
 
     def _limit(self, option: int, deadline: float) -> None:
-        seconds, fraction = divmod(_remaining_s(deadline), 1.0)
+        remaining_s = _remaining_s(deadline)
+        if remaining_s <= self._armed_s[option] <= 1.05 * remaining_s:
+            return  # near enough: spares a system call for most values
+        self._armed_s[option] = remaining_s
+        seconds, fraction = divmod(remaining_s, 1.0)
         # A zero would mean "for ever".
         packed = struct.pack("@ll", int(seconds), max(1, int(fraction * 1e6)))
         self._sock.setsockopt(socket.SOL_SOCKET, option, packed)
@@ -234,7 +239,7 @@ class Wire:
         data = bytearray(length)
         self.left = length
         self.read_into(memoryview(data), deadline)
-        self.finish_bulk(deadline)
+        self.finish_bulk(deadline, _SCRATCH_BYTES // 2)
         return bytes(data)
 
     def begin_bulk(self, deadline: float, peek_bytes: int) -> int | None:
@@ -269,14 +274,16 @@ class Wire:
         while buffered < len(into):
             buffered += self._recv(into[buffered:], deadline, fill=True)
 
-    def finish_bulk(self, deadline: float) -> None:
-        """Read on over the rest of the current value and its end."""
+    def finish_bulk(self, deadline: float, peek_bytes: int) -> None:
+        """Read on over the rest of the current value and its end; `peek_bytes` as for `begin_bulk`."""
         while self.left:
             if self._start == self._end:
                 self._fill(min(self.left, _SCRATCH_BYTES), deadline)
             step = min(self.left, self._end - self._start)
             self._start += step
             self.left -= step
+        while self._end - self._start < 2:
+            self._fill(2 + peek_bytes, deadline)
         if self._take(2, deadline) != b"\r\n":
             raise ProtocolBroken("a value is not followed by its end")
 
