@@ -91,7 +91,7 @@ class RedisTier(Tier):
 
     def __init__(self, options: RedisTier.Options | None = None) -> None:
         self.options: RedisTier.Options = options or RedisTier.Options()
-        self.stats = Stats()
+        super().__init__(self.options)
         codec = CODECS.load(self.options.codec)()
         names = Names(self.options.num_buckets)
         self._breaker = Breaker(self.options.breaker_open_s)

@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-import xxhash
-
 from kvstore.block import PartKey
 from kvstore.codecs import CODECS, Codec
 from kvstore.tiers.redis_names import Names
@@ -155,7 +153,7 @@ class Reader:
         frame.verify(header, key)
         codec = self._fitting_codec(header, wire.left, len(into))
         payload = into if codec is None else memoryview(bytearray(wire.left))
-        digest = xxhash.xxh3_64()
+        digest = frame.RunningChecksum()
         for at in range(0, len(payload), _CHUNK_BYTES):
             chunk = payload[at : at + _CHUNK_BYTES]
             wire.read_into(chunk, deadline)

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real servers, tiers on them that must be healthy when a test ends, and a client that meddles."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import redis
+
+from kvstore.block import ModelId
+from kvstore.layout import layout_of
+from kvstore.tiers.redis import RedisTier
+from kvstore.tiers.valkey import EmbeddedServer, ServerOptions
+
+MakeTier = Callable[..., RedisTier]
+SERVERS = ("valkey", "redis")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker("redis")
+
+
+def binary_of(kind: str) -> Path | None:
+    """None for the embedded Valkey. Skips, saying so, where Redis is not installed."""
+    if kind == "valkey":
+        return None
+    found = shutil.which("redis-server")
+    if found is None:
+        pytest.skip("NOT TESTED AGAINST REDIS: no redis-server here; apt-get install redis-server")
+    return Path(found)
+
+
+@pytest.fixture(scope="session", params=SERVERS)
+def shared_server(request: pytest.FixtureRequest) -> Iterator[EmbeddedServer]:
+    with EmbeddedServer(ServerOptions(binary=binary_of(request.param))) as server:
+        yield server
+
+
+@pytest.fixture
+def server(shared_server: EmbeddedServer) -> Iterator[EmbeddedServer]:
+    """A server of each kind, empty."""
+    with redis.Redis.from_url(shared_server.url) as client:
+        client.flushall()
+    yield shared_server
+
+
+@pytest.fixture
+def own_server() -> Iterator[EmbeddedServer]:
+    """A Valkey that the test may stop, fill or kill."""
+    with EmbeddedServer() as server:
+        yield server
+
+
+@pytest.fixture
+def client(server: EmbeddedServer) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(server.url) as client:
+        yield client
+
+
+@pytest.fixture
+def make_tier(model: ModelId) -> Iterator[MakeTier]:
+    """Makes tiers on a URL; each must end healthy, unless the test says that its server is gone."""
+    made: list[tuple[RedisTier, bool]] = []
+
+    def make(url: str, *, healthy: bool = True, **options: object) -> RedisTier:
+        tier = RedisTier(RedisTier.Options(url=url, **{"breaker_open_s": 0.0, **options}))  # type: ignore[arg-type]
+        tier.open(layout_of(model))
+        made.append((tier, healthy))
+        return tier
+
+    yield make
+    try:
+        for tier, healthy in made:
+            if healthy:
+                assert tier.settle(5)
+                assert tier.check() == []
+    finally:
+        for tier, _ in made:
+            tier.close()
+
+
+@pytest.fixture
+def tier(server: EmbeddedServer, make_tier: MakeTier) -> RedisTier:
+    return make_tier(server.url)

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The wire reads replies however they are cut, and refuses what is none."""
+
+from __future__ import annotations
+
+import random
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from kvstore.tiers.redis_wire import ProtocolBroken, ReplyError, Wire, command, stream_over
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[Wire, socket.socket]]:
+    ours, theirs = socket.socketpair()
+    wire = Wire(stream_over(ours))
+    yield wire, theirs
+    wire.close()
+    theirs.close()
+
+
+def soon(seconds: float = 5.0) -> float:
+    return time.monotonic() + seconds
+
+
+def drip(sock: socket.socket, data: bytes, sizes: random.Random) -> threading.Thread:
+    """Send `data` in random small pieces from another thread."""
+
+    def run() -> None:
+        at = 0
+        while at < len(data):
+            size = sizes.choice((1, 2, 3, 7, 100, 5000))
+            sock.sendall(data[at : at + size])
+            at += size
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread
+
+
+REPLIES = b"+OK\r\n:42\r\n$-1\r\n$0\r\n\r\n$5\r\na\r\nbc\r\n-ERR no\r\n*3\r\n:1\r\n$1\r\nx\r\n*0\r\n*-1\r\n*2\r\n+OK\r\n-OOM full\r\n"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_replies_are_read_however_they_are_cut(pair: tuple[Wire, socket.socket], seed: int) -> None:
+    wire, theirs = pair
+    thread = drip(theirs, REPLIES, random.Random(seed))
+    got = [wire.reply(soon()) for _ in range(9)]
+    thread.join()
+    assert got[:5] == [b"OK", 42, None, b"", b"a\r\nbc"]
+    assert isinstance(got[5], ReplyError)
+    assert got[5].code == "ERR"
+    assert got[6:8] == [[1, b"x", []], None]
+    assert isinstance(got[8], ReplyError)
+    assert got[8].code == "OOM"
+    assert wire.in_step()
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("peek_bytes", [1, 10, 1000])
+def test_bulk_values_land_in_their_buffer_however_they_are_cut(
+    pair: tuple[Wire, socket.socket], seed: int, peek_bytes: int
+) -> None:
+    wire, theirs = pair
+    values = [random.Random(index).randbytes(size) for index, size in enumerate((10, 3000, 100_000))]
+    data = b"".join(b"$%d\r\n%b\r\n" % (len(value), value) for value in values)
+    thread = drip(theirs, data, random.Random(seed))
+    for value in values:
+        assert wire.begin_bulk(soon(), peek_bytes) == len(value)
+        head = wire.peek(4, soon())
+        body = bytearray(len(value) - 10)
+        wire.read_into(memoryview(body), soon())
+        wire.finish_bulk(soon(), peek_bytes)
+        assert head + body == value[:-6]
+    thread.join()
+    assert wire.in_step()
+
+
+def test_flags_are_read_in_one_go_or_one_by_one(pair: tuple[Wire, socket.socket]) -> None:
+    wire, theirs = pair
+    expected = [index % 3 == 0 for index in range(4096)]
+    thread = drip(theirs, b"".join(b":%d\r\n" % flag for flag in expected), random.Random(1))
+    assert wire.flags(len(expected), soon()) == expected
+    thread.join()
+    theirs.sendall(b":1\r\n:10\r\n:0\r\n")
+    assert wire.flags(3, soon()) == [True, False, False]
+    theirs.sendall(b":1\r\n-ERR no\r\n:1\r\n")
+    with pytest.raises(ReplyError):
+        wire.flags(3, soon())
+
+
+def test_everything_is_sent_in_order_whatever_its_size(pair: tuple[Wire, socket.socket]) -> None:
+    wire, theirs = pair
+    buffers = [random.Random(index).randbytes(index * 37 % 5000) for index in range(1500)]
+    received = bytearray()
+
+    def receive() -> None:
+        while len(received) < sum(map(len, buffers)):
+            received.extend(theirs.recv(70_000))
+
+    thread = threading.Thread(target=receive)
+    thread.start()
+    wire.send([memoryview(buffer) for buffer in buffers], soon())
+    thread.join()
+    assert received == b"".join(buffers)
+
+
+def test_silent_peer_costs_the_deadline_and_no_more(pair: tuple[Wire, socket.socket]) -> None:
+    wire, _theirs = pair
+    started = time.monotonic()
+    with pytest.raises(TimeoutError):
+        wire.reply(soon(0.2))
+    with pytest.raises(TimeoutError):
+        wire.send([bytes(64 << 20)], soon(0.2))
+    assert 0.4 <= time.monotonic() - started < 0.6
+
+
+def test_peer_that_trickles_costs_the_deadline_and_no_more(pair: tuple[Wire, socket.socket]) -> None:
+    wire, theirs = pair
+    stop = threading.Event()
+
+    def trickle() -> None:
+        theirs.sendall(b"$1000000\r\n")
+        while not stop.wait(0.01):
+            theirs.sendall(b"x")
+
+    thread = threading.Thread(target=trickle)
+    thread.start()
+    started = time.monotonic()
+    try:
+        wire.begin_bulk(soon(0.3), 100)
+        with pytest.raises(TimeoutError):
+            wire.read_into(memoryview(bytearray(1_000_000)), started + 0.3)
+    finally:
+        stop.set()
+        thread.join()
+    assert time.monotonic() - started < 0.45
+
+
+@pytest.mark.parametrize("garbage", [b"hello\r\n", b"$abc\r\n", b"*x\r\n", b"\r\n", b":\r\n"])
+def test_what_is_no_reply_is_refused(pair: tuple[Wire, socket.socket], garbage: bytes) -> None:
+    wire, theirs = pair
+    theirs.sendall(garbage)
+    with pytest.raises(ProtocolBroken):
+        wire.reply(soon())
+
+
+def test_end_of_stream_and_a_line_without_end_are_refused(pair: tuple[Wire, socket.socket]) -> None:
+    wire, theirs = pair
+    thread = drip(theirs, b"+" + b"x" * 100_000, random.Random(1))
+    with pytest.raises(ProtocolBroken):
+        wire.reply(soon())
+    theirs.close()
+    thread.join()
+
+
+def test_wire_with_unread_bytes_or_a_closed_peer_is_not_reused(pair: tuple[Wire, socket.socket]) -> None:
+    wire, theirs = pair
+    assert wire.alive()
+    theirs.sendall(b"+surprise\r\n")
+    assert not wire.alive()
+    wire.reply(soon())
+    assert wire.alive()
+    theirs.close()
+    assert not wire.alive()
+
+
+def test_commands_measure_bytes_and_not_letters() -> None:
+    assert command("SET", "ä", b"\x00\x01", 7, 0.5) == (
+        b"*5\r\n$3\r\nSET\r\n$2\r\n\xc3\xa4\r\n$2\r\n\x00\x01\r\n$1\r\n7\r\n$3\r\n0.5\r\n"
+    )
