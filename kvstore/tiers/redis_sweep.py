@@ -47,10 +47,11 @@ end
 return fixed
 """
 
-# KEYS: registry, order. ARGV: tag. A bucket without members is named no longer; its next write names it again.
+# KEYS: registry, order, total. ARGV: tag. A bucket without members is named no longer; its next write names it again.
 _RETIRE = """
-if redis.call('EXISTS', KEYS[2]) == 0 then return redis.call('SREM', KEYS[1], ARGV[1]) end
-return 0
+if redis.call('EXISTS', KEYS[2]) == 1 then return 0 end
+redis.call('DEL', KEYS[3])
+return redis.call('SREM', KEYS[1], ARGV[1])
 """
 
 
@@ -95,7 +96,7 @@ class Sweeper:
         found["recounted"] = 0
         for bucket in self._accounting.buckets(wire, deadline):
             recount = command("EVAL", _RECOUNT, 3, bucket.order, bucket.sizes, bucket.total)
-            retire = command("EVAL", _RETIRE, 2, REGISTRY, bucket.order, bucket.tag)
+            retire = command("EVAL", _RETIRE, 3, REGISTRY, bucket.order, bucket.total, bucket.tag)
             fixed, _ = many(wire, [recount, retire], deadline)
             found["recounted"] += fixed if isinstance(fixed, int) else 0
         return found

@@ -43,11 +43,11 @@ def shared_server(request: pytest.FixtureRequest) -> Iterator[EmbeddedServer]:
 
 
 @pytest.fixture
-def server(shared_server: EmbeddedServer) -> Iterator[EmbeddedServer]:
+def server(shared_server: EmbeddedServer) -> EmbeddedServer:
     """A server of each kind, empty."""
     with redis.Redis.from_url(shared_server.url) as client:
         client.flushall()
-    yield shared_server
+    return shared_server
 
 
 @pytest.fixture

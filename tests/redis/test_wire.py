@@ -42,7 +42,10 @@ def drip(sock: socket.socket, data: bytes, sizes: random.Random) -> threading.Th
     return thread
 
 
-REPLIES = b"+OK\r\n:42\r\n$-1\r\n$0\r\n\r\n$5\r\na\r\nbc\r\n-ERR no\r\n*3\r\n:1\r\n$1\r\nx\r\n*0\r\n*-1\r\n*2\r\n+OK\r\n-OOM full\r\n"
+REPLIES = (
+    b"+OK\r\n:42\r\n$-1\r\n$0\r\n\r\n$5\r\na\r\nbc\r\n-ERR no\r\n"
+    + b"*3\r\n:1\r\n$1\r\nx\r\n*0\r\n*-1\r\n*2\r\n+OK\r\n-OOM full\r\n"
+)
 
 
 @pytest.mark.parametrize("seed", range(5))

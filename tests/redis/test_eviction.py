@@ -1,0 +1,427 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What leaves Redis, in which order, and that the books are right at the end, however many stores wrote them."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+
+import pytest
+import redis
+
+from kvstore.api import NO_HINT
+from kvstore.block import PartKey, Root
+from kvstore.errors import TierError
+from kvstore.tiers.redis import RedisTier
+from kvstore.tiers.redis_accounting import size_class
+from kvstore.tiers.redis_names import STEP_S, Names
+from kvstore.tiers.valkey import EmbeddedServer, ServerOptions
+from kvstore.wire.frame import header_bytes
+from tests.redis.conftest import MakeTier
+from tests.redis.content import DEADLINE_S, Content
+
+NUM_BUCKETS = 4
+
+
+@pytest.fixture
+def part_bytes(client: redis.Redis) -> int:
+    """What one part of one page is accounted with: jemalloc rounds up, libc does not."""
+    stored_bytes = 4096 + header_bytes(16, 0)
+    return size_class(stored_bytes) if "jemalloc" in client.info("memory")["mem_allocator"] else stored_bytes
+
+
+def resident(tier: RedisTier, content: Content) -> list[PartKey]:
+    there = tier.contains(content.keys, DEADLINE_S)
+    return [key for key, present in zip(content.keys, there, strict=True) if present]
+
+
+def is_prefix(part: Sequence[PartKey], whole: Sequence[PartKey]) -> bool:
+    return list(part) == list(whole[: len(part)])
+
+
+def use(tier: RedisTier, content: Content) -> None:
+    """Touch the chain, and wait until Redis knows."""
+    tier.touch(content.keys, NO_HINT)
+    assert tier.settle(DEADLINE_S)
+
+
+def used_bytes(client: redis.Redis) -> tuple[int, int]:
+    """Bytes the counters say, and the sum of the sizes they should say."""
+    counted = summed = 0
+    for tag in client.smembers("kvs1:buckets"):
+        name = tag.decode()
+        counted += int(client.get(f"kvs1:{{{name}}}:b") or 0)
+        summed += sum(int(size) for size in client.hvals(f"kvs1:{{{name}}}:s"))
+    return counted, summed
+
+
+def score(client: redis.Redis, key: PartKey) -> float:
+    names = Names(NUM_BUCKETS)
+    found: float | None = client.zscore(names.bucket(key).order, names.member(key.block, key.part))
+    assert found is not None
+    return found
+
+
+# ── order ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_capacity_is_kept_and_tails_go_before_heads(
+    server: EmbeddedServer, make_tier: MakeTier, root: Root, part_bytes: int
+) -> None:
+    tier = make_tier(server.url, capacity_bytes=40 * part_bytes, num_buckets=NUM_BUCKETS)
+    contents = [Content(root, 10, seed=seed) for seed in range(8)]
+    for content in contents:
+        assert content.write(tier) == set(content.keys)
+        assert tier.accounted_bytes() <= 40 * part_bytes
+    for content in contents:
+        assert is_prefix(resident(tier, content), content.keys)
+    assert resident(tier, contents[0]) == []
+    assert resident(tier, contents[-1]) == contents[-1].keys
+    assert tier.stats.get("redis.evicted_blocks") >= 40
+
+
+def test_least_recently_used_chain_goes_first(
+    server: EmbeddedServer, make_tier: MakeTier, root: Root, part_bytes: int
+) -> None:
+    tier = make_tier(server.url, capacity_bytes=32 * part_bytes, num_buckets=NUM_BUCKETS)
+    old, kept, new = (Content(root, 10, seed=seed) for seed in range(3))
+    kept.write(tier)
+    old.write(tier)
+    use(tier, kept)
+    new.write(tier)
+    newest = Content(root, 5, seed=9)
+    newest.write(tier)
+    assert resident(tier, kept) == kept.keys
+    assert len(resident(tier, old)) < 10
+    assert is_prefix(resident(tier, old), old.keys)
+
+
+def test_head_kept_hot_by_touches_never_goes_before_its_tail(
+    server: EmbeddedServer, make_tier: MakeTier, root: Root, part_bytes: int
+) -> None:
+    tier = make_tier(server.url, capacity_bytes=60 * part_bytes, num_buckets=NUM_BUCKETS)
+    system = Content(root, 4, seed=0)
+    prompt = system.tokens
+    rng = random.Random(1)
+    chats = [Content(root, 12, seed=seed, prefix=prompt) for seed in range(1, 12)]
+    for chat in chats:
+        assert chat.write(tier) == set(chat.keys)
+        use(tier, rng.choice(chats[max(0, chats.index(chat) - 2) : chats.index(chat) + 1]))
+        assert resident(tier, system) == system.keys
+        assert all(is_prefix(resident(tier, other), other.keys) for other in chats)
+
+
+def test_parents_score_above_children_whatever_order_writes_and_touches_take(
+    server: EmbeddedServer, client: redis.Redis, make_tier: MakeTier, root: Root
+) -> None:
+    tiers = [make_tier(server.url, num_buckets=NUM_BUCKETS) for _ in range(2)]
+    system = Content(root, 4, seed=0)
+    chats = [Content(root, 10, seed=seed, prefix=system.tokens) for seed in range(1, 5)]
+    rng = random.Random(2)
+    for _ in range(60):
+        tier, chat = rng.choice(tiers), rng.choice(chats)
+        stop = rng.randrange(1, 11)
+        if rng.random() < 0.5:
+            chat.write(tier, 0, stop)
+        else:
+            tier.touch(chat.keys[:stop], NO_HINT)
+    assert all(tier.settle(DEADLINE_S) for tier in tiers)
+    for chat in chats:
+        scores = [score(client, key) for key in resident(tiers[0], chat)]
+        assert all(parent > child for parent, child in itertools.pairwise(scores))
+
+
+def test_tail_written_late_below_a_cold_head_stays_below_it(
+    server: EmbeddedServer, client: redis.Redis, make_tier: MakeTier, root: Root
+) -> None:
+    tier = make_tier(server.url, num_buckets=NUM_BUCKETS)
+    content = Content(root, 6)
+    content.write(tier, 0, 3)
+    before = score(client, content.keys[2])
+    content.write(tier, 3, 6)
+    assert score(client, content.keys[3]) == pytest.approx(before - STEP_S, abs=1e-8)
+    use(tier, content)
+    assert score(client, content.keys[3]) > before
+
+
+def test_touch_of_what_is_gone_brings_no_member_back(
+    server: EmbeddedServer, client: redis.Redis, make_tier: MakeTier, root: Root
+) -> None:
+    tier = make_tier(server.url)
+    content = Content(root, 4)
+    use(tier, content)
+    assert client.dbsize() == 0
+
+
+def test_parts_of_a_block_leave_as_its_chain_does(server: EmbeddedServer, make_tier: MakeTier, root: Root) -> None:
+    fine = Root(replace(root.model, part_layers=1, part_heads=1))
+    tier = make_tier(server.url, capacity_bytes=64 * size_class(1024 + header_bytes(16, 0)), num_buckets=NUM_BUCKETS)
+    contents = [Content(fine, 6, seed=seed) for seed in range(6)]
+    for content in contents:
+        assert content.write(tier) == set(content.keys)
+    for content in contents:
+        for part in range(4):
+            of_part = [key for key in content.keys if key.part == part]
+            assert is_prefix([key for key in resident(tier, content) if key.part == part], of_part)
+
+
+def test_batch_larger_than_the_capacity_keeps_its_head(
+    server: EmbeddedServer, make_tier: MakeTier, root: Root, part_bytes: int
+) -> None:
+    tier = make_tier(server.url, capacity_bytes=16 * part_bytes, num_buckets=NUM_BUCKETS)
+    content = Content(root, 50)
+    written = content.write(tier)
+    assert 8 <= len(written) <= 16
+    assert is_prefix(resident(tier, content), content.keys)
+    assert set(resident(tier, content)) == written
+    assert tier.accounted_bytes() <= 16 * part_bytes
+
+
+# ── books ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_two_stores_that_write_and_evict_at_once_keep_one_set_of_books(
+    server: EmbeddedServer, client: redis.Redis, make_tier: MakeTier, root: Root, part_bytes: int
+) -> None:
+    capacity_bytes = 60 * part_bytes
+    tiers = [
+        make_tier(server.url, capacity_bytes=capacity_bytes, num_buckets=NUM_BUCKETS, codec=codec)
+        for codec in ("raw", "lz4")
+    ]
+    system = Content(root, 3, seed=0)
+
+    def work(tier: RedisTier, seed: int) -> None:
+        rng = random.Random(seed)
+        for step in range(80):
+            chat = Content(root, rng.randrange(4, 14), seed=rng.randrange(12), prefix=system.tokens)
+            chat.write(tier)
+            if step % 3 == 0:
+                tier.touch(chat.keys, NO_HINT)
+            if step % 7 == 0:
+                tier.remove(chat.keys[-2:])
+            chat.read(tier)
+
+    with ThreadPoolExecutor(4) as threads:
+        for done in [threads.submit(work, tiers[seed % 2], seed) for seed in range(4)]:
+            done.result()
+    assert all(tier.settle(DEADLINE_S) for tier in tiers)
+    counted, summed = used_bytes(client)
+    assert counted == summed <= capacity_bytes + 2 * 14 * part_bytes
+    tiers[0].sweep()
+    assert tiers[1].check() == []
+    assert used_bytes(client)[0] == tiers[0].accounted_bytes() == tiers[1].accounted_bytes()
+
+
+def test_writers_killed_at_any_moment_leave_the_books_right(
+    server: EmbeddedServer, client: redis.Redis, make_tier: MakeTier, root: Root, part_bytes: int
+) -> None:
+    tier = make_tier(server.url, capacity_bytes=40 * part_bytes, num_buckets=NUM_BUCKETS)
+    rng = random.Random(3)
+    stop = threading.Event()
+
+    def kill() -> None:
+        while not stop.wait(rng.uniform(0, 0.003)):
+            client.client_kill_filter(_type="normal", skipme=True)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        for step in range(150):
+            with suppress(TierError):
+                Content(root, 8, seed=step % 20).write(tier)
+    finally:
+        stop.set()
+        killer.join()
+    counted, summed = used_bytes(client)
+    assert counted == summed
+    tier.sweep()
+    assert tier.check() == []
+
+
+def test_sweep_removes_orphans_strays_and_empty_accounts_and_mends_counts(
+    server: EmbeddedServer, client: redis.Redis, make_tier: MakeTier, root: Root
+) -> None:
+    tier = make_tier(server.url, num_buckets=NUM_BUCKETS)
+    content, sound = Content(root, 8), Content(root, 4, seed=1)
+    content.write(tier)
+    sound.write(tier)
+    names = Names(NUM_BUCKETS)
+    client.delete(names.value(content.keys[3]))  # as its TTL would: an empty account, and four orphans
+    stray = names.value(Content(root, 1, seed=7).keys[0])
+    client.set(stray, "nobody speaks of me")
+    client.incrby(names.bucket(sound.keys[0]).total, 12_345)
+    client.setrange(names.value(sound.keys[3]), 60, b"\xff\xff\xff")
+    kinds = {"is accounted and not there", "lacks its parent", "has no account", "is damaged", "sizes sum"}
+    assert all(any(kind in fault for fault in tier.check()) for kind in kinds)
+    found = tier.sweep()
+    assert tier.check() == []
+    assert resident(tier, content) == content.keys[:3]
+    assert resident(tier, sound) == sound.keys[:3]
+    assert (found["empty"], found["orphans"], found["strays"], found["damaged"]) == (1, 4, 1, 1)
+    assert client.exists(stray) == 0
+
+
+def test_sweep_finds_every_part_where_many_share_a_score(
+    server: EmbeddedServer, client: redis.Redis, make_tier: MakeTier, root: Root
+) -> None:
+    tier = make_tier(server.url, num_buckets=1)
+    chains = [Content(root, 1, seed=seed) for seed in range(1200)]
+    for chain in chains:
+        chain.write(tier)
+    order = Names(1).bucket(chains[0].keys[0]).order
+    client.zadd(order, {Names.member(chain.keys[0].block, 0): 1000.0 for chain in chains})
+    client.delete(*(Names(1).value(chain.keys[0]) for chain in chains))
+    assert tier.sweep()["empty"] == len(chains)
+
+
+def test_sweep_puts_a_child_that_scores_above_its_parent_back_below(
+    server: EmbeddedServer, client: redis.Redis, make_tier: MakeTier, root: Root
+) -> None:
+    tier = make_tier(server.url, num_buckets=NUM_BUCKETS)
+    content = Content(root, 6)
+    content.write(tier)
+    names = Names(NUM_BUCKETS)
+    for key in content.keys[3:]:
+        client.zincrby(names.bucket(key).order, 500.0, names.member(key.block, key.part))
+    assert any("scores above" in fault for fault in tier.check())
+    assert tier.sweep()["lowered"] >= 3
+    scores = [score(client, key) for key in content.keys]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_accounts_of_removed_and_rewritten_blocks_balance(
+    server: EmbeddedServer, client: redis.Redis, make_tier: MakeTier, root: Root
+) -> None:
+    tier = make_tier(server.url)
+    content = Content(root, 6)
+    rng = random.Random(4)
+    for _ in range(30):
+        if rng.random() < 0.5:
+            content.write(tier)
+        else:
+            tier.remove(content.keys[rng.randrange(6) :])
+        assert used_bytes(client) == (tier.accounted_bytes(), tier.accounted_bytes())
+    tier.clear(None)
+    assert tier.accounted_bytes() == 0
+
+
+def test_buckets_of_cleared_namespaces_are_named_no_longer_after_a_sweep(
+    server: EmbeddedServer, client: redis.Redis, make_tier: MakeTier, root: Root
+) -> None:
+    tier = make_tier(server.url)
+    content = Content(root, 40)
+    content.write(tier)
+    assert client.scard("kvs1:buckets") > 5
+    tier.clear(root.id)
+    tier.sweep()
+    assert client.dbsize() == 0
+    assert content.write(tier) == set(content.keys)
+
+
+def test_namespaces_of_other_stores_count_and_can_be_evicted(
+    server: EmbeddedServer, make_tier: MakeTier, root: Root, part_bytes: int
+) -> None:
+    capacity_bytes = 20 * part_bytes
+    mine, theirs = (make_tier(server.url, capacity_bytes=capacity_bytes, num_buckets=NUM_BUCKETS) for _ in range(2))
+    old = Content(Root(root.model, salt=b"another tenant"), 15)
+    old.write(theirs)
+    new = Content(root, 15)
+    assert new.write(mine) == set(new.keys)
+    assert len(resident(theirs, old)) < 15
+    assert mine.accounted_bytes() <= capacity_bytes
+
+
+# ── memory and time ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_full_server_refuses_the_write_and_makes_room_for_the_next(make_tier: MakeTier, root: Root) -> None:
+    with EmbeddedServer(ServerOptions(maxmemory_bytes=12 << 20)) as server:
+        tier = make_tier(server.url, healthy=False, capacity_bytes=1 << 30, num_buckets=NUM_BUCKETS)
+        refused = 0
+        for seed in range(300):
+            content = Content(root, 20, seed=seed)
+            written = content.write(tier)
+            assert is_prefix([key for key in content.keys if key in written], content.keys)
+            assert set(resident(tier, content)) == written
+            refused += len(written) < 20
+        assert refused
+        assert tier.stats.get("redis.out_of_memory") >= 1
+        assert tier.stats.get("redis.evicted_blocks") >= 20
+        tier.sweep()
+        assert tier.settle(DEADLINE_S)
+        assert tier.check() == []
+        tier.close()
+
+
+def test_capacity_follows_the_servers_maxmemory_where_none_is_given(make_tier: MakeTier, root: Root) -> None:
+    with EmbeddedServer(ServerOptions(maxmemory_bytes=20 << 20)) as server:
+        tier = make_tier(server.url, healthy=False, num_buckets=NUM_BUCKETS)
+        for seed in range(300):
+            content = Content(root, 20, seed=seed)
+            assert content.write(tier) == set(content.keys)
+        assert tier.accounted_bytes() <= 16 << 20
+        assert tier.check() == []
+        tier.close()
+
+
+def test_values_carry_a_ttl_that_touches_renew_once_half_is_used(
+    server: EmbeddedServer, client: redis.Redis, make_tier: MakeTier, root: Root
+) -> None:
+    tier = make_tier(server.url, ttl_s=1000)
+    content = Content(root, 5)
+    content.write(tier)
+    names = [content.name(index) for index in range(5)]
+    assert all(900 < client.ttl(name) <= 1000 for name in names)
+    for name in names[:3]:
+        client.expire(name, 400)
+    client.expire(names[3], 600)
+    use(tier, content)
+    assert [client.ttl(name) > 900 for name in names] == [True, True, True, False, True]
+    endless = make_tier(server.url, ttl_s=0)
+    other = Content(root, 1, seed=5)
+    other.write(endless)
+    assert client.ttl(other.name(0)) == -1
+
+
+def test_what_nobody_used_ages_out_tails_first(
+    server: EmbeddedServer, client: redis.Redis, make_tier: MakeTier, root: Root
+) -> None:
+    tier = make_tier(server.url, ttl_s=1000, num_buckets=NUM_BUCKETS)
+    old, fresh = Content(root, 6), Content(root, 4, seed=1)
+    old.write(tier)
+    fresh.write(tier)
+    names = Names(NUM_BUCKETS)
+    for depth, key in enumerate(old.keys):
+        age = 480 if depth < 2 else 520
+        client.zincrby(names.bucket(key).order, -age, names.member(key.block, key.part))
+    deadline = time.monotonic() + DEADLINE_S
+    with tier._stores.lease(deadline) as wire:
+        tier._upkeep._age(wire, deadline)
+    assert resident(tier, old) == old.keys[:2]
+    assert resident(tier, fresh) == fresh.keys
+
+
+def test_background_sweep_runs_once_for_all_stores(
+    server: EmbeddedServer, client: redis.Redis, make_tier: MakeTier, root: Root
+) -> None:
+    seed_tier = make_tier(server.url)
+    content = Content(root, 4)
+    content.write(seed_tier)
+    client.delete(content.name(1))
+    tiers = [make_tier(server.url, sweep_every_s=0.3) for _ in range(2)]
+    deadline = time.monotonic() + DEADLINE_S
+    while seed_tier.check() and time.monotonic() < deadline:
+        assert not tiers[0].settle(0.0) or tiers[0].settle(0.05)
+    assert resident(seed_tier, content) == content.keys[:1]
+
+
+def test_size_classes_are_those_of_the_allocator() -> None:
+    for asked, got in ((1, 64), (64, 64), (65, 80), (4096, 4096), (4097, 5120), (8 << 20, 8 << 20)):
+        assert size_class(asked) == got
+    assert size_class((8 << 20) + 408) == 10 << 20

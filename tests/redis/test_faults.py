@@ -1,0 +1,496 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A server that dies, hangs or lies costs a bounded delay and a miss; never wrong bytes, never the next call."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import random
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import redis
+import redis.exceptions
+
+from kvstore.api import NO_HINT
+from kvstore.block import PartKey, Root
+from kvstore.errors import ConfigError, TierError, TierTimeout, TierUnavailable
+from kvstore.tiers.redis import RedisTier
+from kvstore.tiers.redis_pool import Breaker, map_redis_errors
+from kvstore.tiers.redis_wire import ProtocolBroken, ReplyError
+from kvstore.tiers.valkey import EmbeddedServer, ServerOptions
+from tests.redis.conftest import MakeTier
+from tests.redis.content import DEADLINE_S, Content
+
+
+class Proxy:
+    """A Unix socket in front of a server; `rule` says what becomes of the server's bytes.
+
+    It gets the number of bytes passed on so far to this connection, and the new ones; it returns what to pass on.
+    Holding some back hangs up after the rest.
+    """
+
+    def __init__(self, directory: Path, server: EmbeddedServer) -> None:
+        self.rule: Callable[[int, bytes], bytes] = lambda passed, data: data
+        self.url = f"unix://{directory}/proxy"
+        self._target = server.unix_url.removeprefix("unix://")
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(f"{directory}/proxy")
+        self._listener.listen()
+        self._threads = [threading.Thread(target=self._accept)]
+        self._sockets: list[socket.socket] = [self._listener]
+        self._threads[0].start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            far = socket.socket(socket.AF_UNIX)
+            far.connect(self._target)
+            self._sockets += [near, far]
+            for source, sink, rule in ((near, far, None), (far, near, self.rule)):
+                thread = threading.Thread(target=self._pump, args=(source, sink, rule))
+                self._threads.append(thread)
+                thread.start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket, rule: Callable[[int, bytes], bytes] | None) -> None:
+        passed = 0
+        with suppress(OSError):
+            while data := source.recv(65_536):
+                kept = data if rule is None else rule(passed, data)
+                sink.sendall(kept)
+                passed += len(kept)
+                if len(kept) < len(data):
+                    break
+        for sock in (source, sink):
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        for sock in self._sockets:
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        for thread in list(self._threads):
+            thread.join(5)
+        for sock in self._sockets:
+            sock.close()
+
+
+@pytest.fixture
+def proxy(own_server: EmbeddedServer, tmp_path: Path) -> Iterator[Proxy]:
+    proxy = Proxy(tmp_path, own_server)
+    yield proxy
+    proxy.close()
+
+
+def large(root: Root, num_blocks: int = 4) -> Content:
+    """Blocks of 1 MiB: far more than a socket buffers."""
+    return Content(Root(replace(root.model, head_dim=4096)), num_blocks)
+
+
+def checked(reading: Iterable[PartKey], into: Mapping[PartKey, memoryview], content: Content) -> Iterator[PartKey]:
+    """The keys of `reading`, each held against what was written the moment it comes."""
+    for key in reading:
+        assert into[key] == content.parts[key], "wrong bytes were delivered as right ones"
+        yield key
+
+
+# ── connections that end ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("after", [0, 1, 5, 100, 300, 5000, 1_000_000, 1_048_900, 2_500_000, 4_194_000])
+def test_reply_cut_anywhere_gives_a_prefix_and_an_error_and_the_next_call_works(
+    after: int, proxy: Proxy, own_server: EmbeddedServer, make_tier: MakeTier, root: Root
+) -> None:
+    content = large(root)
+    content.write(make_tier(own_server.url))
+    handshake = 200  # what the server says while connecting is shorter
+    proxy.rule = lambda passed, data: data[: max(0, after + handshake - passed)]
+    tier = make_tier(proxy.url, healthy=False)
+    into = content.buffers()
+    delivered: list[PartKey] = []
+    with pytest.raises(TierUnavailable):
+        delivered.extend(checked(tier.read(into, DEADLINE_S), into, content))
+    assert delivered == content.keys[: len(delivered)]
+    proxy.rule = lambda passed, data: data
+    assert content.read(tier) == content.keys
+
+
+def test_connection_killed_by_the_server_is_replaced(tier: RedisTier, client: redis.Redis, root: Root) -> None:
+    content = Content(root, 6)
+    content.write(tier)
+    assert content.read(tier) == content.keys
+    client.client_kill_filter(_type="normal", skipme=True)
+    assert content.read(tier) == content.keys
+    client.client_kill_filter(_type="normal", skipme=True)
+    assert content.write(tier) == set(content.keys)
+    assert tier.stats.get("redis.missing_blocks") == 0
+
+
+def test_connection_killed_in_the_middle_of_a_read_gives_an_error_and_no_wrong_bytes(
+    server: EmbeddedServer, client: redis.Redis, make_tier: MakeTier, root: Root
+) -> None:
+    content = large(root, 16)
+    tier = make_tier(server.url)
+    tier.open(content.layout)
+    content.write(tier)
+    into = content.buffers()
+    reading = tier.read(into, DEADLINE_S)
+    first = next(reading)
+    assert into[first] == content.parts[first]
+    client.client_kill_filter(_type="normal", skipme=True)
+    with pytest.raises(TierUnavailable):
+        list(checked(reading, into, content))
+    assert content.read(tier) == content.keys
+
+
+def test_connections_killed_at_random_never_deliver_wrong_bytes(
+    server: EmbeddedServer, client: redis.Redis, make_tier: MakeTier, root: Root
+) -> None:
+    content = large(root, 8)
+    tier = make_tier(server.url)
+    tier.open(content.layout)
+    content.write(tier)
+    rng = random.Random(1)
+    stop = threading.Event()
+
+    def kill() -> None:
+        while not stop.wait(rng.uniform(0, 0.004)):
+            client.client_kill_filter(_type="normal", skipme=True)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        for _ in range(60):
+            with suppress(TierUnavailable):
+                content.read(tier)
+    finally:
+        stop.set()
+        killer.join()
+    assert content.read(tier) == content.keys
+
+
+def test_server_that_answers_with_other_bytes_delivers_nothing(
+    proxy: Proxy, own_server: EmbeddedServer, make_tier: MakeTier, root: Root
+) -> None:
+    content = Content(root, 4)
+    owner = make_tier(own_server.url)
+    content.write(owner)
+    tier = make_tier(proxy.url, healthy=False)
+    proxy.rule = lambda passed, data: data.replace(b"$4", b"$5") if b"KVSF" in data else data
+    with suppress(TierError):
+        content.read(tier, 0.5)
+    proxy.rule = lambda passed, data: b":1\r\n" + data if b"KVSF" in data else data
+    with pytest.raises(TierError):
+        content.read(make_tier(proxy.url, healthy=False), 0.5)
+    assert tier.settle(DEADLINE_S)
+    owner.clear(None)
+
+
+def test_read_closed_early_gives_up_its_connection(tier: RedisTier, root: Root) -> None:
+    content = Content(root, 30)
+    content.write(tier)
+    for stop_after in (1, 2, 29):
+        into = content.buffers()
+        reading = tier.read(into, DEADLINE_S)
+        for _ in range(stop_after):
+            next(reading)
+        reading.close()  # type: ignore[attr-defined]
+        assert content.read(tier) == content.keys
+
+
+def test_server_restarted_on_its_port_is_found_again(make_tier: MakeTier, root: Root) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    content = Content(root, 4)
+    with EmbeddedServer(ServerOptions(port=port)) as server:
+        tier = make_tier(server.url, healthy=False)
+        content.write(tier)
+        assert content.read(tier) == content.keys
+    with pytest.raises(TierUnavailable):
+        content.read(tier)
+    with EmbeddedServer(ServerOptions(port=port)):
+        assert content.read(tier) == []
+        assert content.write(tier) == set(content.keys)
+        assert content.read(tier) == content.keys
+        assert tier.check() == []
+
+
+# ── servers that hang ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def stopped(own_server: EmbeddedServer) -> Iterator[Callable[[], None]]:
+    """Stops the server when called; it goes on when the test ends."""
+    yield lambda: os.kill(own_server.pid, signal.SIGSTOP)
+    os.kill(own_server.pid, signal.SIGCONT)
+
+
+@pytest.mark.parametrize("call", ["contains", "read", "write"])
+def test_hung_server_costs_the_deadline_and_no_more(
+    call: str, own_server: EmbeddedServer, stopped: Callable[[], None], make_tier: MakeTier, root: Root
+) -> None:
+    content = large(root, 4)
+    tier = make_tier(own_server.url, healthy=False)
+    content.write(tier, 0, 2)
+    assert content.read(tier) == content.keys[: len(content.keys) // 2]
+    calls: dict[str, Callable[[], object]] = {
+        "contains": lambda: tier.contains(content.keys, 0.5),
+        "read": lambda: list(tier.read(content.buffers(), 0.5)),
+        "write": lambda: tier.write(content.parts, content.meta, 0.5),
+    }
+    stopped()
+    started = time.monotonic()
+    with pytest.raises(TierTimeout):
+        calls[call]()
+    assert 0.45 <= time.monotonic() - started <= 0.55
+
+
+def test_server_hung_while_connecting_costs_the_connect_timeout(
+    own_server: EmbeddedServer, stopped: Callable[[], None], make_tier: MakeTier, root: Root
+) -> None:
+    tier = make_tier(own_server.url, healthy=False, connect_timeout_s=0.2)
+    stopped()
+    started = time.monotonic()
+    with pytest.raises(TierError):
+        tier.contains(Content(root, 1).keys, 5.0)
+    assert time.monotonic() - started < 0.5
+
+
+def test_nothing_is_written_to_buffers_after_a_timeout(
+    own_server: EmbeddedServer, make_tier: MakeTier, root: Root
+) -> None:
+    content = large(root, 4)
+    tier = make_tier(own_server.url)
+    content.write(tier)
+    into = content.buffers()
+    os.kill(own_server.pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(TierTimeout):
+            list(tier.read(into, 0.1))
+        before = [bytes(buffer) for buffer in into.values()]
+    finally:
+        os.kill(own_server.pid, signal.SIGCONT)
+    assert content.read(tier) == content.keys
+    assert [bytes(buffer) for buffer in into.values()] == before
+
+
+def test_stores_waiting_for_a_hung_write_do_not_hold_up_loads(
+    own_server: EmbeddedServer, proxy: Proxy, make_tier: MakeTier, root: Root
+) -> None:
+    content = Content(root, 4)
+    tier = make_tier(proxy.url, connections=1)
+    content.write(tier)
+    assert content.read(tier) == content.keys
+    held = threading.Event()
+    release = threading.Event()
+
+    def hold() -> None:
+        with tier._stores.lease(time.monotonic() + 5):
+            held.set()
+            release.wait(5)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert held.wait(5)
+    try:
+        assert content.read(tier) == content.keys
+        started = time.monotonic()
+        with pytest.raises(TierTimeout, match="no connection became free"):
+            tier.write(content.parts, content.meta, 0.1)
+        assert time.monotonic() - started < 0.3
+        assert all(tier.contains(content.keys, DEADLINE_S))
+    finally:
+        release.set()
+        holder.join()
+
+
+# ── breaker ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_calls_while_the_breaker_is_open_cost_next_to_nothing(make_tier: MakeTier, root: Root, tmp_path: Path) -> None:
+    content = Content(root, 2)
+    tier = make_tier(f"unix://{tmp_path}/nobody", healthy=False, breaker_open_s=60.0)
+    with pytest.raises(TierUnavailable):
+        tier.contains(content.keys, DEADLINE_S)
+    calls: list[Callable[[], object]] = [
+        lambda: tier.contains(content.keys, DEADLINE_S),
+        lambda: list(tier.read(content.buffers(), DEADLINE_S)),
+        lambda: content.write(tier),
+        lambda: tier.remove(content.keys),
+    ]
+    for call in calls:
+        costs = []
+        for _ in range(20):
+            started = time.perf_counter()
+            with pytest.raises(TierUnavailable):
+                call()
+            costs.append(time.perf_counter() - started)
+        assert sorted(costs)[len(costs) // 2] < 0.001
+    started = time.perf_counter()
+    tier.touch(content.keys, NO_HINT)
+    assert time.perf_counter() - started < 0.001
+
+
+def test_breaker_lets_one_call_try_and_says_each_change_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "kvstore.tiers.redis")
+    error = TierUnavailable("redis", "gone")
+    breaker = Breaker(open_s=60.0)
+    breaker.admit()
+    for _ in range(3):
+        breaker.failed(error)
+    with pytest.raises(TierUnavailable, match="gone"):
+        breaker.admit()
+    impatient = Breaker(open_s=0.05)
+    impatient.failed(error)
+    deadline = time.monotonic() + 5
+    admitted = 0
+    while not admitted and time.monotonic() < deadline:
+        with suppress(TierUnavailable):
+            impatient.admit()
+            admitted += 1
+    with pytest.raises(TierUnavailable):
+        impatient.admit()  # the probe is under way
+    impatient.succeeded()
+    impatient.admit()
+    assert [record.message.split(":")[1].strip() for record in caplog.records] == [
+        "off until it answers again",
+        "off until it answers again",
+        "back after",
+    ]
+
+
+def test_tier_recovers_by_itself_once_the_server_is_back(
+    own_server: EmbeddedServer, make_tier: MakeTier, root: Root
+) -> None:
+    content = Content(root, 3)
+    tier = make_tier(own_server.url, breaker_open_s=0.05)
+    content.write(tier)
+    os.kill(own_server.pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(TierTimeout):
+            tier.contains(content.keys, 0.1)
+        with pytest.raises(TierUnavailable):
+            tier.contains(content.keys, 0.1)
+    finally:
+        os.kill(own_server.pid, signal.SIGCONT)
+    deadline = time.monotonic() + 5
+    present: list[bool] = []
+    while not present and time.monotonic() < deadline:
+        with suppress(TierError):
+            present = tier.contains(content.keys, 0.5)
+    assert present == [True] * len(content.keys)
+
+
+def test_slow_answer_does_not_open_the_breaker(
+    own_server: EmbeddedServer, proxy: Proxy, make_tier: MakeTier, root: Root
+) -> None:
+    content = large(root, 8)
+    content.write(make_tier(own_server.url))
+    release = threading.Event()
+
+    def slowly(passed: int, data: bytes) -> bytes:
+        if passed > 1_500_000:
+            release.wait(0.2)
+        return data
+
+    proxy.rule = slowly
+    tier = make_tier(proxy.url, healthy=False, breaker_open_s=60.0)
+    with pytest.raises(TierTimeout):
+        content.read(tier, 0.5)
+    release.set()
+    assert content.read(tier) == content.keys
+
+
+# ── errors ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+NOT_OURS = {"IncorrectPolicyType"}
+"""Raised while routing custom commands in a Cluster, which no connection does."""
+
+
+def every_redis_error() -> list[Exception]:
+    """One of each exception redis-py defines, made without its constructor's help."""
+    kinds = [
+        kind
+        for _, kind in inspect.getmembers(redis.exceptions, inspect.isclass)
+        if issubclass(kind, Exception) and kind.__module__ == "redis.exceptions" and kind.__name__ not in NOT_OURS
+    ]
+    return [kind.__new__(kind, "reason") for kind in kinds]
+
+
+@pytest.mark.parametrize("error", every_redis_error(), ids=lambda error: type(error).__name__)
+def test_every_error_of_redis_py_leaves_as_a_tier_error(error: Exception) -> None:
+    expected = TierTimeout if isinstance(error, redis.exceptions.TimeoutError) else TierUnavailable
+    with pytest.raises(expected), map_redis_errors():
+        raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (TimeoutError("late"), TierTimeout),
+        (ConnectionResetError(), TierUnavailable),
+        (BrokenPipeError(), TierUnavailable),
+        (ProtocolBroken("what"), TierUnavailable),
+        (ReplyError("LOADING Redis is loading"), TierUnavailable),
+    ],
+)
+def test_errors_below_redis_py_leave_as_tier_errors(error: Exception, expected: type[TierError]) -> None:
+    with pytest.raises(expected), map_redis_errors():
+        raise error
+
+
+def test_errors_of_our_own_making_are_not_hidden() -> None:
+    with pytest.raises(KeyError), map_redis_errors():
+        raise KeyError("a fault in the code")
+
+
+def test_wrong_password_is_said_to_be_one(own_server: EmbeddedServer, make_tier: MakeTier, root: Root) -> None:
+    with redis.Redis.from_url(own_server.url) as client:
+        client.config_set("requirepass", "right")
+    keys = Content(root, 1).keys
+    with pytest.raises(TierUnavailable, match="(?i)auth|password"):
+        make_tier(own_server.url, healthy=False).contains(keys, DEADLINE_S)
+    with pytest.raises(TierUnavailable, match="password"):
+        make_tier(own_server.url + "?password=wrong", healthy=False).contains(keys, DEADLINE_S)
+    tier = make_tier(own_server.url + "?password=right&db=3")
+    assert Content(root, 1).write(tier) == set(keys)
+    assert "right" not in repr(tier.options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"url": "http://somewhere"},
+        {"num_buckets": 0},
+        {"num_buckets": 257},
+        {"connections": 0},
+        {"capacity_bytes": -1},
+        {"call_timeout_s": 0.0},
+        {"codec": "zip"},
+    ],
+)
+def test_bad_options_are_refused_by_name(options: dict[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        RedisTier(RedisTier.Options(**{"url": "unix:///nowhere", **options}))  # type: ignore[arg-type]
+
+
+def test_closed_tier_refuses_calls(server: EmbeddedServer, make_tier: MakeTier, root: Root) -> None:
+    tier = make_tier(server.url, healthy=False)
+    content = Content(root, 2)
+    content.write(tier)
+    tier.close()
+    with pytest.raises(TierUnavailable, match="closed"):
+        content.read(tier)
