@@ -71,10 +71,6 @@ def checksum(payload: Buffer) -> int:
     return xxhash.xxh3_64_intdigest(payload)
 
 
-RunningChecksum = xxhash.xxh3_64
-"""`checksum` for a payload that comes in pieces: `update(piece)` in order, then `intdigest()`."""
-
-
 def header_bytes(num_tokens: int, extra_bytes: int) -> int:
     """Length of a header with so many tokens and so much extra."""
     return MIN_HEADER_BYTES + 4 * num_tokens + extra_bytes
