@@ -38,7 +38,7 @@ from kvstore.tiers.valkey import EmbeddedServer
 
 EMBEDDED = "embedded"
 _EMBEDDED_CAPACITY_BYTES = 1 << 30
-_PRESENCE_BATCH = 4096
+_PRESENCE_BATCH = 512
 
 
 class RedisTier(Tier):
@@ -133,10 +133,11 @@ class RedisTier(Tier):
         if not keys:
             return present
         with self._loads.lease(deadline) as wire:
+            # In steps: the server looks up what it has while the next commands are put together.
             for at in range(0, len(keys), _PRESENCE_BATCH):
-                batch = keys[at : at + _PRESENCE_BATCH]
-                wire.send([self._names.pipeline("EXISTS", batch)], deadline)
-                present += wire.flags(len(batch), deadline)
+                wire.send([self._names.pipeline("EXISTS", keys[at : at + _PRESENCE_BATCH])], deadline)
+            for at in range(0, len(keys), _PRESENCE_BATCH):
+                present += wire.flags(min(_PRESENCE_BATCH, len(keys) - at), deadline)
         return present
 
     def read(self, into: Mapping[PartKey, memoryview], deadline_s: float) -> Iterator[PartKey]:

@@ -339,8 +339,6 @@ def command(*words: bytes | str | int | float) -> bytes:
     """One command as RESP."""
     parts = [b"*%d\r\n" % len(words)]
     for word in words:
-        data = (
-            word if isinstance(word, bytes) else repr(word).encode() if isinstance(word, float) else str(word).encode()
-        )
+        data = word if isinstance(word, bytes) else (word if isinstance(word, str) else repr(word)).encode()
         parts.append(b"$%d\r\n%b\r\n" % (len(data), data))
     return b"".join(parts)

@@ -7,13 +7,14 @@ one between sends, or in another thread, was slower on two cores.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from kvstore.block import BlockId, BlockMeta, PartKey
 from kvstore.codecs import CODECS, Codec
 from kvstore.layout import BlockLayout
-from kvstore.tiers.redis_accounting import Accounting, Facts
+from kvstore.tiers.redis_accounting import Accounting, Facts, many
 from kvstore.tiers.redis_names import STEP_S
 from kvstore.tiers.redis_wire import Buffer, ProtocolBroken, ReplyError, Wire, command
 from kvstore.wire import frame
@@ -22,12 +23,17 @@ from kvstore.wire.frame import Header
 _GROUP_BYTES = 1 << 20
 _MAX_GROUP = 32
 _MAX_GROUPS_IN_FLIGHT = 256
+_HEADER_ALLOWANCE_BYTES = 1 << 10
 _RAW_ID = CODECS.load("raw").wire_id
 
 
-@dataclass(slots=True)
+_Item = tuple[PartKey, BlockMeta, memoryview, float]
+"""A part to write, with its score."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Value:
-    """A part on its way out."""
+    """A part as it goes out. Holds encoded bytes, so there is one only while its group is sent."""
 
     key: PartKey
     meta: BlockMeta
@@ -67,22 +73,16 @@ class Writer:
             # What was evicted may have been a parent, or a part that was there.
             present, scores = self._plan(wire, parts, meta, deadline)
         counts["orphans_refused"] = len(parts) - len(scores)
-        values = [
-            self._value(key, meta[key.block], parts[key].cast("B"), score)
-            for key, score in scores.items()
-            if key not in present
-        ]
-        values = self._fitting(wire, values, deadline)
-        landed = self._send(wire, values, deadline, counts)
-        orphans = [value.key for value in values if value.key in landed]
-        orphans = _without_parent(orphans, values, present | landed, meta)
-        failed = [value.key for value in values if value.key not in landed]
-        if failed or orphans:
-            self._accounting.remove(wire, [*failed, *orphans], deadline)
-            landed -= set(orphans)
-            counts["write_failures"] = len(failed) + len(orphans)
+        fresh = self._fitting(wire, [key for key in scores if key not in present], parts, deadline)
+        items = [(key, meta[key.block], parts[key].cast("B"), scores[key]) for key in fresh]
+        landed = self._send(wire, items, deadline, counts)
+        failed = _with_descendants([key for key in fresh if key not in landed], fresh, meta)
+        if failed:
+            self._accounting.remove(wire, failed, deadline)
+            landed -= set(failed)
+            counts["write_failures"] = len(failed)
         counts["written_blocks"] = len(landed)
-        counts["written_bytes"] = sum(value.raw_bytes for value in values if value.key in landed)
+        counts["written_bytes"] = sum(parts[key].nbytes for key in landed)
         return present | landed
 
     def _plan(
@@ -100,7 +100,10 @@ class Writer:
         now_s = self._accounting.now_s(wire, deadline)
         parents = {key: key._replace(block=meta[key.block].parent) for key in parts if meta[key.block].depth}
         asked = list(dict.fromkeys([*parts, *parents.values()]))
-        known = self._known_scores(wire, asked, deadline)
+        wire.send([self._names.pipeline("EXISTS", asked)], deadline)
+        exists = wire.flags(len(asked), deadline)
+        there = [key for key, flag in zip(asked, exists, strict=True) if flag]
+        known = self._known_scores(wire, there, deadline)
         scores: dict[PartKey, float] = {}
         for key in parts:
             score = now_s - meta[key.block].depth * STEP_S
@@ -117,21 +120,15 @@ class Writer:
         return {key for key in parts if key in known}, scores
 
     def _known_scores(self, wire: Wire, keys: Sequence[PartKey], deadline: float) -> dict[PartKey, float]:
-        """Scores of those keys whose value is there."""
+        """Scores of `keys`, whose values are there; one without a member is left out, and so written anew."""
+        if not keys:
+            return {}
         lookups = []
         for key in keys:
             bucket = self._names.bucket(key)
             lookups.append(command("ZSCORE", bucket.order, self._names.member(key.block, key.part)))
-        wire.send([self._names.pipeline("EXISTS", keys), b"".join(lookups)], deadline)
-        exists = wire.flags(len(keys), deadline)
-        replies = [wire.reply(deadline) for _ in keys]
-        known: dict[PartKey, float] = {}
-        for key, there, reply in zip(keys, exists, replies, strict=True):
-            if isinstance(reply, ReplyError):
-                raise reply
-            if there and isinstance(reply, bytes):
-                known[key] = float(reply)
-        return known
+        scores = zip(keys, many(wire, lookups, deadline), strict=True)
+        return {key: float(score) for key, score in scores if isinstance(score, bytes)}
 
     def _make_room(
         self,
@@ -142,7 +139,9 @@ class Writer:
         counts: dict[str, float],
     ) -> bool:
         facts = self._accounting.facts(wire, deadline)
-        num_bytes = sum(self._accounting.accounted_bytes(len(parts[key]) + 1024, facts) for key in keys)
+        num_bytes = sum(
+            self._accounting.accounted_bytes(parts[key].nbytes + _HEADER_ALLOWANCE_BYTES, facts) for key in keys
+        )
         if not num_bytes:
             return False
         num_parts, freed = self._accounting.make_room(wire, num_bytes, deadline)
@@ -150,17 +149,19 @@ class Writer:
         counts["evicted_bytes"] = freed
         return num_parts > 0
 
-    def _fitting(self, wire: Wire, values: list[_Value], deadline: float) -> list[_Value]:
-        """The head of `values` that fits into the capacity at all."""
+    def _fitting(
+        self, wire: Wire, keys: Sequence[PartKey], parts: Mapping[PartKey, memoryview], deadline: float
+    ) -> Sequence[PartKey]:
+        """The head of `keys` that fits into the capacity at all."""
         facts = self._accounting.facts(wire, deadline)
         if not facts.capacity_bytes:
-            return values
+            return keys
         room = facts.capacity_bytes
-        for index, value in enumerate(values):
-            room -= self._accounting.accounted_bytes(value.raw_bytes + 1024, facts)
+        for index, key in enumerate(keys):
+            room -= self._accounting.accounted_bytes(parts[key].nbytes + _HEADER_ALLOWANCE_BYTES, facts)
             if room < 0:
-                return values[:index]
-        return values
+                return keys[:index]
+        return keys
 
     def _value(self, key: PartKey, meta: BlockMeta, part: memoryview, score: float) -> _Value:
         item_bytes = self._item_bytes.get((key.part, len(part)), 1)
@@ -169,21 +170,19 @@ class Writer:
             return _Value(key, meta, score, len(part), part, _RAW_ID, item_bytes)
         return _Value(key, meta, score, len(part), encoded, self._codec.wire_id, item_bytes)
 
-    def _send(self, wire: Wire, values: Sequence[_Value], deadline: float, counts: dict[str, float]) -> set[PartKey]:
-        """Send values in groups, each one transaction with its accounts. Returns the keys that arrived."""
+    def _send(self, wire: Wire, items: Sequence[_Item], deadline: float, counts: dict[str, float]) -> set[PartKey]:
+        """Send parts in groups, each one transaction with its accounts. Returns the keys that arrived."""
         facts = self._accounting.facts(wire, deadline)
         landed: set[PartKey] = set()
-        unanswered: list[Sequence[_Value]] = []
-        index = 0
-        while index < len(values):
-            group = _group(values, index)
-            index += len(group)
+        unanswered: deque[list[PartKey]] = deque()
+        for items_of_group in _groups(items):
+            group = [self._value(*item) for item in items_of_group]
             wire.send(self._transaction(group, facts), deadline)
-            unanswered.append(group)
+            unanswered.append([value.key for value in group])
             if len(unanswered) == _MAX_GROUPS_IN_FLIGHT:
-                landed |= self._answers(wire, unanswered.pop(0), deadline, counts)
-        for group in unanswered:
-            landed |= self._answers(wire, group, deadline, counts)
+                landed |= self._answers(wire, unanswered.popleft(), deadline, counts)
+        for keys in unanswered:
+            landed |= self._answers(wire, keys, deadline, counts)
         return landed
 
     def _transaction(self, group: Sequence[_Value], facts: Facts) -> list[Buffer]:
@@ -212,9 +211,9 @@ class Writer:
         )
         return head + header, value.payload, tail
 
-    def _answers(self, wire: Wire, group: Sequence[_Value], deadline: float, counts: dict[str, float]) -> set[PartKey]:
+    def _answers(self, wire: Wire, keys: Sequence[PartKey], deadline: float, counts: dict[str, float]) -> set[PartKey]:
         """Replies to one transaction: all of its keys, or none."""
-        for _ in range(len(group) + 2):  # MULTI, the queued SETs, the queued EVAL
+        for _ in range(len(keys) + 2):  # MULTI, the queued SETs, the queued EVAL
             reply = wire.reply(deadline)
             if isinstance(reply, ReplyError):
                 self._refused(reply, counts)
@@ -224,7 +223,7 @@ class Writer:
             return set()
         if not isinstance(reply, list):
             raise ProtocolBroken("EXEC did not answer with a list")
-        return {value.key for value in group}
+        return set(keys)
 
     def _refused(self, error: ReplyError, counts: dict[str, float]) -> None:
         """Want of memory is answered with room at the next write; other refusals fail the call."""
@@ -249,28 +248,24 @@ def _header(value: _Value) -> bytes:
     )
 
 
-def _group(values: Sequence[_Value], start: int) -> Sequence[_Value]:
-    """Consecutive values for one transaction: one large one, or small ones up to about a megabyte."""
-    num_bytes = 0
-    stop = start
-    while stop < len(values) and stop - start < _MAX_GROUP and (stop == start or num_bytes < _GROUP_BYTES):
-        num_bytes += len(values[stop].payload)
-        stop += 1
-    return values[start:stop]
+def _groups(items: Sequence[_Item]) -> Iterator[Sequence[_Item]]:
+    """Consecutive items for one transaction each: one large one, or small ones up to about a megabyte."""
+    start = num_bytes = 0
+    for index, (_, _, part, _) in enumerate(items):
+        if index > start and (num_bytes >= _GROUP_BYTES or index - start == _MAX_GROUP):
+            yield items[start:index]
+            start, num_bytes = index, 0
+        num_bytes += part.nbytes
+    if items:
+        yield items[start:]
 
 
-def _without_parent(
-    keys: Sequence[PartKey],
-    values: Sequence[_Value],
-    there: set[PartKey],
-    meta: Mapping[BlockId, BlockMeta],
+def _with_descendants(
+    failed: Sequence[PartKey], written: Sequence[PartKey], meta: Mapping[BlockId, BlockMeta]
 ) -> list[PartKey]:
-    """Those of `keys` whose parent was part of the write and failed, and what hangs on them."""
-    gone = {value.key for value in values} - there
-    orphans: list[PartKey] = []
-    for key in keys:
-        parent = key._replace(block=meta[key.block].parent)
-        if meta[key.block].depth and parent in gone:
+    """`failed`, and those of `written` (parents first) that hang on them."""
+    gone = set(failed)
+    for key in written if gone else ():
+        if meta[key.block].depth and key._replace(block=meta[key.block].parent) in gone:
             gone.add(key)
-            orphans.append(key)
-    return orphans
+    return [key for key in written if key in gone]
