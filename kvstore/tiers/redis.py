@@ -39,6 +39,8 @@ from kvstore.tiers.valkey import EmbeddedServer
 EMBEDDED = "embedded"
 _EMBEDDED_CAPACITY_BYTES = 1 << 30
 _PRESENCE_BATCH = 512
+_LONG_CALL_S = 60.0
+"""For calls that look at everything there is."""
 
 
 class RedisTier(Tier):
@@ -94,7 +96,7 @@ class RedisTier(Tier):
         super().__init__(self.options)
         codec = CODECS.load(self.options.codec)()
         names = Names(self.options.num_buckets)
-        self._breaker = Breaker(self.options.breaker_open_s)
+        self._breaker = Breaker(self.options.breaker_open_s, self._note_state)
         # Refuse a bad URL before a server is started for nothing.
         self.server = EmbeddedServer() if self.options.url == EMBEDDED else None
         url = self.server.url if self.server else self.options.url
@@ -123,6 +125,7 @@ class RedisTier(Tier):
     def bind(self, stats: Stats) -> None:
         super().bind(stats)
         self._upkeep.stats = stats
+        stats.set(f"{self.name}.available", 1)
 
     def open(self, layout: BlockLayout) -> None:
         self._writer.learn(layout)
@@ -167,10 +170,14 @@ class RedisTier(Tier):
             with self._stores.lease(deadline) as wire:
                 return self._writer.write(wire, parts, meta, deadline, counts)
         finally:
+            self.stats.set(f"{self.name}.used_bytes", self._accounting.last_total_bytes)
             self._count(counts)
 
     def _count(self, counts: Mapping[str, float]) -> None:
         self.stats.add_all({f"{self.name}.{name}": amount for name, amount in counts.items() if amount})
+
+    def _note_state(self, available: bool) -> None:
+        self.stats.set(f"{self.name}.available", available)
 
     def touch(self, keys: Sequence[PartKey], hint: Hint) -> None:
         self._upkeep.touch(keys)
@@ -182,13 +189,13 @@ class RedisTier(Tier):
                 self._accounting.remove(wire, keys, deadline)
 
     def clear(self, root: RootId | None) -> None:
-        deadline = time.monotonic() + self.options.call_timeout_s
+        deadline = time.monotonic() + _LONG_CALL_S
         with self._stores.lease(deadline) as wire:
             self._sweeper.clear(wire, root, deadline)
 
     def sweep(self) -> dict[str, int]:
         """Repair what crashes and expiry left: returns what was found, by kind. Costs a look at every header."""
-        deadline = time.monotonic() + self.options.call_timeout_s
+        deadline = time.monotonic() + _LONG_CALL_S
         with self._stores.lease(deadline) as wire:
             return self._sweeper.sweep(wire, deadline)
 
@@ -207,7 +214,7 @@ class RedisTier(Tier):
 
         Meaningful while nobody writes.
         """
-        deadline = time.monotonic() + self.options.call_timeout_s
+        deadline = time.monotonic() + _LONG_CALL_S
         with self._stores.lease(deadline) as wire:
             return self._sweeper.check(wire, deadline)
 

@@ -12,6 +12,7 @@ a value without an account, and hashing a few hundred bytes costs the server a m
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from dataclasses import dataclass
 from kvstore.block import PartKey
 from kvstore.tiers.redis_names import EPOCH_S, REGISTRY, Bucket, Names
 from kvstore.tiers.redis_wire import ProtocolBroken, Reply, ReplyError, Wire, command
+
+log = logging.getLogger("kvstore.tiers.redis")
 
 _COLDEST_PER_BUCKET = 256
 _EVICT_PER_CALL = 1000
@@ -138,6 +141,13 @@ class Accounting:
             info = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
             limit = self._capacity_bytes or int(info.get("maxmemory", 0)) * 4 // 5
             self._facts = Facts(limit, "libc" not in info.get("mem_allocator", "jemalloc"))
+            policy = info.get("maxmemory_policy", "noeviction")
+            if policy != "noeviction":
+                log.warning(
+                    "redis: maxmemory-policy is %s, which tears holes into chains; set it to noeviction, "
+                    "and capacity_bytes here",
+                    policy,
+                )
         return self._facts
 
     def accounted_bytes(self, stored_bytes: int, facts: Facts) -> int:
@@ -167,6 +177,11 @@ class Accounting:
             keys += (bucket.order, bucket.sizes, bucket.total)
             values += (bucket.tag, self.names.member(key.block, key.part), repr(score), str(num_bytes))
         return _eval(_ACCOUNT, keys, values)
+
+    @property
+    def last_total_bytes(self) -> int:
+        """Accounted bytes over all buckets, as last heard of and with our own writes since."""
+        return self._total_bytes
 
     def written(self, num_bytes: int) -> None:
         """Hint that so much was added."""

@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import redis
@@ -26,6 +26,9 @@ from kvstore.tiers.redis_wire import ProtocolBroken, ReplyError, Wire, stream_ov
 log = logging.getLogger("kvstore.tiers.redis")
 
 TIER = "redis"
+_FAIR_WAIT_S = 0.1
+"""A working server answers something within this, even behind a few large values of others."""
+_DOUBTS_ARE_FAILURE = 3
 
 
 @contextlib.contextmanager
@@ -52,19 +55,18 @@ class Breaker:
     """Closed while the server works; after a failure open for `open_s`, then one call tries it.
 
     While open, and while that one call is under way, all others are refused at once. A refusal costs
-    microseconds, so a dead server costs its callers nothing but shorter hits.
+    microseconds, so a dead server costs its callers nothing but shorter hits. `changed` is told True when the
+    server is believed to work again, and False when not.
     """
 
-    def __init__(self, open_s: float) -> None:
+    def __init__(self, open_s: float, changed: Callable[[bool], None] = lambda closed: None) -> None:
         self._open_s = open_s
+        self._changed = changed
         self._lock = threading.Lock()
         self._failing = False
+        self._num_doubts = 0
         self._retry_at = 0.0
         self._last_error = ""
-
-    @property
-    def closed(self) -> bool:
-        return not self._failing
 
     def admit(self) -> None:
         """Raises TierUnavailable unless a call may be made now."""
@@ -77,20 +79,31 @@ class Breaker:
             self._retry_at = now + self._open_s  # this call is the probe; others wait for its outcome
 
     def succeeded(self) -> None:
+        self._num_doubts = 0
         if not self._failing:
             return
         with self._lock:
             if self._failing:
                 self._failing = False
+                self._changed(True)
                 log.warning("redis: back after: %s", self._last_error)
 
     def failed(self, error: TierError) -> None:
+        """The server cannot be reached, refuses, or said nothing for a fair time."""
         with self._lock:
+            self._num_doubts = 0
             self._last_error = str(error)
             self._retry_at = time.monotonic() + self._open_s
             if not self._failing:
                 self._failing = True
+                self._changed(False)
                 log.warning("redis: off until it answers again: %s", error)
+
+    def doubted(self, error: TierError) -> None:
+        """A short deadline passed in silence: the server may just be busy. A few of these in a row are a failure."""
+        self._num_doubts += 1
+        if self._failing or self._num_doubts >= _DOUBTS_ARE_FAILURE:
+            self.failed(error)
 
 
 class Connections:
@@ -121,6 +134,7 @@ class Connections:
         """
         self._breaker.admit()
         self._take_place(deadline)
+        started = time.monotonic()
         wire: Wire | None = None
         try:
             with map_redis_errors():
@@ -128,8 +142,11 @@ class Connections:
                 wire.heard = False
                 yield wire
         except TierError as exc:
-            if not (isinstance(exc, TierTimeout) and wire is not None and wire.heard):
+            if not isinstance(exc, TierTimeout):
                 self._breaker.failed(exc)
+            elif wire is None or not wire.heard:
+                fair = time.monotonic() - started >= _FAIR_WAIT_S
+                (self._breaker.failed if fair else self._breaker.doubted)(exc)
             self._give_place(wire, in_order=False)
             raise
         except BaseException:

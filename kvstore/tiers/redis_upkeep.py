@@ -198,6 +198,7 @@ class Upkeep:
         oldest = repr(self._accounting.now_s(wire, deadline) - self._ttl_s / 2).encode()
         buckets = self._accounting.buckets(wire, deadline)
         num_parts, num_bytes = self._accounting.evict_below(wire, buckets, oldest, deadline)
+        self.stats.set("redis.used_bytes", self._accounting.total_bytes(wire, deadline))
         if num_parts:
             self.stats.add_all({"redis.aged_blocks": num_parts, "redis.aged_bytes": num_bytes})
 

@@ -370,6 +370,20 @@ def test_capacity_follows_the_servers_maxmemory_where_none_is_given(make_tier: M
         tier.close()
 
 
+def test_server_that_evicts_by_itself_is_warned_about(
+    own_server: EmbeddedServer, make_tier: MakeTier, root: Root, caplog: pytest.LogCaptureFixture
+) -> None:
+    with redis.Redis.from_url(own_server.url) as client:
+        client.config_set("maxmemory-policy", "allkeys-lru")
+    tier = make_tier(own_server.url)
+    for _ in range(2):
+        Content(root, 1).write(tier)
+    assert [record.message for record in caplog.records if "noeviction" in record.message] == [
+        "redis: maxmemory-policy is allkeys-lru, which tears holes into chains; set it to noeviction, "
+        "and capacity_bytes here"
+    ]
+
+
 def test_values_carry_a_ttl_that_touches_renew_once_half_is_used(
     server: EmbeddedServer, client: redis.Redis, make_tier: MakeTier, root: Root
 ) -> None:
