@@ -71,9 +71,7 @@ def test_damaged_bytes_raise_value_error_or_decode_within_bounds(codec: Codec) -
     for _ in range(2000):
         damaged = bytearray(encoded)
         for _ in range(rng.choice((1, 1, 4))):
-            damaged[rng.randrange(min(len(damaged), 64) if rng.random() < 0.5 else len(damaged))] = (
-                rng.randrange(256)
-            )
+            damaged[rng.randrange(min(len(damaged), 64) if rng.random() < 0.5 else len(damaged))] = rng.randrange(256)
         try:
             codec.decode(memoryview(damaged), 2, memoryview(bytearray(len(part))))
         except ValueError:

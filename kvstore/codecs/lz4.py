@@ -56,9 +56,7 @@ class Lz4Codec(Codec):
 
     def __init__(self, options: object = None) -> None:
         super().__init__(options)
-        self._min_gain = (
-            options.min_gain if isinstance(options, Lz4Codec.Options) else Lz4Codec.Options().min_gain
-        )
+        self._min_gain = options.min_gain if isinstance(options, Lz4Codec.Options) else Lz4Codec.Options().min_gain
 
     def encode(self, part: memoryview, item_bytes: int) -> memoryview | None:
         raw = np.frombuffer(part, np.uint8)
@@ -113,9 +111,7 @@ class Lz4Codec(Codec):
         at = table_bytes
         for plane, word in enumerate(struct.unpack_from(f"<{item_bytes}I", encoded)):
             length = word & ~_STORED
-            items[:, plane] = _plane(
-                encoded[at : at + length], length, num_items, stored=bool(word & _STORED)
-            )
+            items[:, plane] = _plane(encoded[at : at + length], length, num_items, stored=bool(word & _STORED))
             at += length
         if len(encoded) - at != num_rest:
             raise ValueError(f"{len(encoded) - at} bytes follow the planes, not {num_rest}")

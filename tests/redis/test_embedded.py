@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import select
+import shutil
 import signal
 import socket
 import stat
@@ -91,6 +92,7 @@ def test_server_ends_with_its_process(how: str) -> None:
     assert ended(pid)
     if how == "exit":
         assert not directory.exists()
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def test_directory_left_by_a_killed_process_is_removed_by_a_later_start() -> None:
