@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import kvstore
+from kvstore.config import StoreConfig
 from kvstore.policies import Policy
 from tests import test_policies as conformance
 
@@ -63,3 +64,20 @@ def test_the_policy_recipe_of_the_contributing_page_passes_conformance() -> None
         conformance.test_random_use_keeps_known_blocks_exact,
     ):
         check(scope["FifoPolicy"](None))
+
+
+def test_the_engine_example_of_the_readme_runs() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    example = next(block for block in blocks if "store.save(" in block)
+    exec(compile(example, "README.md", "exec"), {})
+
+
+def test_every_setting_the_readme_names_exists_with_that_default() -> None:
+    config = StoreConfig.load({"tiers": {"redis": {"url": "embedded"}}}, environ={})
+    known = {key: value for key, value, _ in config.explain()}
+    named = re.findall(r"^\| `([\w.]+)` \| ([^|]*) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(named) >= 8
+    for key, default in named:
+        value = known[key]
+        shown = f"{value >> 30} GiB" if key == "host.capacity_bytes" and isinstance(value, int) else str(value).lower()
+        assert shown in default.replace("`", ""), f"{key} is {value!r}, the page says {default!r}"
