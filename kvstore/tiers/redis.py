@@ -63,7 +63,8 @@ class RedisTier(Tier):
             connect_timeout_s: for connecting and authenticating, within the call's deadline.
             call_timeout_s: deadline of calls that are given none, and of background work.
             breaker_open_s: how long calls are refused at once after a failure, before one tries again.
-            sweep_every_s: how often all stores together repair what crashes and expiry left; 0 for never.
+            sweep_every_s: how often one of all stores repairs what crashes and expiry left; 0 for never. It looks
+                at every header: about 0.1 s for a thousand parts, in the background.
         """
 
         url: str = field(default=EMBEDDED, repr=False)  # it may hold a password
@@ -75,7 +76,7 @@ class RedisTier(Tier):
         connect_timeout_s: float = 1.0
         call_timeout_s: float = 5.0
         breaker_open_s: float = 1.0
-        sweep_every_s: float = 900.0
+        sweep_every_s: float = 3600.0
 
         def __post_init__(self) -> None:
             if not 1 <= self.num_buckets <= MAX_BUCKETS:
