@@ -156,14 +156,15 @@ class TransformersEngine:
             "device, unlimited": lambda: Connected(chat, None, memory.host_bytes, drop_host=False),
             "host": lambda: Connected(chat, self._store(), 0, drop_host=False),
             "redis": lambda: Connected(chat, self._store(_redis_tier(memory)), 0, drop_host=True),
-            "store": lambda: Connected(chat, self._store(_redis_tier(memory)), 0, drop_host=False),
+            "store": lambda: Connected(chat, self._store(_redis_tier(memory), write="on_reuse"), 0, drop_host=False),
+            "store, write-through": lambda: Connected(chat, self._store(_redis_tier(memory)), 0, drop_host=False),
             "store down": lambda: Connected(chat, self._store(_dead_tier()), 0, drop_host=True),
         }
 
-    def _store(self, tier: RedisTier | None = None) -> KVStore:
+    def _store(self, tier: RedisTier | None = None, write: str = "through") -> KVStore:
         values = {
             "host": {"capacity_bytes": self._memory.host_bytes},
-            "mover": {"write": "through", "queue_bytes": self._memory.host_bytes},
+            "mover": {"write": write, "queue_bytes": self._memory.host_bytes},
         }
         return KVStore(StoreConfig.load(values, environ={}), tiers=[tier] if tier else [])
 

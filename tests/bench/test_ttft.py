@@ -89,7 +89,11 @@ def test_figures_count_only_later_turns_with_enough_reuse() -> None:
         "device, unlimited": [9.0, 0.8, 1.0],
         "store down": [9.9, 11.0, 1.1],
     }
-    zero = [row("zero reuse: store", 1, 1.02), row("zero reuse: recompute", 1, 1.0)]
+    zero = [
+        row("zero reuse: store", 1, 1.02),
+        row("zero reuse: store, write-through", 1, 1.3),
+        row("zero reuse: recompute", 1, 1.0),
+    ]
     summary = summarise(rows_of(arms), zero, workload(), min_reused=1500)
     assert summary["speedup_host"] == 10.0
     assert summary["speedup_redis"] == 5.0
@@ -97,12 +101,17 @@ def test_figures_count_only_later_turns_with_enough_reuse() -> None:
     assert summary["redis_vs_device"] == pytest.approx(2.5)
     assert summary["store_down_overhead_pct"] == pytest.approx(10)
     assert summary["zero_reuse_overhead_pct"] == pytest.approx(2)
+    assert summary["zero_reuse_write_through_overhead_pct"] == pytest.approx(30)
     assert summary["requests_compared"] == 1
 
 
 def test_one_output_that_differs_is_enough_to_fail_equality() -> None:
     arms = {name: [1.0, 1.0, 1.0] for name in ("recompute", "host", "redis", "device, unlimited", "store down")}
-    zero = [row("zero reuse: store", 1, 1.0, equal=False), row("zero reuse: recompute", 1, 1.0)]
+    zero = [
+        row("zero reuse: store", 1, 1.0, equal=False),
+        row("zero reuse: store, write-through", 1, 1.0),
+        row("zero reuse: recompute", 1, 1.0),
+    ]
     assert summarise(rows_of(arms), zero, workload(), 1500)["outputs_equal"] is False
 
 
