@@ -111,6 +111,7 @@ def _replay(
             for name in order if number % 2 else order[::-1]:
                 arms[name].prepare()
                 served = arms[name].serve(turn.token_ids, turn.conversation, turn.turn, settings.max_new_tokens)
+                arms[name].prepare()  # what it still writes down would be billed to the arm that follows
                 outputs[name] = served.output
                 rows.append(
                     TtftRow(

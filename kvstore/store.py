@@ -53,8 +53,14 @@ class _Hold:
     lease: Lease
     hint: Hint
     asked_from: int
-    """Chain index from which lower tiers were asked."""
+    asked_to: int
+    """Chain indices between which lower tiers were asked."""
     answer: Future[_Sources] | None
+
+    def answers(self, other: _Hold) -> bool:
+        """Whether what lower tiers were asked for this hold serves the other as well."""
+        same = self.chain is other.chain and self.parts == other.parts and self.asked_to == other.asked_to
+        return same and self.asked_from <= other.asked_from
 
     def sources(self, num_host_blocks: int) -> _Sources:
         """What lower tiers hold after the host's run, as far as they have answered."""
@@ -153,8 +159,8 @@ class KVStore:
         num_host = len(rows)
         with self._lock:
             before = self._holds.get(request)
-            hold = _Hold(chain, layout, cells, lease, replace(hint, time_s=now_s), num_host, None)
-            if before is not None and before.chain is chain and before.parts == cells and before.asked_from <= num_host:
+            hold = _Hold(chain, layout, cells, lease, replace(hint, time_s=now_s), num_host, len(chain), None)
+            if before is not None and before.answers(hold):
                 hold.asked_from, hold.answer = before.asked_from, before.answer
             first_time = before is None
             self._holds[request] = hold

@@ -6,9 +6,10 @@ from __future__ import annotations
 import dataclasses
 import threading
 
+import numpy as np
 import pytest
 
-from kvstore.block import ModelId, PartKey, Root
+from kvstore.block import Chain, ModelId, PartKey, Root
 from kvstore.errors import ConfigError, LeaseError, UnknownLease
 from kvstore.lease import LeaseBook
 from kvstore.store import KVStore
@@ -487,3 +488,18 @@ def test_a_tier_that_came_back_empty_is_filled_again_by_use(make_store: MakeStor
     load_all(store, chain)
     store.flush()
     assert len(tier.values) == 6
+
+
+def test_a_chain_that_grew_is_asked_for_again(make_store: MakeStore, root: Root) -> None:
+    tier = DictTier()
+    store = make_store(tiers=[tier], mover=THROUGH)
+    whole = chain_of(root, 6)
+    save_all(store, whole)
+    store.flush()
+    store.drop_host()
+    tokens = b"".join(whole.meta(index).tokens for index in range(6))
+    growing = Chain(root, np.frombuffer(tokens, "<u4")[: 3 * 16])
+    assert store.match(growing, "r", wait_s=5).num_blocks == 3
+    growing.extend(np.frombuffer(tokens, "<u4")[3 * 16 :])
+    assert store.match(growing, "r", wait_s=5).num_blocks == 6
+    store.forget("r")
