@@ -78,7 +78,8 @@ def run(settings: Settings, chat: ChatModel | None = None) -> tuple[list[TtftRow
         seed=settings.seed,
     )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
+    # Drawn between requests only: a refreshing thread would take a core from what is timed.
+    with Progress(*columns, auto_refresh=False) as progress:
         rows = _replay(progress, "reuse", reuse.turns, _start(engine.arms, REUSE_ARMS), settings)
         zero = _first(zero_reuse(chat.encode, reuse, settings.seed), settings.zero_requests)
         zero_rows = _replay(progress, "zero reuse", zero, _start(engine.arms, ZERO_ARMS), settings)
@@ -125,7 +126,7 @@ def _replay(
                         equal=False,
                     )
                 )
-                progress.advance(task)
+                progress.update(task, advance=1, refresh=True)
             for row in rows[-len(names) :]:
                 row["equal"] = outputs[row["arm"]] == outputs[BASE]
     finally:
