@@ -8,41 +8,15 @@ libc memmove a block 0.6–0.7, numpy assignment the same, here 1.06–1.15; 32 
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from kvstore import native
+
 MIN_BYTES = 256 << 10
 """Smaller copies go through the cache: they may be read again at once, and the call costs 2 µs."""
-
-_MAX_AXES = 8
-
-
-def _load() -> Any:
-    spec = importlib.util.find_spec("kvstore._copy")
-    if spec is None or spec.origin is None:
-        return None
-    try:
-        function = ctypes.CDLL(spec.origin).kvstore_copy
-    except OSError:  # built for another machine
-        return None
-    steps = ctypes.c_int64 * _MAX_AXES
-    size = ctypes.c_size_t
-    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, steps, steps, steps, size]
-    function.restype = None
-    return function
-
-
-_copy = _load()
-_Steps = ctypes.c_int64 * _MAX_AXES
-
-
-def is_native() -> bool:
-    """Whether the C copy was built; without it copies run at about half the rate."""
-    return _copy is not None
 
 
 def assign(into: npt.NDArray[Any], source: npt.NDArray[Any]) -> None:
@@ -51,7 +25,7 @@ def assign(into: npt.NDArray[Any], source: npt.NDArray[Any]) -> None:
         raise ValueError(f"cannot copy {source.shape} {source.dtype} into {into.shape} {into.dtype}")
     if not into.flags.writeable:
         raise ValueError("cannot copy into a read-only array")
-    if _copy is None or into.nbytes < MIN_BYTES:
+    if native.copy_strided is None or into.nbytes < MIN_BYTES:
         into[...] = source
         return
     row_bytes = into.itemsize
@@ -60,11 +34,11 @@ def assign(into: npt.NDArray[Any], source: npt.NDArray[Any]) -> None:
     while axes and (axes[-1][0] == 1 or axes[-1][1] == axes[-1][2] == row_bytes):
         row_bytes *= axes.pop()[0]
     axes = [axis for axis in axes if axis[0] != 1]
-    if len(axes) > _MAX_AXES:
+    if len(axes) > native.MAX_AXES:
         into[...] = source
         return
-    sizes, to_steps, from_steps = (_Steps(*(axis[at] for axis in axes)) for at in range(3))
-    _copy(into.ctypes.data, source.ctypes.data, len(axes), sizes, to_steps, from_steps, row_bytes)
+    sizes, to_steps, from_steps = (native.Steps(*(axis[at] for axis in axes)) for at in range(3))
+    native.copy_strided(into.ctypes.data, source.ctypes.data, len(axes), sizes, to_steps, from_steps, row_bytes)
 
 
 def copy_bytes(into: memoryview, source: memoryview) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import random
 import struct
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstore.block import Chain, ModelId, Root
+from kvstore import native
+from kvstore.block import Chain, ModelId, Root, hash_chain
 from kvstore.errors import ConfigError
 
 GOLDEN_MODEL = ModelId(
@@ -74,6 +76,13 @@ def test_ids_follow_the_definition(tokens: list[int], block_tokens: int) -> None
         assert chain.meta(index).block_id() == parent
     assert len(chain) == len(tokens) // block_tokens
     assert chain.num_tokens == len(tokens)
+
+
+@given(st.integers(0, 5), st.sampled_from([2, 4, 16, 64, 256]), st.randoms(use_true_random=False))
+def test_the_chain_in_c_equals_the_chain_in_python(num_blocks: int, block_tokens: int, rng: random.Random) -> None:
+    parent, head, tokens = rng.randbytes(32), rng.randbytes(16), rng.randbytes(4 * block_tokens * num_blocks)
+    in_c = native.hash_chain(parent, head, tokens, 4 * block_tokens)
+    assert in_c is None or in_c == hash_chain(parent, head, tokens, 4 * block_tokens)
 
 
 @given(st.lists(st.lists(st.integers(0, 99), max_size=9), max_size=8))

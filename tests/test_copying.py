@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore.copying import MIN_BYTES, assign, copy_bytes, is_native
+from kvstore.copying import MIN_BYTES, assign, copy_bytes
+from kvstore.native import is_built
 
 
 def test_the_native_copy_is_built_here() -> None:
-    assert is_native(), "kvstore._copy is missing: is there a C compiler? run `make venv` again"
+    assert is_built(), "kvstore._native is missing: is there a C compiler? run `make venv` again"
 
 
 @given(lead=st.integers(0, 200), tail=st.integers(0, 200), extra=st.integers(0, 300), shift=st.integers(0, 100))

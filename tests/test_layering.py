@@ -51,6 +51,7 @@ FOUNDATIONS = (
     "kvstore.clock",
     "kvstore.errors",
     "kvstore.layout",
+    "kvstore.native",
     "kvstore.registry",
     "kvstore.stats",
 )
