@@ -217,6 +217,10 @@ def present(name: str, rows: list[TtftRow], summary: dict[str, object], json: st
         value = summary[key]
         met = reached(value)  # type: ignore[arg-type]
         text = f"{value:.3f}" if isinstance(value, float) else str(value)
+        if name != "ttft":  # a short form has shorter prefixes and a handful of requests: nothing to judge by
+            print(f"{key:26} {text:>8}   (the full run asks {target})")
+            findings.append((key, value, f"full run: {target}", None))
+            continue
         print(f"{key:26} {text:>8}   target {target}: {'met' if met else 'NOT MET'}")
         findings.append((key, value, target, met))
     if json:
