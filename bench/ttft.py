@@ -212,7 +212,7 @@ def present(name: str, rows: list[TtftRow], summary: dict[str, object], json: st
     table = by_turn([row for row in rows if not row["arm"].startswith("zero")])
     table += _zero_table(rows)
     print_table("Time to first token", table, list(table[0]))
-    findings = []
+    findings: list[tuple[str, object, str, bool | None]] = []
     for key, (target, reached) in TARGETS.items():
         value = summary[key]
         met = reached(value)  # type: ignore[arg-type]
