@@ -36,6 +36,7 @@ FORMAT_VERSION = 1
 DIGEST_BYTES = 32
 _MODEL_TAG = b"kvstore.model.v1"
 _ROOT_TAG = b"kvstore.root.v1"
+_SLACK_BYTES = 32 << 10
 _BLOCK_TAG = b"kvblock1"
 
 
@@ -212,7 +213,14 @@ class Chain:
         """
         first_new = self.num_tokens
         items = sorted(media)
-        self._tokens += as_u32(tokens).astype("<u4", copy=False).tobytes()
+        fresh = as_u32(tokens).astype("<u4", copy=False).tobytes()
+        if not self._tokens and len(fresh) > _SLACK_BYTES:
+            # Room to grow from the start: moving half a megabyte costs the next turn more than its match.
+            self._tokens = bytearray(len(fresh) + _SLACK_BYTES)
+            del self._tokens[len(fresh) :]
+            self._tokens[:] = fresh
+        else:
+            self._tokens += fresh
         for offset, digest in items:
             if not first_new <= offset < self.num_tokens:
                 raise ValueError(f"media offset {offset} is outside the appended tokens {first_new}…{self.num_tokens}")

@@ -9,6 +9,7 @@ the table and to nobody else. No lock: the owner has one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import repeat
 
 import numpy as np
 import numpy.typing as npt
@@ -97,12 +98,9 @@ class BlockTable:
         """Rows of the longest run from the first block in which every block has all parts of mask `need`."""
         if not blocks or blocks[0] not in self.rows:
             return np.empty(0, np.int64)
-        found: list[int | None] = list(map(self.rows.get, blocks))
-        try:
-            found = found[: found.index(None)]
-        except ValueError:
-            pass
-        rows = np.array(found, np.int64)
+        rows = np.fromiter(map(self.rows.get, blocks, repeat(NO_ROW)), np.int64, len(blocks))
+        if rows.min() == NO_ROW:
+            rows = rows[: int((rows == NO_ROW).argmax())]
         mask = np.uint64(need)
         whole = (self.ready[rows] & mask) == mask
         return rows if whole.all() else rows[: int(whole.argmin())]

@@ -24,7 +24,8 @@ def _load() -> Any:
     except OSError:  # built for another machine
         return None
     size = ctypes.c_size_t
-    library.kvstore_copy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, Steps, Steps, Steps, size]
+    pointer = ctypes.c_void_p
+    library.kvstore_copy.argtypes = [size, pointer, pointer, ctypes.c_int, Steps, Steps, Steps, size]
     library.kvstore_copy.restype = None
     chars = ctypes.c_char_p
     library.kvstore_hash_chain.argtypes = [chars, chars, size, chars, size, size, chars]

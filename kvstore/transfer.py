@@ -39,7 +39,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvstore.copying import assign
+from kvstore.copying import Shape, assign, copy_places
 from kvstore.errors import ConfigError
 from kvstore.layout import BlockLayout, PartLayout
 
@@ -189,12 +189,18 @@ def _logical(tensor: torch.Tensor, axes: str, page_tokens: int) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """Consecutive layers of one part whose addresses form an arithmetic progression: one strided view."""
+    """Consecutive layers of one part whose addresses form an arithmetic progression: one strided copy a piece."""
 
-    layers: slice
-    kv: slice
-    rows: npt.NDArray[np.void]
-    """[layer, kv, page, piece of page, …rows…]"""
+    address: int
+    """Of the run's first layer and first of keys and values, page 0, in the engine."""
+    page_step: int
+    piece_step: int
+    """Bytes between pages, and between pieces of a page, in the engine."""
+    slot_offset: int
+    slot_piece_step: int
+    """Where the run begins in the slot, and bytes between pieces there."""
+    into_slot: Shape
+    into_engine: Shape
 
 
 class PageCopier:
@@ -225,7 +231,6 @@ class PageCopier:
         self._pieces = model.block_tokens // self._piece_tokens
         self._layer_at = layers.start
         self._head_at = heads.start
-        self._shapes: list[tuple[tuple[int, ...], np.dtype[np.void]]] = []
         self._runs: list[list[_Run]] = []
         if paged.device.type == "cpu":
             for cell in self._cells:
@@ -238,7 +243,7 @@ class PageCopier:
 
     @property
     def num_views(self) -> int:
-        """Strided views that cover the engine's memory, over all parts: copies a page costs."""
+        """Strided copies that a piece of a page costs, over all parts."""
         return sum(map(len, self._runs))
 
     def gather(self, page_ids: Sequence[int], blocks: Iterable[tuple[int, SlotViews]]) -> int:
@@ -256,18 +261,15 @@ class PageCopier:
 
     def _copy(self, page_ids: Sequence[int], blocks: Iterable[tuple[int, SlotViews]], *, to_slots: bool) -> int:
         work = list(blocks)
-        num_bytes = self._check(page_ids, work)
+        num_bytes = self._check(page_ids, work, to_slots)
         if self.paged.device.type == "cpu":
-            for index, views in work:
-                places = self._places(page_ids, index)
-                for at, view in enumerate(views):
-                    if view is not None:
-                        self._copy_part(at, view, places, to_slots)
+            for at in range(len(self._cells)):
+                self._copy_part(at, page_ids, [(index, view) for index, views in work if (view := views[at])], to_slots)
         else:
             self.copy_on_device(page_ids, work, to_slots=to_slots)
         return num_bytes
 
-    def _check(self, page_ids: Sequence[int], work: Sequence[tuple[int, SlotViews]]) -> int:
+    def _check(self, page_ids: Sequence[int], work: Sequence[tuple[int, SlotViews]], to_slots: bool) -> int:
         """Refuse what would leave the named pages; returns the bytes to copy."""
         num_bytes = 0
         for index, views in work:
@@ -278,6 +280,8 @@ class PageCopier:
                     continue
                 if view.nbytes != cell.num_bytes:
                     raise ValueError(f"block {index}: a slot of {view.nbytes} bytes for a part of {cell.num_bytes}")
+                if to_slots and view.readonly:
+                    raise ValueError(f"block {index}: the slot is read-only")
                 num_bytes += cell.num_bytes
             for page, _ in self._places(page_ids, index):
                 if not 0 <= page < self.paged.num_pages:
@@ -295,19 +299,22 @@ class PageCopier:
             for token in range(start, start + self._block_tokens, self._piece_tokens)
         ]
 
-    def _copy_part(self, at: int, view: memoryview, places: Sequence[tuple[int, int]], to_slots: bool) -> None:
-        shape, row = self._shapes[at]
-        slot = np.frombuffer(view, row).reshape(shape)
+    def _copy_part(
+        self, at: int, page_ids: Sequence[int], pairs: Sequence[tuple[int, memoryview]], to_slots: bool
+    ) -> None:
+        places = [place for index, _ in pairs for place in self._places(page_ids, index)]
+        slots = [np.frombuffer(view, np.uint8).ctypes.data for _, view in pairs]
         for run in self._runs[at]:
-            held = slot[run.layers, run.kv]
-            for piece, (page, piece_of_page) in enumerate(places):
-                if to_slots:
-                    assign(held[:, :, piece], run.rows[:, :, page, piece_of_page])
-                else:
-                    assign(run.rows[:, :, page, piece_of_page], held[:, :, piece])
+            engine = [run.address + page * run.page_step + piece * run.piece_step for page, piece in places]
+            first = run.slot_offset
+            held = [slot + first + piece * run.slot_piece_step for slot in slots for piece in range(self._pieces)]
+            if to_slots:
+                copy_places(held, engine, run.into_slot)
+            else:
+                copy_places(engine, held, run.into_engine)
 
     def _plan(self, cell: PartLayout) -> None:
-        """Views over the engine's memory for one part: as few runs, and as long rows, as it allows."""
+        """Strided copies between engine and slot for one part: as few runs, and as long rows, as can be."""
         planes = [
             [plane[:, :, cell.heads.start - self._head_at : cell.heads.stop - self._head_at] for plane in layer]
             for layer in self.paged.planes[cell.layers.start - self._layer_at : cell.layers.stop - self._layer_at]
@@ -315,21 +322,33 @@ class PageCopier:
         plane = planes[0][0]
         item = plane.element_size()
         page_step, token_step, head_step, dim_step = (step * item for step in plane.stride())
-        axes = [(self._piece_tokens, token_step), (plane.shape[2], head_step), (plane.shape[3], dim_step)]
-        # The innermost axes that lie gapless in the engine, as they always do in a slot, become one item.
-        row_bytes = item
-        while axes and (axes[-1][1] == row_bytes or axes[-1][0] == 1):
-            row_bytes *= axes.pop()[0]
-        row: np.dtype[np.void] = np.dtype((np.void, row_bytes))
-        inner = tuple(size for size, _ in axes)
-        pages = (plane.shape[0], self.paged.page_tokens // self._piece_tokens)
-        steps = (page_step, token_step * self._piece_tokens, *(step for _, step in axes))
-        runs: list[_Run] = []
+        _, num_kv, tokens, heads, dim = cell.shape
+        slot_token = heads * dim * item
+        slot_kv = tokens * slot_token
         addresses = np.array([[one.data_ptr() for one in layer] for layer in planes])
+        runs: list[_Run] = []
         for layers, kv in _progressions(addresses, _extent(plane)):
             starts = addresses[layers, kv]
-            runs.append(_Run(layers, kv, _strided(starts, (*starts.shape, *pages, *inner), steps, row)))
-        self._shapes.append(((*addresses.shape, self._pieces, *inner), row))
+            layer_step = int(starts[1, 0] - starts[0, 0]) if starts.shape[0] > 1 else 0
+            axes = [
+                (starts.shape[0], num_kv * slot_kv, layer_step),
+                (starts.shape[1], slot_kv, int(starts[0, -1] - starts[0, 0])),
+                (self._piece_tokens, slot_token, token_step),
+                (heads, dim * item, head_step),
+                (dim, item, dim_step),
+            ]
+            shape = Shape.of(axes, item)
+            runs.append(
+                _Run(
+                    address=int(starts[0, 0]),
+                    page_step=page_step,
+                    piece_step=token_step * self._piece_tokens,
+                    slot_offset=(layers.start * num_kv + kv.start) * slot_kv,
+                    slot_piece_step=slot_token * self._piece_tokens,
+                    into_slot=shape,
+                    into_engine=shape.turned(),
+                )
+            )
         self._runs.append(runs)
 
     def copy_on_device(self, page_ids: Sequence[int], work: Sequence[tuple[int, SlotViews]], *, to_slots: bool) -> None:
@@ -443,17 +462,3 @@ def _progressions(addresses: npt.NDArray[np.int64], extent: int) -> list[tuple[s
             blocks.append((slice(first, at), kv))
             first = at
     return blocks
-
-
-def _strided(
-    starts: npt.NDArray[np.int64], shape: tuple[int, ...], steps: tuple[int, ...], row: np.dtype[np.void]
-) -> npt.NDArray[np.void]:
-    """A view whose element [layer, kv] begins at `starts[layer, kv]`; `steps` are byte strides after kv."""
-    layer_step = int(starts[1, 0] - starts[0, 0]) if starts.shape[0] > 1 else 0
-    kv_step = int(starts[0, -1] - starts[0, 0])
-    low, high = int(starts.min()), int(starts.max())
-    reach = sum((size - 1) * step for size, step in zip(shape[2:], steps, strict=True))
-    # The memory may span gaps between tensors that are not ours: no index of the view leads there.
-    memory = _memory(low, high - low + reach + row.itemsize)
-    offset = int(starts[0, 0]) - low
-    return np.ndarray(shape, row, memory, offset=offset, strides=(layer_step, kv_step, *steps))
