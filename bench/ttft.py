@@ -53,7 +53,7 @@ class Settings:
     documents: int = 2
     doc_tokens: int = 1600
     new_tokens: int = 100
-    zero_requests: int = 20
+    zero_requests: int = 36
     max_new_tokens: int = 8
     min_reused: int = 1500
     device_bytes: int = 128 << 20
@@ -81,16 +81,12 @@ def run(settings: Settings, chat: ChatModel | None = None) -> tuple[list[TtftRow
     # Drawn between requests only: a refreshing thread would take a core from what is timed.
     with Progress(*columns, auto_refresh=False) as progress:
         rows = _replay(progress, "reuse", reuse.turns, _start(engine.arms, REUSE_ARMS), settings)
-        zero = _first(zero_reuse(chat.encode, reuse, settings.seed), settings.zero_requests)
-        zero_rows = _replay(progress, "zero reuse", zero, _start(engine.arms, ZERO_ARMS), settings)
+        zero = zero_reuse(chat.encode, reuse, settings.seed, settings.zero_requests)
+        zero_rows = _replay(progress, "zero reuse", zero.turns, _start(engine.arms, ZERO_ARMS), settings)
     for row in zero_rows:
         row["arm"] = f"zero reuse: {row['arm']}"
     summary = summarise(rows, zero_rows, reuse, settings.min_reused)
     return rows + zero_rows, summary
-
-
-def _first(workload: Workload, num_turns: int) -> tuple[Turn, ...]:
-    return workload.turns[:num_turns]
 
 
 def _start(known: Mapping[str, Callable[[], Arm]], names: Sequence[str]) -> dict[str, Arm]:

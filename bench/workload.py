@@ -268,8 +268,10 @@ def _arrivals(users: int, turns: int, rng: random.Random) -> Iterator[tuple[int,
 # --- no reuse ----------------------------------------------------------------
 
 
-def zero_reuse(encode: Encode, like: Workload, seed: int = 0) -> Workload:
+def zero_reuse(encode: Encode, like: Workload, seed: int = 0, num_requests: int | None = None) -> Workload:
     """Build prompts as long as those of ``like`` of which no two share a first token.
+
+    ``num_requests`` of them, ``like``'s lengths over and over; as many as ``like`` has where not given.
 
     They are real text too: stretches of the reference that begin at distinct tokens.
     Nothing can be reused, so what a store costs here is what it costs when it is of
@@ -280,19 +282,22 @@ def zero_reuse(encode: Encode, like: Workload, seed: int = 0) -> Workload:
         dtype=np.uint32,
     )
     firsts = [int(token) for token in np.unique(stream)]
-    if len(firsts) < len(like.turns):
-        raise ValueError(f"the text begins with {len(firsts)} distinct tokens at most, not with {len(like.turns)}")
+    count = len(like.turns) if num_requests is None else num_requests
+    if len(firsts) < count:
+        raise ValueError(f"the text begins with {len(firsts)} distinct tokens at most, not with {count}")
     rng = random.Random(f"zero/{seed}")
     made = []
-    for turn, first in zip(like.turns, rng.sample(firsts, len(like.turns)), strict=True):
+    for number, first in enumerate(rng.sample(firsts, count)):
+        turn = like.turns[number % len(like.turns)]
+        user = turn.user + number // len(like.turns) * like.num_users
         start = int(rng.choice(np.flatnonzero(stream == first)))
         size = len(turn.token_ids)
         ids = _read_only(np.take(stream, range(start, start + size), mode="wrap"))
         made.append(
             Turn(
-                user=turn.user,
+                user=user,
                 turn=turn.turn,
-                conversation=f"zero-{seed}-{turn.user}-{turn.turn}",
+                conversation=f"zero-{seed}-{user}-{turn.turn}",
                 document="none",
                 token_ids=ids,
                 num_new_tokens=size,

@@ -338,7 +338,8 @@ class TransformersConnector:
         store: where blocks come from and go to; None keeps them on the device alone.
         revision: see `model_id_of`; it must identify the weights.
         block_tokens: tokens a block, a power of two.
-        chunk_tokens: tokens a forward pass during prefill; blocks are saved after each.
+        chunk_tokens: tokens a forward pass during prefill; blocks are saved after each. Fewer let others reuse a long
+            prompt sooner and cost time: 512 made a prefill of 2,000 tokens on a CPU 5–16 % slower than one pass.
         adapter: content digest of the active LoRA adapter; required where one is loaded.
         salt: keeps tenants apart: what one saves, another with a different salt does not find.
         secret: keys block ids, so that nobody without it can guess them from prompts.
@@ -357,7 +358,7 @@ class TransformersConnector:
         *,
         revision: str,
         block_tokens: int = 64,
-        chunk_tokens: int = 512,
+        chunk_tokens: int = 4096,
         adapter: bytes = b"",
         salt: bytes = b"",
         secret: bytes = b"",

@@ -237,6 +237,15 @@ def test_the_zero_reuse_workload_has_the_lengths_and_order_of_the_other() -> Non
     assert len({turn.conversation for turn in twin.turns}) == len(twin.turns)
 
 
+def test_the_zero_reuse_workload_can_be_longer_than_the_other() -> None:
+    workload = chats()
+    count = 2 * len(workload.turns) + 1
+    longer = zero_reuse(encode, workload, num_requests=count)
+    assert len(longer.turns) == count
+    assert len({(turn.user, turn.turn) for turn in longer.turns}) == count, "two requests that cannot be told apart"
+    assert len({int(turn.token_ids[0]) for turn in longer.turns}) == count
+
+
 def test_the_zero_reuse_workload_follows_its_seed() -> None:
     workload = chats()
     assert zero_reuse(encode, workload, seed=1).digest == zero_reuse(encode, workload, seed=1).digest
