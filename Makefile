@@ -14,7 +14,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test check clean
+.PHONY: help venv demo proto test check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -32,6 +32,10 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY) ## show the store at work
 	$(BIN)/python -m bench demo
+
+proto: $(READY) ## generate the messages and stubs of the service from protos/
+	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=. --pyi_out=. --grpc_python_out=. \
+		protos/kvstore/wire/kvstore.proto
 
 test: $(READY) ## run the whole test suite
 	$(BIN)/python -m pytest
