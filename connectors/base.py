@@ -5,7 +5,6 @@ CostModel       predicted prefill and load times, learnt while serving
 plan_save       which blocks are full and not saved yet
 Conversations   chains kept from turn to turn, so that only new tokens are hashed
 FailOpen        the one place where a failing store becomes a miss
-Session         one request of an engine that runs in this process: load, announce, save, let go
 """
 
 from __future__ import annotations
@@ -13,18 +12,15 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from enum import Enum
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from kvstore.api import DEVICE_TIER, NO_HINT, Announcement, Hint, Match, Store
+from kvstore.api import Match
 from kvstore.block import Chain, Root, Tokens, as_u32
-from kvstore.device import DeviceOverlay
 from kvstore.errors import KVStoreError, LeaseError
 
 log = logging.getLogger("kvstore.connector")
@@ -36,7 +32,6 @@ _LOAD_DECAY = 0.8
 _RELIEF = 1.02
 """A tier that is passed over gains 2 % of believed speed each time, so that one bad spell is not for ever."""
 _MAX_CONVERSATIONS = 4096
-_PENDING_POLL_S = 0.002
 
 
 class LoadRule(Enum):
@@ -234,197 +229,3 @@ class FailOpen:
         if not self._down:
             self._down = True
             log.warning("the store failed, going on without it: %s: %s", type(error).__name__, error)
-
-
-class EngineMemory(Protocol):
-    """Where an engine keeps one sequence's KV, block by block."""
-
-    def write_block(self, index: int, views: Sequence[memoryview]) -> None:
-        """Copy a stored block in: one view a part, all parts of the layout."""
-
-    def read_block(self, index: int, views: Sequence[memoryview | None]) -> None:
-        """Copy a block out into slots; None where the part is there already."""
-
-    def write_tensor(self, index: int, block: torch.Tensor) -> None:
-        """Copy in a block that lies on the device, `[layers, kv, tokens, heads, head_dim]`."""
-
-    def read_tensor(self, index: int, block: torch.Tensor) -> None:
-        """Copy a block out into device memory."""
-
-    def finish(self) -> None:
-        """Return when the copies so far are done, whatever they run on."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Connection:
-    """What the sessions of one engine share. `store` None is a device cache alone; both None saves nothing."""
-
-    store: Store | None
-    overlay: DeviceOverlay | None
-    cost: CostModel
-    fail_open: FailOpen
-    max_wait_s: float
-    """Longest wait of a request for an answer of lower tiers."""
-
-
-class Session:
-    """One request: what it reuses, and what it leaves behind.
-
-    load → announce → computed … → close. None of them raises for anything the store does.
-
-    Attributes:
-        hit_tokens: tokens reused, by tier; loaded_bytes: their bytes.
-        saved_blocks: blocks that the store did not have and now has.
-    """
-
-    def __init__(
-        self,
-        connection: Connection,
-        memory: EngineMemory,
-        chain: Chain,
-        request: str,
-        *,
-        prompt_tokens: int,
-        hint: Hint = NO_HINT,
-    ) -> None:
-        self.hit_tokens: dict[str, int] = {}
-        self.loaded_bytes = 0
-        self.load_s = 0.0
-        self.saved_blocks = 0
-        self._connection = connection
-        self._memory = memory
-        self._chain = chain
-        self._request = request
-        self._prompt_tokens = prompt_tokens
-        self._hint = hint
-        self._announcement: Announcement | None = None
-        self._on_device = 0  # leading blocks the overlay has
-        self._in_store = 0  # leading blocks the store's host tier has
-        self._refused = False
-
-    # -- loading ---------------------------------------------------------------------------------------------
-
-    def load(self) -> int:
-        """Bring in what is there and cheaper to load than to compute; returns the tokens in place."""
-        began_s = time.monotonic()
-        num_blocks = on_device = self._load_from_device()
-        if self._connection.store is not None:
-            num_blocks = self._connection.fail_open.call(lambda: self._load_from_store(on_device), on_device)
-        if num_blocks > on_device:
-            self._save_to_device(num_blocks)
-        self.load_s = time.monotonic() - began_s
-        return num_blocks * self._chain.block_tokens
-
-    def _load_from_device(self) -> int:
-        overlay, cost = self._connection.overlay, self._connection.cost
-        if overlay is None:
-            return 0
-        cap = cost.max_blocks(self._prompt_tokens)
-        with overlay.match(self._chain, hint=self._hint) as run:
-            self._on_device = run.num_blocks
-            for index, block in run:
-                if index < cap:
-                    self._memory.write_tensor(index, block)
-            self._memory.finish()
-        num_blocks = min(self._on_device, cap)
-        self._count(DEVICE_TIER, num_blocks)
-        return num_blocks
-
-    def _load_from_store(self, on_device: int) -> int:
-        """Blocks in place, those from the device included. Raises what the store raises."""
-        store = self._connection.store
-        assert store is not None
-        match = self._match(store)
-        self._in_store = match.num_host_blocks
-        if on_device:
-            # Served from above, the chain's head would go cold below.
-            store.touch(self._chain, on_device, self._hint)
-        stop = self._connection.cost.plan_load(match, self._prompt_tokens, start=on_device)
-        if stop <= on_device:
-            store.forget(self._request)
-            return on_device
-        counts: dict[str, int] = {}
-        seconds: dict[str, float] = {}
-        at, then_s = on_device, time.monotonic()
-        with store.load(self._request, stop, start=on_device) as load:
-            for block in load:
-                if block.index != at:
-                    break
-                self._memory.write_block(at, block.views)
-                self._memory.finish()
-                at += 1
-                now_s = time.monotonic()
-                counts[block.tier] = counts.get(block.tier, 0) + 1
-                seconds[block.tier] = seconds.get(block.tier, 0.0) + now_s - then_s
-                then_s = now_s
-            if not load.intact():
-                return on_device  # something may have been overwritten while it was copied: none of it counts
-        self._in_store = max(self._in_store, at)
-        for tier, count in counts.items():
-            self._count(tier, count)
-            self._connection.cost.seen_load(tier, count * self._connection.cost.block_bytes, seconds[tier])
-        return at
-
-    def _match(self, store: Store) -> Match:
-        """What the store has, after waiting for blocks that somebody else will finish before we could."""
-        match = store.match(self._chain, self._request, hint=self._hint, wait_s=self._connection.max_wait_s)
-        deadline_s = time.monotonic() + self._connection.cost.plan_wait_s(match, self._prompt_tokens)
-        while match.num_pending_blocks and time.monotonic() < deadline_s:
-            time.sleep(_PENDING_POLL_S)
-            match = store.match(self._chain, self._request, hint=self._hint)
-        return match
-
-    def _count(self, tier: str, num_blocks: int) -> None:
-        if num_blocks:
-            self.hit_tokens[tier] = num_blocks * self._chain.block_tokens
-            self.loaded_bytes += num_blocks * self._connection.cost.block_bytes
-
-    # -- saving ----------------------------------------------------------------------------------------------
-
-    def announce(self, num_tokens: int) -> None:
-        """Say that what follows the first `num_tokens` tokens of the chain is being computed here."""
-        store, start = self._connection.store, num_tokens // self._chain.block_tokens
-        if store is not None and start < len(self._chain):
-            self._announcement = self._connection.fail_open.call(
-                lambda: store.announce(self._chain, start, len(self._chain)), None
-            )
-
-    def computed(self, num_tokens: int) -> None:
-        """The first `num_tokens` tokens of the chain ran through the model: save the blocks they fill."""
-        block_tokens = self._chain.block_tokens
-        if self._connection.overlay is not None and plan_save(num_tokens, self._on_device, block_tokens):
-            self._save_to_device(num_tokens // block_tokens)
-        blocks = plan_save(num_tokens, self._in_store, block_tokens)
-        if self._connection.store is not None and blocks and not self._refused:
-            self._connection.fail_open.call(lambda: self._save_to_store(blocks), None)
-
-    def _save_to_device(self, stop: int) -> None:
-        overlay = self._connection.overlay
-        if overlay is not None:
-            overlay.save(self._chain, self._on_device, stop, self._memory.read_tensor, hint=self._hint)
-            self._memory.finish()
-            self._on_device = max(self._on_device, stop)
-
-    def _save_to_store(self, blocks: range) -> None:
-        store = self._connection.store
-        assert store is not None
-        with store.save(self._chain, blocks.start, blocks.stop, hint=self._hint) as save:
-            for index in save.indices:
-                self._memory.read_block(index, save.views(index))
-            self._memory.finish()
-            if save.indices:
-                self.saved_blocks += save.commit()
-            # Refused for room or for a missing parent: what comes after it would be refused as well.
-            self._refused = save.num_refused > 0
-        self._in_store = blocks.stop
-        if self._announcement is not None:
-            self._announcement.renew()
-
-    def close(self) -> None:
-        """Let go of everything. Idempotent."""
-        store, mark = self._connection.store, self._announcement
-        self._announcement = None
-        if store is not None:
-            if mark is not None:
-                self._connection.fail_open.call(mark.withdraw, None)
-            self._connection.fail_open.call(lambda: store.forget(self._request), None)

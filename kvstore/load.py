@@ -76,7 +76,7 @@ class BlockLoad:
         self._stats = stats
         self._ready: dict[int, ReadyBlock] = {}
         self._moved = threading.Condition()
-        self._consumed = plan.num_host_blocks
+        self._consumed = plan.start
         self._ended = not plan.sources
         self._closed = False
         self._fetching = False
@@ -89,26 +89,33 @@ class BlockLoad:
     # -- consumer ----------------------------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[ReadyBlock]:
-        plan = self._plan
-        rows = self._lease.rows
-        for index in range(plan.start, plan.num_host_blocks):
-            if not self._lease.alive:
-                return
-            views = self._host.views(int(rows[index]), plan.layout, plan.parts)
-            yield ReadyBlock(index, HOST_TIER, tuple(view.toreadonly() for view in views))
-        for index in range(max(plan.start, plan.num_host_blocks), plan.stop):
-            block = self._wait_for(index)
+        for index in range(self._plan.start, self._plan.stop):
+            self.passed(index)  # asking for the next says that the ones before were copied
+            block = self.wait_for(index)
             if block is None:
                 return
             yield block
 
-    def _wait_for(self, index: int) -> ReadyBlock | None:
-        """The block once it is there; None where the load ended before it."""
+    def passed(self, index: int) -> None:
+        """Every block before chain index `index` was copied: a window may move over them."""
+        if self._plan.sources:
+            with self._moved:
+                self._consumed = max(self._consumed, index)
+                self._moved.notify_all()
+
+    def wait_for(self, index: int) -> ReadyBlock | None:
+        """Block `index` once it is there, which moves no window; None where the load ended before it."""
+        plan = self._plan
+        if index < plan.num_host_blocks:
+            row = int(self._lease.rows[index])
+            if not self.intact():
+                return None
+            views = self._host.views(row, plan.layout, plan.parts)
+            # Asked again after looking: rows of a lease that ran out meanwhile may hold another block by now.
+            return ReadyBlock(index, HOST_TIER, tuple(map(memoryview.toreadonly, views))) if self.intact() else None
         with self._moved:
-            self._consumed = index
-            self._moved.notify_all()
             self._moved.wait_for(lambda: index in self._ready or self._ended)
-            self._leases.renew(self._lease, self._plan.now_s() + self._plan.lease_s)
+            self._leases.renew(self._lease, plan.now_s() + plan.lease_s)
             return self._ready.get(index) if self._lease.alive else None
 
     def intact(self) -> bool:

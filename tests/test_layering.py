@@ -158,8 +158,14 @@ RULES: dict[str, Rule] = {
     "kvstore.service.status": Rule(5, (*FOUNDATIONS, *MESSAGES), ("grpc", "google")),
     # 6: engines
     "connectors": Rule(6, (*PUBLIC, "connectors.base", "kvstore.registry")),
-    "connectors.base": Rule(6, PUBLIC, ("torch",)),
-    "connectors.transformers": Rule(6, (*PUBLIC, "connectors.base"), ("torch", "transformers")),
+    "connectors.base": Rule(6, PUBLIC),
+    "connectors.session": Rule(6, (*PUBLIC, "connectors.base"), ("torch",)),
+    "connectors.transformers": Rule(
+        6,
+        (*PUBLIC, "connectors.base", "connectors.session", "connectors.transformers_cache"),
+        ("torch", "transformers"),
+    ),
+    "connectors.transformers_cache": Rule(6, PUBLIC, ("torch", "transformers")),
     "connectors.trtllm": Rule(6, (*PUBLIC, "connectors.base"), ("torch", "tensorrt_llm")),
     "connectors.*": Rule(6, (*PUBLIC, "connectors.base"), ("torch",), library_of_its_own=True),
     # 7: what nothing imports

@@ -319,6 +319,28 @@ def test_a_load_larger_than_the_arena_goes_in_windows(make_store: MakeStore, roo
     small.forget("r")
 
 
+def test_a_window_does_not_move_over_host_blocks_that_were_not_copied(make_store: MakeStore, root: Root) -> None:
+    tier = DictTier()
+    big = make_store(64, tiers=[tier], mover=THROUGH)
+    chain = chain_of(root, 40)
+    save_all(big, chain)
+    big.flush()
+    small = make_store(8, tiers=[tier])
+    head = chain_of(root, 40)
+    save_all(small, head, 0, 8)  # the host's run fills the arena
+    reading = threading.Event()
+    tier.before_read = lambda key: reading.set()
+    assert small.match(chain, "r", wait_s=5).num_host_blocks == 8
+    with small.load("r") as load:
+        for block in load:
+            if block.index < 8:
+                assert not reading.wait(0.05), f"a window opened while block {block.index} was being copied"
+            for part, view in enumerate(block.views):
+                assert bytes(view) == content(chain, block.index, part, len(view)), f"block {block.index}"
+        assert load.intact()
+    assert reading.is_set()
+
+
 def test_two_loads_of_one_chain_fetch_each_block_once(make_store: MakeStore, root: Root) -> None:
     tier = DictTier()
     store = make_store(tiers=[tier], mover=THROUGH)

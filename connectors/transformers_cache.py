@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A transformers cache that blocks are copied into and out of without a detour."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from kvstore.errors import ConfigError
+from kvstore.layout import BlockLayout
+from kvstore.transfer import copy_rows, to_tensor
+
+_CAPACITY_STEP = 256
+
+
+class BlockCache(Cache):
+    """A transformers cache over one tensor `[layers, 2, heads, capacity, dim]` for one sequence.
+
+    `update` writes in place, and a block is one strided copy over all layers. Implements `EngineMemory`.
+    """
+
+    def __init__(self, layout: BlockLayout, device: torch.device, capacity: int) -> None:
+        self._block_layout = layout
+        model = layout.model
+        self._shape = (model.num_layers, 2, model.num_kv_heads, model.head_dim)
+        self._dtype: torch.dtype = getattr(torch, model.kv_dtype)
+        self._device = device
+        self._storage = self._allocate(capacity)
+        self._planes = [_CacheLayer(self, layer) for layer in range(model.num_layers)]
+        super().__init__(layers=[*self._planes])
+
+    def _allocate(self, capacity: int) -> torch.Tensor:
+        layers, kv, heads, dim = self._shape
+        rounded = -(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP
+        return torch.empty(layers, kv, heads, rounded, dim, dtype=self._dtype, device=self._device)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens there is room for without growing."""
+        return int(self._storage.shape[3])
+
+    def reserve(self, num_tokens: int) -> None:
+        """Make room for `num_tokens`, at least doubling, so that growing costs a constant a token."""
+        if num_tokens > self.capacity:
+            old = self._storage
+            self._storage = self._allocate(max(num_tokens, 2 * self.capacity))
+            self._storage[:, :, :, : old.shape[3]].copy_(old)
+            for layer in self._planes:
+                layer.refresh()
+
+    def set_length(self, num_tokens: int) -> None:
+        """Say that the first `num_tokens` tokens are in place, and no others."""
+        self.reserve(num_tokens)
+        for layer in self._planes:
+            layer.length = num_tokens
+            layer.refresh()
+
+    def planes(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a layer, `[1, heads, capacity, dim]`."""
+        return self._storage[layer, 0].unsqueeze(0), self._storage[layer, 1].unsqueeze(0)
+
+    def block(self, index: int) -> torch.Tensor:
+        """Block `index`, a view `[layers, kv, tokens, heads, head_dim]`."""
+        tokens = self._block_layout.model.block_tokens
+        self.reserve((index + 1) * tokens)
+        return self._storage[:, :, :, index * tokens : (index + 1) * tokens].transpose(2, 3)
+
+    def write_block(self, index: int, views: Sequence[memoryview]) -> None:
+        for cell, slot in self._cells(index, views):
+            copy_rows(cell, slot)
+
+    def read_block(self, index: int, views: Sequence[memoryview | None]) -> None:
+        for cell, slot in self._cells(index, views):
+            copy_rows(slot, cell)
+
+    def _cells(self, index: int, views: Sequence[memoryview | None]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(where a part lies in the cache, its slot as a tensor), for each slot."""
+        block = self.block(index)
+        return [
+            (
+                block[part.layers.start : part.layers.stop, :, :, part.heads.start : part.heads.stop],
+                to_tensor(view, part, self._dtype),
+            )
+            for part, view in zip(self._block_layout.parts, views, strict=True)
+            if view is not None
+        ]
+
+    def write_tensor(self, index: int, block: torch.Tensor) -> None:
+        copy_rows(self.block(index), block)
+
+    def read_tensor(self, index: int, block: torch.Tensor) -> None:
+        copy_rows(block, self.block(index))
+
+    def finish(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+
+
+class _CacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """One layer of a BlockCache, as transformers sees it."""
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, owner: BlockCache, layer: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.length = 0
+        self._owner = owner
+        self._layer = layer
+        self.is_initialized = True
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take up the owner's storage as it is now."""
+        self._keys, self._values = self._owner.planes(self._layer)
+        self.keys, self.values = self._keys[:, :, : self.length], self._values[:, :, : self.length]
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to do: the storage is there."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if key_states.dtype != self._keys.dtype or key_states.shape[:2] != self._keys.shape[:2]:
+            raise ConfigError(
+                f"the model computes keys of shape {tuple(key_states.shape)} in {key_states.dtype}, the cache keeps "
+                f"{tuple(self._keys.shape)} in {self._keys.dtype}: one sequence at a time, without autocast"
+            )
+        start, stop = self.length, self.length + key_states.shape[2]
+        self._owner.reserve(stop)
+        self._keys[:, :, start:stop] = key_states
+        self._values[:, :, start:stop] = value_states
+        self.length = stop
+        self.keys, self.values = self._keys[:, :, :stop], self._values[:, :, :stop]
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.length = 0
+        self.refresh()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.length -= min(abs(tokens_to_remove), self.length)
+        self.refresh()
