@@ -38,12 +38,21 @@ class Marks:
 
     def add(self, blocks: Sequence[BlockId]) -> Mark:
         mark = Mark(self, blocks)
+        now_s = self.clock.now_s()
         with self._lock:
             for block in mark.blocks:
                 other = self._by_block.get(block)
-                if other is None or other.deadline_s <= self.clock.now_s():
+                if other is None or other.deadline_s <= now_s:
                     self._by_block[block] = mark
         return mark
+
+    def sweep(self) -> None:
+        """Forget marks whose producer went away without a word."""
+        if self._by_block:
+            now_s = self.clock.now_s()
+            with self._lock:
+                for block in [block for block, mark in self._by_block.items() if mark.deadline_s <= now_s]:
+                    del self._by_block[block]
 
     def drop(self, mark: Mark) -> None:
         with self._lock:

@@ -152,7 +152,7 @@ class KVStore:
         wait_s: float = 0.0,
     ) -> Match:
         layout = self._layout(chain)
-        cells = layout.all_parts if parts is None else tuple(parts)
+        cells = _cells(layout, parts)
         now_s = self._clock.now_s()
         rows = self._host.pool.pin_leading(chain.ids, part_mask(layout, cells))
         lease = self._leases.add(rows, now_s + self.config.request.hold_s)
@@ -290,7 +290,7 @@ class KVStore:
         hint: Hint = NO_HINT,
     ) -> BlockSave:
         layout = self._layout(chain)
-        cells = layout.all_parts if parts is None else tuple(parts)
+        cells = _cells(layout, parts)
         if not 0 <= start <= stop <= len(chain):
             raise ConfigError(f"blocks {start}…{stop} are outside the chain, which has {len(chain)} full blocks")
         plan = SavePlan(chain, layout, cells, start, replace(hint, time_s=self._clock.now_s()))
@@ -342,6 +342,7 @@ class KVStore:
             if expired:
                 self._stats.add("lease.expired", expired)
             self._host.pool.settle()
+            self._marks.sweep()
             with self._lock:
                 dead = [request for request, hold in self._holds.items() if not hold.lease.alive]
                 for request in dead:
@@ -383,6 +384,16 @@ class KVStore:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _cells(layout: BlockLayout, parts: Sequence[int] | None) -> tuple[int, ...]:
+    """The asked parts, all of them for None. One named twice would be reserved twice, and lost once."""
+    if parts is None:
+        return layout.all_parts
+    cells = tuple(parts)
+    if len(set(cells)) != len(cells) or not all(0 <= cell < len(layout.parts) for cell in cells) or not cells:
+        raise ConfigError(f"parts are {list(cells)}: name distinct ones of 0 … {len(layout.parts) - 1}, or None for all")
+    return cells
 
 
 def _first(sources: _Sources, num_blocks: int) -> _Sources:

@@ -12,6 +12,7 @@ import pytest
 from kvstore.block import Chain, ModelId, PartKey, Root
 from kvstore.errors import ConfigError, LeaseError, UnknownLease
 from kvstore.lease import LeaseBook
+from kvstore.marks import MARK_TTL_S, Marks
 from kvstore.store import KVStore
 from tests.conftest import MakeStore, chain_of, content, load_all, save_all
 from tests.fakes import DictTier, FakeClock
@@ -436,6 +437,27 @@ def test_a_host_smaller_than_one_block_is_refused_naming_both(make_store: MakeSt
 def test_a_model_that_is_not_open_is_refused(store: KVStore, model: ModelId) -> None:
     with pytest.raises(ConfigError, match=r"'other' is not open: call store.open\(model\) first"):
         store.match(chain_of(Root(dataclasses.replace(model, model="other")), 1), "r")
+
+
+@pytest.mark.parametrize("parts", [[], [0, 0], [1], [-1], [200]])
+def test_parts_that_the_layout_lacks_or_names_twice_are_refused(store: KVStore, root: Root, parts: list[int]) -> None:
+    chain = chain_of(root, 2)
+    with pytest.raises(ConfigError, match="parts are"):
+        store.match(chain, "r", parts=parts)
+    with pytest.raises(ConfigError, match="parts are"):
+        store.save(chain, 0, 2, parts=parts)
+
+
+def test_marks_that_nobody_renews_are_forgotten(root: Root, clock: FakeClock) -> None:
+    marks = Marks(clock)
+    chain = chain_of(root, 3)
+    dead, alive = marks.add(chain.ids[:2]), marks.add(chain.ids[2:])
+    clock.time_s += MARK_TTL_S + 1
+    alive.renew()
+    marks.sweep()
+    assert (len(marks), marks.run(chain.ids, 2)) == (1, 1)
+    dead.withdraw()
+    assert len(marks) == 1
 
 
 def test_a_save_outside_the_chain_is_refused(store: KVStore, root: Root) -> None:
