@@ -392,7 +392,7 @@ def _cells(layout: BlockLayout, parts: Sequence[int] | None) -> tuple[int, ...]:
         return layout.all_parts
     cells = tuple(parts)
     if len(set(cells)) != len(cells) or not all(0 <= cell < len(layout.parts) for cell in cells) or not cells:
-        raise ConfigError(f"parts are {list(cells)}: name distinct ones of 0 … {len(layout.parts) - 1}, or None for all")
+        raise ConfigError(f"parts are {list(cells)}: name distinct ones from 0 to {len(layout.parts) - 1}, or None")
     return cells
 
 
