@@ -372,40 +372,54 @@ class TouchRequest(_message.Message):
     def __init__(self, session: _Optional[bytes] = ..., chain: _Optional[_Union[ChainDelta, _Mapping]] = ..., num_blocks: _Optional[int] = ..., hint: _Optional[_Union[Hint, _Mapping]] = ..., ended: _Optional[_Union[Ended, _Mapping]] = ...) -> None: ...
 
 class ReadReply(_message.Message):
-    __slots__ = ("num_blocks", "index", "part", "offset", "tier", "checksum", "data")
+    __slots__ = ("num_blocks", "index", "part", "offset", "tier", "checksums", "metas", "data")
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
     PART_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     TIER_FIELD_NUMBER: _ClassVar[int]
-    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
+    METAS_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     num_blocks: int
     index: int
     part: int
     offset: int
     tier: str
-    checksum: int
+    checksums: bytes
+    metas: _containers.RepeatedCompositeFieldContainer[Meta]
     data: bytes
-    def __init__(self, num_blocks: _Optional[int] = ..., index: _Optional[int] = ..., part: _Optional[int] = ..., offset: _Optional[int] = ..., tier: _Optional[str] = ..., checksum: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, num_blocks: _Optional[int] = ..., index: _Optional[int] = ..., part: _Optional[int] = ..., offset: _Optional[int] = ..., tier: _Optional[str] = ..., checksums: _Optional[bytes] = ..., metas: _Optional[_Iterable[_Union[Meta, _Mapping]]] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class Meta(_message.Message):
+    __slots__ = ("parent", "depth", "tokens", "extra")
+    PARENT_FIELD_NUMBER: _ClassVar[int]
+    DEPTH_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    EXTRA_FIELD_NUMBER: _ClassVar[int]
+    parent: bytes
+    depth: int
+    tokens: bytes
+    extra: bytes
+    def __init__(self, parent: _Optional[bytes] = ..., depth: _Optional[int] = ..., tokens: _Optional[bytes] = ..., extra: _Optional[bytes] = ...) -> None: ...
 
 class WriteRequest(_message.Message):
-    __slots__ = ("session", "lease", "index", "part", "offset", "checksum", "data")
+    __slots__ = ("session", "lease", "index", "part", "offset", "checksums", "data")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     LEASE_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
     PART_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
-    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     session: bytes
     lease: int
     index: int
     part: int
     offset: int
-    checksum: int
+    checksums: bytes
     data: bytes
-    def __init__(self, session: _Optional[bytes] = ..., lease: _Optional[int] = ..., index: _Optional[int] = ..., part: _Optional[int] = ..., offset: _Optional[int] = ..., checksum: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, session: _Optional[bytes] = ..., lease: _Optional[int] = ..., index: _Optional[int] = ..., part: _Optional[int] = ..., offset: _Optional[int] = ..., checksums: _Optional[bytes] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class WriteReply(_message.Message):
     __slots__ = ("published",)
@@ -414,16 +428,18 @@ class WriteReply(_message.Message):
     def __init__(self, published: _Optional[bytes] = ...) -> None: ...
 
 class PeekRequest(_message.Message):
-    __slots__ = ("session", "root", "ids", "parts")
+    __slots__ = ("session", "root", "ids", "parts", "used")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     ROOT_FIELD_NUMBER: _ClassVar[int]
     IDS_FIELD_NUMBER: _ClassVar[int]
     PARTS_FIELD_NUMBER: _ClassVar[int]
+    USED_FIELD_NUMBER: _ClassVar[int]
     session: bytes
     root: bytes
     ids: bytes
     parts: bytes
-    def __init__(self, session: _Optional[bytes] = ..., root: _Optional[bytes] = ..., ids: _Optional[bytes] = ..., parts: _Optional[bytes] = ...) -> None: ...
+    used: bool
+    def __init__(self, session: _Optional[bytes] = ..., root: _Optional[bytes] = ..., ids: _Optional[bytes] = ..., parts: _Optional[bytes] = ..., used: _Optional[bool] = ...) -> None: ...
 
 class PeekReply(_message.Message):
     __slots__ = ("present",)

@@ -237,7 +237,7 @@ class KVStoreServicer:
     def Read(self, request, context):
         """---- data plane of clients without a mapping ------------------------------------------------------------------
 
-        The bytes of a load's blocks, in order, in parts of at most 1 MiB. Like Load, with bytes in place of slots. The
+        The bytes of a load's blocks, in order, at most 1 MiB a message. Like Load, with bytes in place of slots. The
         lease ends with the stream.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -246,7 +246,7 @@ class KVStoreServicer:
 
     def Write(self, request_iterator, context):
         """Fills and publishes blocks of a lease that Save gave. The first message names the lease, the others have bytes,
-        each wanted part whole, block after block, in order. Several Writes may follow each other.
+        each wanted part whole, block after block, in order; blocks may be left out. Several Writes may follow each other.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
