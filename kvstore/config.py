@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One schema for all settings: defaults, then a TOML file or dict, then the environment.
+"""One schema for all settings: defaults, then a TOML file or dict, then the environment, then flags.
 
     [host]                              KVSTORE_HOST__CAPACITY_BYTES=8GiB
     capacity_bytes = "8GiB"
@@ -7,9 +7,11 @@
     write = "through"
     [tiers.redis]                       KVSTORE_TIERS__REDIS__URL=redis://cache:6379
     url = "redis://cache:6379"
+    [service]                           kvstore serve --set service.max_streams=64
+    max_streams = 64
 
 An unknown key is an error that names the known ones. Sizes take suffixes (KiB, MiB, GiB, TiB, kB, MB, GB, TB).
-`StoreConfig.explain()` prints every setting with where its value came from.
+`StoreConfig.explain()` gives every setting with where its value came from, passwords left out.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from typing import Any
 
 from kvstore.errors import ConfigError
 from kvstore.mover import MoverOptions
+from kvstore.service_options import CLIENT_VARIABLES, ServiceOptions
 from kvstore.tiers import TIERS
 from kvstore.tiers.host import HostOptions
 
@@ -64,15 +67,21 @@ class RequestOptions:
     require_tiers: bool = False
 
 
-_SECTIONS: dict[str, type] = {"host": HostOptions, "mover": MoverOptions, "request": RequestOptions}
+_SECTIONS: dict[str, type] = {
+    "host": HostOptions,
+    "mover": MoverOptions,
+    "request": RequestOptions,
+    "service": ServiceOptions,
+}
 _ENV_PREFIX = "KVSTORE_"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreConfig:
-    """Everything an in-process store is told. Make it with `StoreConfig.load` to have values checked and traced.
+    """Everything a store is told, and its sidecar. Make it with `StoreConfig.load` to have values checked and traced.
 
     Attributes:
+        service: what only the sidecar looks at.
         tiers: lower tiers in the order they are asked, by name in TIERS, each with its class's `Options`.
         sources: where each non-default value came from, by dotted key.
     """
@@ -80,6 +89,7 @@ class StoreConfig:
     host: HostOptions = HostOptions()
     mover: MoverOptions = MoverOptions()
     request: RequestOptions = RequestOptions()
+    service: ServiceOptions = field(default_factory=ServiceOptions)
     tiers: Mapping[str, object] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
 
@@ -90,8 +100,9 @@ class StoreConfig:
         *,
         path: str | Path | None = None,
         environ: Mapping[str, str] | None = None,
+        flags: Mapping[str, object] | None = None,
     ) -> StoreConfig:
-        """Settings from a TOML file, then `values`, then the environment; the last one to name a key wins.
+        """Settings from a TOML file, `values`, the environment and command line `flags`; the last to name a key wins.
 
         Raises ConfigError for an unknown key or a value of the wrong kind, naming what is accepted.
         """
@@ -101,8 +112,9 @@ class StoreConfig:
             _merge(tree, _read_toml(path), f"file {path}", sources)
         _merge(tree, values or {}, "argument", sources)
         for key, text in sorted((os.environ if environ is None else environ).items()):
-            if key.startswith(_ENV_PREFIX):
+            if key.startswith(_ENV_PREFIX) and key not in CLIENT_VARIABLES:
                 _merge(tree, _nest(key, text), f"environment {key}", sources)
+        _merge(tree, flags or {}, "command line", sources)
         unknown = [key for key in tree if key not in _SECTIONS and key != "tiers"]
         if unknown:
             known = ", ".join([*_SECTIONS, "tiers"])
@@ -115,15 +127,23 @@ class StoreConfig:
         return cls(**made, tiers=tiers, sources=sources)
 
     def explain(self) -> list[tuple[str, object, str]]:
-        """Every setting as (dotted key, value, source)."""
+        """Every setting as (dotted key, value, source); passwords in URLs are left out."""
         rows: list[tuple[str, object, str]] = []
         sections: dict[str, Any] = {name: getattr(self, name) for name in _SECTIONS}
         sections |= {f"tiers.{name}": options for name, options in self.tiers.items()}
         for name, options in sections.items():
             for item in dataclasses.fields(options):
                 key = f"{name}.{item.name}"
-                rows.append((key, getattr(options, item.name), self.sources.get(key, "default")))
+                rows.append((key, _without_password(getattr(options, item.name)), self.sources.get(key, "default")))
         return rows
+
+
+def _without_password(value: object) -> object:
+    """The value; of a URL without its password, wherever in it that stands."""
+    if not isinstance(value, str) or "://" not in value:
+        return value
+    value = re.sub(r"://([^:/@]*):[^/]*@", r"://\1:***@", value)
+    return re.sub(r"([?&]password=)[^&]*", r"\1***", value)
 
 
 def sources_of(key: str, sources: Mapping[str, str]) -> str:
@@ -195,6 +215,12 @@ def _coerce(value: object, kind: object, name: str) -> object:
         return _number(value, int, name)
     if kind is float:
         return _number(value, float, name)
+    if typing.get_origin(kind) is tuple:
+        items = value.split(",") if isinstance(value, str) else value
+        if not isinstance(items, list | tuple):
+            raise ConfigError(f"{name} is {value!r}: give a list, or values with commas between")
+        each = typing.get_args(kind)[0]
+        return tuple(_coerce(item, each, name) for item in items if item != "")
     if kind is str and not isinstance(value, str):
         raise ConfigError(f"{name} is {value!r}: give a string")
     return value

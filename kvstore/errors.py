@@ -11,6 +11,9 @@ KVStoreError
 │ ├ TierUnavailable          the tier cannot be reached; a later try may help
 │ ├ TierTimeout              the deadline passed
 │ └ CorruptBlock             magic, checksum, key or length do not fit; removed and counted as a miss
+├ AccessDenied               the service gives this client no right to what it asked
+├ ServiceUnavailable         nobody answers where the service should be; a later try may help
+├ MappingClosed              the arena is not mapped here: closed, or a forked child
 └ ProtocolError              a peer speaks another version or layout
 
 A miss, a rejected save and back-pressure are return values, never exceptions.
@@ -61,6 +64,18 @@ class TierTimeout(TierError):
 
 class CorruptBlock(TierError):
     """A value that is not the block asked for: it is removed and counted, and the block is a miss."""
+
+
+class AccessDenied(KVStoreError):
+    """The service gives this client no right to that: no or an unknown credential, or a foreign namespace."""
+
+
+class ServiceUnavailable(KVStoreError):
+    """The service is not there, does not answer in time, or has no room; a later try may help."""
+
+
+class MappingClosed(KVStoreError):
+    """The arena is not mapped in this process: the mapping was closed, or the process is a forked child."""
 
 
 class ProtocolError(KVStoreError):

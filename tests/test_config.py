@@ -40,8 +40,11 @@ def test_a_tier_section_becomes_the_tiers_own_options() -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"hots": {}}, r"unknown section 'hots' .*known are host, mover, request, tiers"),
-        ({"host": {"capacity": 5}}, r"unknown key host.capacity \(from argument\): known are capacity_bytes, policy"),
+        ({"hots": {}}, r"unknown section 'hots' .*known are host, mover, request, service, tiers"),
+        (
+            {"host": {"capacity": 5}},
+            r"unknown key host.capacity \(from argument\): known are capacity_bytes, huge_pages,",
+        ),
         ({"host": {"capacity_bytes": "much"}}, "host.capacity_bytes is 'much': give a number of bytes, or a size"),
         ({"host": {"prefault": "perhaps"}}, "host.prefault is 'perhaps': use true or false"),
         ({"host": 5}, "host is 5: it is a section"),

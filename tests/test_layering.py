@@ -12,7 +12,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -50,6 +50,7 @@ FOUNDATIONS = (
     "kvstore.block",
     "kvstore.clock",
     "kvstore.errors",
+    "kvstore.idmap",
     "kvstore.layout",
     "kvstore.native",
     "kvstore.registry",
@@ -67,6 +68,7 @@ UP_TO_2 = (
     "kvstore.arena",
     "kvstore.copying",
     "kvstore.index",
+    "kvstore.memory",
     "kvstore.transfer",
 )
 # config is the one schema for all settings, so it stands above the classes whose options it gathers.
@@ -77,6 +79,7 @@ STORE = (
     "kvstore.marks",
     "kvstore.mover",
     "kvstore.save",
+    "kvstore.service_options",
     "kvstore.store",
 )
 # Without transfer and device, which load torch. Lower tiers by the registry and the abstract class; the host
@@ -123,9 +126,11 @@ RULES: dict[str, Rule] = {
     "kvstore.wire": Rule(1),
     "kvstore.wire.frame": Rule(1, FOUNDATIONS, ("xxhash",), never=CODEC_NEVER),
     # 2: memory, and what lies where in it
-    "kvstore.arena": Rule(2, FOUNDATIONS),
+    "kvstore.arena": Rule(2, (*FOUNDATIONS, "kvstore.memory")),
     "kvstore.copying": Rule(2, FOUNDATIONS),
     "kvstore.index": Rule(2, FOUNDATIONS),
+    "kvstore.mapping": Rule(2, (*FOUNDATIONS, "kvstore.memory")),
+    "kvstore.memory": Rule(2, FOUNDATIONS),
     "kvstore.transfer": Rule(2, (*FOUNDATIONS, "kvstore.copying"), ("torch",)),
     # 3: places to keep blocks
     "kvstore.pool": Rule(3, UP_TO_2),
@@ -148,14 +153,23 @@ RULES: dict[str, Rule] = {
     "kvstore": Rule(5, (*UP_TO_4, "kvstore.service.client")),
     **dict.fromkeys(MESSAGES, Rule(5, MESSAGES, ("grpc", "google"))),
     "kvstore.service": Rule(5),
-    "kvstore.service.cli": SERVICE,
+    "kvstore.service.admin": SERVICE,
+    "kvstore.service.claim": Rule(5, FOUNDATIONS),
+    "kvstore.service.cli": Rule(5, (*FOUNDATIONS, "kvstore.service.cli_*")),
+    "kvstore.service.cli_*": replace(SERVICE, libraries=(*SERVICE.libraries, "rich", "typer")),
     "kvstore.service.client": Rule(
-        5, (*FOUNDATIONS, *MESSAGES, "kvstore.arena", "kvstore.service.status"), ("grpc", "google")
+        5, (*FOUNDATIONS, *MESSAGES, "kvstore.mapping", "kvstore.service.door", "kvstore.service.status"), ("grpc", "google")
     ),
-    "kvstore.service.door": SERVICE,
-    "kvstore.service.metrics": SERVICE,
+    "kvstore.service.doctor": replace(SERVICE, libraries=(*SERVICE.libraries, "redis")),
+    "kvstore.service.door": Rule(5, (*FOUNDATIONS, "kvstore.service.claim")),
+    "kvstore.service.logs": Rule(5),
+    "kvstore.service.metrics": replace(SERVICE, libraries=(*SERVICE.libraries, "prometheus_client")),
+    "kvstore.service.preflight": Rule(5, FOUNDATIONS),
+    "kvstore.service.prompt": Rule(5, FOUNDATIONS, ("transformers",)),
+    "kvstore.service.rights": SERVICE,
     "kvstore.service.server": SERVICE,
     "kvstore.service.status": Rule(5, (*FOUNDATIONS, *MESSAGES), ("grpc", "google")),
+    "kvstore.service.top": replace(SERVICE, libraries=(*SERVICE.libraries, "rich")),
     # 6: engines
     "connectors": Rule(6, (*PUBLIC, "connectors.base", "kvstore.registry")),
     "connectors.base": Rule(6, PUBLIC),

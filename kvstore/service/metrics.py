@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Prometheus sees: the store's counters and gauges, and how long calls took.
+
+Nothing is done on a request's way but two additions in `Latencies.observe`. A scrape asks for a snapshot, on the
+endpoint's own thread, and names its values: `host.hit_blocks` becomes `kvstore_host_hits_total`. What the tables
+below do not know is shown as untyped rather than left out, so that a new counter is seen at once.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+    UntypedMetricFamily,
+)
+from prometheus_client.registry import Collector
+
+from kvstore.errors import ConfigError
+from kvstore.service_options import host_and_port
+
+Snapshot = Callable[[], Mapping[str, float]]
+
+BOUNDS_S = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+"""Upper bounds of latency buckets: a match takes half a millisecond, a load from Redis seconds."""
+
+
+# ---- latencies ----
+
+
+@dataclass(slots=True)
+class _Calls:
+    counts: list[int]
+    total_s: float = 0.0
+
+
+class Latencies:
+    """How long calls took, by name, in buckets. Thread-safe, about a microsecond a call."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._calls: defaultdict[str, _Calls] = defaultdict(lambda: _Calls([0] * (len(BOUNDS_S) + 1)))
+        self._failures: defaultdict[tuple[str, str], int] = defaultdict(int)
+
+    def observe(self, rpc: str, seconds: float, failure: str = "") -> None:
+        """Count a call; `failure` names its status code where it failed."""
+        bucket = bisect_left(BOUNDS_S, seconds)
+        with self._lock:
+            calls = self._calls[rpc]
+            calls.counts[bucket] += 1
+            calls.total_s += seconds
+            if failure:
+                self._failures[rpc, failure] += 1
+
+    def measure(self, rpc: str) -> Measured:
+        """A context manager that observes what runs inside it; an exception counts under its class's name."""
+        return Measured(self, rpc)
+
+    def rows(self) -> list[tuple[str, list[int], float]]:
+        """(name, calls by bucket, seconds in all), sorted by name."""
+        with self._lock:
+            return sorted((rpc, list(calls.counts), calls.total_s) for rpc, calls in self._calls.items())
+
+    def failures(self) -> list[tuple[str, str, int]]:
+        """(name, status code, number), sorted."""
+        with self._lock:
+            return sorted((rpc, code, number) for (rpc, code), number in self._failures.items())
+
+
+class Measured:
+    """One call being measured."""
+
+    __slots__ = ("_began_s", "_latencies", "_rpc")
+
+    def __init__(self, latencies: Latencies, rpc: str) -> None:
+        self._latencies = latencies
+        self._rpc = rpc
+
+    def __enter__(self) -> Self:
+        self._began_s = time.perf_counter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        failure = "" if kind is None else kind.__name__
+        self._latencies.observe(self._rpc, time.perf_counter() - self._began_s, failure)
+
+
+# ---- names ----
+
+
+@dataclass(frozen=True, slots=True)
+class _Name:
+    """What one of the store's values is called outside, with its labels in order."""
+
+    name: str
+    help: str
+    counter: bool = True
+    labels: tuple[tuple[str, str], ...] = ()
+
+
+def _failure(reason: str) -> _Name:
+    return _Name(
+        "failures", "What went wrong in this tier, by reason; each is a shorter hit.", labels=(("reason", reason),)
+    )
+
+
+_OF_A_TIER = {
+    "hit_blocks": _Name("hits", "Blocks asked for and found in this tier."),
+    "missed_blocks": _Name("misses", "Blocks asked for and not found in this tier."),
+    "read_blocks": _Name("read_blocks", "Parts of blocks read."),
+    "read_bytes": _Name("read_bytes", "Bytes of blocks read."),
+    "read_s": _Name("read_seconds", "Time spent reading, summed over reads."),
+    "written_blocks": _Name("written_blocks", "Parts of blocks written."),
+    "written_bytes": _Name("written_bytes", "Bytes of blocks written."),
+    "evicted_blocks": _Name("evictions", "Blocks dropped for want of space."),
+    "evicted_bytes": _Name("evicted_bytes", "Bytes dropped for want of space."),
+    "touched_blocks": _Name("touched_blocks", "Blocks whose time of last use was renewed."),
+    "blocks": _Name("blocks", "Blocks there now.", counter=False),
+    "pinned_blocks": _Name("pinned_blocks", "Blocks that may not be evicted now.", counter=False),
+    "used_bytes": _Name("used_bytes", "Bytes in use now.", counter=False),
+    "capacity_bytes": _Name("capacity_bytes", "Bytes there is room for.", counter=False),
+    "available": _Name(
+        "breaker_closed", "1 while the tier is asked, 0 while its breaker refuses calls.", counter=False
+    ),
+    "lookup_failures": _failure("lookup"),
+    "read_failures": _failure("read"),
+    "write_failures": _failure("write"),
+    "clear_failures": _failure("clear"),
+    "upkeep_failures": _failure("upkeep"),
+    "corrupt_blocks": _failure("corrupt"),
+    "foreign_blocks": _failure("foreign"),
+    "missing_blocks": _failure("missing"),
+    "orphans_refused": _failure("orphan"),
+    "out_of_memory": _failure("out_of_memory"),
+}
+_OTHERS = {
+    "match.requests": _Name("matches", "Requests that asked what is there."),
+    "match.asked_blocks": _Name("match_asked_blocks", "Blocks that matches asked for."),
+    "load.requests": _Name("loads", "Loads begun."),
+    "load.errors": _Name("load_errors", "Loads that ended by a bug."),
+    "save.requests": _Name("saves", "Saves begun."),
+    "save.blocks": _Name("saved_blocks", "Blocks that became matchable."),
+    "save.bytes": _Name("saved_bytes", "Bytes of blocks that became matchable."),
+    "save.refused_blocks": _Name("save_refused_blocks", "Blocks that found no room, or whose parent is not there."),
+    "save.quarantined_slots": _Name("quarantined_slots", "Slots whose writer may still be writing.", counter=False),
+    "lease.live": _Name("leases", "Holds and leases now.", counter=False),
+    "lease.expired": _Name("leases_expired", "Holds and leases that ran out of time."),
+    "marks.live": _Name("announcements", "Ranges being computed by somebody now.", counter=False),
+    "mover.queued_bytes": _Name("mover_queued_bytes", "Bytes waiting to go to lower tiers.", counter=False),
+    "mover.demoted_blocks": _Name("mover_demoted_blocks", "Blocks written to lower tiers."),
+    "mover.dropped_blocks": _Name("mover_dropped_blocks", "Blocks not written because the queue was full."),
+    "mover.failed_blocks": _Name("mover_failed_blocks", "Blocks given up after a second failure."),
+    "mover.restored_blocks": _Name("mover_restored_blocks", "Blocks written again because a tier had lost them."),
+    "mover.errors": _Name("mover_errors", "Demotions ended by a bug."),
+    "service.clients": _Name("clients", "Clients with a session now.", counter=False),
+    "service.streams": _Name("streams", "Streaming calls open now.", counter=False),
+    "ttft.saved_s": _Name("ttft_saved_seconds", "Time to first token that connectors report as saved."),
+}
+
+
+def name_of(key: str) -> _Name | None:
+    """What the value `key` is called, without the prefix kvstore_; None where it has no name yet."""
+    if key in _OTHERS:
+        return _OTHERS[key]
+    tier, _, what = key.partition(".")
+    known = _OF_A_TIER.get(what)
+    if known is None:
+        return None
+    return _Name(f"{tier}_{known.name}", f"{tier}: {known.help}", known.counter, known.labels)
+
+
+# ---- the endpoint ----
+
+
+class StoreCollector(Collector):
+    """Yields one snapshot a scrape."""
+
+    def __init__(self, snapshot: Snapshot, latencies: Latencies) -> None:
+        self._snapshot = snapshot
+        self._latencies = latencies
+
+    def collect(self) -> Iterable[Metric]:
+        yield from self._values()
+        yield from self._calls()
+
+    def _values(self) -> Iterator[Metric]:
+        families: dict[str, CounterMetricFamily | GaugeMetricFamily | UntypedMetricFamily] = {}
+        for key, value in self._snapshot().items():
+            named = name_of(key)
+            if named is None:
+                name = "kvstore_" + "".join(letter if letter.isalnum() else "_" for letter in key)
+                families[name] = UntypedMetricFamily(name, f"{key} of the store.", value=value)
+                continue
+            name = f"kvstore_{named.name}"
+            labels = [label for label, _ in named.labels]
+            kind = CounterMetricFamily if named.counter else GaugeMetricFamily
+            family = families.setdefault(name, kind(name, named.help, labels=labels))
+            family.add_metric([text for _, text in named.labels], value)
+        yield from families.values()
+
+    def _calls(self) -> Iterator[Metric]:
+        durations = HistogramMetricFamily(
+            "kvstore_rpc_seconds", "Duration of calls, streams to their end.", labels=["rpc"]
+        )
+        for rpc, counts, total_s in self._latencies.rows():
+            running, buckets = 0, []
+            for bound, count in zip([*map(str, BOUNDS_S), "+Inf"], counts, strict=True):
+                running += count
+                buckets.append((bound, float(running)))
+            durations.add_metric([rpc], buckets, sum_value=total_s)
+        yield durations
+        failures = CounterMetricFamily("kvstore_rpc_failures", "Calls that failed.", labels=["rpc", "code"])
+        for rpc, code, number in self._latencies.failures():
+            failures.add_metric([rpc, code], number)
+        yield failures
+
+
+class MetricsEndpoint:
+    """Serves `/metrics` on threads of its own. A context manager."""
+
+    def __init__(self, listen: str, snapshot: Snapshot, latencies: Latencies) -> None:
+        """Listen on `host:port`; port 0 takes a free one. Raises ConfigError where that is not possible."""
+        host, port = host_and_port(listen, "service.metrics_listen")
+        registry = CollectorRegistry()
+        registry.register(StoreCollector(snapshot, latencies))
+        try:
+            self._server, self._thread = start_http_server(port, host, registry)
+        except OSError as error:
+            raise ConfigError(f"service.metrics_listen is {listen}: cannot listen there: {error.strerror}") from error
+        self.address = f"{host}:{self._server.server_port}"
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

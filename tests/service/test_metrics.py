@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `/metrics` says is what the store counted, under names that stay."""
+
+from __future__ import annotations
+
+import urllib.request
+from collections.abc import Mapping
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from kvstore.block import Root
+from kvstore.errors import ConfigError
+from kvstore.service.metrics import BOUNDS_S, Latencies, MetricsEndpoint, name_of
+from kvstore.store import KVStore
+from tests.conftest import MakeStore, chain_of, load_all, save_all
+from tests.fakes import DictTier
+
+
+def scrape(address: str) -> dict[str, float]:
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=5) as reply:
+        text = reply.read().decode()
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        assert family.documentation, family.name
+        for sample in family.samples:
+            labels = ",".join(f"{key}={value}" for key, value in sorted(sample.labels.items()))
+            found[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
+    return found
+
+
+def test_a_scrape_shows_what_the_store_counted_at_that_moment(store: KVStore, root: Root) -> None:
+    chain = chain_of(root, 8)
+    with MetricsEndpoint("127.0.0.1:0", store.stats, Latencies()) as endpoint:
+        assert scrape(endpoint.address).get("kvstore_host_hits_total", 0) == 0
+        save_all(store, chain, 0, 6)
+        load_all(store, chain)
+        seen = scrape(endpoint.address)
+    assert seen["kvstore_host_hits_total"] == 6
+    assert seen["kvstore_host_misses_total"] == 2
+    assert seen["kvstore_host_blocks"] == 6
+    assert seen["kvstore_host_used_bytes"] == 6 * 4096
+    assert seen["kvstore_host_capacity_bytes"] == 64 * 4096
+    assert seen["kvstore_saved_bytes_total"] == 6 * 4096
+    assert seen["kvstore_leases"] == 0
+
+
+def test_every_value_of_a_store_with_a_lower_tier_has_a_name(make_store: MakeStore, root: Root) -> None:
+    store = make_store(4, tiers=[DictTier()], mover={"write": "through"})
+    save_all(store, chain_of(root, 4))
+    assert store.flush(5)
+    save_all(store, chain_of(root, 4, seed=1))
+    load_all(store, chain_of(root, 4))
+    assert [key for key in store.stats() if name_of(key) is None] == []
+
+
+def test_failures_of_a_tier_are_one_metric_by_reason() -> None:
+    values = {"redis.read_failures": 2.0, "redis.corrupt_blocks": 3.0, "redis.available": 0.0}
+    with MetricsEndpoint("127.0.0.1:0", lambda: values, Latencies()) as endpoint:
+        seen = scrape(endpoint.address)
+    assert seen["kvstore_redis_failures_total{reason=read}"] == 2
+    assert seen["kvstore_redis_failures_total{reason=corrupt}"] == 3
+    assert seen["kvstore_redis_breaker_closed"] == 0
+
+
+def test_a_value_without_a_name_is_shown_rather_than_left_out() -> None:
+    values: Mapping[str, float] = {"novel.thing-count": 7.0, "ttft.saved_s": 1.5}
+    with MetricsEndpoint("127.0.0.1:0", lambda: values, Latencies()) as endpoint:
+        seen = scrape(endpoint.address)
+    assert seen["kvstore_novel_thing_count"] == 7
+    assert seen["kvstore_ttft_saved_seconds_total"] == 1.5
+
+
+def test_calls_fall_into_buckets_by_their_duration() -> None:
+    latencies = Latencies()
+    latencies.observe("Match", 0.0002)
+    latencies.observe("Match", BOUNDS_S[2])  # a bound belongs to its bucket
+    latencies.observe("Match", 99.0, "DEADLINE_EXCEEDED")
+    with MetricsEndpoint("127.0.0.1:0", dict, latencies) as endpoint:
+        seen = scrape(endpoint.address)
+    assert seen["kvstore_rpc_seconds_bucket{le=0.0001,rpc=Match}"] == 0
+    assert seen["kvstore_rpc_seconds_bucket{le=0.00025,rpc=Match}"] == 1
+    assert seen["kvstore_rpc_seconds_bucket{le=0.0005,rpc=Match}"] == 2
+    assert seen["kvstore_rpc_seconds_bucket{le=10.0,rpc=Match}"] == 2
+    assert seen["kvstore_rpc_seconds_bucket{le=+Inf,rpc=Match}"] == 3
+    assert seen["kvstore_rpc_seconds_count{rpc=Match}"] == 3
+    assert seen["kvstore_rpc_seconds_sum{rpc=Match}"] == pytest.approx(99.0007)
+    assert seen["kvstore_rpc_failures_total{code=DEADLINE_EXCEEDED,rpc=Match}"] == 1
+
+
+def test_a_measured_call_counts_its_failure_and_lets_it_pass() -> None:
+    latencies = Latencies()
+    with pytest.raises(KeyError), latencies.measure("Load"):
+        raise KeyError
+    with latencies.measure("Load"):
+        pass
+    assert [(rpc, sum(counts)) for rpc, counts, _ in latencies.rows()] == [("Load", 2)]
+    assert latencies.failures() == [("Load", "KeyError", 1)]
+
+
+def test_a_taken_port_is_named_and_a_closed_endpoint_frees_its_own() -> None:
+    with MetricsEndpoint("127.0.0.1:0", dict, Latencies()) as first:
+        with pytest.raises(ConfigError, match=f"{first.address}: cannot listen there: Address already in use"):
+            MetricsEndpoint(first.address, dict, Latencies())
+        address = first.address
+    with MetricsEndpoint(address, dict, Latencies()) as second:
+        assert second.address == address
