@@ -4,30 +4,40 @@
 The arena is cut into *extents*, each carved into slots of one size. Slot sizes are the parts' bytes rounded up
 to pages, so one model fills the arena exactly, and extents move between models as they empty.
 
+Shared, the memory is a memfd, and the generation words are another: the first is for clients to map and write,
+the second for them to read. Neither counts against the size of /dev/shm.
+
 Invariants
 1. A slot belongs to exactly one extent; extents and free ranges tile the arena.
-2. A slot's generation word changes whenever the slot is handed out: who copied from it can tell.
+2. A slot's generation word changes whenever any of its bytes are handed out anew, as this slot or as slots of
+   another size, before the new owner knows of them: who copied from it can tell.
 3. Nothing here copies, waits, or knows what a block is. The caller holds a lock.
+4. No client can shrink or grow either memfd, nor write generation words: the kernel refuses it.
 """
 
 from __future__ import annotations
 
-import ctypes
-import mmap
+import errno
+import fcntl
+import os
 import threading
 from bisect import bisect_right, insort
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import attrgetter
 
 import numpy as np
 import numpy.typing as npt
 
-from kvstore.errors import CapacityError
+from kvstore.errors import CapacityError, ConfigError
+from kvstore.memory import HUGE_PAGE_BYTES, Stretch
+from kvstore.memory import PAGE_BYTES as PAGE_BYTES
 
-PAGE_BYTES = 4096
 _EXTENT_BYTES = 64 << 20
-_PREFAULT_BYTES = 8 << 20
-_MADV_POPULATE_WRITE = 23  # Linux 5.14; not in the mmap module
+_F_SEAL_FUTURE_WRITE = 0x10  # Linux 5.1; not in the fcntl module
+_MFD_NOEXEC_SEAL = 0x8  # Linux 6.3, where a setting of the host may ask for it
+_SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 def slot_stride(num_bytes: int) -> int:
@@ -56,23 +66,32 @@ class _SizeClass:
 class Arena:
     """Page-aligned slots in `capacity_bytes` of memory, addressed by byte offset.
 
-    Memory is anonymous with huge pages where the host grants them: a load touches every byte, and 4 KiB pages
-    cost a third of the copy rate on first use. `prefault` populates it from a thread, since first touch runs
-    at about 1 GB/s and would be billed to the first saves.
+    Huge pages are used where the host grants them: a load touches every byte, and 4 KiB pages cost a third of the
+    copy rate on first use. `prefault` populates the memory from a thread, since first touch runs at about 1 GB/s
+    and would be billed to the first saves.
     """
 
-    def __init__(self, capacity_bytes: int, *, prefault: bool = True) -> None:
-        if capacity_bytes < PAGE_BYTES:
-            raise CapacityError(f"arena of {capacity_bytes} bytes: it needs at least one page of {PAGE_BYTES}")
-        self.capacity_bytes = capacity_bytes // PAGE_BYTES * PAGE_BYTES
-        self._map = mmap.mmap(-1, self.capacity_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            try:
-                self._map.madvise(mmap.MADV_HUGEPAGE)
-            except OSError:  # a kernel without transparent huge pages
-                pass
-        self._view = memoryview(self._map)
-        self.generation: npt.NDArray[np.uint32] = np.zeros(self.capacity_bytes // PAGE_BYTES, np.uint32)
+    def __init__(
+        self, capacity_bytes: int, *, prefault: bool = True, shared: bool = False, huge_pages: bool = False
+    ) -> None:
+        """Private memory of this process; or, `shared`, memory that `memory_fd` gives to others.
+
+        `huge_pages` takes 2 MiB pages from the pool that the host reserved for them, and rounds down to them.
+        Raises CapacityError where there is not that much, ConfigError where the kernel cannot seal.
+        """
+        page = HUGE_PAGE_BYTES if huge_pages else PAGE_BYTES
+        if capacity_bytes < page:
+            raise CapacityError(f"arena of {capacity_bytes} bytes: it needs at least one page of {page}")
+        self.capacity_bytes = capacity_bytes // page * page
+        num_pages = self.capacity_bytes // PAGE_BYTES
+        self._fds: tuple[int, ...] = ()
+        with _named(self.capacity_bytes, huge_pages):
+            if shared:
+                self._memory, self.generation = self._share(num_pages, huge_pages)
+            else:
+                self._memory = Stretch(self.capacity_bytes, huge_pages=huge_pages)
+                self.generation = np.zeros(num_pages, np.uint32)
+        self._view = self._memory.view()
         self._extents: list[_Extent] = []
         self._ranges: list[tuple[int, int]] = [(0, self.capacity_bytes)]
         self._classes: dict[int, _SizeClass] = {}
@@ -82,8 +101,47 @@ class Arena:
         self._closing = threading.Event()
         self._prefault: threading.Thread | None = None
         if prefault:
-            self._prefault = threading.Thread(target=self._populate, name="kvstore-prefault", daemon=True)
+            self._prefault = threading.Thread(
+                target=self._memory.populate,
+                args=(self._closing,),
+                kwargs={"collapse": shared and not huge_pages},
+                name="kvstore-prefault",
+                daemon=True,
+            )
             self._prefault.start()
+
+    def _share(self, num_pages: int, huge_pages: bool) -> tuple[Stretch, npt.NDArray[np.uint32]]:
+        """Both memfds, mapped and sealed."""
+        fds: list[int] = []
+        try:
+            fds.append(_memfd("kvstore-arena", self.capacity_bytes, huge_pages))
+            memory = Stretch(self.capacity_bytes, fd=fds[0])
+            _seal(fds[0], _SIZE_SEALS)
+            words_bytes = slot_stride(num_pages * np.dtype(np.uint32).itemsize)
+            fds.append(_memfd("kvstore-generations", words_bytes, False))
+            words = Stretch(words_bytes, fd=fds[1])
+            _seal(fds[1], _SIZE_SEALS | _F_SEAL_FUTURE_WRITE)  # the mapping just made keeps its right to write
+        except BaseException:
+            for fd in fds:
+                os.close(fd)
+            raise
+        self._fds = tuple(fds)
+        return memory, np.frombuffer(words.view(), np.uint32, num_pages)
+
+    @property
+    def memory_fd(self) -> int:
+        """Descriptor of the slots' memory, to be mapped by clients. Closed by `close`."""
+        return self._shared_fds()[0]
+
+    @property
+    def generation_fd(self) -> int:
+        """Descriptor of the generation words, one uint32 a page of 4 KiB; others can map it read-only only."""
+        return self._shared_fds()[1]
+
+    def _shared_fds(self) -> tuple[int, ...]:
+        if not self._fds:
+            raise ConfigError("this arena has no descriptors: make it with shared=True, and ask before it is closed")
+        return self._fds
 
     def acquire(self, num_bytes: int) -> int | None:
         """A slot of at least `num_bytes`, or None where no slot and no room for an extent of its size is left."""
@@ -161,6 +219,9 @@ class Arena:
             owner.free = [slot for slot in owner.free if not extent.start <= slot < extent.stop]
             owner.num_extents -= 1
             self._extents.remove(extent)
+            # Slots of another size will begin elsewhere: whoever still copies from one of these must see it by the
+            # word of that one.
+            self.generation[extent.start // PAGE_BYTES : extent.stop // PAGE_BYTES] += 1
             self._add_range(extent.start, extent.stop)
         return any(stop - start >= stride for start, stop in self._ranges)
 
@@ -172,20 +233,6 @@ class Arena:
             else:
                 merged.append((low, high))
         self._ranges = merged
-
-    def _populate(self) -> None:
-        """Fault pages in from a thread. MADV_POPULATE_WRITE keeps contents, so it may race with writers.
-
-        Through ctypes, which drops the GIL; mmap.madvise would hold it for the length of the call.
-        """
-        libc = ctypes.CDLL(None, use_errno=True)
-        base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        for offset in range(0, self.capacity_bytes, _PREFAULT_BYTES):
-            size = min(_PREFAULT_BYTES, self.capacity_bytes - offset)
-            if self._closing.is_set():
-                return
-            if libc.madvise(ctypes.c_void_p(base + offset), ctypes.c_size_t(size), _MADV_POPULATE_WRITE):
-                return  # an older kernel: first touch pays instead
 
     def wait_prefaulted(self, timeout_s: float | None = None) -> bool:
         """Wait until the memory is populated; True when it is."""
@@ -215,7 +262,47 @@ class Arena:
         return faults
 
     def close(self) -> None:
-        """Stop prefaulting. Memory goes when the last view of it does."""
+        """Stop prefaulting and close the descriptors. Memory goes when the last view of it does. Idempotent."""
         self._closing.set()
         if self._prefault is not None:
             self._prefault.join()
+        fds, self._fds = self._fds, ()
+        for fd in fds:
+            os.close(fd)
+
+
+def _memfd(name: str, num_bytes: int, huge_pages: bool) -> int:
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | (os.MFD_HUGETLB | os.MFD_HUGE_2MB if huge_pages else 0)
+    try:
+        fd = os.memfd_create(name, flags | _MFD_NOEXEC_SEAL)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        fd = os.memfd_create(name, flags)
+    try:
+        os.ftruncate(fd, num_bytes)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _seal(fd: int, seals: int) -> None:
+    try:
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+    except OSError as error:
+        raise ConfigError(f"this kernel cannot seal shared memory ({error}): it takes Linux 5.1 or newer") from error
+
+
+@contextmanager
+def _named(num_bytes: int, huge_pages: bool) -> Iterator[None]:
+    """Say what a refused mapping was for, and what helps."""
+    try:
+        yield
+    except OSError as error:
+        fix = (
+            f"reserve {-(-num_bytes // HUGE_PAGE_BYTES)} pages with sysctl vm.nr_hugepages, or turn host.huge_pages off"
+            if huge_pages
+            else "lower host.capacity_bytes, or give the process more address space (ulimit -v)"
+        )
+        raise CapacityError(f"the host does not give {num_bytes} bytes for the arena ({error}): {fix}") from error

@@ -18,6 +18,7 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, replace
 
 from kvstore.api import HOST_TIER, NO_HINT, Hint, Match
+from kvstore.arena import Arena
 from kvstore.block import BlockId, Chain, ModelId, PartKey, RootId
 from kvstore.clock import Clock, MonotonicClock
 from kvstore.config import StoreConfig
@@ -80,13 +81,21 @@ class KVStore:
     """The in-process store. Implements `kvstore.api.Store`."""
 
     def __init__(
-        self, config: StoreConfig | None = None, *, clock: Clock | None = None, tiers: Sequence[Tier] | None = None
+        self,
+        config: StoreConfig | None = None,
+        *,
+        clock: Clock | None = None,
+        tiers: Sequence[Tier] | None = None,
+        shared_memory: bool = False,
     ) -> None:
-        """Start the store. `tiers` replaces the configured lower tiers; the store closes them either way."""
+        """Start the store. `tiers` replaces the configured lower tiers; the store closes them either way.
+
+        `shared_memory` puts the arena into memory that other processes can map, for the sidecar.
+        """
         self.config = config or StoreConfig()
         self._clock = clock or MonotonicClock()
         self._stats = Stats()
-        self._host = HostTier(self.config.host)
+        self._host = HostTier(self.config.host, shared=shared_memory)
         self._tiers = list(tiers) if tiers is not None else self._make_tiers()
         for tier in self._tiers:
             tier.bind(self._stats)
@@ -123,6 +132,11 @@ class KVStore:
             if self.config.request.require_tiers:
                 raise ConfigError(f"lower tier does not answer: {error}") from error
             log.warning("lower tier does not answer, starting without it until it does: %s", error)
+
+    @property
+    def arena(self) -> Arena:
+        """The host tier's memory: what a door hands out."""
+        return self._host.arena
 
     # -- models ------------------------------------------------------------------------------------------------
 

@@ -26,21 +26,25 @@ class HostOptions:
         capacity_bytes: size of the arena.
         policy: a name in POLICIES; policy_options: its settings.
         prefault: populate the memory in the background at start.
+        huge_pages: take the arena from the 2 MiB pages that the host reserved (vm.nr_hugepages), and fail without.
     """
 
     capacity_bytes: int = 4 << 30
     policy: str = "lru"
     policy_options: Mapping[str, object] = field(default_factory=dict)
     prefault: bool = True
+    huge_pages: bool = False
 
 
 class HostTier:
-    """Blocks in pinnable host memory under one eviction policy."""
+    """Blocks in pinnable host memory under one eviction policy; `shared` makes it memory that others can map."""
 
-    def __init__(self, options: HostOptions) -> None:
+    def __init__(self, options: HostOptions, *, shared: bool = False) -> None:
         policy_class = POLICIES.load(options.policy)
         policy = policy_class(POLICIES.options(options.policy, options.policy_options))
-        self.arena = Arena(options.capacity_bytes, prefault=options.prefault)
+        self.arena = Arena(
+            options.capacity_bytes, prefault=options.prefault, shared=shared, huge_pages=options.huge_pages
+        )
         self.pool = BlockPool(self.arena, policy)
 
     def open(self, layout: BlockLayout) -> None:
