@@ -126,14 +126,14 @@ class DeviceOverlay:
         self._memory = torch.zeros(shape, dtype=dtype, device=device)
         made: Policy = POLICIES.load(policy)(POLICIES.options(policy, policy_options or {}))
         self._pool = BlockPool(_Slots(self.num_slots), made)
-        self._pool.open(self.layout)
+        self._pool.open(self.layout, self.num_slots)
         self._clock = clock or MonotonicClock()
         self._num_hits = 0
         self._num_missed = 0
 
     def match(self, chain: Chain, *, hint: Hint = NO_HINT) -> DeviceRun:
         """The leading blocks of `chain` that are here, pinned and touched."""
-        rows = self._pool.pin_leading(chain.ids, 1)
+        rows = self._pool.pin_leading(chain.ids, 1, chain.root.id)
         self._num_hits += len(rows)
         self._num_missed += len(chain) - len(rows)
         self.touch(chain, len(rows), hint=hint)

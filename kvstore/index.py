@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A table of resident blocks: one dict from id to row, and columns in arrays.
+"""A table of resident blocks: one map from id to row, and columns in arrays.
 
 Array-backed because an object a block costs twice the memory, and a full garbage collection over a million of
 them stops the world for 0.2 s. A row is stable from `add` to `drop`; columns are public to the pool that owns
@@ -9,120 +9,137 @@ the table and to nobody else. No lock: the owner has one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import repeat
 
 import numpy as np
 import numpy.typing as npt
 
-from kvstore.block import BlockId, BlockMeta
+from kvstore.block import BlockId, BlockMeta, RootId
+from kvstore.idmap import NO_ROW as NO_ROW
+from kvstore.idmap import IdMap, longer
+from kvstore.idmap import Rows as Rows
 
-NO_ROW = -1
 NO_SLOT = -1
-_FIRST_ROWS = 1024
-
-Rows = npt.NDArray[np.int64]
+_COLUMNS = ("ready", "filling", "slots", "parent", "children", "pins", "depth", "root", "layout", "below", "born")
 
 
 class BlockTable:
-    """Columns, by row:
+    """Columns, by row. Rows not in use are zero in ready, filling, children, pins, below and born.
 
     ready, filling     bit p set: part p holds verified bytes / is being written (uint64)
     slots              slot of each part, NO_SLOT where absent (int64 [rows, parts])
     parent, children   row of the parent or NO_ROW; number of rows whose parent this is
     pins               holds, leases, and copies in flight
+    depth              0 for the first block of a chain
     root, layout       small integers given by the owner
     below              bit t set: believed to be in lower tier t (uint8)
-    ids, meta          the block's id; parent id, tokens and extra as handed in
+    born               number of the event that told of the block; 0 where nobody listened (int64)
+    tokens             token ids as u32 little-endian, in the row's first `token_bytes` (uint8 [rows, bytes])
     """
 
     def __init__(self, num_parts: int = 1) -> None:
-        self.rows: dict[BlockId, int] = {}
-        self.ids: list[BlockId | None] = []
-        self.meta: list[BlockMeta | None] = []
-        self._free: list[int] = []
-        self._capacity = 0
-        self.ready: npt.NDArray[np.uint64] = np.empty(0, np.uint64)
-        self.filling: npt.NDArray[np.uint64] = np.empty(0, np.uint64)
-        self.slots: npt.NDArray[np.int64] = np.empty((0, num_parts), np.int64)
-        self.parent: npt.NDArray[np.int32] = np.empty(0, np.int32)
-        self.children: npt.NDArray[np.int32] = np.empty(0, np.int32)
-        self.pins: npt.NDArray[np.int32] = np.empty(0, np.int32)
-        self.root: npt.NDArray[np.int32] = np.empty(0, np.int32)
-        self.layout: npt.NDArray[np.int16] = np.empty(0, np.int16)
-        self.below: npt.NDArray[np.uint8] = np.empty(0, np.uint8)
+        self.ids = IdMap()
+        self.extra: dict[int, bytes] = {}
+        """Canonical media bytes, of the rows that have some."""
+        self.ready: npt.NDArray[np.uint64] = np.zeros(0, np.uint64)
+        self.filling: npt.NDArray[np.uint64] = np.zeros(0, np.uint64)
+        self.slots: npt.NDArray[np.int64] = np.zeros((0, num_parts), np.int64)
+        self.parent: npt.NDArray[np.int32] = np.zeros(0, np.int32)
+        self.children: npt.NDArray[np.int32] = np.zeros(0, np.int32)
+        self.pins: npt.NDArray[np.int32] = np.zeros(0, np.int32)
+        self.depth: npt.NDArray[np.int32] = np.zeros(0, np.int32)
+        self.root: npt.NDArray[np.int32] = np.zeros(0, np.int32)
+        self.layout: npt.NDArray[np.int16] = np.zeros(0, np.int16)
+        self.below: npt.NDArray[np.uint8] = np.zeros(0, np.uint8)
+        self.born: npt.NDArray[np.int64] = np.zeros(0, np.int64)
+        self.tokens: npt.NDArray[np.uint8] = np.zeros((0, 0), np.uint8)
+        self._grow()
 
     def __len__(self) -> int:
-        return len(self.rows)
+        """Number of blocks that can be found."""
+        return len(self.ids)
 
-    def widen(self, num_parts: int) -> None:
-        """Make room for blocks of `num_parts` parts."""
-        have = self.slots.shape[1]
-        if num_parts > have:
-            wider = np.full((self._capacity, num_parts), NO_SLOT, np.int64)
-            wider[:, :have] = self.slots
-            self.slots = wider
+    def widen(self, num_parts: int, token_bytes: int, num_rows: int = 0) -> None:
+        """Make room for blocks of `num_parts` parts and `token_bytes` of tokens, `num_rows` of them in all."""
+        self.ids.expect(num_rows)
+        slots = np.zeros((len(self.slots), max(num_parts, self.slots.shape[1])), np.int64)
+        slots[:, : self.slots.shape[1]] = self.slots
+        slots[:, self.slots.shape[1] :] = NO_SLOT
+        tokens = np.zeros((len(self.tokens), max(token_bytes, self.tokens.shape[1])), np.uint8)
+        tokens[:, : self.tokens.shape[1]] = self.tokens
+        self.slots, self.tokens = slots, tokens
+        self._grow()
 
-    def add(self, block: BlockId, meta: BlockMeta, parent: int, root: int, layout: int) -> int:
-        """A new row with nothing in it; counts as a child of its parent from now on."""
-        if not self._free:
-            self._grow()
-        row = self._free.pop()
-        self.rows[block] = row
-        self.ids[row] = block
-        self.meta[row] = meta
-        self.ready[row] = self.filling[row] = 0
-        self.slots[row] = NO_SLOT
-        self.parent[row] = parent
-        self.children[row] = self.pins[row] = 0
-        self.root[row] = root
-        self.layout[row] = layout
-        self.below[row] = 0
+    def add_run(
+        self, blocks: Sequence[BlockId], metas: Sequence[BlockMeta], parent: int, root: int, layout: int
+    ) -> Rows:
+        """New rows with nothing in them for consecutive blocks of a chain, the first one's parent being `parent`.
+
+        Each counts as a child of the one before from now on.
+        """
+        rows = self.ids.add(blocks)
+        self._grow()
+        self.slots[rows] = NO_SLOT
+        self.parent[rows[1:]] = rows[:-1]
+        self.parent[rows[0]] = parent
+        self.children[rows[:-1]] = 1
         if parent != NO_ROW:
             self.children[parent] += 1
-        return row
+        self.depth[rows] = np.arange(metas[0].depth, metas[0].depth + len(rows))
+        self.root[rows] = root
+        self.layout[rows] = layout
+        tokens = b"".join([meta.tokens for meta in metas])
+        token_bytes = len(metas[0].tokens)
+        self.tokens[rows, :token_bytes] = np.frombuffer(tokens, np.uint8).reshape(len(rows), token_bytes)
+        if any(meta.extra for meta in metas):
+            self.extra.update((row, meta.extra) for row, meta in zip(rows.tolist(), metas, strict=True) if meta.extra)
+        return rows
 
     def drop(self, row: int) -> int:
         """Forget a row without children; returns its parent's row."""
         assert self.children[row] == 0, f"row {row} dropped with {self.children[row]} children"
-        block = self.ids[row]
-        if block is not None and self.rows.get(block) == row:
-            del self.rows[block]
-        self.ids[row] = self.meta[row] = None
         parent = int(self.parent[row])
-        if parent != NO_ROW:
-            self.children[parent] -= 1
-        self._free.append(row)
+        self.drop_all(np.array([row]))
         return parent
 
-    def leading(self, blocks: Sequence[BlockId], need: int) -> Rows:
-        """Rows of the longest run from the first block in which every block has all parts of mask `need`."""
-        if not blocks or blocks[0] not in self.rows:
+    def drop_all(self, rows: Rows) -> None:
+        """Forget rows, all that hang from them being among them."""
+        parents = self.parent[rows]
+        np.subtract.at(self.children, parents[parents != NO_ROW], 1)
+        self.ready[rows] = self.filling[rows] = 0
+        self.below[rows] = 0
+        self.born[rows] = 0
+        if self.extra:
+            for row in rows.tolist():
+                self.extra.pop(row, None)
+        self.ids.free(rows)
+
+    def leading(self, blocks: Sequence[BlockId], need: int, root: int) -> Rows:
+        """Rows of the longest run of one chain under `root` in which every block has all parts of mask `need`.
+
+        A block of another root, or that does not hang from the one before it, ends the run as an unknown one does:
+        knowing a hash opens nothing.
+        """
+        if not blocks or self.ids.get(blocks[0]) == NO_ROW:
             return np.empty(0, np.int64)
-        rows = np.fromiter(map(self.rows.get, blocks, repeat(NO_ROW)), np.int64, len(blocks))
-        if rows.min() == NO_ROW:
-            rows = rows[: int((rows == NO_ROW).argmax())]
+        rows = self.ids.find(blocks)
         mask = np.uint64(need)
-        whole = (self.ready[rows] & mask) == mask
+        whole = (rows != NO_ROW) & ((self.ready[rows] & mask) == mask) & (self.root[rows] == root)
+        whole[1:] &= self.parent[rows[1:]] == rows[:-1]
         return rows if whole.all() else rows[: int(whole.argmin())]
 
+    def meta(self, row: int, root: RootId, token_bytes: int) -> BlockMeta:
+        """What travels with the bytes of a row in use."""
+        parent = int(self.parent[row])
+        parent_id = BlockId(root) if parent == NO_ROW else self.ids.id_of(parent)
+        return BlockMeta(
+            parent_id, int(self.depth[row]), self.tokens[row, :token_bytes].tobytes(), self.extra.get(row, b"")
+        )
+
     def live_rows(self) -> Rows:
-        """Every row in use, in no order, rows that are no longer matchable included."""
-        in_use = np.ones(self._capacity, bool)
-        in_use[self._free] = False
-        return np.flatnonzero(in_use)
+        """Every row in use, ascending, rows that are no longer matchable included."""
+        return self.ids.live_rows()
 
     def _grow(self) -> None:
-        old = self._capacity
-        new = max(_FIRST_ROWS, old * 3 // 2)
-        for name in ("ready", "filling", "parent", "children", "pins", "root", "layout", "below"):
-            column = getattr(self, name)
-            wider = np.zeros(new, column.dtype)
-            wider[:old] = column
-            setattr(self, name, wider)
-        slots = np.full((new, self.slots.shape[1]), NO_SLOT, np.int64)
-        slots[:old] = self.slots
-        self.slots = slots
-        self.ids += [None] * (new - old)
-        self.meta += [None] * (new - old)
-        self._free = list(range(new - 1, old - 1, -1))
-        self._capacity = new
+        if len(self.ready) < self.ids.capacity:
+            for name in (*_COLUMNS, "tokens"):
+                setattr(self, name, longer(getattr(self, name), self.ids.capacity))

@@ -3,44 +3,36 @@
 
 Invariants
 1. A block is matchable only after its bytes are complete (`publish`), part by part.
-2. A resident block's parent is resident: blocks are reserved under resident parents, only blocks without
-   children are evicted, and removing one removes what hangs from it.
+2. A resident block's parent is resident, under the same root: blocks are reserved under resident parents, only
+   blocks without children are evicted, and removing one removes what hangs from it.
 3. A pinned block is neither evicted nor reused; removed while pinned, it stops being matchable at once and its
    slots return with the last pin.
-4. The lock guards bookkeeping only: nothing here copies bytes or calls out.
+4. A block of another root than asked for looks like one that is not there.
+5. The lock guards bookkeeping only: nothing here copies a block's bytes or calls out.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from kvstore.api import NO_HINT, Hint
 from kvstore.block import BlockId, BlockMeta, RootId
-from kvstore.index import NO_ROW, NO_SLOT, BlockTable, Rows
+from kvstore.health import faults
+from kvstore.index import NO_ROW, Rows
 from kvstore.layout import BlockLayout
 from kvstore.policies.base import Policy
+from kvstore.residents import Observer, Residents, Slots, mask_of
+from kvstore.residents import part_mask as part_mask
+from kvstore.victims import Victims
 
-_MAX_TOUCHES = 256
-
-
-class Slots(Protocol):
-    """Where a pool's bytes lie. The pool's lock is held around every call."""
-
-    def acquire(self, num_bytes: int) -> int | None: ...
-    def release(self, slot: int) -> None: ...
-    def same_class(self, one_bytes: int, other_bytes: int) -> bool: ...
-    def below_share(self, num_bytes: int) -> bool: ...
-    def extent_of(self, slot: int) -> range: ...
-    def check(self) -> list[str]: ...
+_CHUNK = 4096  # rows freed, or told of, before the lock is given up for a moment
 
 
-@dataclass(frozen=True, slots=True)
-class Reservation:
+class Reservation(NamedTuple):
     """Slots of one block to be filled, then published or aborted."""
 
     position: int
@@ -50,71 +42,120 @@ class Reservation:
     slots: tuple[int, ...]
 
 
+class Resident(NamedTuple):
+    """What is known of a resident block."""
+
+    root: RootId
+    meta: BlockMeta
+    ready_parts: int
+    """Mask of the parts that hold bytes."""
+    num_pins: int
+    num_children: int
+    below: int
+    """Bit t set: believed to be in lower tier number t."""
+
+
+class Run(NamedTuple):
+    """Consecutive whole blocks of one chain; ids and tokens end to end."""
+
+    root: RootId
+    ids: bytes
+    parent: bytes
+    depth: int
+    tokens: bytes
+
+
 class BlockPool:
     """Reserve, publish, pin, touch and evict blocks. Thread-safe."""
 
     def __init__(self, slots: Slots, policy: Policy) -> None:
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
-        self.num_evicted = 0
         self._slots = slots
-        self._policy = policy
-        self._table = BlockTable()
-        self._layouts: list[BlockLayout] = []
-        self._roots: list[RootId] = []
-        self._root_index: dict[RootId, int] = {}
-        self._num_scratch = 0
-        self._doomed: set[int] = set()  # rows removed while something still held them
-        # Touches wait here until order matters: a match must not pay for moving a thousand blocks in the policy.
-        self._touches: dict[BlockId, tuple[Sequence[BlockId], int, Hint]] = {}
+        self._residents = Residents(slots, policy)
+        self._table = self._residents.table
 
-    # -- models ------------------------------------------------------------------------------------------------
+    # -- models and tenants ------------------------------------------------------------------------------------
 
-    def open(self, layout: BlockLayout) -> None:
-        """Learn a layout. Idempotent."""
+    def open(self, layout: BlockLayout, num_blocks: int = 0) -> None:
+        """Learn a layout, of which up to `num_blocks` may come. Idempotent."""
         with self.lock:
-            if layout not in self._layouts:
-                self._layouts.append(layout)
-                self._table.widen(len(layout.parts))
+            self._residents.open(layout, num_blocks)
+
+    def set_group(self, root: RootId, group: str) -> None:
+        """Count the bytes of `root` as those of `group` from now on."""
+        with self.lock:
+            self._residents.accounts.set_group(root, group)
+
+    def set_quota(self, group: str, max_bytes: int | None) -> None:
+        """Let the blocks of a group take `max_bytes`, None for any number. What is there goes with the next save."""
+        with self.lock:
+            self._residents.accounts.set_limit(group, max_bytes)
+
+    def held_bytes(self, root: RootId) -> int:
+        """Bytes that the blocks of a root take, those being filled included."""
+        with self.lock:
+            accounts = self._residents.accounts
+            number = accounts.find(root)
+            return accounts.held_bytes[number] if number >= 0 else 0
+
+    @property
+    def num_evicted(self) -> int:
+        """Blocks that were evicted so far."""
+        return self._residents.num_evicted
+
+    @property
+    def num_quota_refused(self) -> int:
+        """Blocks that were refused because their group had its quota."""
+        return self._residents.accounts.num_refused
 
     # -- finding -----------------------------------------------------------------------------------------------
 
-    def leading(self, blocks: Sequence[BlockId], need: int) -> int:
-        """Length of the leading run that has all parts of mask `need`."""
-        with self.lock:
-            return len(self._table.leading(blocks, need))
+    def _leading(self, blocks: Sequence[BlockId], need: int, root: RootId) -> Rows:
+        number = self._residents.accounts.find(root)
+        return self._table.leading(blocks, need, number) if number >= 0 else np.empty(0, np.int64)
 
-    def pin_leading(self, blocks: Sequence[BlockId], need: int) -> Rows:
+    def leading(self, blocks: Sequence[BlockId], need: int, root: RootId) -> int:
+        """Length of the leading run of one chain under `root` that has all parts of mask `need`."""
+        with self.lock:
+            return len(self._leading(blocks, need, root))
+
+    def pin_leading(self, blocks: Sequence[BlockId], need: int, root: RootId) -> Rows:
         """Pin the leading run; returns its rows, to be given to `unpin`."""
         with self.lock:
-            rows = self._table.leading(blocks, need)
+            rows = self._leading(blocks, need, root)
             self._table.pins[rows] += 1
             return rows
 
     def pin_resident(self, blocks: Sequence[BlockId]) -> tuple[list[BlockId], Rows]:
         """Pin those of `blocks`, from anywhere, that have any part; returns them and their rows."""
+        distinct = list(dict.fromkeys(blocks))
         with self.lock:
-            found = [(block, self._table.rows.get(block, NO_ROW)) for block in dict.fromkeys(blocks)]
-            found = [(block, row) for block, row in found if row != NO_ROW and self._table.ready[row]]
-            rows = np.array([row for _, row in found], np.int64)
-            self._table.pins[rows] += 1
-            return [block for block, _ in found], rows
+            rows = self._table.ids.find(distinct)
+            there = (rows != NO_ROW) & (self._table.ready[rows] != 0)
+            self._table.pins[rows[there]] += 1
+            return [distinct[at] for at in np.flatnonzero(there).tolist()], rows[there]
 
     def unpin(self, rows: Rows) -> None:
         """Undo one pin of each row. Rows must be distinct."""
         if not len(rows):
             return
         with self.lock:
-            table = self._table
+            table, doomed = self._table, self._residents.doomed
             table.pins[rows] -= 1
-            if self._doomed:
-                for row in self._doomed.intersection(rows[table.pins[rows] == 0].tolist()):
-                    self._bury(row)
+            if doomed:
+                for row in doomed.intersection(rows[table.pins[rows] == 0].tolist()):
+                    self._residents.bury(row)
             self.changed.notify_all()
 
     def slots_of(self, row: int) -> list[int]:
         """Slot of each part of a pinned row."""
         slots: list[int] = self._table.slots[row].tolist()
+        return slots
+
+    def slots_at(self, rows: Rows, parts: Sequence[int]) -> Rows:
+        """Slots [rows, parts] of pinned rows."""
+        slots: Rows = self._table.slots[rows[:, None], list(parts)]
         return slots
 
     def ready_parts(self, row: int) -> tuple[int, ...]:
@@ -124,18 +165,30 @@ class BlockPool:
 
     def place_of(self, row: int) -> tuple[RootId, BlockLayout]:
         """Root and layout of a pinned row."""
-        return self._roots[self._table.root[row]], self._layouts[self._table.layout[row]]
+        return self._residents.root_of(row), self._residents.layout_of(row)
 
     def meta_of(self, row: int) -> BlockMeta:
         """Meta of a pinned row."""
-        meta = self._table.meta[row]
-        assert meta is not None, f"row {row} is not in use"
-        return meta
+        residents = self._residents
+        return self._table.meta(row, residents.root_of(row), 4 * residents.layout_of(row).model.block_tokens)
+
+    def describe(self, blocks: Sequence[BlockId]) -> list[Resident | None]:
+        """What is known of each block, None where it has no part here."""
+        found: list[Resident | None] = []
+        with self.lock:
+            table = self._table
+            for row in table.ids.find(blocks).tolist():
+                if row == NO_ROW or not table.ready[row]:
+                    found.append(None)
+                    continue
+                counts = (table.ready[row], table.pins[row], table.children[row], table.below[row])
+                found.append(Resident(self._residents.root_of(row), self.meta_of(row), *map(int, counts)))
+        return found
 
     def is_filling(self, block: BlockId, need: int) -> bool:
         """Whether somebody is writing parts of `block` right now."""
         with self.lock:
-            row = self._table.rows.get(block, NO_ROW)
+            row = self._table.ids.get(block)
             return row != NO_ROW and bool(int(self._table.filling[row]) & need)
 
     # -- filling -----------------------------------------------------------------------------------------------
@@ -150,120 +203,209 @@ class BlockPool:
     ) -> tuple[list[Reservation], int]:
         """Slots for the absent parts of `blocks` (one chain, head to tail), evicting now where need be.
 
-        Returns reservations and how many blocks were refused: from the first block that finds no room, or whose
-        parent is not resident, on. Blocks that are there, or that another writer is filling, are passed over.
+        Returns reservations and how many blocks were refused: from the first block that finds no room, that its
+        group's quota does not allow, or whose parent is not resident under `root`, on. Blocks that are there, or
+        that another writer is filling, are passed over.
         """
-        out: list[Reservation] = []
+        if not blocks:
+            return [], 0
         with self.lock:
-            victims = _Victims(self)
-            place = self._place(root, layout)
-            for position, block in enumerate(blocks):
-                row = self._table.rows.get(block, NO_ROW)
-                if row == NO_ROW:
-                    row = self._add(place, block, meta_of(position))
-                    if row == NO_ROW:
-                        return out, len(blocks) - position
-                taken = int(self._table.ready[row]) | int(self._table.filling[row])
-                absent = tuple(part for part in parts if not taken >> part & 1)
-                if not absent:
-                    continue
-                slots = self._acquire_all([layout.parts[part].num_bytes for part in absent], victims)
-                if slots is None:
-                    self._drop_empty(row)
+            number = self._residents.accounts.number_of(root)
+            known = self._table.leading(blocks, 0, number)
+            held = known
+            fresh: list[BlockMeta] = []
+            if len(known) < len(blocks):
+                first = meta_of(len(known))
+                parent = self._table.ids.get(first.parent) if first.depth else NO_ROW
+                if self._may_follow(parent, first, number, blocks[len(known)]):
+                    fresh = [first, *(meta_of(position) for position in range(len(known) + 1, len(blocks)))]
+                    held = known if parent == NO_ROW or len(known) else np.array([parent])
+            # What the new blocks hang from must not make room for them.
+            self._table.pins[held] += 1
+            try:
+                with Victims(self._residents) as victims:
+                    return self._reserve(number, layout, blocks, known, fresh, tuple(parts), victims)
+            finally:
+                self._table.pins[held] -= 1
+
+    def _may_follow(self, parent: int, first: BlockMeta, number: int, block: BlockId) -> bool:
+        """Whether the first absent block has its place: at a chain's beginning, or under a resident of its root."""
+        table = self._table
+        if table.ids.get(block) != NO_ROW:  # there, but of another root, or not hanging from the one before it
+            return False
+        if first.depth == 0:
+            return True
+        return parent != NO_ROW and int(table.root[parent]) == number and int(table.depth[parent]) == first.depth - 1
+
+    def _reserve(
+        self,
+        number: int,
+        layout: BlockLayout,
+        blocks: Sequence[BlockId],
+        known: Rows,
+        fresh: Sequence[BlockMeta],
+        parts: tuple[int, ...],
+        victims: Victims,
+    ) -> tuple[list[Reservation], int]:
+        table = self._table
+        out: list[Reservation] = []
+        taken = (table.ready[known] | table.filling[known]).tolist()
+        asked = mask_of(parts)
+        for position, (row, there) in enumerate(zip(known.tolist(), taken, strict=True)):
+            if there & asked != asked:
+                absent = tuple(part for part in parts if not there >> part & 1)
+                got = self._take(number, layout, absent, 1, victims)
+                if not got:
                     return out, len(blocks) - position
-                self._table.filling[row] |= np.uint64(_mask(absent))
-                self._table.slots[row, list(absent)] = slots
-                out.append(Reservation(position, row, absent, slots))
-        return out, 0
+                out += self._fill(number, layout, np.array([row]), position, absent, got)
+        if fresh:
+            got = self._take(number, layout, parts, len(fresh), victims)
+            if got:
+                start = len(known)
+                new = blocks[start : start + len(got)]
+                parent = int(known[-1]) if start else table.ids.get(fresh[0].parent) if fresh[0].depth else NO_ROW
+                place = self._residents.layouts.index(layout)
+                rows = table.add_run(new, fresh[: len(got)], parent, number, place)
+                out += self._fill(number, layout, rows, start, parts, got)
+            return out, len(fresh) - len(got)
+        return out, len(blocks) - len(known)
+
+    def _take(
+        self, number: int, layout: BlockLayout, parts: tuple[int, ...], count: int, victims: Victims
+    ) -> list[tuple[int, ...]]:
+        """Slots for these parts of up to `count` blocks of root `number`, as its group's quota allows."""
+        sizes = [layout.parts[part].num_bytes for part in parts]
+        accounts = self._residents.accounts
+        room = accounts.room_bytes(number)
+        if room is not None:
+            if room < count * sum(sizes):
+                victims.shrink_group(number, count * sum(sizes))
+                room = accounts.room_bytes(number) or 0
+            allowed = max(0, room) // sum(sizes)
+            accounts.num_refused += max(0, count - allowed)
+            count = min(count, allowed)
+        return victims.take(sizes, count)
+
+    def _fill(
+        self,
+        number: int,
+        layout: BlockLayout,
+        rows: Rows,
+        first: int,
+        parts: tuple[int, ...],
+        slots: list[tuple[int, ...]],
+    ) -> list[Reservation]:
+        """Note that consecutive blocks, `first` being the position of the first, are being written to these slots."""
+        self._table.filling[rows] |= np.uint64(mask_of(parts))
+        self._table.slots[rows[:, None], list(parts)] = slots
+        num_bytes = sum(layout.parts[part].num_bytes for part in parts)
+        self._residents.accounts.held_bytes[number] += num_bytes * len(slots)
+        return [Reservation(first + at, row, parts, slots[at]) for at, row in enumerate(rows.tolist())]
 
     def publish(self, reservations: Sequence[Reservation], hint: Hint, *, pins: int = 0) -> list[Reservation]:
         """Make filled blocks matchable, head to tail, each with `pins` pins; returns those that were.
 
-        One whose parent lacks the part by now (it was aborted or removed) is aborted instead.
+        One whose parent lacks the part by now (it was aborted or removed) is aborted instead. Rows are distinct.
         """
-        done: list[Reservation] = []
-        lost: list[Reservation] = []
-        fresh: list[BlockId] = []
+        if not reservations:
+            return []
         with self.lock:
-            table = self._table
-            for item in reservations:
-                mask = np.uint64(_mask(item.parts))
-                parent = int(table.parent[item.row])
-                block = table.ids[item.row]
-                assert block is not None, f"row {item.row} was dropped while it was being filled"
-                orphan = parent != NO_ROW and (table.ready[parent] & mask) != mask
-                if orphan or item.row in self._doomed:
-                    lost.append(item)
-                    continue
-                if not table.ready[item.row]:
-                    fresh.append(block)
-                table.ready[item.row] |= mask
-                table.below[item.row] = 0  # no tier has this part yet
-                table.filling[item.row] &= ~mask
-                table.pins[item.row] += pins
-                done.append(item)
-            if fresh:
-                self._apply_touches()
-                self._policy.admit(fresh, hint)
+            table, residents = self._table, self._residents
+            done, lost = self._split_lost(reservations)
+            if done:
+                rows = np.array([item.row for item in done])
+                masks = np.array([mask_of(item.parts) for item in done], np.uint64)
+                fresh = rows[table.ready[rows] == 0]
+                was_whole = residents.is_whole(rows)
+                table.ready[rows] |= masks
+                table.filling[rows] &= ~masks
+                table.below[rows] = 0  # no tier has this part yet
+                table.pins[rows] += pins
+                if len(fresh):
+                    residents.apply_touches()
+                    residents.policy.admit(residents.ids_of(fresh), hint)
+                residents.report_stored(rows[~was_whole & residents.is_whole(rows)])
             self.abort(lost)
             self.changed.notify_all()
         return done
 
+    def _split_lost(self, reservations: Sequence[Reservation]) -> tuple[list[Reservation], list[Reservation]]:
+        """Those that can be published, and those that were removed or whose parent lacks the part."""
+        table, doomed = self._table, self._residents.doomed
+        rows = np.array([item.row for item in reservations])
+        parents = table.parent[rows]
+        above = dict(zip(parents.tolist(), table.ready[parents].tolist(), strict=True))
+        done: list[Reservation] = []
+        lost: list[Reservation] = []
+        for item, parent in zip(reservations, parents.tolist(), strict=True):
+            mask = mask_of(item.parts)
+            if item.row in doomed or (parent != NO_ROW and above[parent] & mask != mask):
+                lost.append(item)
+                continue
+            if item.row in above:
+                above[item.row] |= mask
+            done.append(item)
+        return done, lost
+
     def abort(self, reservations: Sequence[Reservation]) -> None:
         """Give back slots that were not published; leaves no trace."""
-        if not reservations:
-            return
         with self.lock:
-            for item in reversed(reservations):
-                self._table.filling[item.row] &= ~np.uint64(_mask(item.parts))
-                for part, slot in zip(item.parts, item.slots, strict=True):
-                    self._table.slots[item.row, part] = NO_SLOT
-                    self._slots.release(slot)
-                self._drop_empty(item.row)
+            for slot in self._detach(reservations):
+                self._slots.release(slot)
+
+    def detach(self, reservations: Sequence[Reservation]) -> tuple[int, ...]:
+        """Like `abort`, but the slots stay out: their writer may still be writing. End with `release_detached`."""
+        with self.lock:
+            slots = self._detach(reservations)
+            self._residents.loose.update(slots)
+            return slots
+
+    def _detach(self, reservations: Sequence[Reservation]) -> tuple[int, ...]:
+        for item in reversed(reservations):
+            self._residents.detach(item.row, item.parts)
+        if reservations:
             self.changed.notify_all()
+        return tuple(slot for item in reservations for slot in item.slots)
 
     def acquire_scratch(self, sizes: Sequence[int]) -> tuple[int, ...] | None:
         """Slots that belong to no block, for loads larger than the arena; all or none."""
-        with self.lock:
-            slots = self._acquire_all(sizes, _Victims(self))
-            if slots is not None:
-                self._num_scratch += len(slots)
-            return slots
+        with self.lock, Victims(self._residents) as victims:
+            found = victims.take(sizes, 1)
+            if not found:
+                return None
+            self._residents.loose.update(found[0])
+            return found[0]
 
     def release_scratch(self, slots: Sequence[int]) -> None:
+        """Give back slots that belong to no block."""
         with self.lock:
             for slot in slots:
                 self._slots.release(slot)
-            self._num_scratch -= len(slots)
+            self._residents.loose.difference_update(slots)
             self.changed.notify_all()
+
+    release_detached = release_scratch
 
     # -- order -------------------------------------------------------------------------------------------------
 
     def touch(self, blocks: Sequence[BlockId], num_blocks: int, hint: Hint = NO_HINT) -> None:
         """The first `num_blocks` of a chain were used. Coalesced; `blocks` may grow later, not change."""
-        if num_blocks <= 0:
-            return
-        with self.lock:
-            tail = blocks[num_blocks - 1]
-            self._touches.pop(tail, None)
-            self._touches[tail] = (blocks, num_blocks, hint)
-            if len(self._touches) > _MAX_TOUCHES:
-                self._apply_touch(next(iter(self._touches)))
+        if num_blocks > 0:
+            with self.lock:
+                self._residents.touch(blocks, num_blocks, hint)
 
     def settle(self) -> None:
         """Apply waiting touches, giving the lock up between chains; for a background thread."""
-        while self._touches:
+        waiting = True
+        while waiting:
             with self.lock:
-                if self._touches:
-                    self._apply_touch(next(iter(self._touches)))
+                waiting = self._residents.apply_touch()
 
-    def _apply_touch(self, tail: BlockId) -> None:
-        blocks, num_blocks, hint = self._touches.pop(tail)
-        self._policy.touch(blocks[:num_blocks], hint)
-
-    def _apply_touches(self) -> None:
-        while self._touches:
-            self._apply_touch(next(iter(self._touches)))
+    def coldest(self, num_blocks: int) -> list[BlockId]:
+        """Blocks that would be evicted next, coldest first."""
+        with self.lock:
+            self._residents.apply_touches()
+            return [block for block, _ in zip(self._residents.policy.victims(), range(num_blocks), strict=False)]
 
     # -- what lower tiers are believed to hold -----------------------------------------------------------------
 
@@ -274,7 +416,7 @@ class BlockPool:
 
     def set_below(self, rows: Rows, tier: int, parts: Sequence[Sequence[int]]) -> None:
         """Each row's `parts` are in the tier now; believed of a row unless it has gained parts meanwhile."""
-        masks = np.array([_mask(cells) for cells in parts], np.uint64)
+        masks = np.array([mask_of(cells) for cells in parts], np.uint64)
         with self.lock:
             whole = rows[self._table.ready[rows] == masks]
             self._table.below[whole] |= np.uint8(1 << tier)
@@ -292,113 +434,82 @@ class BlockPool:
     def ancestry(self, block: BlockId) -> list[BlockId]:
         """The chain from its first block to `block`, head to tail; empty where `block` is not resident."""
         with self.lock:
-            table = self._table
-            row = table.rows.get(block, NO_ROW)
-            chain: list[BlockId] = []
+            row = self._table.ids.get(block)
+            rows: list[int] = []
             while row != NO_ROW:
-                chain.append(table.ids[row] or block)
-                row = int(table.parent[row])
-            return chain[::-1]
-
-    def coldest(self, num_blocks: int) -> list[BlockId]:
-        """Blocks that would be evicted next, coldest first."""
-        with self.lock:
-            self._apply_touches()
-            return [block for block, _ in zip(self._policy.victims(), range(num_blocks), strict=False)]
+                rows.append(row)
+                row = int(self._table.parent[row])
+            return self._residents.ids_of(np.array(rows[::-1], np.int64))
 
     # -- leaving -----------------------------------------------------------------------------------------------
 
     def remove(self, blocks: Sequence[BlockId]) -> int:
         """Remove blocks and all that hang from them. Returns how many stopped being matchable."""
         with self.lock:
-            doomed = {row for row in map(self._table.rows.get, blocks) if row is not None}
-            return self._remove_rows(self._with_descendants(doomed))
+            rows = np.unique(self._table.ids.find(blocks))
+            doomed = self._residents.with_descendants(rows[rows != NO_ROW])
+            removed = self._residents.hide(doomed)
+            self._residents.bury_all(doomed)
+            self.changed.notify_all()
+            return removed
 
     def clear(self, root: RootId | None = None) -> int:
-        """Remove everything under `root`, or everything. Pinned blocks stop being matchable and go when unpinned."""
+        """Remove everything under `root`, or everything. Pinned blocks stop being matchable and go when unpinned.
+
+        They stop together; their slots return in portions, between which others have the lock.
+        """
+        residents, table = self._residents, self._table
         with self.lock:
-            rows = self._table.live_rows()
-            if root is not None:
-                rows = rows[self._table.root[rows] == self._root_index.get(root, -1)]
-            return self._remove_rows(set(rows.tolist()))
+            accounts = residents.accounts
+            numbers = range(len(accounts.roots)) if root is None else [accounts.find(root)]
+            rows = table.live_rows()
+            rows = rows[np.isin(table.root[rows], numbers)]
+            rows = rows[np.argsort(-table.depth[rows], kind="stable")]
+            if residents.observer is not None and residents.observer.listening:
+                for number in np.unique(table.root[rows]).tolist():
+                    residents.observer.cleared(accounts.roots[number])
+            removed = residents.hide(rows, told=True)
+        for at in range(0, len(rows), _CHUNK):
+            with self.lock:
+                portion = rows[at : at + _CHUNK]
+                # Freed by an unpin meanwhile, a row may be somebody else's by now.
+                residents.bury_all(np.array([row for row in portion.tolist() if row in residents.doomed], np.int64))
+                self.changed.notify_all()
+        return removed
 
-    def _with_descendants(self, doomed: set[int]) -> set[int]:
-        rows = self._table.live_rows()
-        frontier = doomed
-        while frontier:
-            frontier = set(rows[np.isin(self._table.parent[rows], list(frontier))].tolist()) - doomed
-            doomed = doomed | frontier
-        return doomed
+    # -- watching ----------------------------------------------------------------------------------------------
 
-    def _remove_rows(self, doomed: set[int]) -> int:
-        table = self._table
-        removed: list[BlockId] = []
-        for row in doomed:
-            block = table.ids[row]
-            if block is not None and table.rows.get(block) == row:
-                del table.rows[block]
-                removed.append(block)
-        self._policy.remove(removed)
-        self._doomed |= doomed
-        for row in doomed:
-            self._bury(row)
-        self.changed.notify_all()
-        return len(removed)
+    def observe(self, observer: Observer) -> None:
+        """Let `observer` hear what becomes and stops being matchable, from now on. There is one."""
+        with self.lock:
+            self._residents.observer = observer
 
-    def _bury(self, row: int) -> None:
-        """Free a removed row once nothing holds it, then its removed ancestors that only it held."""
-        table = self._table
-        while row in self._doomed:
-            if table.pins[row] or table.filling[row] or table.children[row]:
-                return
-            self._doomed.discard(row)
-            row = self._free_row(row)
+    def whole_rows(self, may_see: Callable[[RootId], bool]) -> tuple[Rows, Rows, Rows]:
+        """Rows of whole blocks of the roots that `may_see` allows; their parents, and their depths."""
+        with self.lock:
+            table, accounts = self._table, self._residents.accounts
+            rows = table.ids.found_rows()
+            rows = rows[self._residents.is_whole(rows)]
+            hidden = [number for number, root in enumerate(accounts.roots) if not may_see(root)]
+            if hidden:
+                rows = rows[~np.isin(table.root[rows], hidden)]
+            return rows, table.parent[rows].astype(np.int64), table.depth[rows].astype(np.int64)
 
-    def _free_row(self, row: int) -> int:
-        for slot in self._table.slots[row].tolist():
-            if slot != NO_SLOT:
-                self._slots.release(slot)
-        self._table.ready[row] = 0
-        self._table.slots[row] = NO_SLOT
-        return self._table.drop(row)
+    def describe_run(self, rows: Rows, before: int) -> tuple[int, Run | None]:
+        """The leading ones of `rows`, consecutive blocks of one chain, that are whole since event `before` or longer.
 
-    def _drop_empty(self, row: int) -> None:
-        """Drop a row that has neither bytes nor writers nor children, then its empty ancestors."""
-        table = self._table
-        while row != NO_ROW and not (table.ready[row] or table.filling[row] or table.children[row]):
-            self._doomed.discard(row)
-            row = table.drop(row)
-        self._bury(row)
-
-    # -- room --------------------------------------------------------------------------------------------------
-
-    def _place(self, root: RootId, layout: BlockLayout) -> tuple[int, int]:
-        """Small integers that stand for a root and a layout in the table."""
-        index = self._root_index.get(root)
-        if index is None:
-            index = self._root_index[root] = len(self._roots)
-            self._roots.append(root)
-        return index, self._layouts.index(layout)
-
-    def _add(self, place: tuple[int, int], block: BlockId, meta: BlockMeta) -> int:
-        """A row for a new block, or NO_ROW where its parent is not resident."""
-        parent = self._table.rows.get(meta.parent, NO_ROW) if meta.depth else NO_ROW
-        if meta.depth and parent == NO_ROW:
-            return NO_ROW
-        return self._table.add(block, meta, parent, *place)
-
-    def _acquire_all(self, sizes: Sequence[int], victims: _Victims) -> tuple[int, ...] | None:
-        slots: list[int] = []
-        for size in sizes:
-            slot = self._slots.acquire(size)
-            while slot is None and victims.evict_for(size):
-                slot = self._slots.acquire(size)
-            if slot is None:
-                for taken in slots:
-                    self._slots.release(taken)
-                return None
-            slots.append(slot)
-        return tuple(slots)
+        Returns how many these are, and what they hold.
+        """
+        with self.lock:
+            table, residents = self._table, self._residents
+            same = table.ids.findable(rows) & residents.is_whole(rows) & (table.born[rows] <= before)
+            rows = rows if same.all() else rows[: int(same.argmin())]
+            if not len(rows):
+                return 0, None
+            root, layout = self.place_of(int(rows[0]))
+            meta = self.meta_of(int(rows[0]))
+            tokens = table.tokens[rows, : 4 * layout.model.block_tokens].tobytes()
+            return len(rows), Run(root, table.ids.packed(rows), meta.parent, meta.depth, tokens)
 
     # -- health ------------------------------------------------------------------------------------------------
 
@@ -409,131 +520,9 @@ class BlockPool:
     def check(self) -> list[str]:
         """Broken invariants; empty when healthy."""
         with self.lock:
-            self._apply_touches()
-            return [*self._slots.check(), *self._check_rows(), *self._check_policy()]
-
-    def _check_rows(self) -> list[str]:
-        table = self._table
-        faults: list[str] = []
-        rows = table.live_rows().tolist()
-        children: dict[int, int] = {}
-        slots = [slot for row in rows for slot in table.slots[row].tolist() if slot != NO_SLOT]
-        for row in rows:
-            parent = int(table.parent[row])
-            children[parent] = children.get(parent, 0) + 1
-            ready, filling = int(table.ready[row]), int(table.filling[row])
-            held = _mask([part for part, slot in enumerate(table.slots[row].tolist()) if slot != NO_SLOT])
-            if ready & filling or (ready | filling) != held:
-                faults.append(f"pool: row {row} has ready {ready:b}, filling {filling:b}, slots {held:b}")
-            if parent != NO_ROW and ready & ~int(table.ready[parent]):
-                faults.append(f"pool: row {row} is resident, its parent {parent} is not")
-            if table.pins[row] < 0:
-                faults.append(f"pool: row {row} has {table.pins[row]} pins")
-            if not (ready or filling or table.children[row]):
-                faults.append(f"pool: row {row} is empty")
-        for row in rows:
-            if children.get(row, 0) != table.children[row]:
-                faults.append(f"pool: row {row} counts {table.children[row]} children, has {children.get(row, 0)}")
-        if len(set(slots)) != len(slots):
-            faults.append("pool: a slot belongs to two parts")
-        num_out = getattr(self._slots, "num_acquired", None)
-        if num_out is not None and num_out != len(slots) + self._num_scratch:
-            faults.append(f"pool: {num_out} slots are out, {len(slots)} in rows, {self._num_scratch} scratch")
-        return faults
-
-    def _check_policy(self) -> list[str]:
-        table = self._table
-        matchable = {block for block, row in table.rows.items() if table.ready[row]}
-        known = set(self._policy.victims())
-        if matchable != known:
-            return [f"pool: policy knows {len(known - matchable)} strangers, misses {len(matchable - known)} blocks"]
-        return []
+            self._residents.apply_touches()
+            return faults(self._residents)
 
     def pinned_rows(self) -> int:
         """Rows with pins: 0 when nobody holds anything."""
-        with self.lock:
-            return int(np.count_nonzero(self._table.pins[self._table.live_rows()]))
-
-
-class _Victims:
-    """Eviction during one call that needs room: walks the policy's order once, and again while that helps."""
-
-    def __init__(self, pool: BlockPool) -> None:
-        self._pool = pool
-        self._order: Iterator[BlockId] | None = None
-        self._progress = False
-
-    def evict_for(self, num_bytes: int) -> bool:
-        """Evict until a slot of that size may be free; False when nothing more can go."""
-        pool = self._pool
-        if self._order is None:
-            pool._apply_touches()
-            self._restart()
-        while True:
-            for block in self._order or ():
-                row = pool._table.rows.get(block, NO_ROW)
-                if row == NO_ROW or not self._evictable(row):
-                    continue
-                if self._serves(row, num_bytes):
-                    self._evict(row, block)
-                    return True
-                if pool._slots.below_share(num_bytes) and self._vacate(row):
-                    return True
-            if not self._progress:
-                return False
-            self._restart()
-
-    def _restart(self) -> None:
-        # A block skipped for its children may have lost them since it was yielded.
-        self._order = self._pool._policy.victims()
-        self._progress = False
-
-    def _evictable(self, row: int) -> bool:
-        table = self._pool._table
-        return not (table.pins[row] or table.children[row] or table.filling[row])
-
-    def _serves(self, row: int, num_bytes: int) -> bool:
-        pool = self._pool
-        layout = pool._layouts[int(pool._table.layout[row])]
-        ready = int(pool._table.ready[row])
-        return any(
-            ready >> part.part & 1 and pool._slots.same_class(part.num_bytes, num_bytes) for part in layout.parts
-        )
-
-    def _evict(self, row: int, block: BlockId) -> None:
-        pool = self._pool
-        pool._policy.remove([block])
-        parent = pool._free_row(row)
-        pool.num_evicted += 1
-        self._progress = True
-        if parent != NO_ROW:
-            pool._drop_empty(parent)
-
-    def _vacate(self, row: int) -> bool:
-        """Empty the extent that holds a cold block of another size, so that it can change hands.
-
-        Takes with it what hangs from the extent's blocks. Refuses where anything there is pinned or being filled.
-        """
-        pool, table = self._pool, self._pool._table
-        extent = pool._slots.extent_of(max(pool._table.slots[row].tolist()))
-        rows = table.live_rows()
-        slots = table.slots[rows]
-        inside = ((slots >= extent.start) & (slots < extent.stop)).any(axis=1)
-        doomed = pool._with_descendants(set(rows[inside].tolist()))
-        if any(table.pins[each] or table.filling[each] for each in doomed):
-            return False
-        pool.num_evicted += pool._remove_rows(doomed)
-        self._progress = True
-        return True
-
-
-def _mask(parts: Sequence[int]) -> int:
-    mask = 0
-    for part in parts:
-        mask |= 1 << part
-    return mask
-
-
-def part_mask(layout: BlockLayout, parts: Sequence[int] | None) -> int:
-    """Bit mask of `parts`, all of the grid for None."""
-    return _mask(layout.all_parts if parts is None else parts)
+        return int(np.count_nonzero(self._table.pins))

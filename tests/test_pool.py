@@ -47,9 +47,9 @@ def put(pool: BlockPool, chain: Chain) -> int:
 def test_a_reserved_block_is_not_matchable_until_published(make_pool: MakePool, root: Root) -> None:
     pool, chain = make_pool(8), chain_of(root, 3)
     reserved, _ = reserve(pool, chain)
-    assert pool.leading(chain.ids, 1) == 0
+    assert pool.leading(chain.ids, 1, chain.root.id) == 0
     pool.publish(reserved[:2], NO_HINT)
-    assert pool.leading(chain.ids, 1) == 2
+    assert pool.leading(chain.ids, 1, chain.root.id) == 2
     pool.abort(reserved[2:])
     assert pool.check() == []
 
@@ -67,8 +67,8 @@ def test_a_full_pool_evicts_tails_before_heads(make_pool: MakePool, root: Root) 
     pool, old, new = make_pool(8), chain_of(root, 6), chain_of(root, 5, seed=1)
     put(pool, old)
     put(pool, new)
-    assert pool.leading(old.ids, 1) == 3
-    assert pool.leading(new.ids, 1) == 5
+    assert pool.leading(old.ids, 1, old.root.id) == 3
+    assert pool.leading(new.ids, 1, new.root.id) == 5
     assert pool.check() == []
 
 
@@ -93,13 +93,13 @@ def test_a_touched_chain_outlives_an_untouched_one(make_pool: MakePool, root: Ro
     put(pool, two)
     pool.touch(one.ids, 4)
     put(pool, chain_of(root, 4, seed=3))
-    assert (pool.leading(one.ids, 1), pool.leading(two.ids, 1)) == (4, 0)
+    assert (pool.leading(one.ids, 1, one.root.id), pool.leading(two.ids, 1, two.root.id)) == (4, 0)
 
 
 def test_pinned_blocks_refuse_the_reservation_instead_of_leaving(make_pool: MakePool, root: Root) -> None:
     pool, chain = make_pool(4), chain_of(root, 4)
     put(pool, chain)
-    rows = pool.pin_leading(chain.ids, 1)
+    rows = pool.pin_leading(chain.ids, 1, chain.root.id)
     reserved, refused = reserve(pool, chain_of(root, 2, seed=1))
     assert (reserved, refused) == ([], 2)
     pool.unpin(rows)
@@ -112,7 +112,7 @@ def test_a_chain_longer_than_the_pool_keeps_its_head(make_pool: MakePool, root: 
     reserved, refused = reserve(pool, chain)
     assert (len(reserved), refused) == (4, 5)
     pool.publish(reserved, NO_HINT)
-    assert pool.leading(chain.ids, 1) == 4
+    assert pool.leading(chain.ids, 1, chain.root.id) == 4
     assert pool.check() == []
 
 
@@ -138,23 +138,23 @@ def test_two_writers_of_one_block_do_not_meet(make_pool: MakePool, root: Root) -
     second, refused = reserve(pool, chain)
     assert (second, refused) == ([], 0)
     pool.publish(first, NO_HINT)
-    assert pool.leading(chain.ids, 1) == 3
+    assert pool.leading(chain.ids, 1, chain.root.id) == 3
 
 
 def test_removing_a_block_removes_what_hangs_from_it(make_pool: MakePool, root: Root) -> None:
     pool, chain = make_pool(16), chain_of(root, 5)
     put(pool, chain)
     assert pool.remove([chain.ids[2]]) == 3
-    assert pool.leading(chain.ids, 1) == 2
+    assert pool.leading(chain.ids, 1, chain.root.id) == 2
     assert pool.check() == []
 
 
 def test_a_block_removed_while_pinned_keeps_its_slot_until_the_last_pin(make_pool: MakePool, root: Root) -> None:
     pool, chain = make_pool(4), chain_of(root, 4)
     put(pool, chain)
-    rows = pool.pin_leading(chain.ids, 1)
+    rows = pool.pin_leading(chain.ids, 1, chain.root.id)
     assert pool.clear() == 4
-    assert pool.leading(chain.ids, 1) == 0
+    assert pool.leading(chain.ids, 1, chain.root.id) == 0
     assert reserve(pool, chain)[1] == 4
     pool.unpin(rows)
     assert put(pool, chain) == 4
@@ -167,7 +167,7 @@ def test_clear_of_one_root_spares_the_other(make_pool: MakePool, model: ModelId)
     put(pool, mine)
     put(pool, yours)
     assert pool.clear(mine.root.id) == 3
-    assert (pool.leading(mine.ids, 1), pool.leading(yours.ids, 1)) == (0, 3)
+    assert (pool.leading(mine.ids, 1, mine.root.id), pool.leading(yours.ids, 1, yours.root.id)) == (0, 3)
 
 
 def test_a_block_is_a_hit_only_where_every_asked_part_is(model: ModelId) -> None:
@@ -176,10 +176,10 @@ def test_a_block_is_a_hit_only_where_every_asked_part_is(model: ModelId) -> None
     pool = BlockPool(Arena(16 * PAGE_BYTES, prefault=False), LruPolicy())
     pool.open(layout)
     pool.publish(reserve(pool, chain, parts=(0, 2))[0], NO_HINT)
-    assert pool.leading(chain.ids, part_mask(layout, (0, 2))) == 2
-    assert pool.leading(chain.ids, part_mask(layout, (0, 1))) == 0
+    assert pool.leading(chain.ids, part_mask(layout, (0, 2)), chain.root.id) == 2
+    assert pool.leading(chain.ids, part_mask(layout, (0, 1)), chain.root.id) == 0
     pool.publish(reserve(pool, chain, 0, 1)[0], NO_HINT)
-    assert pool.leading(chain.ids, part_mask(layout, None)) == 1
+    assert pool.leading(chain.ids, part_mask(layout, None), chain.root.id) == 1
     assert pool.check() == []
 
 
@@ -191,7 +191,7 @@ def test_a_second_model_gets_its_share_of_a_full_arena(make_pool: MakePool, mode
     pool.open(layout_of(bigger))
     other = chain_of(Root(bigger), 4)
     assert put(pool, other) == 4
-    assert pool.leading(other.ids, 1) == 4
+    assert pool.leading(other.ids, 1, other.root.id) == 4
     assert pool.check() == []
 
 
@@ -203,4 +203,4 @@ def test_touches_beyond_the_bound_are_applied_not_lost(make_pool: MakePool, root
     for chain in chains[:500]:
         pool.touch(chain.ids, 1)
     put(pool, chain_of(root, 500, seed=5000))
-    assert [pool.leading(chain.ids, 1) for chain in chains] == [1] * 500 + [0] * 500
+    assert [pool.leading(chain.ids, 1, chain.root.id) for chain in chains] == [1] * 500 + [0] * 500

@@ -28,6 +28,9 @@ class Policy(ABC):
     def __init__(self, options: object) -> None:
         self.options = options
 
+    def expect(self, num_blocks: int) -> None:  # noqa: B027
+        """At most about so many blocks will be known at a time. A policy may set memory aside."""
+
     @abstractmethod
     def admit(self, blocks: Sequence[BlockId], hint: Hint) -> None:
         """Take in blocks that became resident: head-to-tail order of one chain.

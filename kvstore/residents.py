@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a pool keeps in step: the table of blocks, the slots their bytes lie in, the policy, the accounts.
+
+No lock here: the pool has one and holds it around every call. Nothing here copies a block's bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore.api import Hint
+from kvstore.block import BlockId, RootId
+from kvstore.idmap import unpack_ids
+from kvstore.index import NO_ROW, NO_SLOT, BlockTable, Rows
+from kvstore.layout import BlockLayout
+from kvstore.policies.base import Policy
+from kvstore.quota import Accounts
+
+_MAX_TOUCHES = 256
+
+
+class Slots(Protocol):
+    """Where a pool's bytes lie. The pool's lock is held around every call."""
+
+    def acquire(self, num_bytes: int) -> int | None: ...
+    def release(self, slot: int) -> None: ...
+    def same_class(self, one_bytes: int, other_bytes: int) -> bool: ...
+    def below_share(self, num_bytes: int) -> bool: ...
+    def extent_of(self, slot: int) -> range: ...
+    def check(self) -> list[str]: ...
+
+
+class Observer(Protocol):
+    """Hears of blocks that become matchable in all of their parts, and of those that stop being so.
+
+    Called under the pool's lock: it appends and returns. `listening` is False while nobody wants to know, and then
+    nothing is called.
+    """
+
+    @property
+    def listening(self) -> bool: ...
+
+    def stored(self, root: RootId, ids: bytes, parent: bytes, depth: int, tokens: bytes) -> int:
+        """Consecutive blocks of one chain, ids end to end. Returns the event's number, which only rises."""
+
+    def removed(self, root: RootId, ids: bytes, rows: Rows, born: npt.NDArray[np.int64]) -> None:
+        """Blocks of one root, with their rows and the numbers of the events that told of them (0 for none)."""
+
+    def cleared(self, root: RootId) -> None:
+        """Every block of a root."""
+
+
+class Residents:
+    """Blocks in slots. See `BlockPool` for the invariants."""
+
+    def __init__(self, slots: Slots, policy: Policy) -> None:
+        self.table = BlockTable()
+        self.slots = slots
+        self.policy = policy
+        self.accounts = Accounts()
+        self.layouts: list[BlockLayout] = []
+        self.observer: Observer | None = None
+        self.doomed: set[int] = set()  # rows removed while something still held them
+        self.loose: set[int] = set()  # slots that are out and belong to no row
+        self.num_evicted = 0
+        self._whole_masks = np.zeros(0, np.uint64)
+        # Touches wait here until order matters: a match must not pay for moving a thousand blocks in the policy.
+        self._touches: dict[BlockId, tuple[Sequence[BlockId], int, Hint]] = {}
+
+    def open(self, layout: BlockLayout, num_blocks: int) -> None:
+        if layout not in self.layouts:
+            self.layouts.append(layout)
+            self._whole_masks = np.array([part_mask(each, None) for each in self.layouts], np.uint64)
+            self.table.widen(len(layout.parts), 4 * layout.model.block_tokens, num_blocks)
+            self.policy.expect(num_blocks)
+
+    def layout_of(self, row: int) -> BlockLayout:
+        return self.layouts[int(self.table.layout[row])]
+
+    def root_of(self, row: int) -> RootId:
+        return self.accounts.roots[int(self.table.root[row])]
+
+    # -- order -------------------------------------------------------------------------------------------------
+
+    def touch(self, blocks: Sequence[BlockId], num_blocks: int, hint: Hint) -> None:
+        tail = blocks[num_blocks - 1]
+        self._touches.pop(tail, None)
+        self._touches[tail] = (blocks, num_blocks, hint)
+        if len(self._touches) > _MAX_TOUCHES:
+            self.apply_touch()
+
+    def apply_touch(self) -> bool:
+        """Pass the oldest waiting touch to the policy; False where none waits."""
+        if not self._touches:
+            return False
+        blocks, num_blocks, hint = self._touches.pop(next(iter(self._touches)))
+        self.policy.touch(blocks[:num_blocks], hint)
+        return True
+
+    def apply_touches(self) -> None:
+        while self.apply_touch():
+            pass
+
+    # -- what observers hear -----------------------------------------------------------------------------------
+
+    def is_whole(self, rows: Rows) -> npt.NDArray[np.bool_]:
+        """Whether each row has every part of its layout."""
+        whole: npt.NDArray[np.bool_] = self.table.ready[rows] == self._whole_masks[self.table.layout[rows]]
+        return whole
+
+    def report_stored(self, rows: Rows) -> None:
+        """Tell of blocks of one chain that are whole since just now, head to tail, run by run."""
+        observer, table = self.observer, self.table
+        if observer is None or not observer.listening or not len(rows):
+            return
+        breaks = np.flatnonzero(table.parent[rows[1:]] != rows[:-1]) + 1
+        for run in np.split(rows, breaks):
+            first = int(run[0])
+            root, token_bytes = self.root_of(first), 4 * self.layout_of(first).model.block_tokens
+            parent = table.meta(first, root, 0).parent
+            tokens = table.tokens[run, :token_bytes].tobytes()
+            depth = int(table.depth[first])
+            table.born[run] = observer.stored(root, table.ids.packed(run), parent, depth, tokens)
+
+    def report_removed(self, rows: Rows, whole: npt.NDArray[np.bool_]) -> None:
+        """Tell of blocks that stopped being matchable, where they were `whole`."""
+        if self.observer is None or not self.observer.listening:
+            return
+        rows = rows[whole]
+        for number in np.unique(self.table.root[rows]).tolist():
+            gone = rows[self.table.root[rows] == number]
+            ids = self.table.ids.packed(gone)
+            self.observer.removed(self.accounts.roots[number], ids, gone, self.table.born[gone])
+
+    # -- leaving -----------------------------------------------------------------------------------------------
+
+    def with_descendants(self, rows: Rows) -> Rows:
+        """Rows, and all that hang from them."""
+        table = self.table
+        if not table.children[rows].any():
+            return rows
+        live = table.live_rows()
+        below = live[table.depth[live] > table.depth[rows].min()]
+        below = below[np.argsort(table.depth[below], kind="stable")]
+        taken = np.zeros(table.ids.capacity, bool)
+        taken[rows] = True
+        for level in np.split(below, np.flatnonzero(np.diff(table.depth[below])) + 1):
+            taken[level] |= taken[table.parent[level]]
+        return np.flatnonzero(taken)
+
+    def hide(self, rows: Rows, *, told: bool = False) -> int:
+        """Let nobody find these rows, and all that hang from them being among them, any more.
+
+        `told`: observers were told already. Returns how many could be found until now.
+        """
+        shown = rows[self.table.ids.findable(rows)]
+        if not told:
+            self.report_removed(shown, self.is_whole(shown))
+        self.policy.remove(self.table.ids.ids_of(shown))
+        self.table.ids.hide(rows)
+        self.doomed.update(rows.tolist())
+        return len(shown)
+
+    def bury_all(self, rows: Rows) -> None:
+        """Free hidden rows, children before parents, as far as nothing holds them."""
+        table = self.table
+        kept: set[int] = set()
+        for row in rows[(table.pins[rows] != 0) | (table.filling[rows] != 0)].tolist():
+            while row != NO_ROW and row not in kept:
+                kept.add(row)
+                row = int(table.parent[row])
+        gone = rows if not kept else rows[~np.isin(rows, list(kept))]
+        if not len(gone):
+            return
+        for row in gone.tolist():
+            self.release_slots(row)
+        self.doomed.difference_update(gone.tolist())
+        parents = np.unique(table.parent[gone])
+        table.drop_all(gone)
+        for row in parents[~np.isin(parents, gone)].tolist():
+            self.drop_empty(row)
+
+    def bury(self, row: int) -> None:
+        """Free a hidden row once nothing holds it, then its hidden ancestors that only it held."""
+        table = self.table
+        while row in self.doomed:
+            if table.pins[row] or table.filling[row] or table.children[row]:
+                return
+            self.doomed.discard(row)
+            self.release_slots(row)
+            row = table.drop(row)
+
+    def drop_empty(self, row: int) -> None:
+        """Drop a row that has neither bytes nor writers nor children, then its empty ancestors."""
+        table = self.table
+        while row != NO_ROW and not (table.ready[row] or table.filling[row] or table.children[row]):
+            self.doomed.discard(row)
+            row = table.drop(row)
+        self.bury(row)
+
+    def release_slots(self, row: int) -> None:
+        """Give back every slot of a row, and take it off its root's account."""
+        parts, num_bytes = self.layout_of(row).parts, 0
+        for part, slot in enumerate(self.table.slots[row].tolist()):
+            if slot != NO_SLOT:
+                self.slots.release(slot)
+                num_bytes += parts[part].num_bytes
+        self.accounts.held_bytes[int(self.table.root[row])] -= num_bytes
+
+    def detach(self, row: int, parts: Sequence[int]) -> None:
+        """Take slots that were being filled out of a row; the caller has them now."""
+        self.table.filling[row] &= ~np.uint64(mask_of(parts))
+        self.table.slots[row, list(parts)] = NO_SLOT
+        layout = self.layout_of(row)
+        self.accounts.held_bytes[int(self.table.root[row])] -= sum(layout.parts[part].num_bytes for part in parts)
+        self.drop_empty(row)
+
+    def ids_of(self, rows: Rows) -> list[BlockId]:
+        return unpack_ids(self.table.ids.packed(rows))
+
+
+def mask_of(parts: Sequence[int]) -> int:
+    mask = 0
+    for part in parts:
+        mask |= 1 << part
+    return mask
+
+
+def part_mask(layout: BlockLayout, parts: Sequence[int] | None) -> int:
+    """Bit mask of `parts`, all of the grid for None."""
+    return mask_of(layout.all_parts if parts is None else parts)
