@@ -133,7 +133,11 @@ RULES: dict[str, Rule] = {
     "kvstore.memory": Rule(2, FOUNDATIONS),
     "kvstore.transfer": Rule(2, (*FOUNDATIONS, "kvstore.copying"), ("torch",)),
     # 3: places to keep blocks
-    "kvstore.pool": Rule(3, UP_TO_2),
+    "kvstore.quota": Rule(3, FOUNDATIONS),
+    "kvstore.residents": Rule(3, (*UP_TO_2, "kvstore.quota")),
+    "kvstore.victims": Rule(3, (*UP_TO_2, "kvstore.residents")),
+    "kvstore.health": Rule(3, (*UP_TO_2, "kvstore.residents")),
+    "kvstore.pool": Rule(3, (*UP_TO_2, "kvstore.residents", "kvstore.victims", "kvstore.health")),
     "kvstore.device": Rule(3, (*UP_TO_2, "kvstore.pool"), ("torch",)),
     "kvstore.tiers": Rule(3, (*FOUNDATIONS, "kvstore.tiers.base")),
     "kvstore.tiers.base": Rule(3, UP_TO_2),
