@@ -25,6 +25,7 @@ from rich.progress import Progress
 from bench.env import stamp
 from bench.redis_ceiling import raw_get_s, raw_set_s
 from bench.report import print_table, write_json
+from kvstore.api import Store
 from kvstore.block import Chain, ModelId, Root
 from kvstore.config import StoreConfig
 from kvstore.copying import copy_bytes
@@ -72,7 +73,7 @@ class HostBench:
     """One prefix of Llama-3-8B shape, its engine memory, and a store large enough for it."""
 
     num_blocks: int
-    store: KVStore
+    store: Store
     layout: BlockLayout
     chain: Chain
     whole: torch.Tensor
@@ -96,10 +97,9 @@ class HostBench:
     def prepare(self) -> None:
         """Touch everything once, outside of any timing."""
         self._scratch = page_aligned(self.whole.nbytes).view(self.whole.shape)
-        self.store.wait_ready()
 
     def save(self) -> None:
-        self.store.drop_host()
+        self.store.clear()
         with self.timings.arm("host save"), self.store.save(self.chain, 0, self.num_blocks) as save:
             for index in save.indices:
                 view = save.views(index)[0]
@@ -119,7 +119,7 @@ class HostBench:
         into.zero_()
 
     def paged_save(self) -> None:
-        self.store.drop_host()
+        self.store.clear()
         with self.timings.arm("paged save"), self.store.save(self.chain, 0, self.num_blocks) as save:
             self.copier.gather(self.page_ids, [(index, save.views(index)) for index in save.indices])
             save.commit()
@@ -151,10 +151,13 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(cast(Any, tensor.numpy()))
 
 
-def host_bench(total_bytes: int, seed: int) -> HostBench:
-    """Memory and a store for `total_bytes` of KV."""
-    config = StoreConfig.load({"host": {"capacity_bytes": total_bytes + (64 << 20)}}, environ={})
-    store = KVStore(config)
+def host_config(total_bytes: int) -> StoreConfig:
+    """A host tier with room for `total_bytes`, and no other tier."""
+    return StoreConfig.load({"host": {"capacity_bytes": total_bytes + (64 << 20)}}, environ={})
+
+
+def host_bench(store: Store, total_bytes: int, seed: int) -> HostBench:
+    """Memory for `total_bytes` of KV, to be saved to `store` and loaded from it."""
     layout = store.open(LLAMA_8B)
     num_blocks = total_bytes // layout.block_bytes
     rng = np.random.default_rng(seed)
@@ -175,7 +178,7 @@ def host_bench(total_bytes: int, seed: int) -> HostBench:
     return HostBench(num_blocks, store, layout, chain, whole, paged, page_ids, copier, Timings())
 
 
-def measure_match(repeats: int, seed: int) -> tuple[dict[str, float], list[dict[str, object]]]:
+def measure_match(store: Store, repeats: int, seed: int) -> tuple[dict[str, float], list[dict[str, object]]]:
     """Hash and match a 131,072-token prompt, all resident; then one more turn of the same conversation.
 
     Blocks are tiny here: a match never looks at bytes.
@@ -185,27 +188,26 @@ def measure_match(repeats: int, seed: int) -> tuple[dict[str, float], list[dict[
     )
     rng = np.random.default_rng(seed)
     timings = Timings()
-    with KVStore(StoreConfig.load({"host": {"capacity_bytes": 64 << 20}}, environ={})) as store:
-        store.open(model)
-        tokens = rng.integers(0, 128_000, 131_072).astype(np.uint32)
-        turn = rng.integers(0, 128_000, 128).astype(np.uint32)
-        full = Chain(Root(model), np.concatenate([tokens, turn]))
-        with store.save(full, 0, len(full)) as save:
-            save.commit()
-        as_list = tokens.tolist()
-        for number in range(repeats):
-            with timings.arm("first"):
-                chain = Chain(Root(model), tokens)
-                match = store.match(chain, f"first {number}")
-            assert match.num_blocks == 2048
-            with timings.arm("next"):
-                chain.extend(turn)
-                match = store.match(chain, f"next {number}")
-            assert match.num_blocks == 2050
-            with timings.arm("list"):
-                Chain(Root(model), as_list)
-            store.forget(f"first {number}")
-            store.forget(f"next {number}")
+    store.open(model)
+    tokens = rng.integers(0, 128_000, 131_072).astype(np.uint32)
+    turn = rng.integers(0, 128_000, 128).astype(np.uint32)
+    full = Chain(Root(model), np.concatenate([tokens, turn]))
+    with store.save(full, 0, len(full)) as save:
+        save.commit()
+    as_list = tokens.tolist()
+    for number in range(repeats):
+        with timings.arm("first"):
+            chain = Chain(Root(model), tokens)
+            match = store.match(chain, f"first {number}")
+        assert match.num_blocks == 2048
+        with timings.arm("next"):
+            chain.extend(turn)
+            match = store.match(chain, f"next {number}")
+        assert match.num_blocks == 2050
+        with timings.arm("list"):
+            Chain(Root(model), as_list)
+        store.forget(f"first {number}")
+        store.forget(f"next {number}")
     summary = {
         "match_128k_ms": timings.median("first") * 1e3,
         "match_next_turn_ms": timings.median("next") * 1e3,
@@ -309,14 +311,16 @@ def main(argv: list[str]) -> int:
         def tick() -> None:
             progress.update(task, advance=1, refresh=True)
 
-        summary, rows = measure_match(max(20, options.repeats), options.seed)
+        with KVStore(host_config(0)) as store:
+            summary, rows = measure_match(store, max(20, options.repeats), options.seed)
         tick()
-        bench = host_bench(options.mib << 20, options.seed)
-        with bench.store:
+        with KVStore(host_config(options.mib << 20)) as store:
+            store.wait_ready()
+            bench = host_bench(store, options.mib << 20, options.seed)
             summary |= measure_host(bench, options.repeats, tick)
         summary |= measure_redis(bench, options.repeats, tick)
     total = bench.num_blocks * bench.layout.block_bytes
-    rows = _bandwidth_rows(bench.timings, total) + rows
+    rows = bandwidth_rows(bench.timings, total) + rows
     summary["native_loops"] = float(is_built())
     print_table("Tiers", rows, ["arm", "GB/s p50", "GB/s best", "of ceiling", "ms p50", "ms p99", "ms max", "count"])
     for key, value in summary.items():
@@ -327,7 +331,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _bandwidth_rows(timings: Timings, total: int) -> list[dict[str, object]]:
+def bandwidth_rows(timings: Timings, total: int) -> list[dict[str, object]]:
     ceilings = {"redis save": "raw set", "redis load": "raw get"}
     rows: list[dict[str, object]] = []
     for arm, seconds in timings.seconds.items():
