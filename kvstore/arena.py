@@ -22,7 +22,7 @@ import fcntl
 import os
 import threading
 from bisect import bisect_right, insort
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -164,6 +164,39 @@ class Arena:
         self.num_acquired -= 1
         self.acquired_bytes -= extent.stride
 
+    def acquire_many(self, num_bytes: int, count: int) -> list[int]:
+        """Up to `count` slots, as `acquire` would give them one by one; fewer where there are no more."""
+        stride = slot_stride(num_bytes)
+        size_class = self._classes.setdefault(stride, _SizeClass())
+        found: list[int] = []
+        while len(found) < count and (size_class.free or self._grow(stride, size_class)):
+            taken = size_class.free[len(found) - count :]
+            del size_class.free[len(found) - count :]
+            self._count_free(taken, -1)
+            found += taken[::-1]
+        if found:
+            self.generation[np.array(found) // PAGE_BYTES] += 1
+        return found
+
+    def release_many(self, slots: Sequence[int]) -> None:
+        """Give slots back, as `release` does."""
+        for extent, where in self._count_free(slots, 1):
+            self._classes[extent.stride].free.extend([slots[at] for at in where])
+
+    def _count_free(self, slots: Sequence[int], change: int) -> list[tuple[_Extent, list[int]]]:
+        """Note that slots are free, or out; gives each extent with positions in `slots` of those that lie in it."""
+        starts = np.array([extent.start for extent in self._extents])
+        numbers = np.searchsorted(starts, np.array(slots, np.int64), side="right") - 1
+        found: list[tuple[_Extent, list[int]]] = []
+        for number in np.unique(numbers).tolist():
+            where = np.flatnonzero(numbers == number).tolist()
+            extent = self._extents[number]
+            extent.num_free += change * len(where)
+            self.num_acquired -= change * len(where)
+            self.acquired_bytes -= change * len(where) * extent.stride
+            found.append((extent, where))
+        return found
+
     def view(self, slot: int, num_bytes: int) -> memoryview:
         """Writable bytes of a slot."""
         return self._view[slot : slot + num_bytes]
@@ -240,6 +273,19 @@ class Arena:
             return True
         self._prefault.join(timeout_s)
         return not self._prefault.is_alive()
+
+    def pin(self) -> None:
+        """Lock the memory, so that it is never swapped out; after `wait_prefaulted`, or it takes as long as that.
+
+        Raises CapacityError where the limit on locked memory is below it.
+        """
+        try:
+            self._memory.lock()
+        except OSError as error:
+            raise CapacityError(
+                f"cannot lock the arena's {self.capacity_bytes} bytes in memory ({error}): raise the limit on locked "
+                "memory (ulimit -l, LimitMEMLOCK in systemd), or turn service.pin_memory off"
+            ) from error
 
     def check(self) -> list[str]:
         """Broken invariants; empty when healthy."""

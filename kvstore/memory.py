@@ -47,6 +47,7 @@ _libc.mmap.argtypes = (
     ctypes.c_long,
 )
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_libc.mlock.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
@@ -136,6 +137,17 @@ class Stretch:
 
     def _advise(self, offset: int, num_bytes: int, advice: int) -> bool:
         return int(_libc.madvise(self.address + offset, num_bytes, advice)) == 0
+
+    def lock(self) -> None:
+        """Keep all of it in memory, never swapped out, for as long as it is mapped. Raises OSError.
+
+        Faults in what is missing, so better after `populate`. The GIL is not held meanwhile.
+        """
+        held = self.view()
+        if _libc.mlock(self.address, self.num_bytes):
+            error = ctypes.get_errno()
+            raise OSError(error, os.strerror(error))
+        del held
 
     def close(self) -> bool:
         """Give up this hold on the memory. False while views of it are alive; it goes with the last. Idempotent."""

@@ -237,6 +237,26 @@ def test_reserved_huge_pages_that_are_not_there_are_refused_with_what_helps() ->
         assert len(os.listdir("/proc/self/fd")) == before
 
 
+def test_a_pinned_arena_is_locked_and_one_above_the_limit_refused_with_what_helps() -> None:
+    script = (
+        "import os, re, resource\n"
+        "from kvstore.arena import Arena\n"
+        "from kvstore.errors import CapacityError\n"
+        "locked = lambda: int(re.search(r'VmLck:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
+        "arena = Arena(4 << 20, shared=True, prefault=False)\n"
+        "arena.pin()\n"
+        "print(locked())\n"
+        "resource.setrlimit(resource.RLIMIT_MEMLOCK, (8 << 20, 8 << 20))\n"
+        "if os.geteuid() == 0: os.setuid(4242)\n"
+        "try: Arena(16 << 20, shared=True, prefault=False).pin()\n"
+        "except CapacityError as error: print(error)\n"
+    )
+    lines = run_client(script).splitlines()
+    assert lines[0] == "4096"
+    assert "cannot lock the arena's 16777216 bytes" in lines[1]
+    assert "LimitMEMLOCK" in lines[1]
+
+
 def test_memory_goes_with_the_last_view_and_not_before() -> None:
     arena = Arena(4 << 20, prefault=False)
     address = arena._memory.address

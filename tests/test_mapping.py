@@ -327,11 +327,13 @@ def churn():
         live.clear()
         mapping.close()
 
-thread = threading.Thread(target=churn)
+thread = threading.Thread(target=churn, daemon=True)
 thread.start()
-for _ in range(100):
+for _ in range(300):
     child = os.fork()
     if child == 0:
+        with open("/proc/self/maps") as maps:
+            assert maps.read().count("memfd:kvstore-arena") == 1, "not the arena's own alone"
         view = live.get("view")
         if view is not None:
             view[:] = b"children"
