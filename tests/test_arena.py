@@ -18,6 +18,7 @@ import pytest
 
 from kvstore.arena import PAGE_BYTES, Arena
 from kvstore.errors import CapacityError, ConfigError
+from kvstore.mapping import ArenaMapping
 
 
 def test_one_size_fills_the_arena_to_the_last_slot() -> None:
@@ -235,6 +236,28 @@ def test_reserved_huge_pages_that_are_not_there_are_refused_with_what_helps() ->
         with pytest.raises(CapacityError, match=r"vm\.nr_hugepages"):
             Arena(4 << 20, huge_pages=True, shared=shared, prefault=False)
         assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_reserved_huge_pages_serve_an_arena_and_its_clients_alike() -> None:
+    free = re.search(r"HugePages_Free:\s+(\d+)", Path("/proc/meminfo").read_text())
+    if free is None or int(free[1]) < 4:
+        pytest.skip("needs huge pages: sysctl vm.nr_hugepages=8")
+    private = Arena(5 << 20, huge_pages=True)
+    assert private.wait_prefaulted(10)
+    assert private.capacity_bytes == 4 << 20  # whole huge pages
+    private.view(0, 4)[:] = b"mine"
+    private.close()
+    del private
+    arena = Arena(5 << 20, huge_pages=True, shared=True)
+    assert arena.wait_prefaulted(10)
+    mapping = ArenaMapping(arena.memory_fd, arena.generation_fd, arena.capacity_bytes)
+    assert mapping.wait_populated(10)
+    mapping.view(0, 4)[:] = b"ours"
+    assert bytes(arena.view(0, 4)) == b"ours"
+    with pytest.raises(PermissionError):
+        os.ftruncate(arena.memory_fd, 0)
+    assert mapping.close()
+    arena.close()
 
 
 def test_a_pinned_arena_is_locked_and_one_above_the_limit_refused_with_what_helps() -> None:
