@@ -18,8 +18,12 @@ import numpy as np
 import pytest
 
 from kvstore.arena import PAGE_BYTES, Arena
+from kvstore.block import ModelId, Root
+from kvstore.config import StoreConfig
 from kvstore.errors import MappingClosed, ProtocolError
 from kvstore.mapping import ArenaMapping
+from kvstore.store import KVStore
+from tests.conftest import chain_of, content, load_all, save_all
 
 SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
@@ -119,6 +123,20 @@ def test_descriptors_are_not_kept(arena: Arena) -> None:
     assert len(os.listdir("/proc/self/fd")) == before - 2
     assert bytes(mapping.view(0, 1)) == b"\0"
     assert mapping.close()
+
+
+def test_what_a_store_in_shared_memory_saved_is_read_through_a_mapping(model: ModelId, root: Root) -> None:
+    config = StoreConfig.load({"host": {"capacity_bytes": 64 * PAGE_BYTES, "prefault": False}}, environ={})
+    with KVStore(config, tiers=(), shared_memory=True) as store:
+        store.open(model)
+        chain = chain_of(root, 8)
+        assert save_all(store, chain) == 8
+        mapping = ArenaMapping(store.arena.memory_fd, store.arena.generation_fd, store.arena.capacity_bytes)
+        memory = bytes(mapping.view(0, mapping.num_bytes))
+        assert all(content(chain, index, 0, PAGE_BYTES) in memory for index in range(8))
+        assert load_all(store, chain) == ["host"] * 8
+        assert mapping.close()
+        assert store.check() == []
 
 
 # -- what is refused -------------------------------------------------------------------------------------------
@@ -329,7 +347,7 @@ def churn():
 
 thread = threading.Thread(target=churn, daemon=True)
 thread.start()
-for _ in range(300):
+for _ in range(150):
     child = os.fork()
     if child == 0:
         with open("/proc/self/maps") as maps:

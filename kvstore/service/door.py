@@ -375,13 +375,15 @@ def knock(path: str | Path, timeout_s: float) -> Opened:
     """Ask the service at the Unix socket `path` for its arena.
 
     Raises ServiceUnavailable where nobody is there, answers within `timeout_s`, or has room; AccessDenied where the
-    door does not let this user in; ProtocolError where the other side is no door, or one of another version.
+    door does not let this user in, or is a stranger's (neither this user's, nor root's, nor of the user who owns the
+    directory); ProtocolError where the other side is no door, or one of another version.
     """
     place, until_s = door_path(path), time.monotonic() + timeout_s
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         try:
             _limit(connection, socket.SO_SNDTIMEO, timeout_s)
             connection.connect(place)
+            _trust(connection, place)
             _limit(connection, socket.SO_RCVTIMEO, until_s - time.monotonic())
             message, ancillary, flags, _ = connection.recvmsg(
                 _MAX_MESSAGE, socket.CMSG_SPACE(4 * array.array("i").itemsize), socket.MSG_CMSG_CLOEXEC
@@ -409,6 +411,16 @@ def _limit(connection: socket.socket, option: int, seconds: float) -> None:
     """Let the kernel end a call: a non-blocking connect would fail at once where the backlog is full."""
     micros = max(1, int(seconds * 1e6))
     connection.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(*divmod(micros, 1_000_000)))
+
+
+def _trust(connection: socket.socket, place: str) -> None:
+    """Refuse a service of a user who has no say over the place: anyone could have come first to a name in /tmp."""
+    _, uid, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    if uid not in (os.geteuid(), 0, os.stat(os.path.dirname(place) or ".").st_uid):
+        raise AccessDenied(
+            f"the service at {place} runs as user {uid}, whom this user does not trust: have it listen in a directory "
+            "that the service's user owns"
+        )
 
 
 def _received(ancillary: list[tuple[int, int, bytes]]) -> list[int]:

@@ -400,6 +400,27 @@ with Door(sys.argv[1], arena.memory_fd, arena.generation_fd, arena.capacity_byte
 
 
 @root_only
+def test_a_stranger_who_came_first_to_the_path_is_not_trusted(path: str) -> None:
+    folder = os.path.dirname(path)
+    os.chmod(folder, 0o777)  # as /tmp is
+    become = "import os; os.setgroups([]); os.setgid(4242); os.setuid(4242)\n"  # after the imports it may not read
+    script = DOOR_OF_ITS_OWN.replace("arena = ", f"{become}arena = ", 1)
+    with subprocess.Popen(
+        [sys.executable, "-c", script, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as service:
+        assert service.stdin is not None
+        assert service.stdout is not None
+        assert service.stdout.readline() == "open\n"
+        with pytest.raises(AccessDenied, match="runs as user 4242, whom this user does not trust"):
+            knock(path, TIMEOUT_S)
+        os.chown(folder, 4242, -1)  # whoever owns the directory says who serves there
+        with knock(path, TIMEOUT_S):
+            pass
+        service.stdin.close()
+        assert service.wait(TIMEOUT_S) == 0
+
+
+@root_only
 def test_a_process_whose_id_is_not_to_be_seen_from_here_is_watched_all_the_same(path: str) -> None:
     """The door is in a PID namespace of its own, as in a container, where this process has no id."""
     unshare = shutil.which("unshare")
