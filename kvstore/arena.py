@@ -25,6 +25,7 @@ from bisect import bisect_right, insort
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import takewhile
 from operator import attrgetter
 
 import numpy as np
@@ -35,6 +36,7 @@ from kvstore.memory import HUGE_PAGE_BYTES, Stretch
 from kvstore.memory import PAGE_BYTES as PAGE_BYTES
 
 _EXTENT_BYTES = 64 << 20
+_FEW = 8  # below this, slot by slot is quicker than numpy
 _F_SEAL_FUTURE_WRITE = 0x10  # Linux 5.1; not in the fcntl module
 _MFD_NOEXEC_SEAL = 0x8  # Linux 6.3, where a setting of the host may ask for it
 _SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -166,6 +168,9 @@ class Arena:
 
     def acquire_many(self, num_bytes: int, count: int) -> list[int]:
         """Up to `count` slots, as `acquire` would give them one by one; fewer where there are no more."""
+        if count < _FEW:
+            one_by_one = (self.acquire(num_bytes) for _ in range(count))
+            return [slot for slot in takewhile(lambda slot: slot is not None, one_by_one) if slot is not None]
         stride = slot_stride(num_bytes)
         size_class = self._classes.setdefault(stride, _SizeClass())
         found: list[int] = []
@@ -180,6 +185,10 @@ class Arena:
 
     def release_many(self, slots: Sequence[int]) -> None:
         """Give slots back, as `release` does."""
+        if len(slots) < _FEW:
+            for slot in slots:
+                self.release(slot)
+            return
         for extent, where in self._count_free(slots, 1):
             self._classes[extent.stride].free.extend([slots[at] for at in where])
 

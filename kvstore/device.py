@@ -8,7 +8,7 @@ On a machine without a device it lies in host memory, and the budget holds all t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Self
@@ -34,15 +34,15 @@ class _Slots:
         self.num_acquired = 0
         self._free = list(range(num_slots))[::-1]
 
-    def acquire(self, num_bytes: int) -> int | None:
-        if not self._free:
-            return None
-        self.num_acquired += 1
-        return self._free.pop()
+    def acquire_many(self, num_bytes: int, count: int) -> list[int]:
+        taken = self._free[::-1][:count]
+        del self._free[len(self._free) - len(taken) :]
+        self.num_acquired += len(taken)
+        return taken
 
-    def release(self, slot: int) -> None:
-        self.num_acquired -= 1
-        self._free.append(slot)
+    def release_many(self, slots: Sequence[int]) -> None:
+        self.num_acquired -= len(slots)
+        self._free += slots
 
     def same_class(self, one_bytes: int, other_bytes: int) -> bool:
         return True

@@ -92,7 +92,7 @@ def _account_faults(residents: Residents, rows: Rows) -> list[str]:
 def _policy_faults(residents: Residents) -> list[str]:
     table = residents.table
     rows = table.ids.found_rows()
-    matchable = set(residents.ids_of(rows[table.ready[rows] != 0]))
+    matchable = set(table.ids.ids_of(rows[table.ready[rows] != 0]))
     known = set(residents.policy.victims())
     if matchable != known:
         return [f"pool: policy knows {len(known - matchable)} strangers, misses {len(matchable - known)} blocks"]

@@ -30,7 +30,9 @@ Rows = npt.NDArray[np.int64]
 _WAYS = 8
 _ROWS_A_BUCKET = 3  # on average, of eight: one id in 600 overflows
 _FIRST_ROWS = 256
-_FEW = 4  # below this, plain Python is quicker than numpy
+_FEW = 12  # below this, plain Python is quicker than numpy
+_SHORT_RUN = 16
+_ALL_FOUR = 0x01010101  # four comparisons that came out equal, as one word
 _HIDDEN, _OVERFLOW = -1, -2
 _LOW_32 = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
@@ -82,13 +84,51 @@ class IdMap:
         if len(blocks) < _FEW:
             return np.array([self.get(block) for block in blocks], np.int64)
         keys = _pack(blocks)
+        runs, at = self._follow_runs(blocks, keys)
+        if at < len(blocks):
+            runs.append(self._look_up(blocks[at:], keys[at:]))
+        return runs[0] if len(runs) == 1 else np.concatenate(runs)
+
+    def find_leading(self, blocks: Sequence[BlockId]) -> Rows:
+        """Rows of the ids before the first one that is not known."""
+        if not blocks or self.get(blocks[0]) == NO_ROW:
+            return np.empty(0, np.int64)
+        keys = _pack(blocks)
+        runs, at = self._follow_runs(blocks, keys)
+        if at < len(blocks) and self.get(blocks[at]) != NO_ROW:
+            rest = self._look_up(blocks[at:], keys[at:])
+            runs.append(rest if rest.min() != NO_ROW else rest[: int((rest == NO_ROW).argmax())])
+        return runs[0] if len(runs) == 1 else np.concatenate(runs)
+
+    def _follow_runs(self, blocks: Sequence[BlockId], keys: _Keys) -> tuple[list[Rows], int]:
+        """Rows of leading ids while they follow each other, as those of a chain do that was added at once.
+
+        Memory read in order costs the same whatever lies around it. Ends at an id that is not known, or where runs
+        are short; returns how far it came.
+        """
+        runs: list[Rows] = []
+        at = 0
+        while at < len(blocks) and (row := self.get(blocks[at])) != NO_ROW:
+            stop = min(row + len(blocks) - at, self._top)
+            same = (self._keys[row:stop] == keys[at : at + stop - row]).view(np.uint32)[:, 0] == _ALL_FOUR
+            same &= self._used[row:stop]
+            same &= self._home[row:stop] != _HIDDEN
+            length = len(same) if same.all() else int(same.argmin())
+            runs.append(np.arange(row, row + length))
+            at += length
+            if length < _SHORT_RUN:
+                break
+        return runs, at
+
+    def _look_up(self, blocks: Sequence[BlockId], keys: _Keys) -> Rows:
+        """Row of each id, by its bucket."""
         buckets, tags = self._places(keys)
-        hits = (self._tags.reshape(-1, _WAYS)[buckets] == tags[:, None]).view(np.uint64)[:, 0]
+        hits = (self._tags.reshape(-1, _WAYS).take(buckets, axis=0) == tags[:, None]).view(np.uint64)[:, 0]
         rows = self._ways.take(buckets * _WAYS + _first_byte(hits)).astype(np.int64) - 1
         # An empty way gives row -1, the last one's key: found or not, the answer is NO_ROW.
-        differ = self._keys[rows] ^ keys
-        wrong = (differ[:, 0] | differ[:, 1] | differ[:, 2] | differ[:, 3]) != 0
-        if wrong.any():
+        right = (self._keys[rows] == keys).view(np.uint32)[:, 0] == _ALL_FOUR
+        if not right.all():
+            wrong = ~right
             rows[wrong] = NO_ROW
             self._find_elsewhere(blocks, rows, np.flatnonzero(wrong & (hits != 0)))
             if self._overflow:
@@ -115,6 +155,10 @@ class IdMap:
         """The ids of rows in use."""
         return unpack_ids(self.packed(rows))
 
+    def is_used(self, row: int) -> bool:
+        """Whether a row is in use, hidden or not."""
+        return bool(self._used[row])
+
     def findable(self, rows: Rows) -> npt.NDArray[np.bool_]:
         """Whether each row is in use, and not hidden."""
         findable: npt.NDArray[np.bool_] = self._used[rows] & (self._home[rows] != _HIDDEN)
@@ -137,6 +181,8 @@ class IdMap:
 
     def add(self, blocks: Sequence[BlockId]) -> Rows:
         """Rows for distinct ids, none of which is known."""
+        if len(blocks) < _FEW:
+            return np.array([self._add_one(block) for block in blocks], np.int64)
         rows = self._take(len(blocks))
         keys = _pack(blocks)
         self._keys[rows] = keys
@@ -145,8 +191,35 @@ class IdMap:
         self._num_found += len(rows)
         return rows
 
+    def _add_one(self, block: BlockId) -> int:
+        if self._free:
+            row = self._free.pop()
+        else:
+            row = self._top
+            if row == self.capacity:
+                self._resize(row * 3 // 2)
+            self._top += 1
+        self._bytes[row * DIGEST_BYTES : (row + 1) * DIGEST_BYTES] = block
+        self._used[row] = True
+        at = self._bucket_of(block) * _WAYS
+        ways = self._ways_view[at : at + _WAYS].tolist()
+        if 0 in ways:
+            at += ways.index(0)
+            self._ways_view[at] = row + 1
+            self._tags_view[at] = int.from_bytes(block[8:12], "little") | 1
+            self._home[row] = at
+        else:
+            self._overflow[block] = row
+            self._home[row] = _OVERFLOW
+        self._num_found += 1
+        return row
+
     def hide(self, rows: Rows) -> None:
         """Let `find` pass over these rows from now on. Rows hidden before may be among them."""
+        if len(rows) < _FEW:
+            for row in rows.tolist():
+                self._hide_one(row)
+            return
         home = self._home[rows]
         shown = home != _HIDDEN
         self._num_found -= int(np.count_nonzero(shown))
@@ -157,6 +230,17 @@ class IdMap:
             for row in rows[home == _OVERFLOW].tolist():
                 del self._overflow[self.id_of(row)]
         self._home[rows] = _HIDDEN
+
+    def _hide_one(self, row: int) -> None:
+        home = int(self._home[row])
+        if home == _HIDDEN:
+            return
+        if home == _OVERFLOW:
+            del self._overflow[self.id_of(row)]
+        else:
+            self._ways_view[home] = self._tags_view[home] = 0
+        self._home[row] = _HIDDEN
+        self._num_found -= 1
 
     def free(self, rows: Rows) -> None:
         """Take rows back, hidden or not."""

@@ -79,9 +79,10 @@ class BlockTable:
         rows = self.ids.add(blocks)
         self._grow()
         self.slots[rows] = NO_SLOT
-        self.parent[rows[1:]] = rows[:-1]
         self.parent[rows[0]] = parent
-        self.children[rows[:-1]] = 1
+        if len(rows) > 1:
+            self.parent[rows[1:]] = rows[:-1]
+            self.children[rows[:-1]] = 1
         if parent != NO_ROW:
             self.children[parent] += 1
         self.depth[rows] = np.arange(metas[0].depth, metas[0].depth + len(rows))
@@ -104,7 +105,11 @@ class BlockTable:
     def drop_all(self, rows: Rows) -> None:
         """Forget rows, all that hang from them being among them."""
         parents = self.parent[rows]
-        np.subtract.at(self.children, parents[parents != NO_ROW], 1)
+        if len(rows) == 1:
+            if parents[0] != NO_ROW:
+                self.children[parents[0]] -= 1
+        else:
+            np.subtract.at(self.children, parents[parents != NO_ROW], 1)
         self.ready[rows] = self.filling[rows] = 0
         self.below[rows] = 0
         self.born[rows] = 0
@@ -119,11 +124,11 @@ class BlockTable:
         A block of another root, or that does not hang from the one before it, ends the run as an unknown one does:
         knowing a hash opens nothing.
         """
-        if not blocks or self.ids.get(blocks[0]) == NO_ROW:
-            return np.empty(0, np.int64)
-        rows = self.ids.find(blocks)
+        rows = self.ids.find_leading(blocks)
+        if not len(rows):
+            return rows
         mask = np.uint64(need)
-        whole = (rows != NO_ROW) & ((self.ready[rows] & mask) == mask) & (self.root[rows] == root)
+        whole = ((self.ready[rows] & mask) == mask) & (self.root[rows] == root)
         whole[1:] &= self.parent[rows[1:]] == rows[:-1]
         return rows if whole.all() else rows[: int(whole.argmin())]
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from kvstore.api import NO_HINT, Hint
 from kvstore.block import BlockId, BlockMeta, RootId
@@ -185,6 +186,14 @@ class BlockPool:
                 found.append(Resident(self._residents.root_of(row), self.meta_of(row), *map(int, counts)))
         return found
 
+    def ready_masks(self, root: RootId, blocks: Sequence[BlockId]) -> npt.NDArray[np.uint64]:
+        """Mask of the parts that are there of each block; 0 where there is none, or it is another root's."""
+        with self.lock:
+            number = self._residents.accounts.find(root)
+            rows = self._table.ids.find(blocks)
+            there = (rows != NO_ROW) & (self._table.root[rows] == number)
+            return np.where(there, self._table.ready[rows], np.uint64(0))
+
     def is_filling(self, block: BlockId, need: int) -> bool:
         """Whether somebody is writing parts of `block` right now."""
         with self.lock:
@@ -223,8 +232,8 @@ class BlockPool:
             # What the new blocks hang from must not make room for them.
             self._table.pins[held] += 1
             try:
-                with Victims(self._residents) as victims:
-                    return self._reserve(number, layout, blocks, known, fresh, tuple(parts), victims)
+                victims = Victims(self._residents)
+                return self._reserve(number, layout, blocks, known, fresh, tuple(parts), victims)
             finally:
                 self._table.pins[held] -= 1
 
@@ -313,21 +322,27 @@ class BlockPool:
             table, residents = self._table, self._residents
             done, lost = self._split_lost(reservations)
             if done:
-                rows = np.array([item.row for item in done])
-                masks = np.array([mask_of(item.parts) for item in done], np.uint64)
-                fresh = rows[table.ready[rows] == 0]
-                was_whole = residents.is_whole(rows)
-                table.ready[rows] |= masks
-                table.filling[rows] &= ~masks
-                table.below[rows] = 0  # no tier has this part yet
-                table.pins[rows] += pins
+                fresh, whole = self._make_ready(done, pins)
                 if len(fresh):
-                    residents.apply_touches()
-                    residents.policy.admit(residents.ids_of(fresh), hint)
-                residents.report_stored(rows[~was_whole & residents.is_whole(rows)])
+                    residents.policy.admit(table.ids.ids_of(fresh), hint)
+                residents.report_stored(whole)
             self.abort(lost)
             self.changed.notify_all()
         return done
+
+    def _make_ready(self, done: Sequence[Reservation], pins: int) -> tuple[Rows, Rows]:
+        """Returns the rows that had no part until now, and those that are whole since now."""
+        table = self._table
+        rows = np.array([item.row for item in done])
+        before = table.ready[rows]
+        masks = np.array([mask_of(item.parts) for item in done], np.uint64)
+        after = before | masks
+        table.ready[rows] = after
+        table.filling[rows] &= ~masks
+        table.below[rows] = 0  # no tier has this part yet
+        if pins:
+            table.pins[rows] += pins
+        return rows[before == 0], rows[(before != after) & self._residents.is_whole(rows)]
 
     def _split_lost(self, reservations: Sequence[Reservation]) -> tuple[list[Reservation], list[Reservation]]:
         """Those that can be published, and those that were removed or whose parent lacks the part."""
@@ -349,9 +364,10 @@ class BlockPool:
 
     def abort(self, reservations: Sequence[Reservation]) -> None:
         """Give back slots that were not published; leaves no trace."""
+        if not reservations:
+            return
         with self.lock:
-            for slot in self._detach(reservations):
-                self._slots.release(slot)
+            self._slots.release_many(self._detach(reservations))
 
     def detach(self, reservations: Sequence[Reservation]) -> tuple[int, ...]:
         """Like `abort`, but the slots stay out: their writer may still be writing. End with `release_detached`."""
@@ -369,8 +385,8 @@ class BlockPool:
 
     def acquire_scratch(self, sizes: Sequence[int]) -> tuple[int, ...] | None:
         """Slots that belong to no block, for loads larger than the arena; all or none."""
-        with self.lock, Victims(self._residents) as victims:
-            found = victims.take(sizes, 1)
+        with self.lock:
+            found = Victims(self._residents).take(sizes, 1)
             if not found:
                 return None
             self._residents.loose.update(found[0])
@@ -379,8 +395,7 @@ class BlockPool:
     def release_scratch(self, slots: Sequence[int]) -> None:
         """Give back slots that belong to no block."""
         with self.lock:
-            for slot in slots:
-                self._slots.release(slot)
+            self._slots.release_many(slots)
             self._residents.loose.difference_update(slots)
             self.changed.notify_all()
 
@@ -439,7 +454,7 @@ class BlockPool:
             while row != NO_ROW:
                 rows.append(row)
                 row = int(self._table.parent[row])
-            return self._residents.ids_of(np.array(rows[::-1], np.int64))
+            return self._table.ids.ids_of(np.array(rows[::-1], np.int64))
 
     # -- leaving -----------------------------------------------------------------------------------------------
 

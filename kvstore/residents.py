@@ -14,7 +14,6 @@ import numpy.typing as npt
 
 from kvstore.api import Hint
 from kvstore.block import BlockId, RootId
-from kvstore.idmap import unpack_ids
 from kvstore.index import NO_ROW, NO_SLOT, BlockTable, Rows
 from kvstore.layout import BlockLayout
 from kvstore.policies.base import Policy
@@ -26,8 +25,8 @@ _MAX_TOUCHES = 256
 class Slots(Protocol):
     """Where a pool's bytes lie. The pool's lock is held around every call."""
 
-    def acquire(self, num_bytes: int) -> int | None: ...
-    def release(self, slot: int) -> None: ...
+    def acquire_many(self, num_bytes: int, count: int) -> list[int]: ...
+    def release_many(self, slots: Sequence[int]) -> None: ...
     def same_class(self, one_bytes: int, other_bytes: int) -> bool: ...
     def below_share(self, num_bytes: int) -> bool: ...
     def extent_of(self, slot: int) -> range: ...
@@ -68,14 +67,19 @@ class Residents:
         self.loose: set[int] = set()  # slots that are out and belong to no row
         self.num_evicted = 0
         self._whole_masks = np.zeros(0, np.uint64)
+        self._part_bytes = np.zeros((0, 1), np.int64)  # of each layout's parts
         # Touches wait here until order matters: a match must not pay for moving a thousand blocks in the policy.
-        self._touches: dict[BlockId, tuple[Sequence[BlockId], int, Hint]] = {}
+        # By list: a conversation's next turn, whose list is the same and has grown, takes the place of the last.
+        self._touches: dict[int, tuple[Sequence[BlockId], int, Hint]] = {}
 
     def open(self, layout: BlockLayout, num_blocks: int) -> None:
         if layout not in self.layouts:
             self.layouts.append(layout)
             self._whole_masks = np.array([part_mask(each, None) for each in self.layouts], np.uint64)
             self.table.widen(len(layout.parts), 4 * layout.model.block_tokens, num_blocks)
+            self._part_bytes = np.zeros((len(self.layouts), self.table.slots.shape[1]), np.int64)
+            for number, each in enumerate(self.layouts):
+                self._part_bytes[number, : len(each.parts)] = [part.num_bytes for part in each.parts]
             self.policy.expect(num_blocks)
 
     def layout_of(self, row: int) -> BlockLayout:
@@ -87,9 +91,10 @@ class Residents:
     # -- order -------------------------------------------------------------------------------------------------
 
     def touch(self, blocks: Sequence[BlockId], num_blocks: int, hint: Hint) -> None:
-        tail = blocks[num_blocks - 1]
-        self._touches.pop(tail, None)
-        self._touches[tail] = (blocks, num_blocks, hint)
+        before = self._touches.pop(id(blocks), None)
+        if before is not None and before[1] > num_blocks:
+            self.policy.touch(before[0][: before[1]], before[2])  # its tail was not used again
+        self._touches[id(blocks)] = (blocks, num_blocks, hint)
         if len(self._touches) > _MAX_TOUCHES:
             self.apply_touch()
 
@@ -176,8 +181,7 @@ class Residents:
         gone = rows if not kept else rows[~np.isin(rows, list(kept))]
         if not len(gone):
             return
-        for row in gone.tolist():
-            self.release_slots(row)
+        self.release_slots(gone)
         self.doomed.difference_update(gone.tolist())
         parents = np.unique(table.parent[gone])
         table.drop_all(gone)
@@ -191,7 +195,7 @@ class Residents:
             if table.pins[row] or table.filling[row] or table.children[row]:
                 return
             self.doomed.discard(row)
-            self.release_slots(row)
+            self.release_slots(np.array([row]))
             row = table.drop(row)
 
     def drop_empty(self, row: int) -> None:
@@ -202,14 +206,16 @@ class Residents:
             row = table.drop(row)
         self.bury(row)
 
-    def release_slots(self, row: int) -> None:
-        """Give back every slot of a row, and take it off its root's account."""
-        parts, num_bytes = self.layout_of(row).parts, 0
-        for part, slot in enumerate(self.table.slots[row].tolist()):
-            if slot != NO_SLOT:
-                self.slots.release(slot)
-                num_bytes += parts[part].num_bytes
-        self.accounts.held_bytes[int(self.table.root[row])] -= num_bytes
+    def release_slots(self, rows: Rows) -> None:
+        """Give back every slot of these rows, and take them off their roots' accounts."""
+        table = self.table
+        held = table.slots[rows] != NO_SLOT
+        self.slots.release_many(table.slots[rows][held].tolist())
+        table.slots[rows] = NO_SLOT
+        num_bytes = (held * self._part_bytes[table.layout[rows]]).sum(axis=1)
+        roots = table.root[rows]
+        for number in np.unique(roots).tolist():
+            self.accounts.held_bytes[number] -= int(num_bytes[roots == number].sum())
 
     def detach(self, row: int, parts: Sequence[int]) -> None:
         """Take slots that were being filled out of a row; the caller has them now."""
@@ -218,9 +224,6 @@ class Residents:
         layout = self.layout_of(row)
         self.accounts.held_bytes[int(self.table.root[row])] -= sum(layout.parts[part].num_bytes for part in parts)
         self.drop_empty(row)
-
-    def ids_of(self, rows: Rows) -> list[BlockId]:
-        return unpack_ids(self.table.ids.packed(rows))
 
 
 def mask_of(parts: Sequence[int]) -> int:

@@ -1,53 +1,59 @@
 # SPDX-License-Identifier: Apache-2.0
 """Making room during one call that needs some: walks the policy's order once, and again while that helps.
 
-Evicts only blocks that nobody holds and nothing hangs from. What is evicted leaves table and policy together, in
-`close`: until then its row is empty and childless, and nobody else looks, for the pool's lock is held.
+Evicts only blocks that nobody holds and nothing hangs from, many at a time: what a chain loses, it loses from its
+tail, and a block whose only child goes in the same step can go as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 
+from kvstore.block import BlockId
 from kvstore.index import NO_ROW, Rows
 from kvstore.residents import Residents
 
-_BATCH = 64
+_MIN_BATCH = 4
+_MAX_BATCH = 1024
 _SLACK_SHARE = 32
+
+NO_ROWS = np.empty(0, np.int64)
+Worth = Callable[[int, int], int]
+"""What the slots of a block are worth to who asks, by layout and mask of ready parts."""
 
 
 class Victims:
-    """A context manager, used under the pool's lock. No block may be added while it is open."""
+    """Used under the pool's lock, for one call."""
 
     def __init__(self, residents: Residents) -> None:
         self._residents = residents
-        self._walk: Iterator[int] | None = None
+        self._order: Iterator[BlockId] | None = None
+        self._rows = NO_ROWS
         self._progress = False
-        self._evicted: list[int] = []
-        self._ready: list[int] = []
-        self._serving: dict[tuple[int, int, int], bool] = {}
 
     def take(self, sizes: Sequence[int], count: int) -> list[tuple[int, ...]]:
         """Slots of `sizes` for up to `count` blocks, each whole, evicting as needed."""
+        release = self._residents.slots.release_many
+        if len(set(sizes)) == 1:
+            width = len(sizes)
+            slots = self._slots_of(sizes[0], width * count)
+            num_blocks = len(slots) // width
+            release(slots[num_blocks * width :])
+            return [tuple(slots[at : at + width]) for at in range(0, num_blocks * width, width)]
+        # Of several sizes: block by block, or the first size would take what the others need.
         found: list[tuple[int, ...]] = []
-        acquire = self._residents.slots.acquire
         while len(found) < count:
-            slots: list[int] = []
+            block: list[int] = []
             for size in sizes:
-                slot = acquire(size)
-                while slot is None and self._evict_for(size):
-                    slot = acquire(size)
-                if slot is None:
-                    for taken in slots:
-                        self._residents.slots.release(taken)
+                slots = self._slots_of(size, 1)
+                if not slots:
+                    release(block)
                     return found
-                slots.append(slot)
-            found.append(tuple(slots))
+                block += slots
+            found.append(tuple(block))
         return found
 
     def shrink_group(self, number: int, num_bytes: int) -> None:
@@ -55,83 +61,116 @@ class Victims:
 
         A little more than asked: finding a group's own among all others' is a walk over everything colder.
         """
-        residents = self._residents
-        accounts = residents.accounts
-        wanted = min(max(num_bytes, accounts.limit_of(number) // _SLACK_SHARE), accounts.limit_of(number))
+        accounts = self._residents.accounts
+        limit = accounts.limit_of(number)
+        wanted = min(max(num_bytes, limit // _SLACK_SHARE), limit)
         group = np.array(accounts.group_of(number))
-        room = accounts.room_bytes(number) or 0
-        while room < wanted:
-            before = room
-            for row in self._rows(group):
-                if self._evictable(row):
-                    self._evict(row)
-                    room = accounts.room_bytes(number) or 0
-                    if room >= wanted:
-                        return
-            if room == before:
+        progress = True
+        while progress:  # again while that helps: a block skipped for its children may have lost them
+            progress = False
+            order = self._begin()
+            while (missing := wanted - (accounts.room_bytes(number) or 0)) > 0:
+                batch = list(islice(order, _MAX_BATCH))
+                if not batch:
+                    break
+                rows = self._residents.table.ids.find(batch)
+                rows = rows[rows != NO_ROW]
+                chosen = self._choose(rows[np.isin(self._residents.table.root[rows], group)], self._bytes_of, missing)
+                self._evict(chosen)
+                progress |= bool(chosen)
+            else:
                 return
-            self._flush()
 
-    def _evict_for(self, num_bytes: int) -> bool:
-        """Evict until a slot of that size may be free; False when nothing more can go."""
-        if self._walk is None:
-            self._walk = self._rows()
+    def _bytes_of(self, layout: int, ready: int) -> int:
+        parts = self._residents.layouts[layout].parts
+        return sum(part.num_bytes for part in parts if ready >> part.part & 1)
+
+    def _slots_of(self, num_bytes: int, count: int) -> list[int]:
+        """Up to `count` slots of one size."""
+        acquire = self._residents.slots.acquire_many
+        found = acquire(num_bytes, count)
+        while len(found) < count and self._make_room(num_bytes, count - len(found)):
+            found += acquire(num_bytes, count - len(found))
+        return found
+
+    def _begin(self) -> Iterator[BlockId]:
+        self._residents.apply_touches()
+        return self._residents.policy.victims()
+
+    def _make_room(self, num_bytes: int, num_slots: int) -> bool:
+        """Evict, for up to `num_slots` slots of a size; False when nothing more can go."""
+        residents = self._residents
+
+        def worth(layout: int, ready: int) -> int:
+            parts = residents.layouts[layout].parts
+            serves = [residents.slots.same_class(part.num_bytes, num_bytes) for part in parts]
+            return sum(serves[part.part] for part in parts if ready >> part.part & 1)
+
         while True:
-            for row in self._walk:
-                if not self._evictable(row):
-                    continue
-                if self._serves(row, num_bytes):
-                    self._evict(row)
+            for rows in self._batches(num_slots):
+                chosen = self._choose(rows, worth, num_slots)
+                if chosen:
+                    self._rows = rows[int(np.flatnonzero(rows == chosen[-1])[0]) + 1 :]
+                    self._evict(chosen)
                     return True
-                if self._residents.slots.below_share(num_bytes) and self._vacate(row):
+                if residents.slots.below_share(num_bytes) and any(map(self._vacate, self._choose(rows))):
                     return True
             if not self._progress:
                 return False
             # A block skipped for its children may have lost them since it was yielded.
-            self._flush()
-            self._progress = False
-            self._walk = self._rows()
+            self._order, self._progress = None, False
 
-    def _rows(self, group: Rows | None = None) -> Iterator[int]:
-        """Rows in the policy's order; of roots in `group` only where one is given."""
-        residents = self._residents
-        residents.apply_touches()
-        order = residents.policy.victims()
-        while batch := list(islice(order, _BATCH if group is None else 16 * _BATCH)):
-            rows = residents.table.ids.find(batch)
-            rows = rows[rows != NO_ROW]
-            if group is not None:
-                rows = rows[np.isin(residents.table.root[rows], group)]
-            yield from rows.tolist()
+    def _batches(self, num_slots: int) -> Iterator[Rows]:
+        """Rows in the policy's order, from where the last batch was left."""
+        batch_size = min(max(num_slots, _MIN_BATCH), _MAX_BATCH)
+        if self._order is None:
+            self._order, self._rows = self._begin(), NO_ROWS
+        if len(self._rows):
+            yield self._rows
+        while batch := list(islice(self._order, batch_size)):
+            rows = self._residents.table.ids.find(batch)
+            yield rows[rows != NO_ROW]
+            batch_size = min(2 * batch_size, _MAX_BATCH)
 
-    def _evictable(self, row: int) -> bool:
+    def _choose(self, rows: Rows, worth: Worth = lambda layout, ready: 1, enough: int = _MAX_BATCH) -> list[int]:
+        """Those of `rows` that can go one after the other and are worth something, until it is `enough`."""
         table = self._residents.table
-        return bool(table.ready[row]) and not (table.pins[row] or table.children[row] or table.filling[row])
+        held = (table.pins[rows] != 0) | (table.filling[rows] != 0) | (table.ready[rows] == 0)
+        columns = (rows, held, table.children[rows], table.parent[rows], table.layout[rows], table.ready[rows])
+        orphaned: dict[int, int] = {}  # how many children of each row were chosen
+        known: dict[tuple[int, int], int] = {}
+        chosen: list[int] = []
+        for row, is_held, children, parent, *kind in zip(*(each.tolist() for each in columns), strict=True):
+            if is_held or children > orphaned.get(row, 0):
+                continue
+            value = known.get((kind[0], kind[1]))
+            if value is None:
+                value = known[kind[0], kind[1]] = worth(kind[0], kind[1])
+            if not value:
+                continue
+            chosen.append(row)
+            orphaned[parent] = orphaned.get(parent, 0) + 1
+            enough -= value
+            if enough <= 0:
+                break
+        return chosen
 
-    def _serves(self, row: int, num_bytes: int) -> bool:
-        residents = self._residents
-        key = (int(residents.table.layout[row]), int(residents.table.ready[row]), num_bytes)
-        serves = self._serving.get(key)
-        if serves is None:
-            serves = self._serving[key] = any(
-                key[1] >> part.part & 1 and residents.slots.same_class(part.num_bytes, num_bytes)
-                for part in residents.layouts[key[0]].parts
-            )
-        return serves
-
-    def _evict(self, row: int) -> None:
+    def _evict(self, chosen: Sequence[int]) -> None:
+        if not chosen:
+            return
         residents, table = self._residents, self._residents.table
-        self._evicted.append(row)
-        self._ready.append(int(table.ready[row]))
-        residents.release_slots(row)
-        table.ready[row] = 0
-        parent = int(table.parent[row])
-        residents.num_evicted += 1
+        rows = np.array(chosen)
+        residents.report_removed(rows, residents.is_whole(rows))
+        residents.policy.remove(table.ids.ids_of(rows))
+        residents.release_slots(rows)
+        parents = table.parent[rows]
+        table.drop_all(rows)
+        parents = parents[parents != NO_ROW]
+        for parent in parents[table.ready[parents] == 0].tolist():
+            if table.ids.is_used(parent):
+                residents.drop_empty(parent)
+        residents.num_evicted += len(chosen)
         self._progress = True
-        if parent != NO_ROW:
-            table.parent[row] = NO_ROW
-            table.children[parent] -= 1
-            residents.drop_empty(parent)
 
     def _vacate(self, row: int) -> bool:
         """Empty the extent that holds a cold block of another size, so that it can change hands.
@@ -139,7 +178,6 @@ class Victims:
         Takes with it what hangs from the extent's blocks. Refuses where anything there is pinned or being filled.
         """
         residents, table = self._residents, self._residents.table
-        self._flush()
         extent = residents.slots.extent_of(max(table.slots[row].tolist()))
         if any(slot in extent for slot in residents.loose):
             return False
@@ -153,23 +191,3 @@ class Victims:
         residents.bury_all(doomed)
         self._progress = True
         return True
-
-    def _flush(self) -> None:
-        """Let evicted blocks leave the table and the policy, and tell of them."""
-        if not self._evicted:
-            return
-        residents, table = self._residents, self._residents.table
-        rows = np.array(self._evicted)
-        table.ready[rows] = np.array(self._ready, np.uint64)
-        residents.report_removed(rows, residents.is_whole(rows))
-        residents.policy.remove(residents.ids_of(rows))
-        table.drop_all(rows)
-        self._evicted, self._ready = [], []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._flush()

@@ -58,7 +58,10 @@ class LruPolicy(Policy):
 
     def _use(self, rows: Rows) -> None:
         """Head to tail; the tail counts as used first."""
-        self._used_at[rows] = np.arange(self._now + len(rows), self._now, -1)
+        if len(rows) == 1:
+            self._used_at[rows[0]] = self._now + 1
+        else:
+            self._used_at[rows] = np.arange(self._now + len(rows), self._now, -1)
         self._now += len(rows)
 
     def _grow(self) -> None:
