@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The server's side of the calls that carry bytes: Read, Write, and Peek and Fetch of other sidecars.
+
+Generators and loops over plain values: gRPC pulls a message when it has room to send one, so a slow reader makes the
+server hold one message besides what gRPC's own flow control lets through, and a writer is read no faster than its
+bytes are put into slots.
+
+Invariants
+1. A message is sent only if its block's lease was alive after the bytes were copied into it.
+2. A block is published by Write only after all of its wanted parts came, in order, each with its checksum; whatever
+   else came is INVALID_ARGUMENT, and leaves the block as it was: reserved and invisible.
+3. Bytes go into a slot only while its save is held open, by one Write at a time.
+4. What a session has no right to looks like what is not there, before anything is looked up.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from kvstore.api import HOST_TIER
+from kvstore.block import DIGEST_BYTES, BlockId, Root, RootId
+from kvstore.errors import ConfigError, LeaseError
+from kvstore.layout import MAX_PARTS
+from kvstore.load import BlockLoad
+from kvstore.loan import Loan
+from kvstore.save import BlockSave
+from kvstore.service.bulk import Misfit, Packer, Unpacker, decode, encode
+from kvstore.service.rights import Rights
+from kvstore.store import KVStore
+from kvstore.wire import kvstore_pb2 as pb
+
+MAX_PEEK_IDS = 65_536
+_MAX_ROOTS = 65_536
+
+
+# ---- Read ----
+
+
+def read(load: BlockLoad) -> Iterator[bytes]:
+    """ReadReply messages of a load, at most 1 MiB each. The caller ends the load's lease.
+
+    Ends early where a block turns out to be missing, or the lease ran out: a shorter hit.
+    """
+    yield encode(pb.ReadReply(num_blocks=load.num_blocks), ())
+    packer = Packer(pb.ReadReply)
+    for block in load:
+        if not load.renew():
+            return
+        for part, view in enumerate(block.views):
+            for message in packer.add(block.index, part, view, tier=block.tier):
+                if not load.intact():
+                    return
+                yield message
+        # What comes from a lower tier may be long in coming: then nobody waits for it with bytes in hand.
+        for message in packer.end_block(block.index + 1, carry=block.tier == HOST_TIER):
+            if not load.intact():
+                return
+            yield message
+        if not load.intact():
+            return
+    yield from packer.rest()
+
+
+# ---- Write ----
+
+
+class OpenSave(Protocol):
+    """What Write needs of a save of a client (`kvstore.service.saves.ServedSave`)."""
+
+    @property
+    def uploading(self) -> threading.Lock:
+        """Held by the one Write that is under way."""
+
+    def filling(self) -> AbstractContextManager[BlockSave]:
+        """Keeps its slots from being given up. Raises UnknownLease where it has ended."""
+
+    def commit(self, indices: Sequence[int]) -> list[int]:
+        """Publish; those that became matchable."""
+
+
+def begin_write(messages: Iterator[bytes]) -> tuple[bytes, int]:
+    """Session and lease of the first message of a Write. Raises ConfigError."""
+    try:
+        head, _ = decode(pb.WriteRequest, next(messages, b""))
+    except Misfit as error:
+        raise ConfigError(f"the first message of Write is malformed: {error}") from error
+    return head.session, head.lease
+
+
+def write(save: OpenSave, messages: Iterator[bytes]) -> list[int]:
+    """Put the data of WriteRequest messages into slots; returns the blocks that were published, each once whole.
+
+    Raises ConfigError for data that is not what comes next, UnknownLease where the save ended meanwhile. Blocks that
+    were whole before that stay published.
+    """
+    if not save.uploading.acquire(blocking=False):
+        raise ConfigError("another Write of this lease is under way: send one after the other")
+    try:
+        return list(_filled(save, messages))
+    except Misfit as error:
+        raise ConfigError(str(error)) from error
+    finally:
+        save.uploading.release()
+
+
+def _filled(save: OpenSave, messages: Iterator[bytes]) -> Iterator[int]:
+    """Blocks as they are published."""
+    wanted = _Wanted()
+    unpacker = Unpacker(wanted.views_of, wanted.following)
+    for message in messages:
+        head, data = decode(pb.WriteRequest, message)
+        with save.filling() as filling:
+            wanted.save = filling
+            for arrived in unpacker.take(head, data):
+                if not arrived.good:
+                    raise Misfit(f"part {arrived.part} of block {arrived.index} does not have its checksum")
+                if arrived.ends_block:
+                    yield from save.commit([arrived.index])
+    if unpacker.in_block:
+        raise Misfit("the last block ends short: send each wanted part whole")
+
+
+@dataclass(slots=True)
+class _Wanted:
+    """Memory of the blocks of a save that are still open."""
+
+    save: BlockSave | None = None
+
+    def views_of(self, index: int) -> list[memoryview]:
+        assert self.save is not None
+        try:
+            views = self.save.views(index)
+        except LeaseError as error:
+            raise Misfit(str(error)) from error
+        return [view.cast("B") for view in views if view is not None]
+
+    def following(self, index: int) -> int:
+        assert self.save is not None
+        following = next((other for other in self.save.indices if other > index), None)
+        if following is None:
+            raise Misfit(f"data runs on past block {index}, the last of this lease")
+        return following
+
+
+# ---- Peek and Fetch ----
+
+
+class RootBook:
+    """Roots by their digest, as clients of this server have shown them. Thread-safe.
+
+    A digest says nothing about tenant and model: only a root that some client has named in full can be checked
+    against the rights of a peer, and one that nobody has named holds nothing here.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._roots: OrderedDict[RootId, Root] = OrderedDict()
+
+    def learn(self, root: Root) -> None:
+        """A client has shown this root, and has a right to it."""
+        with self._lock:
+            self._roots[root.id] = root
+            self._roots.move_to_end(root.id)
+            if len(self._roots) > _MAX_ROOTS:
+                self._roots.popitem(last=False)
+
+    def allows(self, rights: Rights, digest: bytes) -> bool:
+        """Whether these rights reach what lies under a root; False for one that is not known."""
+        with self._lock:
+            root = self._roots.get(RootId(digest))
+        return root is not None and rights.allows(root)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A PeekRequest, checked."""
+
+    root: RootId
+    blocks: list[BlockId]
+    parts: list[int]
+
+    @classmethod
+    def of(cls, request: pb.PeekRequest) -> _Asked:
+        if len(request.root) != DIGEST_BYTES or len(request.ids) % DIGEST_BYTES:
+            raise ConfigError(
+                f"root has {len(request.root)} bytes, ids {len(request.ids)}: give {DIGEST_BYTES}, and a multiple of it"
+            )
+        num_ids = len(request.ids) // DIGEST_BYTES
+        if num_ids > MAX_PEEK_IDS:
+            raise ConfigError(f"ids has {num_ids} hashes: give at most {MAX_PEEK_IDS}")
+        parts = list(request.parts)
+        if not parts or len(set(parts)) != len(parts) or max(parts) >= MAX_PARTS:
+            raise ConfigError(f"parts is {parts}: give distinct numbers below {MAX_PARTS}, one at least")
+        blocks: list[BlockId] = np.frombuffer(request.ids, f"V{DIGEST_BYTES}").tolist()
+        return cls(RootId(request.root), blocks, parts)
+
+
+def peek(store: KVStore, roots: RootBook, rights: Rights, request: pb.PeekRequest) -> pb.PeekReply:
+    """Which parts of which blocks lie in the host. Raises ConfigError for a malformed request."""
+    asked = _Asked.of(request)
+    if not roots.allows(rights, asked.root):
+        return pb.PeekReply(present=bytes(len(asked.blocks) * len(asked.parts)))
+    masks = store.peek(asked.root, asked.blocks, used=request.used)
+    there = masks[:, None] >> np.array(asked.parts, np.uint64) & np.uint64(1)
+    return pb.PeekReply(present=there.astype(np.uint8).tobytes())
+
+
+def fetch(store: KVStore, roots: RootBook, rights: Rights, request: pb.PeekRequest) -> Iterator[bytes]:
+    """ReadReply messages of those blocks that lie in the host with all asked parts. Raises ConfigError."""
+    asked = _Asked.of(request)
+    if not roots.allows(rights, asked.root):
+        return iter((encode(pb.ReadReply(), ()),))
+    return _lent(store.lend(asked.root, asked.blocks, asked.parts))
+
+
+def _lent(loan: Loan) -> Iterator[bytes]:
+    with loan:
+        yield encode(pb.ReadReply(num_blocks=loan.num_blocks), ())
+        packer = Packer(pb.ReadReply)
+        for block in loan:
+            what = block.meta
+            meta: pb.Meta | None = pb.Meta(parent=what.parent, depth=what.depth, tokens=what.tokens, extra=what.extra)
+            for part, view in enumerate(block.views):
+                for message in packer.add(block.number, part, view, tier=HOST_TIER, meta=meta):
+                    if not loan.intact():
+                        return
+                    yield message
+                meta = None
+            for message in packer.end_block(block.number + 1, carry=True):
+                if not loan.intact():
+                    return
+                yield message
+            if not loan.intact():
+                return
+        yield from packer.rest()
+
+
+# ---- streams that stand still ----
+
+
+class StallWatch:
+    """Cancels streams whose other end has stopped taking, or sending, for `limit_s`. One thread for all of them."""
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._lock = threading.Lock()
+        self._since: dict[int, tuple[float, Callable[[], object]]] = {}
+        self._number = 0
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="kvstore-stalls", daemon=True)
+        self._thread.start()
+
+    def sending(self, messages: Iterator[bytes], cancel: Callable[[], object]) -> Iterator[bytes]:
+        """`messages`, timed while the other end has one and did not ask for the next; `cancel` ends the call."""
+        with self._timer(cancel) as (start, stop):
+            for message in messages:
+                start()
+                yield message
+                stop()
+
+    def receiving(self, messages: Iterator[bytes], cancel: Callable[[], object]) -> Iterator[bytes]:
+        """`messages`, timed while the other end has to send the next."""
+        with self._timer(cancel) as (start, stop):
+            while True:
+                start()
+                message = next(messages, None)
+                stop()
+                if message is None:
+                    return
+                yield message
+
+    @contextmanager
+    def _timer(self, cancel: Callable[[], object]) -> Iterator[tuple[Callable[[], None], Callable[[], None]]]:
+        with self._lock:
+            self._number += 1
+            number = self._number
+
+        def start() -> None:
+            self._since[number] = (time.monotonic(), cancel)
+
+        def stop() -> None:
+            self._since.pop(number, None)
+
+        try:
+            yield start, stop
+        finally:
+            stop()
+
+    def _run(self) -> None:
+        while not self._closing.wait(self._limit_s / 4):
+            late = time.monotonic() - self._limit_s
+            for number, (since, cancel) in list(self._since.items()):
+                if since < late and self._since.pop(number, None) is not None:
+                    cancel()
+
+    def close(self) -> None:
+        self._closing.set()
+        self._thread.join()
