@@ -170,6 +170,13 @@ def hash_chain(parent: bytes, head: bytes, tokens: bytes, block_bytes: int) -> l
     return digests
 
 
+def hash_blocks(parent: bytes, tokens: bytes, block_tokens: int) -> list[BlockId]:
+    """Ids of the blocks that `tokens` (u32 little-endian, full blocks) make after `parent`; none may have media."""
+    head = struct.pack("<8sII", _BLOCK_TAG, block_tokens, 0)  # without media it is the same for each
+    ids = native.hash_chain(parent, head, tokens, 4 * block_tokens)
+    return ids if ids is not None else hash_chain(parent, head, tokens, 4 * block_tokens)  # type: ignore[return-value]
+
+
 def as_u32(tokens: Tokens) -> npt.NDArray[np.uint32]:
     """Token ids as a u32 array. Raises ValueError for ids outside 0 … 2³²−1."""
     if isinstance(tokens, np.ndarray) and tokens.dtype == np.uint32 and tokens.ndim == 1:
@@ -241,13 +248,8 @@ class Chain:
                 parent = _block_hash(parent, span, self._extra(index))
                 self.ids.append(BlockId(parent))
             return
-        # No media among the new blocks: the head is constant.
-        head = struct.pack("<8sII", _BLOCK_TAG, self.block_tokens, 0)
         fresh = bytes(memoryview(self._tokens)[start * block_bytes : stop * block_bytes])
-        new_ids = native.hash_chain(parent, head, fresh, block_bytes)
-        if new_ids is None:
-            new_ids = hash_chain(parent, head, fresh, block_bytes)
-        self.ids += new_ids  # type: ignore[arg-type]
+        self.ids += hash_blocks(parent, fresh, self.block_tokens)
 
     def _extra(self, index: int) -> bytes:
         """Length-prefixed (offset in block, digest) of media that start in block `index`."""
@@ -268,6 +270,15 @@ class Chain:
         tokens = bytes(self._tokens[index * block_bytes : (index + 1) * block_bytes])
         extra = self._extra(index) if self._media else b""
         return BlockMeta(self.parent_id(index), index, tokens, extra)
+
+    def contents(self, start: int, stop: int) -> tuple[bytes, list[tuple[int, bytes]]]:
+        """Tokens of full blocks `start`…`stop` as u32 little-endian, and (index, extra) of those that have some."""
+        block_bytes = 4 * self.block_tokens
+        tokens = bytes(self._tokens[start * block_bytes : stop * block_bytes])  # no view: another thread may extend
+        if not self._media:
+            return tokens, []
+        extras = [(index, self._extra(index)) for index in range(start, stop)]
+        return tokens, [(index, extra) for index, extra in extras if extra]
 
     def part_keys(self, start: int, stop: int, parts: Iterable[int]) -> list[PartKey]:
         """Keys of blocks `start`…`stop`, block by block, each over `parts`."""

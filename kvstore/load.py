@@ -16,8 +16,10 @@ from types import TracebackType
 from typing import Self
 
 import numpy as np
+import numpy.typing as npt
 
 from kvstore.api import HOST_TIER, Hint
+from kvstore.arena import PAGE_BYTES
 from kvstore.block import BlockId, Chain, PartKey
 from kvstore.errors import TierError
 from kvstore.layout import BlockLayout, PartLayout
@@ -38,6 +40,8 @@ class ReadyBlock:
     index: int
     tier: str
     views: Sequence[memoryview]
+    slots: Sequence[int]
+    """Where in the arena the views begin."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +84,17 @@ class BlockLoad:
         self._ended = not plan.sources
         self._closed = False
         self._fetching = False
+        self._windowed = False
         self._scratch: list[tuple[int, ...]] = []
 
     @property
     def num_blocks(self) -> int:
         return self._plan.stop - self._plan.start
+
+    @property
+    def start(self) -> int:
+        """Chain index of the first block."""
+        return self._plan.start
 
     # -- consumer ----------------------------------------------------------------------------------------------
 
@@ -110,16 +120,58 @@ class BlockLoad:
             row = int(self._lease.rows[index])
             if not self.intact():
                 return None
-            views = self._host.views(row, plan.layout, plan.parts)
+            block = self._block(index, HOST_TIER, row)
             # Asked again after looking: rows of a lease that ran out meanwhile may hold another block by now.
-            return ReadyBlock(index, HOST_TIER, tuple(map(memoryview.toreadonly, views))) if self.intact() else None
+            return block if self.intact() else None
         with self._moved:
             self._moved.wait_for(lambda: index in self._ready or self._ended)
             self._leases.renew(self._lease, plan.now_s() + plan.lease_s)
             return self._ready.get(index) if self._lease.alive else None
 
+    def _block(self, index: int, tier: str, row: int) -> ReadyBlock:
+        plan = self._plan
+        views = self._host.views(row, plan.layout, plan.parts)
+        slots = self._host.pool.slots_of(row)
+        return ReadyBlock(
+            index, tier, tuple(map(memoryview.toreadonly, views)), tuple(slots[part] for part in plan.parts)
+        )
+
     def intact(self) -> bool:
         return self._lease.alive
+
+    # -- a consumer in another process -------------------------------------------------------------------------
+
+    def host_slots(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32]]:
+        """Slots [blocks, parts] of the blocks from `start` on that lie in the host, and their generations.
+
+        Empty where the lease has run out.
+        """
+        plan = self._plan
+        rows = self._lease.rows[plan.start : plan.num_host_blocks]
+        slots = self._host.pool.slots_at(rows, plan.parts)
+        generations = self.generations(slots)
+        if not self._lease.alive:  # asked after looking, as above
+            return slots[:0], generations[:0]
+        return slots, generations
+
+    def generations(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.uint32]:
+        """Generation words of slots that a block was handed out in."""
+        return self._host.arena.generation[slots // PAGE_BYTES]
+
+    def comes_in_windows(self, index: int) -> bool:
+        """Wait until it is known whether block `index` comes only when `passed` says that others were copied."""
+        with self._moved:
+            self._moved.wait_for(lambda: index in self._ready or self._ended or self._windowed)
+            return self._windowed and index not in self._ready and not self._ended
+
+    @property
+    def is_fetching(self) -> bool:
+        """Whether `close` would have to wait."""
+        return self._fetching
+
+    def renew(self) -> bool:
+        """Push the lease's deadline out; False where it has run out already."""
+        return self._leases.renew(self._lease, self._plan.now_s() + self._plan.lease_s)
 
     def close(self) -> None:
         """Release. Waits until a fetch under way has stopped writing to the load's slots."""
@@ -232,8 +284,7 @@ class BlockLoad:
             if row is None:
                 return at
             self._leases.extend(self._lease, [row])
-            views = self._host.views(row, plan.layout, plan.parts)
-            self._deliver(ReadyBlock(at, tier.name, tuple(view.toreadonly() for view in views)))
+            self._deliver(self._block(at, tier.name, row))
             at += 1
         return at
 
@@ -242,19 +293,23 @@ class BlockLoad:
         need = part_mask(plan.layout, plan.parts)
         with pool.changed:
             pool.changed.wait_for(lambda: not pool.is_filling(block, need), timeout=plan.read_deadline_s)
-            rows = pool.pin_leading([block], need)
+            rows = pool.pin_leading([block], need, plan.chain.root.id)
         return int(rows[0]) if len(rows) else None
 
     def _read_into_scratch(self, tier: Tier, index: int) -> bool:
         """One block of a load larger than the arena, in slots that belong to no block."""
         plan = self._plan
         with self._moved:  # every block handed out so far must have been copied by its consumer
+            self._windowed = True
+            self._moved.notify_all()
             if not self._moved.wait_for(lambda: self._closed or self._consumed >= index, timeout=plan.read_deadline_s):
                 return False
         if self._closed:
             return False
         if self._scratch:
             slots = self._scratch[-1]
+            # Another block's from here on: who copies late, from elsewhere, must be able to tell.
+            self._host.arena.generation[np.array(slots) // PAGE_BYTES] += 1
         else:
             found = self._acquire_window()
             if found is None:
@@ -267,7 +322,8 @@ class BlockLoad:
         }
         if len(list(self._reading(tier, into))) != len(into):
             return False
-        self._deliver(ReadyBlock(index, tier.name, tuple(view.toreadonly() for view in into.values())))
+        views = tuple(view.toreadonly() for view in into.values())
+        self._deliver(ReadyBlock(index, tier.name, views, slots))
         return True
 
     def _acquire_window(self) -> tuple[int, ...] | None:

@@ -56,8 +56,23 @@ class BlockSave:
             for part in self._plan.parts
         )
 
+    @property
+    def num_open(self) -> int:
+        """Blocks neither published nor given back."""
+        return len(self._open)
+
+    def slots(self, index: int) -> tuple[int | None, ...]:
+        """Where in the arena the views of an open block begin."""
+        item = self._open[index]
+        slots = dict(zip(item.parts, item.slots, strict=True))
+        return tuple(slots.get(part) for part in self._plan.parts)
+
     def commit(self, *indices: int) -> int:
-        chosen = sorted(indices) if indices else list(self._open)
+        return len(self.publish(indices if indices else list(self._open)))
+
+    def publish(self, indices: Sequence[int]) -> list[int]:
+        """Publish filled blocks; returns those that became matchable. Raises LeaseError for one that is not open."""
+        chosen = sorted(indices)
         unknown = [index for index in chosen if index not in self._open]
         if unknown:
             raise LeaseError(f"blocks {unknown} are not open in this save: open are {list(self._open)}")
@@ -66,7 +81,13 @@ class BlockSave:
             published = [self._plan.start + item.position for item in done]
             self._pool.touch(self._plan.chain.ids, published[-1] + 1, self._plan.hint)
             self._committed(published)
-        return len(done)
+            return published
+        return []
+
+    def detach(self) -> tuple[int, ...]:
+        """Like `abort`, but somebody may still be writing: the slots stay out until `pool.release_detached`."""
+        items, self._open = list(self._open.values()), {}
+        return self._pool.detach(items)
 
     def abort(self) -> None:
         items, self._open = list(self._open.values()), {}

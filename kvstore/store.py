@@ -17,6 +17,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, replace
 
+import numpy as np
+import numpy.typing as npt
+
 from kvstore.api import HOST_TIER, NO_HINT, Hint, Match
 from kvstore.arena import Arena
 from kvstore.block import BlockId, Chain, ModelId, PartKey, RootId
@@ -26,6 +29,7 @@ from kvstore.errors import ConfigError, TierError, UnknownLease
 from kvstore.layout import BlockLayout, layout_of
 from kvstore.lease import Lease, LeaseBook
 from kvstore.load import BlockLoad, LoadPlan
+from kvstore.loan import Loan
 from kvstore.marks import Mark, Marks
 from kvstore.mover import Mover
 from kvstore.pool import part_mask
@@ -168,7 +172,7 @@ class KVStore:
         layout = self._layout(chain)
         cells = _cells(layout, parts)
         now_s = self._clock.now_s()
-        rows = self._host.pool.pin_leading(chain.ids, part_mask(layout, cells))
+        rows = self._host.pool.pin_leading(chain.ids, part_mask(layout, cells), chain.root.id)
         lease = self._leases.add(rows, now_s + self.config.request.hold_s)
         num_host = len(rows)
         with self._lock:
@@ -289,6 +293,25 @@ class KVStore:
             self._stats.add("load.errors")
             raise
 
+    # -- for other stores --------------------------------------------------------------------------------------
+
+    def peek(self, root: RootId, blocks: Sequence[BlockId], *, used: bool = False) -> npt.NDArray[np.uint64]:
+        """Mask of the parts of each block that lie in the host; lower tiers are not asked.
+
+        `used`: the blocks are a chain from its first block on, and were used: keep what is there of it warm.
+        """
+        masks = self._host.pool.ready_masks(root, blocks)
+        if used:
+            absent = np.flatnonzero(masks == 0)
+            num_blocks = int(absent[0]) if len(absent) else len(blocks)
+            self._host.pool.touch(blocks, num_blocks, replace(NO_HINT, time_s=self._clock.now_s()))
+        return masks
+
+    def lend(self, root: RootId, blocks: Sequence[BlockId], parts: Sequence[int]) -> Loan:
+        """Those of some blocks that lie in the host with all of `parts`, until the loan is closed or lapses."""
+        lease_s = self.config.request.lease_s
+        return Loan(self._host, self._leases, root, blocks, parts, lambda: self._clock.now_s() + lease_s)
+
     # -- saving ------------------------------------------------------------------------------------------------
 
     def announce(self, chain: Chain, start: int, stop: int) -> Mark:
@@ -324,6 +347,10 @@ class KVStore:
             )
 
         return BlockSave(plan, self._host.arena, self._host.pool, reserved, committed)
+
+    def release_detached(self, slots: Sequence[int]) -> None:
+        """Give back slots of a save that was detached: nobody writes to them any more."""
+        self._host.pool.release_detached(slots)
 
     # -- care --------------------------------------------------------------------------------------------------
 

@@ -76,6 +76,7 @@ STORE = (
     "kvstore.config",
     "kvstore.lease",
     "kvstore.load",
+    "kvstore.loan",
     "kvstore.marks",
     "kvstore.mover",
     "kvstore.save",
@@ -109,6 +110,14 @@ SERVICE = Rule(
     5,
     (*FOUNDATIONS, *STORE, *MESSAGES, "kvstore.service.*"),
     ("grpc", "grpc_health", "grpc_reflection", "google"),
+)
+# A client needs no store.
+CLIENT = tuple(f"kvstore.service.{name}" for name in ("client", "link", "mapped", "plane", "remote"))
+SEEN_BY_CLIENTS = (
+    "kvstore.copying",
+    "kvstore.mapping",
+    "kvstore.service_options",
+    *(f"kvstore.service.{name}" for name in ("buffers", "bulk", "door", "handlers", "handshake", "status")),
 )
 
 RULES: dict[str, Rule] = {
@@ -158,11 +167,15 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(MESSAGES, Rule(5, MESSAGES, ("grpc", "google"))),
     "kvstore.service": Rule(5),
     "kvstore.service.admin": SERVICE,
+    "kvstore.service.buffers": Rule(5, ("kvstore.memory",)),
+    "kvstore.service.bulk": Rule(5, (*FOUNDATIONS, *MESSAGES, "kvstore.copying"), ("google", "xxhash")),
     "kvstore.service.claim": Rule(5, FOUNDATIONS),
     "kvstore.service.cli": Rule(5, (*FOUNDATIONS, "kvstore.service.cli_*")),
     "kvstore.service.cli_*": replace(SERVICE, libraries=(*SERVICE.libraries, "rich", "typer")),
-    "kvstore.service.client": Rule(
-        5, (*FOUNDATIONS, *MESSAGES, "kvstore.mapping", "kvstore.service.door", "kvstore.service.status"), ("grpc", "google")
+    **dict.fromkeys(CLIENT, Rule(5, (*FOUNDATIONS, *MESSAGES, *CLIENT, *SEEN_BY_CLIENTS), ("grpc", "google"))),
+    "kvstore.service.chains": Rule(5, (*FOUNDATIONS, *MESSAGES, "kvstore.service.status"), ("grpc",)),
+    **dict.fromkeys(
+        [f"kvstore.service.{name}" for name in ("calls", "care", "requests", "saves", "servicer", "sessions")], SERVICE
     ),
     "kvstore.service.doctor": replace(SERVICE, libraries=(*SERVICE.libraries, "redis")),
     "kvstore.service.door": Rule(5, (*FOUNDATIONS, "kvstore.service.claim")),
@@ -171,7 +184,8 @@ RULES: dict[str, Rule] = {
     "kvstore.service.preflight": Rule(5, FOUNDATIONS),
     "kvstore.service.prompt": Rule(5, FOUNDATIONS, ("transformers",)),
     "kvstore.service.rights": SERVICE,
-    "kvstore.service.server": SERVICE,
+    "kvstore.service.handshake": Rule(5, (*FOUNDATIONS, *MESSAGES), ("google",)),
+    "kvstore.service.server": replace(SERVICE, modules=(*SERVICE.modules, "kvstore")),
     "kvstore.service.status": Rule(5, (*FOUNDATIONS, *MESSAGES), ("grpc", "google")),
     "kvstore.service.top": replace(SERVICE, libraries=(*SERVICE.libraries, "rich")),
     # 6: engines

@@ -371,6 +371,30 @@ class TouchRequest(_message.Message):
     ended: Ended
     def __init__(self, session: _Optional[bytes] = ..., chain: _Optional[_Union[ChainDelta, _Mapping]] = ..., num_blocks: _Optional[int] = ..., hint: _Optional[_Union[Hint, _Mapping]] = ..., ended: _Optional[_Union[Ended, _Mapping]] = ...) -> None: ...
 
+class SharedLoad(_message.Message):
+    __slots__ = ("boot_id", "part_bytes", "blocks")
+    BOOT_ID_FIELD_NUMBER: _ClassVar[int]
+    PART_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    boot_id: bytes
+    part_bytes: bytes
+    blocks: LoadReply
+    def __init__(self, boot_id: _Optional[bytes] = ..., part_bytes: _Optional[bytes] = ..., blocks: _Optional[_Union[LoadReply, _Mapping]] = ...) -> None: ...
+
+class SharedSave(_message.Message):
+    __slots__ = ("boot_id", "part_bytes", "engine_key", "lease", "blocks")
+    BOOT_ID_FIELD_NUMBER: _ClassVar[int]
+    PART_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_KEY_FIELD_NUMBER: _ClassVar[int]
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    boot_id: bytes
+    part_bytes: bytes
+    engine_key: bytes
+    lease: int
+    blocks: SaveReply
+    def __init__(self, boot_id: _Optional[bytes] = ..., part_bytes: _Optional[bytes] = ..., engine_key: _Optional[bytes] = ..., lease: _Optional[int] = ..., blocks: _Optional[_Union[SaveReply, _Mapping]] = ...) -> None: ...
+
 class ReadReply(_message.Message):
     __slots__ = ("num_blocks", "index", "part", "offset", "tier", "checksums", "metas", "data")
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]

@@ -1,0 +1,437 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sidecar's client: a `Store` whose blocks lie with a server, on this host or another.
+
+Calls carry block hashes, or what is new of a chain; bytes are copied in this process, to and from the server's own
+memory (`kvstore.service.mapped`), or streamed (`kvstore.service.remote`).
+
+Invariants
+1. No answer is a miss: within its deadline every call returns, and while the server is away at once.
+2. What a call raises means that the caller has to change something: a setting, a right, an order of calls.
+3. A forked child is refused, and harms nobody.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from kvstore.api import NO_HINT, Hint, Load, Match, Save
+from kvstore.block import Chain, ModelId, RootId
+from kvstore.errors import ConfigError, LeaseError, UnknownLease
+from kvstore.layout import BlockLayout, layout_of
+from kvstore.service.buffers import Buffers
+from kvstore.service.link import Connection, Link, LinkOptions
+from kvstore.service.mapped import AdoptedLoad, MappedPlane, MappedSave, _Joined
+from kvstore.service.plane import Cells, DataPlane, Down, NoLoad, NoSave
+from kvstore.service.remote import DEFAULT_BUFFER_BYTES, RemotePlane
+from kvstore.service_options import default_address, socket_path
+from kvstore.stats import Stats
+from kvstore.wire import kvstore_pb2 as pb
+
+_MAX_MATCHES = 65_536
+_MAX_SAVE_PARTS = 131_072
+_CARE_S = 60.0
+_MISS = Match(0, 0, 0, settled=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Matched:
+    """What a match found; `connection` None where nobody answered."""
+
+    connection: Connection | None
+    chain: Chain
+    cells: Cells
+    match: Match
+
+
+class SidecarStore:
+    """Implements `kvstore.api.Store` over a server. Make it with `kvstore.connect`."""
+
+    def __init__(self, options: LinkOptions, *, wait_s: float = 5.0) -> None:
+        """Connect. Raises ServiceUnavailable where nobody answers within `wait_s`, or what the server refuses."""
+        self._stats = Stats()
+        self._link = Link(options, _plane_maker(options, self._stats), self._stats)
+        self._lock = threading.Lock()
+        self._matches: OrderedDict[str, _Matched] = OrderedDict()
+        self._link.start(wait_s)
+
+    @property
+    def is_up(self) -> bool:
+        """Whether the server answers, as far as is known."""
+        return self._link.is_up
+
+    # -- models ------------------------------------------------------------------------------------------------
+
+    def open(self, model: ModelId) -> BlockLayout:
+        """Agree on a model; by itself again after a restart of the server. Raises ConfigError."""
+        return self._link.open_model(model)
+
+    # -- finding -----------------------------------------------------------------------------------------------
+
+    def match(
+        self,
+        chain: Chain,
+        request: str,
+        *,
+        hint: Hint = NO_HINT,
+        parts: Sequence[int] | None = None,
+        wait_s: float = 0.0,
+    ) -> Match:
+        cells = _cells(chain, parts)
+        try:
+            connection = self._link.up()
+            reply = self._link.about(
+                connection,
+                chain,
+                lambda delta, _: self._link.call(
+                    connection,
+                    connection.stub.Match,
+                    pb.MatchRequest(
+                        session=connection.session,
+                        request=request,
+                        chain=delta,
+                        hint=_hint(hint),
+                        parts=_packed(parts),
+                        wait_ms=round(wait_s * 1000),
+                    ),
+                    timeout_s=self._link.options.call_deadline_s + wait_s,
+                ),
+            )
+        except Down:
+            self._remember(request, _Matched(None, chain, cells, _MISS))
+            return _MISS
+        match = Match(
+            reply.num_blocks,
+            reply.num_host_blocks,
+            reply.num_pending_blocks,
+            reply.settled,
+            tuple((run.tier, run.num_blocks) for run in reply.tiers),
+        )
+        self._remember(request, _Matched(connection, chain, cells, match))
+        return match
+
+    def _remember(self, request: str, matched: _Matched) -> None:
+        with self._lock:
+            self._matches.pop(request, None)
+            self._matches[request] = matched
+            if len(self._matches) > _MAX_MATCHES:
+                self._matches.popitem(last=False)
+
+    def forget(self, request: str) -> None:
+        self._link.check_process()
+        with self._lock:
+            matched = self._matches.pop(request, None)
+        if matched is not None and matched.connection is not None:
+            self._link.ended(matched.connection, request=request)
+
+    def touch(self, chain: Chain, num_blocks: int, hint: Hint = NO_HINT) -> None:
+        try:
+            connection = self._link.up()
+            self._link.about(
+                connection,
+                chain,
+                lambda delta, _: self._link.call(
+                    connection,
+                    connection.stub.Touch,
+                    pb.TouchRequest(session=connection.session, chain=delta, num_blocks=num_blocks, hint=_hint(hint)),
+                ),
+            )
+        except Down:
+            pass
+
+    # -- loading -----------------------------------------------------------------------------------------------
+
+    def load(self, request: str, num_blocks: int | None = None, *, start: int = 0) -> Load:
+        self._link.check_process()
+        with self._lock:
+            matched = self._matches.pop(request, None)
+        if matched is None:
+            raise UnknownLease(f"request {request!r} has no hold: call match first")
+        connection = matched.connection
+        if connection is None or connection.lost.is_set():
+            return NoLoad()
+        stop = matched.match.num_blocks if num_blocks is None else min(num_blocks, matched.match.num_blocks)
+        num_host = matched.match.num_host_blocks
+        message = pb.LoadRequest(
+            session=connection.session,
+            request=request,
+            num_blocks=stop,
+            start=min(start, stop),
+            contents=_contents(matched.chain, num_host, stop) if stop > num_host else None,
+            lease=connection.next_lease(),
+        )
+        try:
+            self._link.up()
+            return connection.plane.load(self._link, connection, message, matched.cells)
+        except (Down, LeaseError):
+            # Ran out, or nobody knows whether it began: then it ends with the next call.
+            self._link.ended(connection, load=message.lease)
+            return NoLoad()
+
+    def adopt(self, shared: bytes) -> Load:
+        """A load of another process of this engine, from what its `share()` gave; nothing where servers differ.
+
+        Copy, ask `intact()`, and report to the process that has the load: it is closed there.
+        """
+        message = pb.SharedLoad.FromString(shared)
+        try:
+            plane = self._mapped(self._link.up(), message.boot_id)
+        except Down:
+            return NoLoad()
+        return NoLoad() if plane is None else AdoptedLoad(plane.mapping, message)
+
+    def _mapped(self, connection: Connection, boot_id: bytes) -> MappedPlane | None:
+        if not isinstance(connection.plane, MappedPlane):
+            raise ConfigError("this client has no map of the server's memory: connect with unix:PATH and mapped=True")
+        return connection.plane if connection.opened.boot_id == boot_id else None
+
+    # -- saving ------------------------------------------------------------------------------------------------
+
+    def announce(self, chain: Chain, start: int, stop: int) -> SentAnnouncement:
+        mark = SentAnnouncement(self._link, chain, start, stop)
+        mark.renew()
+        return mark
+
+    def save(
+        self,
+        chain: Chain,
+        start: int,
+        stop: int,
+        *,
+        parts: Sequence[int] | None = None,
+        hint: Hint = NO_HINT,
+    ) -> Save:
+        cells = _cells(chain, parts)
+        if not 0 <= start <= stop <= len(chain):
+            raise ConfigError(f"blocks {start}…{stop} are outside the chain, which has {len(chain)} full blocks")
+        most = min(stop, start + _MAX_SAVE_PARTS // len(cells.parts))
+        try:
+            connection = self._link.up()
+            lease = connection.next_lease()
+            try:
+                reply = self._link.about(
+                    connection,
+                    chain,
+                    lambda delta, _: self._link.call(
+                        connection,
+                        connection.stub.Save,
+                        pb.SaveRequest(
+                            session=connection.session,
+                            chain=delta,
+                            start=start,
+                            stop=most,
+                            contents=_contents(chain, start, most),
+                            parts=_packed(parts),
+                            hint=_hint(hint),
+                            lease=lease,
+                        ),
+                    ),
+                )
+            except (Down, LeaseError):
+                self._link.ended(connection, save=lease)
+                raise Down from None
+        except Down:
+            return NoSave(stop - start)
+        if not reply.indices:
+            return NoSave(reply.num_refused + stop - most)
+        return connection.plane.save(self._link, connection, lease, cells, reply)
+
+    def adopt_save(self, shared: bytes) -> Save:
+        """Write to a save of another process of this engine, from what its `share()` gave.
+
+        Fill the views and leave the context; then tell the process that has the save, which commits it. Slots
+        return to use only when this process has left too. Raises LeaseError where the save ended.
+        """
+        message = pb.SharedSave.FromString(shared)
+        try:
+            connection = self._link.up()
+            plane = self._mapped(connection, message.boot_id)
+            if plane is None:
+                raise Down
+            joined = _Joined(self._link, connection, message.engine_key, message.lease)
+            joined.join()
+        except Down:
+            return NoSave(len(message.blocks.indices) // 4)
+        return MappedSave(joined, plane.mapping, np.frombuffer(message.part_bytes, "<u8").tolist(), message.blocks)
+
+    # -- care --------------------------------------------------------------------------------------------------
+
+    def clear(self, root: RootId | None = None) -> int:
+        try:
+            connection = self._link.up()
+            request = pb.ClearRequest(session=connection.session, root=root or b"")
+            reply: pb.ClearReply = self._link.call(connection, connection.stub.Clear, request, timeout_s=_CARE_S)
+            return reply.num_blocks
+        except Down:
+            return 0
+
+    def stats(self) -> Mapping[str, float]:
+        """The server's counters and gauges, and this client's own (`client.…`)."""
+        values = {**self._stats.snapshot(), "client.up": float(self.is_up)}
+        try:
+            connection = self._link.up()
+            reply = self._link.call(connection, connection.stub.Stats, pb.StatsRequest(session=connection.session))
+            values |= reply.values
+        except Down:
+            pass
+        return dict(sorted(values.items()))
+
+    def check(self) -> list[str]:
+        """Broken invariants of the server's store; says so where it cannot be asked."""
+        try:
+            connection = self._link.up()
+            request = pb.CheckRequest(session=connection.session)
+            return list(self._link.call(connection, connection.stub.Check, request, timeout_s=_CARE_S).faults)
+        except Down:
+            return [f"not checked: the server at {self._link.options.address} is away"]
+
+    def close(self) -> None:
+        """End everything this client holds, and unmap. Idempotent; in a forked child nothing happens."""
+        self._link.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class SentAnnouncement:
+    """Implements `kvstore.api.Announcement` by calls."""
+
+    def __init__(self, link: Link, chain: Chain, start: int, stop: int) -> None:
+        self._link = link
+        self._chain = chain
+        self._start = start
+        self._stop = stop
+
+    def renew(self) -> None:
+        self._send(withdraw=False)
+
+    def withdraw(self) -> None:
+        self._send(withdraw=True)
+
+    def _send(self, *, withdraw: bool) -> None:
+        try:
+            connection = self._link.up()
+            self._link.about(
+                connection,
+                self._chain,
+                lambda delta, _: self._link.call(
+                    connection,
+                    connection.stub.Announce,
+                    pb.AnnounceRequest(
+                        session=connection.session, chain=delta, start=self._start, stop=self._stop, withdraw=withdraw
+                    ),
+                ),
+            )
+        except Down:
+            pass
+
+
+def connect(
+    address: str = "",
+    *,
+    mapped: bool | None = None,
+    name: str = "",
+    token: str = "",
+    tls_ca: str = "",
+    tls_cert: str = "",
+    tls_key: str = "",
+    call_deadline_s: float = 0.5,
+    buffer_bytes: int = DEFAULT_BUFFER_BYTES,
+    wait_s: float = 5.0,
+) -> SidecarStore:
+    """A store whose blocks lie with the server at `address`.
+
+    Args:
+        address: `unix:PATH` or `host:port`; empty for KVSTORE_ADDRESS, or the default Unix socket of this user.
+        mapped: copy from and to the server's memory (Unix sockets only). None: if the address is a Unix socket.
+        name: for people, in `kvstore status`; empty for the program's.
+        token, tls_ca, tls_cert, tls_key: credentials; empty for KVSTORE_TOKEN, KVSTORE_TLS_CA, …
+        call_deadline_s: how long one call may take before it counts as a miss.
+        buffer_bytes: memory that bytes of an unmapped client pass through, at most.
+        wait_s: how long to wait for a server that does not answer yet.
+
+    Raises ServiceUnavailable where nobody answers within `wait_s`, AccessDenied or ProtocolError where the server
+    refuses, ConfigError for a setting that makes no sense. Once connected, a server that goes away is a miss.
+    """
+    env = os.environ
+    address = address or env.get("KVSTORE_ADDRESS", "") or default_address()
+    path = socket_path(address)
+    if mapped and path is None:
+        raise ConfigError(
+            f"mapped=True with address {address!r}: only a server on a Unix socket of this host can be mapped"
+        )
+    options = LinkOptions(
+        address=address,
+        mapped=path is not None if mapped is None else mapped,
+        name=name or os.path.basename(sys.argv[0]) or "python",
+        call_deadline_s=call_deadline_s,
+        buffer_bytes=buffer_bytes,
+        token=token or env.get("KVSTORE_TOKEN", ""),
+        tls_ca=_pem(tls_ca or env.get("KVSTORE_TLS_CA", ""), "tls_ca"),
+        tls_cert=_pem(tls_cert or env.get("KVSTORE_TLS_CERT", ""), "tls_cert"),
+        tls_key=_pem(tls_key or env.get("KVSTORE_TLS_KEY", ""), "tls_key"),
+    )
+    return SidecarStore(options, wait_s=wait_s)
+
+
+def _pem(path: str, name: str) -> bytes:
+    try:
+        return Path(path).read_bytes() if path else b""
+    except OSError as error:
+        raise ConfigError(f"{name} is {path}: it cannot be read: {error.strerror}") from error
+
+
+def _plane_maker(options: LinkOptions, stats: Stats) -> Callable[[float], DataPlane]:
+    if options.mapped:
+        path = socket_path(options.address)
+        assert path is not None, "checked by connect"
+        return lambda timeout_s: MappedPlane(path, timeout_s)
+    buffers = Buffers(options.buffer_bytes)
+    return lambda _: RemotePlane(buffers, stats)
+
+
+def _cells(chain: Chain, parts: Sequence[int] | None) -> Cells:
+    layout = layout_of(chain.root.model)
+    return Cells(layout, layout.all_parts if parts is None else tuple(parts))
+
+
+def _packed(parts: Sequence[int] | None) -> bytes:
+    if parts is not None and (not parts or not all(0 <= part < 256 for part in parts)):
+        raise ConfigError(f"parts are {list(parts)}: name at least one, each a cell of the part grid")
+    return b"" if parts is None else bytes(parts)
+
+
+def _contents(chain: Chain, start: int, stop: int) -> pb.Contents:
+    """What blocks `start` … `stop` were hashed of."""
+    tokens, extras = chain.contents(start, stop)
+    return pb.Contents(
+        start=start, tokens=tokens, extras=[pb.Extra(index=index, extra=extra) for index, extra in extras]
+    )
+
+
+def _hint(hint: Hint) -> pb.Hint | None:
+    if hint is NO_HINT:
+        return None
+    return pb.Hint(
+        conversation=hint.conversation,
+        turn=hint.turn,
+        prompt_tokens=hint.prompt_tokens,
+        new_blocks=hint.new_blocks,
+        priority=hint.priority,
+        ttl_s=hint.ttl_s,
+        closed=hint.closed,
+    )

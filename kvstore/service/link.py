@@ -1,0 +1,641 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A client's link to a server: one connection at a time, and one thread that keeps it up.
+
+    up ──no answer in time──▶ resting ──it answers──▶ up
+    up, resting ──gone, or our session is──▶ down ──unmapped, knocked, opened──▶ up
+
+While the link is not up callers are told at once, without waiting for a deadline each.
+
+Invariants
+1. A connection belongs to one start of the server: its session, chain numbers and mapping never meet another's.
+2. What the client is done with is said with the next call, or soon by itself, until the server has heard it.
+3. A forked child never touches the parent's channel: every use is refused.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import grpc
+import numpy as np
+
+from kvstore.block import FORMAT_VERSION, Chain, ModelId
+from kvstore.errors import ConfigError, KVStoreError, ProtocolError, ServiceUnavailable
+from kvstore.layout import BlockLayout, layout_of
+from kvstore.service.handshake import MAX_MESSAGE_BYTES, PROTOCOL_VERSIONS, hash_vector, model_message
+from kvstore.service.plane import DataPlane, Down
+from kvstore.service.status import UnknownChain, UnknownSession, error_of, is_transport
+from kvstore.stats import Stats
+from kvstore.wire import kvstore_pb2 as pb
+from kvstore.wire.kvstore_pb2_grpc import KVStoreStub
+
+log = logging.getLogger("kvstore.client")
+
+Reply = TypeVar("Reply")
+
+CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.enable_retries", 0),
+    ("grpc.use_local_subchannel_pool", 1),  # a new connection never takes over the socket of a dead one
+    ("SingleThreadedUnaryStream", 1),
+)
+_FLUSH_S = 0.005
+"""How long what is done with waits for a call to go with."""
+_FIRST_BACKOFF_S = 0.05
+_MAX_BACKOFF_S = 1.0
+_UNMAP_S = 5.0
+_WATCH_S = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkOptions:
+    """How a client reaches a server.
+
+    Attributes:
+        address: unix:PATH or host:port. mapped: map the arena; otherwise bytes come and go by streams.
+        call_deadline_s: of each call. progress_s: of each next block of a load from lower tiers.
+        buffer_bytes: memory that bytes of an unmapped client pass through, at most.
+        token, tls_ca, tls_cert, tls_key: credentials; files in PEM.
+    """
+
+    address: str
+    mapped: bool
+    name: str
+    call_deadline_s: float = 0.5
+    progress_s: float = 10.0
+    buffer_bytes: int = 1 << 30
+    token: str = ""
+    tls_ca: bytes = b""
+    tls_cert: bytes = b""
+    tls_key: bytes = b""
+
+
+class _Done:
+    """What the client is done with, until the server has heard it. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loads: list[int] = []
+        self._saves: list[int] = []
+        self._requests: list[str] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._loads or self._saves or self._requests)
+
+    def add(self, *, load: int = 0, save: int = 0, request: str = "") -> None:
+        with self._lock:
+            if load:
+                self._loads.append(load)
+            if save:
+                self._saves.append(save)
+            if request:
+                self._requests.append(request)
+
+    def take(self) -> pb.Ended | None:
+        """All of it, to be sent; None where there is nothing."""
+        if not self:
+            return None
+        with self._lock:
+            ended = pb.Ended(
+                loads=np.array(self._loads, "<u8").tobytes(),
+                saves=np.array(self._saves, "<u8").tobytes(),
+                requests=self._requests,
+            )
+            self._loads, self._saves, self._requests = [], [], []
+        return ended
+
+    def put_back(self, ended: pb.Ended | None) -> None:
+        """It was not heard. Ending twice does no harm."""
+        if ended is not None:
+            with self._lock:
+                self._loads += np.frombuffer(ended.loads, "<u8").tolist()
+                self._saves += np.frombuffer(ended.saves, "<u8").tolist()
+                self._requests += ended.requests
+
+
+@dataclass(slots=True)
+class _Known:
+    """What the server knows of a chain."""
+
+    number: int
+    num_blocks: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Connection:
+    """One session with one start of a server.
+
+    Attributes:
+        lost: set once, when nothing more comes of it.
+    """
+
+    channel: grpc.Channel
+    stub: KVStoreStub
+    plane: DataPlane
+    opened: pb.OpenReply
+    models: dict[ModelId, int] = field(default_factory=dict)
+    chains: WeakKeyDictionary[Chain, _Known] = field(default_factory=WeakKeyDictionary)
+    numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+    leases: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+    highest_lease: int = 0
+    live_loads: set[int] = field(default_factory=set)
+    done: _Done = field(default_factory=_Done)
+    lost: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def session(self) -> bytes:
+        return self.opened.session
+
+    def next_lease(self) -> int:
+        self.highest_lease = max(self.highest_lease, number := next(self.leases))
+        return number
+
+    def delta(self, chain: Chain, *, whole: bool) -> tuple[pb.ChainDelta, int]:
+        """A message about all of `chain` as it is now, and its number of blocks. Raises ConfigError."""
+        known = self.chains.get(chain)
+        if known is None:
+            known = self.chains.setdefault(chain, _Known(next(self.numbers)))
+        if whole:
+            known.num_blocks = 0
+        start = known.num_blocks
+        ids = chain.ids[start:]
+        if start:
+            return pb.ChainDelta(
+                chain=known.number, num_known=start, ids=b"".join(ids), known_tail=chain.ids[start - 1]
+            ), start + len(ids)
+        model = self.models.get(chain.root.model)
+        if model is None:
+            raise ConfigError(f"model {chain.root.model.model!r} is not open: call store.open(model) first")
+        root = pb.Root(model=model, adapter=chain.root.adapter, salt=chain.root.salt, id=chain.root.id)
+        return pb.ChainDelta(chain=known.number, ids=b"".join(ids), root=root), len(ids)
+
+    def heard(self, chain: Chain, num_blocks: int) -> None:
+        """The server has so many blocks of the chain."""
+        known = self.chains.get(chain)
+        if known is not None:
+            known.num_blocks = max(known.num_blocks, num_blocks)
+
+
+class Link:
+    """Keeps a connection. Thread-safe."""
+
+    def __init__(self, options: LinkOptions, make_plane: Callable[[float], DataPlane], stats: Stats) -> None:
+        """`make_plane` gets what bytes need before a session is opened, within so many seconds; it may raise."""
+        self.options = options
+        self._make_plane = make_plane
+        self._stats = stats
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._wake = threading.Condition(self._lock)
+        self._connection: Connection | None = None
+        self._resting: Connection | None = None
+        self._broken: Connection | None = None
+        self._models: list[ModelId] = []
+        self._streams: dict[int, tuple[float, Any]] = {}
+        self._stream_numbers = itertools.count()
+        self._closing = False
+        self._said_down = False
+        self._unmap_from_s = 0.0
+        self._refusal: KVStoreError | None = None
+        self._thread = threading.Thread(target=self._run, name="kvstore-link", daemon=True)
+
+    # -- using it ----------------------------------------------------------------------------------------------
+
+    def start(self, wait_s: float) -> None:
+        """Connect, and keep trying for `wait_s`. Raises ServiceUnavailable after that, or what the server refused."""
+        deadline_s = time.monotonic() + wait_s
+        backoff_s = _FIRST_BACKOFF_S
+        while True:
+            try:
+                self._connect(None)
+                break
+            except ServiceUnavailable as error:
+                if time.monotonic() + backoff_s >= deadline_s:
+                    raise ServiceUnavailable(
+                        f"no server answers at {self.options.address} ({error}): start one with kvstore serve"
+                    ) from error
+                time.sleep(backoff_s * random.uniform(0.5, 1.0))
+                backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
+        self._thread.start()
+
+    def check_process(self) -> None:
+        """Raise ConfigError in a forked child."""
+        if os.getpid() != self._pid:
+            raise ConfigError(
+                f"this client belongs to process {self._pid} and was inherited by its forked child {os.getpid()}: "
+                "call kvstore.connect in the child"
+            )
+
+    @property
+    def is_up(self) -> bool:
+        return self._connection is not None
+
+    def up(self) -> Connection:
+        """The connection. Raises Down, ConfigError in a forked child or after `close`."""
+        connection = self._connection
+        if os.getpid() != self._pid:
+            self.check_process()
+        if connection is None:
+            if self._closing:
+                raise ConfigError("this client was closed: call kvstore.connect again")
+            self._stats.add("client.failures.down")
+            raise Down
+        return connection
+
+    def call(
+        self,
+        connection: Connection,
+        method: Callable[..., Reply],
+        request: Any,
+        *,
+        timeout_s: float | None = None,
+        carries_ended: bool = True,
+    ) -> Reply:
+        """One call, with what is done with on board. Raises Down where nothing came of it, else the server's error."""
+        ended = connection.done.take() if carries_ended else None
+        if ended is not None:
+            request.ended.CopyFrom(ended)
+        try:
+            return method(request, timeout=self.options.call_deadline_s if timeout_s is None else timeout_s)
+        except grpc.RpcError as failure:
+            connection.done.put_back(ended)
+            raise self.failed(connection, failure) from None
+
+    def stream(self, connection: Connection, method: Callable[..., Any], request: Any, *, at_once: bool) -> Replies:
+        """A call with many replies, with what is done with on board. `at_once`: all of them are there already."""
+        ended = connection.done.take()
+        if ended is not None:
+            request.ended.CopyFrom(ended)
+        timeout_s = self.options.call_deadline_s if at_once else None
+        return Replies(self, connection, method(request, timeout=timeout_s), ended, watched=not at_once)
+
+    def ended(self, connection: Connection, *, load: int = 0, save: int = 0, request: str = "") -> None:
+        """The client is done with a load, a save (nobody of this process writes to its slots), or a match's hold."""
+        if not connection.lost.is_set():
+            idle = not connection.done
+            connection.done.add(load=load, save=save, request=request)
+            if idle:
+                with self._lock:
+                    self._wake.notify()
+
+    def failed(self, connection: Connection, failure: grpc.RpcError) -> Exception:
+        """Note a failed call; returns what to raise: Down, or the error that the server meant."""
+        error = error_of(failure)
+        if is_transport(failure):
+            code = failure.code()
+            self._stats.add(f"client.failures.{code.name.lower()}")
+            if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+                self._rest(connection, f"no answer within {self.options.call_deadline_s:g} s")
+            else:
+                self._lose(connection, str(error))
+            return Down()
+        if isinstance(error, UnknownSession):
+            self._stats.add("client.failures.session")
+            self._lose(connection, str(error))
+            return Down()
+        if isinstance(error, ServiceUnavailable):
+            self._stats.add("client.failures.draining")
+            self._rest(connection, str(error))
+            return Down()
+        return error
+
+    def about(self, connection: Connection, chain: Chain, send: Callable[[pb.ChainDelta, int], Reply]) -> Reply:
+        """A call about a chain: what is new of it, or all where the server has lost it."""
+        delta, num_blocks = connection.delta(chain, whole=False)
+        try:
+            reply = send(delta, num_blocks)
+        except UnknownChain:
+            delta, num_blocks = connection.delta(chain, whole=True)
+            reply = send(delta, num_blocks)
+        connection.heard(chain, num_blocks)
+        return reply
+
+    def watch(self, call: Any, within_s: float) -> int:
+        """Cancel `call` unless `progressed` or `unwatch` is called in time."""
+        number = next(self._stream_numbers)
+        with self._lock:
+            self._streams[number] = (time.monotonic() + within_s, call)
+            self._wake.notify()
+        return number
+
+    def progressed(self, number: int, within_s: float) -> None:
+        watched = self._streams.get(number)
+        if watched is not None:
+            self._streams[number] = (time.monotonic() + within_s, watched[1])
+
+    def unwatch(self, number: int) -> None:
+        self._streams.pop(number, None)
+
+    # -- models ------------------------------------------------------------------------------------------------
+
+    def open_model(self, model: ModelId) -> BlockLayout:
+        """Agree on a model, now if the link is up and again whenever it comes back. Raises ConfigError."""
+        layout = layout_of(model)
+        try:
+            self._agree(self.up(), layout)
+        except Down:
+            pass
+        with self._lock:
+            if model not in self._models:
+                self._models.append(model)
+        return layout
+
+    def _agree(self, connection: Connection, layout: BlockLayout) -> None:
+        model = layout.model
+        if model in connection.models:
+            return
+        request = pb.OpenModelRequest(session=connection.session, model=model_message(model), digest=model.digest())
+        try:
+            reply: pb.OpenModelReply = connection.stub.OpenModel(request, timeout=self.options.call_deadline_s)
+        except grpc.RpcError as failure:
+            raise self.failed(connection, failure) from None
+        sizes = np.frombuffer(reply.part_bytes, "<u8").tolist()
+        mine = [part.num_bytes for part in layout.parts]
+        if sizes != mine:
+            raise ProtocolError(f"parts of {model.model!r} have {mine} bytes here, {sizes} at the server")
+        connection.models[model] = reply.model
+
+    # -- the thread --------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        backoff_s = _FIRST_BACKOFF_S
+        while True:
+            with self._lock:
+                if not (self._closing or self._due()):
+                    self._wake.wait(self._patience_s(backoff_s))
+                if self._closing:
+                    return
+            try:
+                if self._connection is not None:
+                    backoff_s = _FIRST_BACKOFF_S
+                    self._tend(self._connection)
+                elif self._try_again():
+                    continue
+                else:
+                    backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
+            except Exception:  # a thread's top: the next round may do better
+                log.exception("keeping the link to %s failed", self.options.address)
+
+    def _due(self) -> bool:
+        return self._connection is not None and bool(self._connection.done)
+
+    def _patience_s(self, backoff_s: float) -> float | None:
+        if self._connection is None:
+            return backoff_s * random.uniform(0.5, 1.0)
+        return _WATCH_S if self._streams else None
+
+    def _tend(self, connection: Connection) -> None:
+        now_s = time.monotonic()
+        for number, (deadline_s, call) in list(self._streams.items()):
+            if deadline_s <= now_s:
+                self.unwatch(number)
+                self._stats.add("client.failures.stalled")
+                call.cancel()
+        if connection.done:
+            time.sleep(_FLUSH_S)  # most often a call comes by that takes it along
+            if connection.done:
+                self._say(connection)
+
+    def _say(self, connection: Connection) -> None:
+        try:
+            self.call(connection, connection.stub.Release, pb.ReleaseRequest(session=connection.session))
+        except (Down, KVStoreError):
+            pass
+
+    def _try_again(self) -> bool:
+        """One try at getting up again."""
+        resting = self._resting
+        if resting is not None:
+            try:
+                resting.stub.Release(pb.ReleaseRequest(session=resting.session), timeout=self.options.call_deadline_s)
+            except grpc.RpcError as failure:
+                if not self._still_rests(failure):
+                    self._lose(resting, str(error_of(failure)))
+                return False
+            with self._lock:
+                self._resting, self._connection = None, resting
+            self._say_up("answers again")
+            return True
+        broken = self._broken
+        if broken is not None and not self._dismantle(broken):
+            return False
+        try:
+            self._connect(broken)
+        except ServiceUnavailable:
+            return False
+        except KVStoreError as error:
+            if str(error) != str(self._refusal):
+                self._refusal = error
+                log.warning("the server at %s refuses this client: %s", self.options.address, error)
+            return False
+        self._say_up("is back")
+        return True
+
+    def _still_rests(self, failure: grpc.RpcError) -> bool:
+        error = error_of(failure)
+        code = failure.code()
+        return isinstance(error, ServiceUnavailable) and (
+            not is_transport(failure) or code is grpc.StatusCode.DEADLINE_EXCEEDED
+        )
+
+    # -- up and down -------------------------------------------------------------------------------------------
+
+    def _connect(self, before: Connection | None) -> None:
+        """A new connection. Raises ServiceUnavailable, or what the server refuses."""
+        options = self.options
+        plane = self._make_plane(options.call_deadline_s)
+        channel = self._channel()
+        try:
+            stub = KVStoreStub(channel)  # type: ignore[no-untyped-call]
+            request = pb.OpenRequest(
+                protocol_versions=PROTOCOL_VERSIONS,
+                format_version=FORMAT_VERSION,
+                hash_vector=hash_vector(),
+                ticket=plane.ticket,
+                token=options.token,
+                client_name=options.name,
+                pid=os.getpid(),
+                previous_session=b"" if before is None else before.session,
+            )
+            try:
+                opened: pb.OpenReply = stub.Open(request, timeout=max(options.call_deadline_s, 1.0))
+            except grpc.RpcError as failure:
+                raise error_of(failure) from None
+            if plane.boot_id and plane.boot_id != opened.boot_id:
+                raise ServiceUnavailable("the server was restarted between its door and its answer")
+            connection = Connection(channel, stub, plane, opened)
+            with self._lock:
+                models = list(self._models)
+            for model in models:
+                self._reopen(connection, model)
+            self._begin_session(connection)
+        except BaseException:
+            plane.close()
+            channel.close()
+            raise
+        with self._lock:
+            self._connection, self._resting, self._broken, self._refusal = connection, None, None, None
+
+    def _reopen(self, connection: Connection, model: ModelId) -> None:
+        try:
+            self._agree(connection, layout_of(model))
+        except Down:
+            raise ServiceUnavailable("the server went away again") from None
+        except KVStoreError as error:
+            log.warning("model %r was open and is refused now: %s", model.model, error)
+
+    def _channel(self) -> grpc.Channel:
+        options = self.options
+        if not options.tls_ca and not options.tls_cert:
+            return grpc.insecure_channel(options.address, options=CHANNEL_OPTIONS)
+        credentials = grpc.ssl_channel_credentials(
+            options.tls_ca or None, options.tls_key or None, options.tls_cert or None
+        )
+        return grpc.secure_channel(options.address, credentials, options=CHANNEL_OPTIONS)
+
+    def _begin_session(self, connection: Connection) -> None:
+        """Open the stream of beats. It runs on a thread of gRPC's, which reads the notices as well."""
+        every_s = max(0.05, min(1.0, connection.opened.lease_s / 4))
+        begun: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+        def beats() -> Iterator[pb.Beat]:
+            notices = None
+            while not connection.lost.wait(0 if notices is None else every_s):
+                live = np.array(list(connection.live_loads), "<u8").tobytes()
+                yield pb.Beat(session=connection.session, live_leases=live, highest_lease=connection.highest_lease)
+                notices = notices or begun.get()
+                try:
+                    next(notices)
+                except (grpc.RpcError, StopIteration):
+                    return
+
+        call = connection.stub.Session(beats())
+        begun.put(call)
+        call.add_done_callback(lambda _: self._lose(connection, "its session stream ended"))
+
+    def _rest(self, connection: Connection, reason: str) -> None:
+        with self._lock:
+            if self._connection is not connection:
+                return
+            self._connection, self._resting = None, connection
+            self._wake.notify()
+        self._say_down(reason)
+
+    def _lose(self, connection: Connection, reason: str) -> None:
+        with self._lock:
+            if connection.lost.is_set():
+                return
+            connection.lost.set()
+            if self._connection is not connection and self._resting is not connection:
+                return
+            self._connection, self._resting, self._broken = None, None, connection
+            streams, self._streams = self._streams, {}
+            self._wake.notify()
+        for _, call in streams.values():
+            call.cancel()
+        if not self._closing:
+            self._say_down(reason)
+
+    def _dismantle(self, connection: Connection) -> bool:
+        """Give up what a lost connection had: its channel, then its mapping. False while views are out."""
+        connection.channel.close()
+        if connection.plane.close():
+            return True
+        now_s = time.monotonic()
+        self._unmap_from_s = self._unmap_from_s or now_s
+        if now_s - self._unmap_from_s < _UNMAP_S:
+            return False
+        log.warning("views of the old server's memory are still in use: it stays mapped until they go")
+        self._unmap_from_s = 0.0
+        return True
+
+    def _say_down(self, reason: str) -> None:
+        if not self._said_down:
+            self._said_down = True
+            log.warning(
+                "the server at %s is away, everything is a miss until it is back: %s", self.options.address, reason
+            )
+
+    def _say_up(self, what: str) -> None:
+        if self._said_down:
+            self._said_down = False
+            log.info("the server at %s %s", self.options.address, what)
+
+    def close(self) -> None:
+        """Say what is done with, leave, unmap. Idempotent; does nothing in a forked child."""
+        if os.getpid() != self._pid:
+            return
+        with self._lock:
+            if self._closing:
+                return
+            connection = self._connection or self._resting or self._broken
+            up = self._connection is not None
+            self._closing = True
+            self._connection = self._resting = None
+            self._wake.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+        if connection is None:
+            return
+        if up:
+            self._leave(connection)
+        connection.lost.set()
+        connection.channel.close()
+        connection.plane.close()
+
+    def _leave(self, connection: Connection) -> None:
+        """Tell the server that nothing more comes."""
+        try:
+            bye = iter([pb.Beat(session=connection.session, bye=True)])
+            for _ in connection.stub.Session(bye, timeout=self.options.call_deadline_s):
+                pass
+        except grpc.RpcError:
+            pass
+
+
+class Replies:
+    """The replies of a call, each under a deadline. Not thread-safe."""
+
+    def __init__(self, link: Link, connection: Connection, call: Any, ended: pb.Ended | None, *, watched: bool) -> None:
+        self._link = link
+        self._connection = connection
+        self._call = call
+        self._ended = ended
+        self._watched = link.watch(call, link.options.call_deadline_s) if watched else None
+
+    def next(self) -> Any:
+        """The next reply; None at the end. Raises Down, or the server's error."""
+        try:
+            reply = next(self._call, None)
+        except grpc.RpcError as failure:
+            self._unwatch()
+            self._connection.done.put_back(self._ended)
+            self._ended = None
+            raise self._link.failed(self._connection, failure) from None
+        self._ended = None  # the server has heard
+        if reply is None:
+            self._unwatch()
+        elif self._watched is not None:
+            self._link.progressed(self._watched, self._link.options.progress_s)
+        return reply
+
+    def _unwatch(self) -> None:
+        if self._watched is not None:
+            self._link.unwatch(self._watched)
+
+    def cancel(self) -> None:
+        """Want no more."""
+        self._unwatch()
+        self._call.cancel()

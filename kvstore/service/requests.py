@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A request's life as the server does it: match, announce, load, save, commit, touch.
+
+Invariants
+1. Rights are checked with the root, before anything is looked up under it.
+2. Nothing becomes resident whose contents were not hashed again.
+3. What a call took is given back where its session ended meanwhile.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore.api import HOST_TIER, Hint
+from kvstore.block import Root
+from kvstore.errors import AccessDenied, CapacityError, ConfigError, ProtocolError, UnknownLease
+from kvstore.service.chains import ServedChain
+from kvstore.service.handshake import model_of
+from kvstore.service.saves import ServedSave
+from kvstore.service.sessions import MAX_MARKS, ServedLoad, Session, SessionBook
+from kvstore.store import KVStore
+from kvstore.wire import kvstore_pb2 as pb
+
+ABSENT = (1 << 64) - 1
+MAX_SAVE_PARTS = 131_072
+_MAX_REQUEST_BYTES = 256
+_MAX_TEXT_BYTES = 1_024
+_MAX_ADAPTER_BYTES = 256
+_MAX_MODELS = 64
+_MAX_ROOTS = 16_384
+_REPLY_SLOTS = 65_536
+"""Slots in one LoadReply: 12 bytes each."""
+_MAX_WAITING = 16
+"""Matches that wait at once: each holds a thread that other calls may need."""
+
+
+class Requests:
+    """Serves the calls of requests over one store. Thread-safe."""
+
+    def __init__(self, store: KVStore, sessions: SessionBook, secret: bytes) -> None:
+        self._store = store
+        self._sessions = sessions
+        self._secret = secret
+        self._waiting = threading.BoundedSemaphore(_MAX_WAITING)
+
+    # -- models and roots --------------------------------------------------------------------------------------
+
+    def open_model(self, session: Session, request: pb.OpenModelRequest) -> pb.OpenModelReply:
+        model = model_of(request.model)
+        if model.digest() != request.digest:
+            raise ProtocolError(
+                f"model {model.model!r} digests to {model.digest().hex()} here, to {request.digest.hex()} at the "
+                "client: run the same version of kvstore on both sides"
+            )
+        layout = self._store.open(model)
+        with session.lock:
+            if layout not in session.models:
+                if len(session.models) >= _MAX_MODELS:
+                    raise CapacityError(f"the session has opened {_MAX_MODELS} models, which is the limit")
+                session.models.append(layout)
+            number = session.models.index(layout) + 1
+        sizes = np.array([part.num_bytes for part in layout.parts], "<u8")
+        return pb.OpenModelReply(model=number, part_bytes=sizes.tobytes())
+
+    def root_of(self, session: Session, message: pb.Root) -> Root:
+        """The root of a message, checked against the client's own digest of it and its rights."""
+        key = (message.model, message.adapter, message.salt)
+        root = session.roots.get(key)
+        if root is None:
+            if len(message.adapter) > _MAX_ADAPTER_BYTES or len(message.salt) > _MAX_TEXT_BYTES:
+                raise ConfigError(
+                    f"root.adapter has {len(message.adapter)} bytes, root.salt {len(message.salt)}: at most "
+                    f"{_MAX_ADAPTER_BYTES} and {_MAX_TEXT_BYTES}"
+                )
+            model = session.layout(message.model).model
+            root = Root(model, message.adapter, message.salt, self._secret)
+            if not session.rights.allows(root):
+                raise AccessDenied(f"no right to the namespace of model {model.model!r} and salt {message.salt!r}")
+            with session.lock:
+                if len(session.roots) >= _MAX_ROOTS:
+                    session.roots.clear()
+                session.roots[key] = root
+        if root.id != message.id:
+            raise ProtocolError(
+                f"root digests to {root.id.hex()} here, to {message.id.hex()} at the client: both sides need the same "
+                "cluster secret"
+            )
+        return root
+
+    # -- finding -----------------------------------------------------------------------------------------------
+
+    def match(self, session: Session, request: pb.MatchRequest, remaining_s: float | None) -> pb.MatchReply:
+        name = _name(request.request)
+        chain = session.chains.resolve(request.chain)
+        wait_s = request.wait_ms / 1000
+        if remaining_s is not None:
+            wait_s = min(wait_s, remaining_s)
+        waits = wait_s > 0 and self._waiting.acquire(blocking=False)
+        try:
+            match = self._store.match(
+                chain,
+                session.key(name),
+                hint=_hint(request),
+                parts=_parts(request.parts),
+                wait_s=wait_s if waits else 0.0,
+            )
+        finally:
+            if waits:
+                self._waiting.release()
+        try:
+            crowded_out = session.add_hold(name, chain, match.num_host_blocks)
+        except BaseException:
+            self._store.forget(session.key(name))
+            raise
+        if crowded_out is not None:
+            self._store.forget(session.key(crowded_out))
+        return pb.MatchReply(
+            num_blocks=match.num_blocks,
+            num_host_blocks=match.num_host_blocks,
+            num_pending_blocks=match.num_pending_blocks,
+            settled=match.settled,
+            tiers=[pb.TierRun(tier=tier, num_blocks=count) for tier, count in match.tiers],
+        )
+
+    def announce(self, session: Session, request: pb.AnnounceRequest) -> None:
+        key = (request.chain.chain, request.start, request.stop)
+        with session.lock:
+            mark = session.marks.pop(key, None)
+        if request.withdraw:
+            if mark is not None:
+                mark.withdraw()
+            return
+        chain = session.chains.resolve(request.chain)
+        _check_range(request.start, request.stop, chain)
+        if mark is None:
+            mark = self._store.announce(chain, request.start, request.stop)
+        else:
+            mark.renew()
+        dropped = None
+        with session.lock:
+            if session.ended:
+                dropped = mark
+            else:
+                session.marks[key] = mark
+                if len(session.marks) > MAX_MARKS:
+                    dropped = session.marks.popitem(last=False)[1]
+        if dropped is not None:
+            dropped.withdraw()
+
+    def touch(self, session: Session, request: pb.TouchRequest) -> None:
+        chain = session.chains.resolve(request.chain)
+        _check_range(0, request.num_blocks, chain)
+        self._store.touch(chain, request.num_blocks, _hint(request))
+
+    # -- loading -----------------------------------------------------------------------------------------------
+
+    def begin_load(self, session: Session, request: pb.LoadRequest) -> ServedLoad:
+        """Make a lease of a request's hold. Raises UnknownLease where it has none."""
+        name = _name(request.request)
+        with session.lock:
+            chain, num_host = session.holds.pop(name, (None, 0))
+        if chain is None:
+            raise UnknownLease(f"request {name!r} has no hold: call match first")
+        contents = None
+        stop = num_host
+        if request.contents.tokens:
+            contents = chain.verify(request.contents)
+            if contents.start <= num_host:
+                stop = max(num_host, contents.stop)  # what lies below becomes resident: its contents must be known
+            chain.describe(contents)
+        if request.HasField("num_blocks"):
+            stop = min(stop, request.num_blocks)
+        load = None
+        try:
+            load = self._store.load(session.key(name), stop, start=request.start)
+            served = ServedLoad(load, chain, contents)
+            session.add_load(request.lease, served)
+        except BaseException:
+            if load is not None:
+                load.close()
+            if contents is not None:
+                chain.undescribe(contents)
+            raise
+        return served
+
+    def load(self, session: Session, request: pb.LoadRequest) -> Iterator[pb.LoadReply]:
+        load = self.begin_load(session, request).load
+        slots, generations = load.host_slots()
+        at = load.start + len(slots)
+        yield from _host_replies(load.num_blocks, load.start, slots, generations)
+        told = False
+        for index in range(at, load.start + load.num_blocks):
+            if not told and load.comes_in_windows(index):
+                told = True
+                yield pb.LoadReply(windowed=True, first=index)
+            block = load.wait_for(index)
+            if block is None:
+                return
+            where = np.array(block.slots, np.int64)
+            yield pb.LoadReply(
+                first=index,
+                offsets=where.astype("<u8").tobytes(),
+                generations=load.generations(where).astype("<u4").tobytes(),
+                tiers=[pb.TierRun(tier=block.tier, num_blocks=1)],
+            )
+
+    def passed(self, session: Session, number: int, passed: int) -> None:
+        with session.lock:
+            served = session.loads.get(number)
+        if served is None:
+            raise UnknownLease(f"no load has number {number} in this session: it ended, or lapsed")
+        served.load.passed(passed)
+
+    # -- saving ------------------------------------------------------------------------------------------------
+
+    def save(self, session: Session, request: pb.SaveRequest) -> pb.SaveReply:
+        chain = session.chains.resolve(request.chain)
+        _check_range(request.start, request.stop, chain)
+        layout = self._store.open(chain.root.model)
+        cells = _parts(request.parts)
+        num_cells = len(layout.parts) if cells is None else len(cells)
+        if (request.stop - request.start) * num_cells > MAX_SAVE_PARTS:
+            raise ConfigError(
+                f"save of {request.stop - request.start} blocks of {num_cells} parts: at most {MAX_SAVE_PARTS} parts "
+                "a call"
+            )
+        contents = chain.verify(request.contents)
+        if not contents.start <= request.start <= request.stop <= contents.stop:
+            raise ConfigError(
+                f"contents cover blocks {contents.start}…{contents.stop}: a save of {request.start}…{request.stop} "
+                "needs all of its own"
+            )
+        chain.describe(contents)
+        try:
+            save = self._store.save(chain, request.start, request.stop, parts=cells, hint=_hint(request))
+        finally:
+            chain.undescribe(contents)
+        slots = [slot for index in save.indices for slot in save.slots(index)]
+        offsets = np.array([ABSENT if slot is None else slot for slot in slots], "<u8")
+        if not session.mapped:
+            offsets[offsets != ABSENT] = 0
+        indices = np.array(save.indices, "<u4")
+        reply = pb.SaveReply(indices=indices.tobytes(), offsets=offsets.tobytes(), num_refused=save.num_refused)
+        if not save.indices:
+            return reply
+        served = ServedSave(save, session, reply)
+        try:
+            there = session.add_save(request.lease, served)
+        except BaseException:
+            save.abort()
+            raise
+        if there is not served:  # the reply to the first call was lost
+            save.abort()
+        return there.reply
+
+    def commit(self, session: Session, request: pb.CommitRequest) -> pb.CommitReply:
+        served = session.save_of(request.lease)
+        published = served.commit(numbers(request.indices, "indices", "<u4"))
+        if served.is_done:
+            session.finish(request.lease)
+        return pb.CommitReply(published=np.array(published, "<u4").tobytes())
+
+    def join(self, session: Session, request: pb.JoinRequest) -> None:
+        owner = self._sessions.by_engine_key(request.engine_key)
+        save = owner.save_of(request.lease)
+        if request.leave:
+            save.leave(session)
+            with session.lock:
+                session.joined = [each for each in session.joined if each is not save]
+            self._sessions.quarantine.left(session, save)
+            return
+        save.join(session)
+        with session.lock:
+            session.joined.append(save)
+
+
+def _host_replies(
+    num_blocks: int, start: int, slots: npt.NDArray[np.int64], generations: npt.NDArray[np.uint32]
+) -> Iterator[pb.LoadReply]:
+    """At least one, since the first says how many blocks to expect."""
+    step = max(1, _REPLY_SLOTS // max(1, slots.shape[1]))
+    for at in range(0, max(1, len(slots)), step):
+        part = slots[at : at + step]
+        yield pb.LoadReply(
+            num_blocks=num_blocks,
+            first=start + at,
+            offsets=part.astype("<u8").tobytes(),
+            generations=generations[at : at + step].astype("<u4").tobytes(),
+            tiers=[pb.TierRun(tier=HOST_TIER, num_blocks=len(part))] if len(part) else (),
+        )
+
+
+def numbers(packed: bytes, name: str, kind: str) -> list[int]:
+    """Packed integers. Raises ConfigError."""
+    size = np.dtype(kind).itemsize
+    if len(packed) % size:
+        raise ConfigError(f"{name} has {len(packed)} bytes: give a multiple of {size}")
+    found: list[int] = np.frombuffer(packed, kind).tolist()
+    return found
+
+
+def _name(request: str) -> str:
+    if not 0 < len(request.encode()) <= _MAX_REQUEST_BYTES:
+        raise ConfigError(f"request has {len(request.encode())} bytes: give 1 to {_MAX_REQUEST_BYTES}")
+    return request
+
+
+def _check_range(start: int, stop: int, chain: ServedChain) -> None:
+    if not start <= stop <= len(chain):
+        raise ConfigError(f"blocks {start}…{stop} are outside the chain, which has {len(chain)}")
+
+
+def _parts(packed: bytes) -> list[int] | None:
+    """Parts asked for; None for all. The store checks that they are distinct and exist."""
+    return list(packed) if packed else None
+
+
+def _hint(request: pb.MatchRequest | pb.SaveRequest | pb.TouchRequest) -> Hint:
+    message = request.hint
+    priority = message.priority if message.HasField("priority") else 50
+    ttl_s = message.ttl_s if message.HasField("ttl_s") else None
+    if priority > 100 or (ttl_s is not None and not (math.isfinite(ttl_s) and ttl_s >= 0)):
+        raise ConfigError(f"hint.priority is {priority}, hint.ttl_s {ttl_s}: give 0 to 100, and seconds from 0 on")
+    if len(message.conversation) > _MAX_TEXT_BYTES:
+        raise ConfigError(f"hint.conversation has {len(message.conversation)} characters: at most {_MAX_TEXT_BYTES}")
+    return Hint(
+        conversation=message.conversation,
+        turn=message.turn,
+        prompt_tokens=message.prompt_tokens,
+        new_blocks=message.new_blocks,
+        priority=priority,
+        ttl_s=ttl_s,
+        closed=message.closed,
+    )

@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sidecar's server: one store, served to the processes of a host and to clients elsewhere.
+
+A life: preflight → store with a shared arena → door → listening → serving → draining → stopped. Calls run on a pool
+of threads of which streams may hold some and never all (`kvstore.service.calls`).
+"""
+
+from __future__ import annotations
+
+import grp
+import logging
+import os
+import secrets
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+import kvstore
+from kvstore.clock import MonotonicClock
+from kvstore.config import StoreConfig
+from kvstore.errors import ConfigError
+from kvstore.service.calls import Calls
+from kvstore.service.care import Care
+from kvstore.service.door import Door, Peer
+from kvstore.service.handshake import MAX_MESSAGE_BYTES
+from kvstore.service.metrics import Latencies
+from kvstore.service.requests import Requests
+from kvstore.service.rights import Gate, read_secret
+from kvstore.service.saves import Quarantine
+from kvstore.service.servicer import Identity, Servicer
+from kvstore.service.sessions import SessionBook
+from kvstore.service_options import ServiceOptions
+from kvstore.store import KVStore
+from kvstore.wire import kvstore_pb2 as pb
+from kvstore.wire.kvstore_pb2_grpc import add_KVStoreServicer_to_server
+
+log = logging.getLogger("kvstore.service")
+
+_UNARY_THREADS = 32
+_SWITCH_S = 0.0005
+"""How long one thread may keep the interpreter from another: the default of 5 ms is a match's time ten times over."""
+_STOP_S = 2.0
+_POLL_S = 0.02
+_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.so_reuseport", 0),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+)
+
+
+class Server:
+    """Serves one store. `start`, then `drain` and `stop`.
+
+    Attributes:
+        boot_id: 16 random bytes, new with each server.
+        latencies: how long calls took.
+    """
+
+    def __init__(self, config: StoreConfig, *, gate: Gate) -> None:
+        self.boot_id = secrets.token_bytes(16)
+        self.latencies = Latencies()
+        self._config = config
+        self._gate = gate
+        self._clock = MonotonicClock()
+        self._addresses: list[str] = []
+        self._stopped = threading.Event()
+        self._started = False
+        self._stop_lock = threading.Lock()
+
+    @property
+    def address(self) -> str:
+        """Where clients of this host connect, or of others if it is not on a Unix socket."""
+        return self._addresses[0]
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Every address that is listened on; ports chosen by the host are filled in."""
+        return tuple(self._addresses)
+
+    # -- starting ----------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Listen and serve. Raises ConfigError, with nothing left behind, where that is not possible."""
+        sys.setswitchinterval(_SWITCH_S)
+        options = self._config.service
+        secret = read_secret(options)
+        self._store = KVStore(self._config, clock=self._clock, shared_memory=options.unix_path is not None)
+        self._door: Door | None = None
+        try:
+            self._open_door(options)
+            self._sessions = SessionBook(
+                clock=self._clock,
+                lease_s=self._config.request.lease_s,
+                max_sessions=options.max_sessions,
+                forget=self._store.forget,
+                forget_peer=self._forget_peer,
+                quarantine=Quarantine(self._store.release_detached),
+            )
+        except BaseException:
+            self._close_door()
+            self._store.close()
+            raise
+        try:
+            self._serve(options, secret)
+        except BaseException:
+            self._close_door()
+            self._sessions.close()
+            self._store.close()
+            raise
+        self._started = True
+
+    def _open_door(self, options: ServiceOptions) -> None:
+        if options.unix_path is None:
+            return
+        arena = self._store.arena
+        self._door = Door(
+            options.unix_path,
+            arena.memory_fd,
+            arena.generation_fd,
+            arena.capacity_bytes,
+            self.boot_id,
+            on_exit=self._process_died,
+            allowed_uids=frozenset(options.allowed_uids) | {os.geteuid()} if options.allowed_uids else None,
+            group=options.group,
+            max_peers=options.max_sessions,
+        )
+
+    def _serve(self, options: ServiceOptions, secret: bytes) -> None:
+        self._executor = ThreadPoolExecutor(_UNARY_THREADS + options.max_streams, thread_name_prefix="kvstore-call")
+        self._grpc = grpc.server(self._executor, options=_OPTIONS)
+        calls = Calls(self.latencies, options.max_streams)
+        self._care = Care(self._store, self._sessions, self._config, self._clock)
+        request = self._config.request
+        self._servicer = Servicer(
+            self._store,
+            self._sessions,
+            Requests(self._store, self._sessions, secret),
+            self._care,
+            calls,
+            identity=Identity(self.boot_id, kvstore.__version__, request.lease_s, request.hold_s),
+            gate=self._gate,
+            door=self._door,
+        )
+        add_KVStoreServicer_to_server(self._servicer, self._grpc)  # type: ignore[no-untyped-call]
+        self._health = health.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        name = pb.DESCRIPTOR.services_by_name["KVStore"].full_name
+        self._service_names = ("", name)
+        reflection.enable_server_reflection((name, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
+        self._listen(options)
+        self._grpc.start()
+        self._set_health(serving=True)
+        log.info("serving at %s", ", ".join(self._addresses))
+
+    def _listen(self, options: ServiceOptions) -> None:
+        path = options.unix_path
+        if path is not None:
+            # The door's lock says that nobody else serves here; what lies at the path is stale.
+            before = os.umask(0o177)  # nobody may connect before owner and mode are right
+            try:
+                self._bind(f"unix:{path}", None)
+                _give_to_group(path, options.group)
+            finally:
+                os.umask(before)
+            self._addresses.append(f"unix:{path}")
+        for address in options.tcp_addresses:
+            port = self._bind(address, _credentials(options))
+            self._addresses.append(f"{address.rpartition(':')[0]}:{port}")
+
+    def _bind(self, address: str, credentials: grpc.ServerCredentials | None) -> int:
+        try:
+            if credentials is None:
+                return self._grpc.add_insecure_port(address)
+            return self._grpc.add_secure_port(address, credentials)
+        except RuntimeError as error:
+            raise ConfigError(f"cannot listen at {address}: {error}") from error
+
+    def _set_health(self, *, serving: bool) -> None:
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in self._service_names:
+            self._health.set(name, status)
+
+    # -- serving -----------------------------------------------------------------------------------------------
+
+    def _process_died(self, peer: Peer) -> None:
+        self._sessions.process_died(peer)
+
+    def _forget_peer(self, peer: Peer) -> None:
+        if self._door is not None:
+            self._door.forget(peer)
+
+    def stats(self) -> dict[str, float]:
+        """Counters and gauges, as an admin sees them."""
+        return self._care.values()
+
+    def check(self) -> list[str]:
+        """Broken invariants of the store; empty when healthy."""
+        return self._store.check()
+
+    def wait_ready(self, timeout_s: float | None = None) -> bool:
+        """Wait until the arena's memory is populated; True when it is."""
+        return self._store.wait_ready(timeout_s)
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until the server has stopped; True when it has."""
+        return self._stopped.wait(timeout_s)
+
+    # -- stopping ----------------------------------------------------------------------------------------------
+
+    def drain(self, limit_s: float) -> bool:
+        """Take no new requests, let clients finish theirs and writes go down; False where the limit cut that short."""
+        deadline_s = time.monotonic() + limit_s
+        self._servicer.draining.set()
+        self._set_health(serving=False)
+        while any(session.loads or session.saves for session in self._sessions.all()):
+            if time.monotonic() >= deadline_s:
+                return False
+            time.sleep(_POLL_S)
+        return self._store.flush(max(0.0, deadline_s - time.monotonic()))
+
+    def stop(self) -> None:
+        """End all calls and sessions, close the store, remove the sockets. Idempotent."""
+        with self._stop_lock:
+            if not self._started or self._stopped.is_set():
+                return
+            self._servicer.draining.set()
+            self._health.enter_graceful_shutdown()
+            self._grpc.stop(_STOP_S).wait()
+            self._close_door()
+            self._sessions.close()
+            self._executor.shutdown(wait=True)
+            self._store.close()
+            self._stopped.set()
+
+    def _close_door(self) -> None:
+        if self._door is not None:
+            self._door.close()
+
+
+def _give_to_group(path: Path, group: str) -> None:
+    if not group:
+        os.chmod(path, 0o600)
+        return
+    try:
+        number = int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
+    except KeyError:
+        raise ConfigError(f"service.group is {group!r}: there is no such group on this host") from None
+    os.chown(path, -1, number)
+    os.chmod(path, 0o660)
+
+
+def _credentials(options: ServiceOptions) -> grpc.ServerCredentials | None:
+    """TLS of the TCP sockets; None without."""
+    if not options.tls_cert:
+        return None
+    try:
+        pair = (Path(options.tls_key).read_bytes(), Path(options.tls_cert).read_bytes())
+        clients = Path(options.client_ca).read_bytes() if options.client_ca else None
+    except OSError as error:
+        raise ConfigError(f"TLS file {error.filename} cannot be read: {error.strerror}") from error
+    return grpc.ssl_server_credentials([pair], clients, require_client_auth=clients is not None)

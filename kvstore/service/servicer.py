@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The calls of kvstore.v1, each of them a line or two over the rooms that do the work.
+
+sessions   Open, OpenModel, Session, Release        requests   Match, Announce, Load, Save, Commit, Join, Touch
+streams    Read, Write, Peek, Fetch                 watch      Watch
+care       Stats, Inspect, Clear, Warm, Check
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import grpc
+
+from kvstore.block import FORMAT_VERSION
+from kvstore.errors import AccessDenied, ConfigError, ProtocolError, ServiceUnavailable
+from kvstore.service.calls import Calls, remaining_s
+from kvstore.service.care import Care
+from kvstore.service.chains import ChainCache
+from kvstore.service.door import Door, Peer
+from kvstore.service.handshake import MAX_MESSAGE_BYTES, common_version, hash_vector
+from kvstore.service.requests import Requests, numbers
+from kvstore.service.rights import Gate
+from kvstore.service.sessions import Session, SessionBook
+from kvstore.store import KVStore
+from kvstore.wire import kvstore_pb2 as pb
+from kvstore.wire.kvstore_pb2_grpc import KVStoreServicer
+
+_MAX_NAME_BYTES = 256
+_NOTHING = pb.Empty()
+_UNARY = (
+    *("Open", "OpenModel", "Match", "Announce", "Release", "Save", "Commit", "Join", "Touch"),
+    *("Stats", "Inspect", "Clear", "Warm", "Check"),
+)
+_STREAMS = ("Session", "Load")
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What OpenReply says of a server."""
+
+    boot_id: bytes
+    version: str
+    lease_s: float
+    hold_s: float
+
+
+class Servicer(KVStoreServicer):
+    """Serves kvstore.v1. Make its methods handlers with `Calls`: that is done here, once, at the start."""
+
+    def __init__(
+        self,
+        store: KVStore,
+        sessions: SessionBook,
+        requests: Requests,
+        care: Care,
+        calls: Calls,
+        *,
+        identity: Identity,
+        gate: Gate,
+        door: Door | None,
+    ) -> None:
+        self.draining = threading.Event()
+        self._store = store
+        self._sessions = sessions
+        self._requests = requests
+        self._care = care
+        self._identity = identity
+        self._gate = gate
+        self._door = door
+        self._prefaulted = False
+        for name in _UNARY:
+            setattr(self, name, calls.unary(name, getattr(self, f"_{name.lower()}")))
+        for name in _STREAMS:
+            setattr(self, name, calls.stream(name, getattr(self, f"_{name.lower()}")))
+
+    # -- sessions ----------------------------------------------------------------------------------------------
+
+    def _open(self, request: pb.OpenRequest, context: grpc.ServicerContext) -> pb.OpenReply:
+        self._refuse_while_draining()
+        version = common_version(list(request.protocol_versions))
+        if request.format_version != FORMAT_VERSION:
+            raise ProtocolError(
+                f"this server keeps blocks in format {FORMAT_VERSION}, the client in {request.format_version}: "
+                "upgrade the older one"
+            )
+        if request.hash_vector != hash_vector():
+            raise ProtocolError(
+                f"the client hashes blocks to other ids ({request.hash_vector.hex()[:16]}…) than this server "
+                f"({hash_vector().hex()[:16]}…): run the same version of kvstore on both sides"
+            )
+        if len(request.client_name.encode()) > _MAX_NAME_BYTES:
+            raise ConfigError(f"client_name has {len(request.client_name)} characters: at most {_MAX_NAME_BYTES} bytes")
+        peer = self._redeem(request.ticket)
+        rights = self._gate.rights_of(
+            request.token,
+            uid=None if peer is None else peer.uid,
+            certificate_name=_certificate_name(context),
+        )
+        session = self._sessions.open(
+            name=request.client_name, pid=request.pid if peer is None else peer.pid, peer=peer, rights=rights
+        )
+        session.chains = ChainCache(lambda message: self._requests.root_of(session, message))
+        if peer is not None and self._door is not None and not self._door.alive(peer):
+            self._sessions.process_died(peer)
+        if request.previous_session:
+            self._end_previous(request.previous_session, session)
+        return pb.OpenReply(
+            session=session.id,
+            protocol_version=version,
+            boot_id=self._identity.boot_id,
+            server_version=self._identity.version,
+            lease_s=self._identity.lease_s,
+            hold_s=self._identity.hold_s,
+            max_message_bytes=MAX_MESSAGE_BYTES,
+            engine_key=session.engine_key,
+        )
+
+    def _redeem(self, ticket: bytes) -> Peer | None:
+        if not ticket:
+            return None
+        peer = self._door.redeem(ticket) if self._door is not None else None
+        if peer is None:
+            raise AccessDenied("the ticket is unknown, used or too old: pass the door again")
+        return peer
+
+    def _end_previous(self, session_id: bytes, successor: Session) -> None:
+        """The client has a new session, and has stopped using this one."""
+        for session in self._sessions.all():
+            if session.id == session_id and session.rights == successor.rights:
+                self._sessions.leave(session)
+
+    def _openmodel(self, request: pb.OpenModelRequest, context: grpc.ServicerContext) -> pb.OpenModelReply:
+        self._refuse_while_draining()
+        return self._requests.open_model(self._sessions.get(request.session), request)
+
+    def _session(self, beats: Iterator[pb.Beat], context: grpc.ServicerContext) -> Iterator[pb.Notice]:
+        session = None
+        try:
+            for beat in beats:
+                if session is None:
+                    session = self._sessions.get(beat.session)
+                    self._sessions.begin_stream(session)
+                if beat.bye:
+                    self._sessions.leave(session)
+                    return
+                live = frozenset(numbers(beat.live_leases, "live_leases", "<u8"))
+                self._sessions.beat(session, beat, live)
+                yield pb.Notice(draining=self.draining.is_set(), prefaulted=self._is_prefaulted())
+        finally:
+            if session is not None:
+                self._sessions.end_stream(session)
+
+    def _is_prefaulted(self) -> bool:
+        if not self._prefaulted:
+            self._prefaulted = self._store.wait_ready(0)
+        return self._prefaulted
+
+    def _known(self, session_id: bytes, ended: pb.Ended) -> Session:
+        """The session of a call, after what the client has ended before it."""
+        session = self._sessions.get(session_id)
+        if ended.loads or ended.saves or ended.requests:
+            self._sessions.end(
+                session, ended, numbers(ended.loads, "ended.loads", "<u8"), numbers(ended.saves, "ended.saves", "<u8")
+            )
+        return session
+
+    def _release(self, request: pb.ReleaseRequest, context: grpc.ServicerContext) -> pb.Empty:
+        session = self._known(request.session, request.ended)
+        if request.window_of:
+            self._requests.passed(session, request.window_of, request.passed)
+        return _NOTHING
+
+    def _refuse_while_draining(self) -> None:
+        if self.draining.is_set():
+            raise ServiceUnavailable("the server is draining: open again later")
+
+    # -- a request's life --------------------------------------------------------------------------------------
+
+    def _match(self, request: pb.MatchRequest, context: grpc.ServicerContext) -> pb.MatchReply:
+        session = self._known(request.session, request.ended)
+        self._refuse_while_draining()
+        return self._requests.match(session, request, remaining_s(context) if request.wait_ms else None)
+
+    def _announce(self, request: pb.AnnounceRequest, context: grpc.ServicerContext) -> pb.Empty:
+        self._requests.announce(self._known(request.session, request.ended), request)
+        return _NOTHING
+
+    def _load(self, request: pb.LoadRequest, context: grpc.ServicerContext) -> Iterator[pb.LoadReply]:
+        return self._requests.load(self._known(request.session, request.ended), request)
+
+    def _save(self, request: pb.SaveRequest, context: grpc.ServicerContext) -> pb.SaveReply:
+        session = self._known(request.session, request.ended)
+        self._refuse_while_draining()
+        return self._requests.save(session, request)
+
+    def _commit(self, request: pb.CommitRequest, context: grpc.ServicerContext) -> pb.CommitReply:
+        return self._requests.commit(self._known(request.session, request.ended), request)
+
+    def _join(self, request: pb.JoinRequest, context: grpc.ServicerContext) -> pb.Empty:
+        self._requests.join(self._sessions.get(request.session), request)
+        return _NOTHING
+
+    def _touch(self, request: pb.TouchRequest, context: grpc.ServicerContext) -> pb.Empty:
+        self._requests.touch(self._known(request.session, request.ended), request)
+        return _NOTHING
+
+    # -- looking in, and care ----------------------------------------------------------------------------------
+
+    def _stats(self, request: pb.StatsRequest, context: grpc.ServicerContext) -> pb.StatsReply:
+        return self._care.stats(self._known(request.session, request.ended))
+
+    def _inspect(self, request: pb.InspectRequest, context: grpc.ServicerContext) -> pb.InspectReply:
+        return self._care.inspect(self._sessions.get(request.session), request)
+
+    def _clear(self, request: pb.ClearRequest, context: grpc.ServicerContext) -> pb.ClearReply:
+        return self._care.clear(self._known(request.session, request.ended), request)
+
+    def _warm(self, request: pb.WarmRequest, context: grpc.ServicerContext) -> pb.WarmReply:
+        return self._care.warm(self._sessions.get(request.session), request)
+
+    def _check(self, request: pb.CheckRequest, context: grpc.ServicerContext) -> pb.CheckReply:
+        return self._care.check(self._known(request.session, request.ended))
+
+
+def _certificate_name(context: grpc.ServicerContext) -> str | None:
+    names: Sequence[bytes] = context.auth_context().get("x509_common_name") or ()  # type: ignore[assignment]
+    return names[0].decode(errors="replace") if names else None

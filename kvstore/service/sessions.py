@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Clients as the server sees them: what each holds, and how all of it ends.
+
+A session ends when its process is dead (a mapped client: the kernel says so), when its stream has been gone for a
+moment (a client without a mapping), or when the client says bye. Loads of a silent client lapse by their deadline.
+
+Invariants
+1. Nothing is registered in a session that has ended, or under a number that was ended before it began: the late
+   call gives back what it took.
+2. Slots that a living process may still be writing to are neither free nor part of a block: they are quarantined
+   until every writer has said that it is done, or is dead.
+3. A session's lock is a leaf: it is not held across a call of the store.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from kvstore.block import Root
+from kvstore.clock import Clock
+from kvstore.errors import CapacityError, ConfigError, UnknownLease
+from kvstore.layout import BlockLayout
+from kvstore.load import BlockLoad
+from kvstore.marks import Mark
+from kvstore.service.chains import ChainCache, Contents, ServedChain
+from kvstore.service.door import Peer
+from kvstore.service.rights import Rights
+from kvstore.service.saves import Quarantine, ServedSave
+from kvstore.service.status import UnknownSession
+from kvstore.wire import kvstore_pb2 as pb
+
+MAX_HOLDS = 65_536
+MAX_LEASES = 65_536
+MAX_MARKS = 4_096
+_MAX_TOMBSTONES = 4_096
+_MAX_FINISHED = 1_024
+STREAM_GRACE_S = 5.0
+"""A client without a mapping may be without its Session stream for this long."""
+_STALL_S = 2.0
+
+
+@dataclass(slots=True, eq=False)
+class ServedLoad:
+    """A load of a client, with what it keeps described meanwhile."""
+
+    load: BlockLoad
+    chain: ServedChain
+    contents: Contents | None
+
+    def close(self) -> None:
+        """May wait for a fetch under way."""
+        self.load.close()
+        if self.contents is not None:
+            self.chain.undescribe(self.contents)
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """One client. Mappings are guarded by `lock`.
+
+    Attributes:
+        id, engine_key: capabilities, 16 random bytes each. number: for the store's request keys.
+        peer: the process, where it passed the door.
+        holds: chain and host blocks of each match that may be loaded, oldest first.
+    """
+
+    id: bytes
+    engine_key: bytes
+    number: int
+    name: str
+    pid: int
+    peer: Peer | None
+    rights: Rights
+    opened_s: float
+    last_seen_s: float
+    chains: ChainCache = field(init=False)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    ended: bool = False
+    num_streams: int = 0
+    models: list[BlockLayout] = field(default_factory=list)
+    roots: dict[tuple[int, bytes, bytes], Root] = field(default_factory=dict)
+    holds: OrderedDict[str, tuple[ServedChain, int]] = field(default_factory=OrderedDict)
+    loads: dict[int, ServedLoad] = field(default_factory=dict)
+    saves: dict[int, ServedSave] = field(default_factory=dict)
+    finished: OrderedDict[int, ServedSave] = field(default_factory=OrderedDict)
+    """Saves that were committed whole, for a commit whose reply was lost."""
+    joined: list[ServedSave] = field(default_factory=list)
+    """Saves of other sessions that this one's process writes to."""
+    marks: OrderedDict[tuple[int, int, int], Mark] = field(default_factory=OrderedDict)
+    tombstones: OrderedDict[int, None] = field(default_factory=OrderedDict)
+
+    @property
+    def mapped(self) -> bool:
+        return self.peer is not None
+
+    def key(self, request: str) -> str:
+        """The store's name for a request of this client."""
+        return f"{self.number}/{request}"
+
+    def layout(self, model: int) -> BlockLayout:
+        """Layout of a model by its number. Raises ConfigError."""
+        if not 1 <= model <= len(self.models):
+            raise ConfigError(f"root.model is {model}: this session has opened models 1…{len(self.models)}")
+        return self.models[model - 1]
+
+    def add_load(self, number: int, load: ServedLoad) -> None:
+        """Register. Raises, with nothing registered, where that lease may not begin any more."""
+        with self.lock:
+            self._admit(number, self.loads)
+            self.loads[number] = load
+
+    def add_save(self, number: int, save: ServedSave) -> ServedSave:
+        """Register; returns the one that is there where an earlier call of that number has done so."""
+        with self.lock:
+            there = self.saves.get(number) or self.finished.get(number)
+            if there is not None:
+                return there
+            self._admit(number, self.saves)
+            self.saves[number] = save
+            return save
+
+    def add_hold(self, request: str, chain: ServedChain, num_host_blocks: int) -> str | None:
+        """Note what a match left; returns a request to forget for it, where there are too many."""
+        with self.lock:
+            if self.ended:
+                raise UnknownSession("the session has ended")
+            self.holds.pop(request, None)
+            self.holds[request] = (chain, num_host_blocks)
+            return self.holds.popitem(last=False)[0] if len(self.holds) > MAX_HOLDS else None
+
+    def save_of(self, number: int) -> ServedSave:
+        """A save by its number. Raises UnknownLease."""
+        with self.lock:
+            save = self.saves.get(number) or self.finished.get(number)
+        if save is None:
+            raise UnknownLease(f"no save has number {number} in this session: it ended")
+        return save
+
+    def finish(self, number: int) -> None:
+        """A save has nothing open any more."""
+        with self.lock:
+            save = self.saves.pop(number, None)
+            if save is not None:
+                self.finished[number] = save
+                if len(self.finished) > _MAX_FINISHED:
+                    self.finished.popitem(last=False)
+
+    def _admit(self, number: int, leases: dict[int, ServedLoad] | dict[int, ServedSave]) -> None:
+        if self.ended:
+            raise UnknownSession("the session has ended")
+        if number in self.tombstones:
+            raise UnknownLease(f"lease {number} was ended before it began")
+        if number in leases:
+            raise ConfigError(f"lease is {number}, which is in use: number leases 1, 2, 3, …")
+        if len(leases) >= MAX_LEASES:
+            raise CapacityError(f"the session has {MAX_LEASES} leases, which is the limit: release some")
+
+    def bury(self, number: int) -> None:
+        """Remember that a lease ended. The lock is held."""
+        self.tombstones[number] = None
+        if len(self.tombstones) > _MAX_TOMBSTONES:
+            self.tombstones.popitem(last=False)
+
+
+class SessionBook:
+    """Every session, by id and by process. Thread-safe."""
+
+    def __init__(
+        self,
+        *,
+        clock: Clock,
+        lease_s: float,
+        max_sessions: int,
+        forget: Callable[[str], None],
+        forget_peer: Callable[[Peer], None],
+        quarantine: Quarantine,
+    ) -> None:
+        self.quarantine = quarantine
+        self._clock = clock
+        self._lease_s = lease_s
+        self._max_sessions = max_sessions
+        self._forget = forget
+        self._forget_peer = forget_peer
+        self._lock = threading.Lock()
+        self._sessions: dict[bytes, Session] = {}
+        self._by_engine_key: dict[bytes, Session] = {}
+        self._number = 0
+        # Ending a load may wait for its fetch: no call and no death waits for that.
+        self._closer = ThreadPoolExecutor(1, thread_name_prefix="kvstore-closer")
+        self._closing = threading.Event()
+        self._sweeper = threading.Thread(target=self._run, name="kvstore-sessions", daemon=True)
+        self._sweeper.start()
+
+    # -- coming ------------------------------------------------------------------------------------------------
+
+    def open(self, *, name: str, pid: int, peer: Peer | None, rights: Rights) -> Session:
+        """A new session. Raises CapacityError at the limit."""
+        now_s = self._clock.now_s()
+        with self._lock:
+            if len(self._sessions) >= self._max_sessions:
+                raise CapacityError(f"{self._max_sessions} sessions are open, which is service.max_sessions")
+            self._number += 1
+            session = Session(
+                secrets.token_bytes(16), secrets.token_bytes(16), self._number, name, pid, peer, rights, now_s, now_s
+            )
+            self._sessions[session.id] = session
+            self._by_engine_key[session.engine_key] = session
+        return session
+
+    def get(self, session_id: bytes) -> Session:
+        """Raises UnknownSession."""
+        session = self._sessions.get(session_id)
+        if session is None:
+            raise UnknownSession("no such session here: the server was restarted, or the session ended; open again")
+        return session
+
+    def by_engine_key(self, key: bytes) -> Session:
+        """Raises UnknownLease."""
+        session = self._by_engine_key.get(key)
+        if session is None:
+            raise UnknownLease("no session has this engine key: it ended, or the server was restarted")
+        return session
+
+    def all(self) -> list[Session]:
+        with self._lock:
+            return list(self._sessions.values())
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    # -- staying -----------------------------------------------------------------------------------------------
+
+    def begin_stream(self, session: Session) -> None:
+        with session.lock:
+            session.num_streams += 1
+
+    def end_stream(self, session: Session) -> None:
+        with session.lock:
+            session.num_streams -= 1
+            session.last_seen_s = self._clock.now_s()
+
+    def beat(self, session: Session, beat: pb.Beat, live: frozenset[int]) -> None:
+        """Renew read leases that the client still has; end those it does not know of."""
+        session.last_seen_s = self._clock.now_s()
+        with session.lock:
+            loads = list(session.loads.items())
+        gone = []
+        for number, served in loads:
+            if number in live:
+                served.load.renew()
+            elif number <= beat.highest_lease:
+                gone.append(number)
+        self.end_loads(session, gone)
+
+    def end(self, session: Session, ended: pb.Ended, loads: Iterable[int], saves: Iterable[int]) -> None:
+        """What the client says it is done with."""
+        self.end_loads(session, loads)
+        self.end_saves(session, saves)
+        for request in ended.requests:
+            with session.lock:
+                session.holds.pop(request, None)
+            self._forget(session.key(request))
+
+    def end_loads(self, session: Session, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            with session.lock:
+                served = session.loads.pop(number, None)
+                session.bury(number)
+            if served is not None:
+                self._close(served)
+
+    def end_saves(self, session: Session, numbers: Iterable[int]) -> None:
+        """The client writes to these no more. Other writers of theirs may."""
+        for number in numbers:
+            with session.lock:
+                served = session.saves.pop(number, None)
+                session.bury(number)
+            if served is not None:
+                served.leave(session)
+                self.quarantine.give_up(served)
+
+    def _close(self, served: ServedLoad) -> None:
+        if served.load.is_fetching and not self._closing.is_set():
+            self._closer.submit(served.close)
+        else:
+            served.close()
+
+    # -- going -------------------------------------------------------------------------------------------------
+
+    def leave(self, session: Session) -> None:
+        """The client has gone, and writes nothing any more."""
+        self._end(session)
+        if session.peer is not None and not self.quarantine.waits_for(session):
+            self._forget_peer(session.peer)
+
+    def process_died(self, peer: Peer) -> None:
+        """Everything of a dead process ends."""
+        for session in [each for each in self.all() if each.peer is peer]:
+            self._end(session)
+
+    def _end(self, session: Session) -> None:
+        with self._lock:
+            self._sessions.pop(session.id, None)
+            self._by_engine_key.pop(session.engine_key, None)
+        with session.lock:
+            session.ended = True
+            loads, saves = list(session.loads), list(session.saves)
+            holds, marks = list(session.holds), list(session.marks.values())
+            session.holds.clear()
+            session.marks.clear()
+        self.end_loads(session, loads)
+        self.end_saves(session, saves)
+        for joined in session.joined:
+            joined.leave(session)
+        self.quarantine.left(session)
+        for request in holds:
+            self._forget(session.key(request))
+        for mark in marks:
+            mark.withdraw()
+
+    def _fence(self, session: Session) -> None:
+        """A silent process that lives: others may save its blocks, nobody gets the slots it may be writing to."""
+        with session.lock:
+            saves = list(session.saves.values())
+            for number in session.saves:
+                session.bury(number)
+            session.saves.clear()
+        for served in saves:
+            self.quarantine.give_up(served)
+
+    def _run(self) -> None:
+        last_s = self._clock.now_s()
+        while not self._closing.wait(0.5):
+            now_s = self._clock.now_s()
+            stalled_s = now_s - last_s if now_s - last_s > _STALL_S else 0.0
+            last_s = now_s
+            for session in self.all():
+                # This process did not run: beats sent meanwhile wait in the socket.
+                session.last_seen_s += stalled_s
+                if session.num_streams:
+                    silent_s = self._lease_s
+                else:
+                    silent_s = min(self._lease_s, STREAM_GRACE_S) if not session.mapped else self._lease_s
+                if now_s - session.last_seen_s <= silent_s:
+                    continue
+                if session.mapped:
+                    self._fence(session)
+                else:
+                    self._end(session)
+
+    def close(self) -> None:
+        """End every session; the server has stopped."""
+        self._closing.set()
+        self._sweeper.join()
+        for session in self.all():
+            self._end(session)
+        self._closer.shutdown(wait=True)
+        self.quarantine.clear()
