@@ -165,7 +165,7 @@ _OTHERS = {
     "mover.failed_blocks": _Name("mover_failed_blocks", "Blocks given up after a second failure."),
     "mover.restored_blocks": _Name("mover_restored_blocks", "Blocks written again because a tier had lost them."),
     "mover.errors": _Name("mover_errors", "Demotions ended by a bug."),
-    "service.clients": _Name("clients", "Clients with a session now.", counter=False),
+    "service.sessions": _Name("clients", "Clients with a session now.", counter=False),
     "service.streams": _Name("streams", "Streaming calls open now.", counter=False),
     "ttft.saved_s": _Name("ttft_saved_seconds", "Time to first token that connectors report as saved."),
 }

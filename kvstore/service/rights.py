@@ -14,7 +14,8 @@
 Invariants
 1. What nobody granted is refused. An unknown key, a group-readable file, an entry without a credential: errors.
 2. A token is compared by its digest, in constant time, with every entry.
-3. Once an entry names a uid (a certificate), other uids than the server's own (other certificates) are refused.
+3. Once an entry names a uid (a certificate), other uids than the server's own and root (other certificates) are
+   refused.
 4. A reload that fails leaves the rights as they were.
 """
 
@@ -102,12 +103,14 @@ class Gate:
         log.info("rights read again: %d clients in the tokens file", len(entries))
         return True
 
-    def rights_of(self, token: str, *, uid: int | None, certificate_name: str | None) -> Rights:
+    def rights_of(self, token: str, *, uid: int | None, certificate_name: str | None, local: bool = False) -> Rights:
         """The rights of a client. A token that is shown decides, then a certificate, then the user.
 
         `uid` is the client's as the kernel tells it (from the door), None where that is not known: over TCP, and
-        for a client of the Unix socket that did not pass the door. `certificate_name` is the common name of a
-        client certificate that TLS has verified. Raises AccessDenied, saying what would be accepted.
+        for a client of the Unix socket that did not pass the door; `local` says that it is one of those.
+        `certificate_name` is the common name of a client certificate that TLS has verified.
+
+        Raises AccessDenied, saying what would be accepted.
         """
         entries = self._entries
         if token:
@@ -116,28 +119,30 @@ class Gate:
             return _by_certificate(entries, certificate_name)
         if uid is not None:
             return self._by_uid(entries, uid)
-        if self._local_only:
+        if local or self._local_only:
             return self._unseen(entries)
         if self._open_to_all:
             return FULL
         raise AccessDenied("no credential was shown: send an access token (KVSTORE_TOKEN), or a client certificate")
 
-    def may_map(self, uid: int) -> bool:
-        """Whether processes of this user may have the arena: who maps it can read and write all that is in it.
+    def mapping_uids(self) -> frozenset[int] | None:
+        """Users whose processes may have the arena, for the door; None: this user and, where one is set, the group.
 
-        So only users who are trusted with every namespace; others move their bytes through Read and Write.
+        Who maps the arena can read and write all that is in it. So it is only for users who are trusted with every
+        namespace; others move their bytes through Read and Write.
         """
-        try:
-            rights = self._by_uid(self._entries, uid)
-        except AccessDenied:
-            return False
-        return rights.salts is None and rights.models is None
+        named = [entry for entry in self._entries if entry.uid is not None]
+        if not named and not self._options.allowed_uids:
+            return None
+        trusted = {entry.uid for entry in named if entry.rights.salts is None and entry.rights.models is None}
+        listed = () if named else self._options.allowed_uids
+        return frozenset({os.geteuid(), 0, *listed, *(uid for uid in trusted if uid is not None)})
 
     def _by_uid(self, entries: tuple[_Entry, ...], uid: int) -> Rights:
         for entry in entries:
             if entry.uid == uid:
                 return entry.rights
-        if uid == os.getuid() or (self._is_let_in(uid) and all(entry.uid is None for entry in entries)):
+        if uid in (os.geteuid(), 0) or (self._is_let_in(uid) and all(entry.uid is None for entry in entries)):
             return FULL
         raise AccessDenied(f"user {uid} has no rights here: add it to service.allowed_uids, or to the tokens file")
 

@@ -86,9 +86,7 @@ def test_listed_users_have_full_rights_and_others_none(tmp_path: Path) -> None:
     mine = os.getuid()
     gate = gate_of(tmp_path, "", allowed_uids=(mine + 1,))
     assert gate.rights_of("", uid=mine + 1, certificate_name=None) is FULL
-    assert gate.may_map(mine)
-    assert gate.may_map(mine + 1)
-    assert not gate.may_map(mine + 2)
+    assert gate.mapping_uids() == {mine, 0, mine + 1}
     with pytest.raises(AccessDenied, match=f"user {mine + 2} has no rights here"):
         gate.rights_of("", uid=mine + 2, certificate_name=None)
 
@@ -108,9 +106,10 @@ def test_the_group_of_the_socket_is_enough_only_where_users_are_not_told_apart(t
 def test_a_user_who_may_not_see_every_namespace_may_not_map_the_arena(tmp_path: Path) -> None:
     other = os.getuid() + 1
     gate = gate_of(tmp_path, f'[[client]]\nuid = {other}\nsalts = ["a"]\n', allowed_uids=(other,))
-    assert not gate.may_map(other)
-    gate = gate_of(tmp_path, f"[[client]]\nuid = {other}\nadmin = true\n", allowed_uids=(other,))
-    assert gate.may_map(other)
+    assert gate.mapping_uids() == {os.getuid(), 0}
+    gate = gate_of(tmp_path, f"[[client]]\nuid = {other}\nadmin = true\n")
+    assert gate.mapping_uids() == {os.getuid(), 0, other}
+    assert gate_of(tmp_path, "", group="kv").mapping_uids() is None
 
 
 def test_a_certificate_gives_full_rights_until_entries_tell_certificates_apart(tmp_path: Path) -> None:
@@ -131,6 +130,8 @@ def test_nobody_comes_in_over_the_network_without_a_credential(tmp_path: Path) -
     ):
         with pytest.raises(AccessDenied, match="no credential was shown"):
             Gate(options).rights_of("", uid=None, certificate_name=None)
+    both = Gate(tcp(tmp_path, listen="unix:/k", listen_tcp="h:1", tokens_file=tokens))
+    assert both.rights_of("", uid=None, certificate_name=None, local=True) is FULL
     frightening = ServiceOptions(listen="h:1", serve_anyone_on_the_network_without_authentication=True)
     assert Gate(frightening).rights_of("", uid=None, certificate_name=None) is FULL
 

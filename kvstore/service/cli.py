@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `kvstore`: where it starts, and where every error becomes one line and an exit code.
+
+0 done, 1 a check found a problem, 2 something is wrong with what was asked or with the server.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from kvstore.errors import KVStoreError
+
+
+def main() -> None:
+    try:
+        from kvstore.service.cli_commands import app
+    except ModuleNotFoundError as error:
+        sys.exit(f"kvstore: the package {error.name} is missing: pip install 'kvstore[service]'")
+    try:
+        app()
+    except KVStoreError as error:
+        print(f"kvstore: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # a reader such as head went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+if __name__ == "__main__":
+    main()

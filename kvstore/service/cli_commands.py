@@ -1,0 +1,387 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The subcommands of `kvstore`, except what `serve` does when it runs (`cli_serve`).
+
+A command prints for people, or with `--json` for scripts, and raises kvstore's errors for the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from kvstore.errors import ConfigError
+from kvstore.service import cli_serve, doctor, top
+from kvstore.service.admin import Admin, Target
+from kvstore.service.prompt import Namespace, as_hash, read_prompt
+from kvstore.service.rights import read_secret_file
+from kvstore.wire import kvstore_pb2 as pb
+
+app = typer.Typer(
+    name="kvstore",
+    help="Keeps the KV cache of prompt prefixes for LLM engines, on this host and in a shared Redis or Valkey.\n\n"
+    "Start one server on each host:   kvstore serve --host-capacity 32GiB --redis-url redis://cache:6379\n\n"
+    "See whether all is well:         kvstore doctor\n\n"
+    "Watch it work:                   kvstore top",
+    epilog="Which server: --address, else KVSTORE_ADDRESS, else this user's own. "
+    "For TCP: KVSTORE_TOKEN, KVSTORE_TLS_CA, KVSTORE_TLS_CERT, KVSTORE_TLS_KEY.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Address = Annotated[str, typer.Option("--address", "-a", help="Server: unix:PATH or host:port. [env: KVSTORE_ADDRESS]")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+Config = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file with the settings.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, such as mover.write=through.")
+]
+Model = Annotated[str, typer.Option("--model", help="JSON or TOML file with the fields of ModelId.")]
+Tokenizer = Annotated[str, typer.Option("--tokenizer", help="For text: a name or path, as transformers takes it.")]
+Salt = Annotated[str, typer.Option("--salt", help="Tenant salt, as text or hex:….")]
+Adapter = Annotated[str, typer.Option("--adapter", help="Content digest of a LoRA adapter, in hex.")]
+Secret = Annotated[str, typer.Option("--secret-file", help="The cluster's secret, where it has one.")]
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _console() -> Console:
+    # A pipe has no width: never cut a line that a script reads.
+    return Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"kvstore {version('kvstore')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
+
+
+# ---- the server ----
+
+
+@app.command()
+def serve(
+    config: Config = None,
+    listen: Annotated[str, typer.Option(help="unix:PATH, or host:port. [service.listen]")] = "",
+    host_capacity: Annotated[
+        str, typer.Option(metavar="SIZE", help="Host memory, such as 32GiB. [host.capacity_bytes]")
+    ] = "",
+    redis_url: Annotated[str, typer.Option(help="Shared Redis or Valkey. [tiers.redis.url]")] = "",
+    settings: Set = None,
+) -> None:
+    """Run the server on this host until it is told to stop.
+
+    Settings come from --config, then the environment (KVSTORE_HOST__CAPACITY_BYTES=32GiB), then flags. The settings
+    in effect are printed, each with its source, and then one line that begins with "ready:".
+
+    SIGTERM lets clients finish for service.drain_s seconds, a second one stops at once; SIGHUP reads tokens again.
+
+    Example:  kvstore serve --host-capacity 32GiB --redis-url redis://cache:6379 --set mover.write=through
+    """
+    named = {"service.listen": listen, "host.capacity_bytes": host_capacity, "tiers.redis.url": redis_url}
+    raise typer.Exit(cli_serve.serve(cli_serve.read_config(config, named, settings or [])))
+
+
+@app.command(name="doctor")
+def examine(config: Config = None, settings: Set = None, address: Address = "", as_json: Json = False) -> None:
+    """Check this host, the server and Redis; each line is ok, or a problem and its fix.
+
+    Give it the settings that the server has. Exits with 1 where there is a problem.
+
+    Example:  kvstore doctor --config /etc/kvstore/kvstore.toml
+    """
+    read = cli_serve.read_config(config, {}, settings or [])
+    listed = read.service.listen if "service.listen" in read.sources else ""
+    target = Target.of(address, default=listed)
+    findings: list[doctor.Finding] = []
+    console = _console()
+    for finding in doctor.examine(read, target):
+        findings.append(finding)
+        if not as_json:
+            console.print(_finding_line(finding), soft_wrap=True)
+    problems = sum(finding.verdict is doctor.Verdict.PROBLEM for finding in findings)
+    if as_json:
+        rows = [{"name": f.name, "verdict": f.verdict.value, "detail": f.detail, "fix": f.fix} for f in findings]
+        _print_json({"address": target.address, "problems": problems, "findings": rows})
+    else:
+        console.print(f"{problems} problem{'s' * (problems != 1)}" if problems else "all is well")
+    raise typer.Exit(1 if problems else 0)
+
+
+def _finding_line(finding: doctor.Finding) -> Text:
+    color = {doctor.Verdict.OK: "green", doctor.Verdict.PROBLEM: "bold red", doctor.Verdict.NOTE: "yellow"}
+    line = Text.assemble(
+        (f"{finding.verdict.value:8}", color[finding.verdict]), (f"{finding.name}: ", "bold"), finding.detail
+    )
+    if finding.fix:
+        line.append(f"\n{'':8}fix: {finding.fix}", "cyan")
+    return line
+
+
+# ---- looking in ----
+
+
+@app.command()
+def status(
+    address: Address = "",
+    settings: Annotated[bool, typer.Option("--settings", help="Every setting in effect, and its source.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what the server holds, whom it serves, and how it is set.
+
+    Example:  kvstore status --json | jq '.values["host.used_bytes"]'
+    """
+    with Admin(Target.of(address)) as admin:
+        reply = admin.stats()
+        server = top.server_of(admin)
+        sample = top.look(admin)
+    if as_json:
+        _print_json(_status_of(server, reply))
+        return
+    console = _console()
+    console.print(top.draw(server, sample, None))
+    changed = [row for row in reply.settings if settings or row.source != "default"]
+    if changed:
+        console.print()
+        console.print(_settings_table((row.key, row.value, row.source) for row in changed))
+
+
+def _status_of(server: top.Server, reply: pb.StatsReply) -> dict[str, object]:
+    return {
+        "address": server.address,
+        "version": server.version,
+        "boot_id": server.boot_id,
+        "values": dict(sorted(reply.values.items())),
+        "settings": {row.key: {"value": row.value, "source": row.source} for row in reply.settings},
+        "clients": [
+            {
+                "name": client.name,
+                "pid": client.pid,
+                "mapped": client.mapped,
+                "age_s": client.age_s,
+                "leases": client.num_leases,
+            }
+            for client in reply.clients
+        ],
+    }
+
+
+def _settings_table(rows: Iterable[tuple[str, str, str]]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for name in ("setting", "value", "from"):
+        table.add_column(name, no_wrap=True)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
+@app.command(name="top")
+def show_top(
+    address: Address = "",
+    once: Annotated[bool, typer.Option("--once", help="Print one frame and end.")] = False,
+    every: Annotated[float, typer.Option(min=0.1, max=60, metavar="SECONDS", help="Time between frames.")] = 1.0,
+) -> None:
+    """Watch the server work: occupancy, hit rates, GB/s, leases, clients. Press q to end.
+
+    Example:  kvstore top --every 0.5
+    """
+    with Admin(Target.of(address), name="kvstore top") as admin:
+        top.run(admin, once=once, every_s=every)
+
+
+@app.command()
+def inspect(
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT|HASH", help="Hash in hex, token ids as JSON, a file, or text.")
+    ],
+    model: Model = "",
+    tokenizer: Tokenizer = "",
+    salt: Salt = "",
+    adapter: Adapter = "",
+    secret_file: Secret = "",
+    address: Address = "",
+    as_json: Json = False,
+) -> None:
+    """Show which blocks of a prompt are there, where, and what holds them.
+
+    Example:  kvstore inspect prompt.txt --tokenizer Qwen/Qwen3-8B --model model.toml
+    """
+    block = as_hash(prompt)
+    chain = None
+    if block is None:
+        chain = read_prompt(prompt, _namespace(model, salt, adapter, secret_file), tokenizer)
+    with Admin(Target.of(address)) as admin:
+        blocks = admin.inspect(block or b"") if chain is None else admin.inspect_chain(chain)
+    if as_json:
+        _print_json([_block(info) for info in blocks])
+    else:
+        _console().print(_blocks_table(blocks))
+
+
+def _namespace(model: str, salt: str, adapter: str, secret_file: str) -> Namespace:
+    try:
+        salt_bytes = bytes.fromhex(salt[4:]) if salt.startswith("hex:") else salt.encode()
+        adapter_bytes = bytes.fromhex(adapter)
+    except ValueError:
+        raise ConfigError("--adapter, and --salt after hex:, take hex digits") from None
+    return Namespace(model=model, salt=salt_bytes, adapter=adapter_bytes, secret=read_secret_file(secret_file))
+
+
+def _block(info: pb.BlockInfo) -> dict[str, object]:
+    return {
+        "id": info.id.hex(),
+        "resident": info.resident,
+        "tiers": list(info.tiers),
+        "root": info.root.hex(),
+        "parent": info.parent.hex(),
+        "depth": info.depth,
+        "ready_parts": info.ready_parts,
+        "pins": info.num_pins,
+        "children": info.num_children,
+        "tokens": _tokens(info.tokens),
+    }
+
+
+def _tokens(packed: bytes) -> list[int]:
+    return memoryview(packed).cast("I").tolist() if sys.byteorder == "little" else []
+
+
+def _blocks_table(blocks: Iterable[pb.BlockInfo]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("block", justify="right")
+    for name in ("id", "where"):
+        table.add_column(name, no_wrap=True)
+    for name in ("parts", "pins", "children", "tokens"):
+        table.add_column(name, justify="right")
+    num_there = num_blocks = 0
+    for info in blocks:
+        num_blocks += 1
+        where = [*(["host"] if info.resident and "host" not in info.tiers else []), *info.tiers]
+        num_there += bool(where)
+        table.add_row(
+            str(info.depth) if where or info.depth else "–",
+            info.id.hex(),
+            Text(", ".join(where)) if where else Text("not here", "dim"),
+            str(info.ready_parts.bit_count()) if info.resident else "–",
+            str(info.num_pins) if info.resident else "–",
+            str(info.num_children) if info.resident else "–",
+            str(len(info.tokens) // 4) if info.tokens else "–",
+        )
+    table.caption = f"{num_there} of {num_blocks} blocks are there"
+    table.caption_justify = "left"
+    return table
+
+
+@app.command()
+def watch(
+    address: Address = "",
+    snapshot: Annotated[bool, typer.Option("--snapshot", help="Begin with what is there.")] = False,
+    tokens: Annotated[bool, typer.Option("--tokens", help="With the token ids.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Print blocks as they come and go, until Ctrl-C.
+
+    Example:  kvstore watch --json | jq -r .kind
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with Admin(Target.of(address), name="kvstore watch") as admin:
+        for reply in admin.watch(snapshot=snapshot, with_tokens=tokens):
+            for line in events(reply):
+                text = json.dumps(line) if as_json else "  ".join(f"{value}" for value in line.values() if value != "")
+                print(text, flush=True)
+
+
+def events(reply: pb.WatchReply) -> Iterable[Mapping[str, object]]:
+    """What a reply says, one row a block."""
+    if reply.gap:
+        yield {"kind": "gap", "sequence": reply.sequence}
+    for event in reply.events:
+        for at in range(0, len(event.ids) or 32, 32):
+            line: dict[str, object] = {
+                "kind": pb.BlockEvent.Kind.Name(event.kind).lower(),
+                "tier": event.tier,
+                "id": event.ids[at : at + 32].hex(),
+                "depth": event.depth + at // 32,
+                "root": event.root.hex(),
+                "sequence": reply.sequence,
+            }
+            if event.tokens:
+                width = len(event.tokens) * 32 // len(event.ids)
+                line["tokens"] = _tokens(event.tokens[at // 32 * width : (at // 32 + 1) * width])
+            yield line
+    if reply.snapshot_done:
+        yield {"kind": "snapshot_done", "sequence": reply.sequence}
+
+
+# ---- care ----
+
+
+@app.command()
+def clear(
+    root: Annotated[str, typer.Option(metavar="HEX", help="One namespace, by the root's id; else everything.")] = "",
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    address: Address = "",
+    as_json: Json = False,
+) -> None:
+    """Remove blocks from every tier: those of one namespace, or all of them.
+
+    Example:  kvstore clear --root 1f0c… --yes
+    """
+    root_id = as_hash(root)
+    if root and root_id is None:
+        raise ConfigError(f"--root is {root!r}: give the 64 hex digits of a root, as inspect --json prints them")
+    with Admin(Target.of(address)) as admin:
+        if not yes:
+            what = f"the blocks under {root}" if root else "every block, in every tier, the shared ones included"
+            if not sys.stdin.isatty():
+                raise ConfigError(f"this removes {what}: say --yes")
+            typer.confirm(f"Remove {what}?", abort=True, err=True)
+        num_blocks = admin.clear(root_id or b"")
+    if as_json:
+        _print_json({"blocks": num_blocks})
+    else:
+        print(f"{num_blocks:,} blocks left the host; lower tiers were told")
+
+
+@app.command()
+def warm(
+    prompt: Annotated[str, typer.Argument(help="Token ids as JSON, a file, or text.")],
+    model: Model = "",
+    tokenizer: Tokenizer = "",
+    salt: Salt = "",
+    adapter: Adapter = "",
+    secret_file: Secret = "",
+    address: Address = "",
+    timeout: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="How long it may take.")] = 30.0,
+    as_json: Json = False,
+) -> None:
+    """Bring a prompt's blocks from lower tiers into host memory, ahead of the requests that need them.
+
+    Example:  kvstore warm system-prompt.txt --tokenizer Qwen/Qwen3-8B --model model.toml
+    """
+    chain = read_prompt(prompt, _namespace(model, salt, adapter, secret_file), tokenizer)
+    with Admin(Target.of(address)) as admin:
+        reply = admin.warm(chain, timeout)
+    if as_json:
+        _print_json({"blocks": len(chain), "host_blocks": reply.num_host_blocks, "promoted": reply.num_promoted})
+    else:
+        print(f"{reply.num_host_blocks} of {len(chain)} blocks are in the host, {reply.num_promoted} of them new")

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`kvstore doctor`: each check is one line that says ok, or what is wrong and how to put it right.
+
+A check never raises and never waits longer than a few seconds; one that cannot be made says so. The server may be
+down: what can be seen without it is still checked.
+"""
+
+from __future__ import annotations
+
+import stat
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from importlib.metadata import version
+from typing import Any
+
+from kvstore import native
+from kvstore.block import FORMAT_VERSION, hash_chain
+from kvstore.config import StoreConfig
+from kvstore.errors import AccessDenied, KVStoreError, ServiceUnavailable
+from kvstore.service.admin import Admin, Target
+from kvstore.service.door import knock
+from kvstore.service.preflight import Needs, preflight
+from kvstore.service.rights import Gate, read_secret
+from kvstore.service_options import socket_path
+
+_REDIS_TIMEOUT_S = 2.0
+_DOOR_TIMEOUT_S = 2.0
+_LEAST_VERSION = {"redis": (7, 0), "valkey": (7, 2)}
+_PROBES = 20
+_SLOW_RPC_S = 0.01
+_HIDDEN = "***"
+
+
+class Verdict(Enum):
+    OK = "ok"
+    PROBLEM = "problem"
+    NOTE = "note"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line: what was looked at, what was seen, and for a problem what to do."""
+
+    name: str
+    verdict: Verdict
+    detail: str
+    fix: str = ""
+
+
+def _ok(name: str, detail: str) -> Finding:
+    return Finding(name, Verdict.OK, detail)
+
+
+def _problem(name: str, detail: str, fix: str) -> Finding:
+    return Finding(name, Verdict.PROBLEM, detail, fix)
+
+
+def _note(name: str, detail: str, fix: str = "") -> Finding:
+    return Finding(name, Verdict.NOTE, detail, fix)
+
+
+def examine(config: StoreConfig, target: Target) -> Iterator[Finding]:
+    """Every check, as it is made."""
+    yield _libraries()
+    yield _hashing()
+    yield _rights(config)
+    yield _socket(target.address)
+    settings: dict[str, str] = {}
+    running = False
+    try:
+        with Admin(target, name="kvstore doctor") as admin:
+            running = True
+            yield from _server(admin, settings)
+    except ServiceUnavailable as error:
+        yield _problem("server", str(error), "kvstore serve")
+    except AccessDenied as error:
+        yield _problem("server", f"it lets us not in: {error}", "set KVSTORE_TOKEN to a token of its tokens file")
+    except KVStoreError as error:
+        yield _problem("server", str(error), "install the same version of kvstore on both sides")
+    yield from _redis_servers(config, settings)
+    yield from _memory(config, running)
+
+
+# ---- this installation ----
+
+
+def _libraries() -> Finding:
+    return _ok("libraries", ", ".join(f"{name} {version(name)}" for name in ("kvstore", "grpcio", "protobuf", "redis")))
+
+
+def _hashing() -> Finding:
+    """The chain hashed in C and in Python: two ways that must never differ."""
+    tokens = bytes(range(256)) * 4
+    head = b"kvblock1" + (64).to_bytes(4, "little") + bytes(4)
+    fast = native.hash_chain(bytes(32), head, tokens, 256)
+    if fast is None:
+        return _note("hashing", "in Python: three times slower than in C", "install a C compiler, then kvstore again")
+    if list(fast) != hash_chain(bytes(32), head, tokens, 256):
+        return _problem("hashing", "C and Python give different hashes", "reinstall kvstore: its C module is broken")
+    return _ok("hashing", f"in C, the same as in Python; format {FORMAT_VERSION}")
+
+
+def _rights(config: StoreConfig) -> Finding:
+    try:
+        Gate(config.service)
+        read_secret(config.service)
+    except KVStoreError as error:
+        return _problem("rights", str(error), "as the line says")
+    options = config.service
+    if options.serve_anyone_on_the_network_without_authentication and options.tcp_addresses:
+        return _problem(
+            "rights",
+            f"{', '.join(options.tcp_addresses)} serves anyone who reaches it",
+            "set service.tls_cert, service.tls_key and service.tokens_file, and take the flag away",
+        )
+    return _ok("rights", "TLS and access are set" if options.tcp_addresses else "Unix socket only")
+
+
+# ---- the server ----
+
+
+def _socket(address: str) -> Finding:
+    path = socket_path(address)
+    if path is None:
+        return _ok("socket", f"{address} (TCP)")
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return _problem("socket", f"{path} does not exist", "kvstore serve, or name another with --address")
+    except OSError as error:
+        return _problem("socket", f"{path}: {error.strerror}", "run as the server's user, or join its group")
+    if not stat.S_ISSOCK(status.st_mode):
+        return _problem("socket", f"{path} is no socket", f"rm {path}, then kvstore serve")
+    if status.st_mode & 0o007:
+        return _problem("socket", f"{path} is open to every user", f"chmod o= {path}")
+    try:
+        with knock(path, _DOOR_TIMEOUT_S) as opened:
+            capacity = opened.capacity_bytes / 2**30
+    except AccessDenied as error:
+        return _note("socket", f"{path} is there, but memory is not shared with us: {error}")
+    except KVStoreError as error:
+        return _problem("socket", str(error), "kvstore serve; a server that was killed left the socket behind")
+    mode = stat.S_IMODE(status.st_mode)
+    return _ok("socket", f"{path}, mode {mode:04o}, uid {status.st_uid}; its door gives {capacity:.1f} GiB to map")
+
+
+def _server(admin: Admin, settings: dict[str, str]) -> Iterator[Finding]:
+    opened = admin.opened
+    yield _ok("server", f"version {opened.server_version}, boot {opened.boot_id.hex()[:8]}")
+    # Open has compared them: a server that hashes differently refuses.
+    yield _ok("hash vectors", "client and server give the same ids")
+    times_s: list[float] = []
+    serving = True
+    for _ in range(_PROBES):
+        began_s = time.perf_counter()
+        serving = admin.serving()
+        times_s.append(time.perf_counter() - began_s)
+    if not serving:
+        yield _problem("health", "the server is stopping: it takes no requests", "kvstore serve, once it is gone")
+    middle_s = statistics.median(times_s)
+    if middle_s > _SLOW_RPC_S:
+        yield _problem(
+            "calls", f"take {1e3 * middle_s:.1f} ms", "look for a busy or throttled host (kvstore top, cgroup)"
+        )
+    else:
+        yield _ok("calls", f"take {1e3 * middle_s:.2f} ms (median of {_PROBES})")
+    settings.update({setting.key: setting.value for setting in admin.stats().settings})
+    yield from _store(admin)
+
+
+def _store(admin: Admin) -> Iterator[Finding]:
+    try:
+        faults = admin.check()
+    except AccessDenied:
+        yield _note("store", "not checked: only an admin may", "use the token of an admin")
+        return
+    except ServiceUnavailable as error:
+        yield _problem("store", str(error), "try again while the server is less busy")
+        return
+    for fault in faults:
+        yield _problem("store", fault, "report it with the server's log; kvstore clear empties the store")
+    if not faults:
+        yield _ok("store", "no invariant is broken")
+
+
+# ---- Redis ----
+
+
+def _redis_servers(config: StoreConfig, settings: dict[str, str]) -> Iterator[Finding]:
+    """Of our own settings, and of the running server's, which may have been told otherwise."""
+    urls = {name: str(getattr(options, "url", "")) for name, options in config.tiers.items()}
+    for key, value in settings.items():
+        section, _, name = key.rpartition(".")
+        if section.startswith("tiers.") and name == "url":
+            urls.setdefault(section.removeprefix("tiers."), value)
+    for name, url in urls.items():
+        if url == "embedded":
+            yield _ok(name, "a server of our own, started with the store")
+        elif _HIDDEN in url:
+            yield _note(name, f"the server uses {url}, with a password we do not have", "give doctor the same --config")
+        elif url:
+            yield from _redis(name, url, capped=getattr(config.tiers.get(name), "capacity_bytes", 0) > 0)
+    if not urls:
+        yield _note("redis", "no lower tier is configured: blocks are kept on this host only")
+
+
+def _redis(name: str, url: str, *, capped: bool) -> Iterator[Finding]:
+    import redis  # half a second, which no other command is to pay
+
+    try:
+        with redis.Redis.from_url(
+            url, socket_connect_timeout=_REDIS_TIMEOUT_S, socket_timeout=_REDIS_TIMEOUT_S
+        ) as client:
+            began_s = time.perf_counter()
+            client.ping()
+            took_s = time.perf_counter() - began_s
+            info: dict[str, Any] = {**client.info("server"), **client.info("memory")}
+    except (redis.RedisError, OSError, ValueError) as error:
+        yield _problem(name, f"does not answer: {error}", f"check tiers.{name}.url, the network, user and password")
+        return
+    kind = "valkey" if "valkey_version" in info else "redis"
+    number = str(info.get("valkey_version", info.get("redis_version", "0")))
+    least = _LEAST_VERSION[kind]
+    if tuple(int(part) for part in number.split(".")[:2] if part.isdigit()) < least:
+        yield _problem(name, f"{kind} {number}", f"use {kind} {least[0]}.{least[1]} or later")
+    else:
+        yield _ok(name, f"{kind} {number}, answers in {1e3 * took_s:.1f} ms")
+    policy = str(info.get("maxmemory_policy", "noeviction"))
+    if policy != "noeviction":
+        yield _problem(
+            f"{name} maxmemory-policy",
+            f"{policy}: the server itself tears holes into chains",
+            "CONFIG SET maxmemory-policy noeviction (kvstore evicts by itself, tails first)",
+        )
+    limit, total = int(info.get("maxmemory", 0)), int(info.get("total_system_memory", 0))
+    if limit:
+        yield _ok(f"{name} maxmemory", f"{limit / 2**30:.2f} GiB")
+    elif capped:
+        yield _ok(f"{name} maxmemory", f"none, but tiers.{name}.capacity_bytes is set")
+    else:
+        yield _problem(
+            f"{name} maxmemory",
+            "has no limit: the server grows until its host is out of memory",
+            f"CONFIG SET maxmemory {total * 3 // 4 >> 20 or 4096}mb, or set tiers.{name}.capacity_bytes",
+        )
+
+
+# ---- memory ----
+
+
+def _memory(config: StoreConfig, running: bool) -> Iterator[Finding]:
+    """What the host must have; a server that runs has its memory already."""
+    options = config.service
+    capacity_bytes = 0 if running else config.host.capacity_bytes
+    needs = Needs(capacity_bytes=capacity_bytes, pin_memory=options.pin_memory, huge_pages=config.host.huge_pages)
+    for found in preflight(needs):
+        detail = found.available if found.required == "0 B" else f"{found.available} (required: {found.required})"
+        if found.ok:
+            yield _ok(found.name, detail)
+        else:
+            yield (_problem if found.needed else _note)(found.name, detail, found.fix)

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A prompt named on a command line, as a chain: token ids from JSON or a file, or text and a tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from kvstore.block import Chain, ModelId, Root
+from kvstore.errors import ConfigError
+
+_HASH = re.compile(r"[0-9a-fA-F]{64}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Namespace:
+    """Where the prompt's chain begins.
+
+    Attributes:
+        model: path of a JSON or TOML file with the fields of `kvstore.block.ModelId`.
+        salt, adapter: as in `kvstore.block.Root`.
+        secret: the cluster's secret, where it has one.
+    """
+
+    model: str
+    salt: bytes = b""
+    adapter: bytes = b""
+    secret: bytes = b""
+
+    def root(self) -> Root:
+        return Root(read_model(self.model), adapter=self.adapter, salt=self.salt, secret=self.secret)
+
+
+def as_hash(text: str) -> bytes | None:
+    """The 32 bytes of a block hash in hex; None where `text` is something else."""
+    return bytes.fromhex(text) if _HASH.fullmatch(text) else None
+
+
+def read_model(path: str) -> ModelId:
+    """The model in a file. Raises ConfigError naming the field that is wrong."""
+    if not path:
+        raise ConfigError(
+            "a prompt's hashes depend on its model: give --model FILE, a JSON or TOML file with the fields of ModelId "
+            "(model, revision, kv_dtype, num_layers, num_kv_heads, head_dim, …), or give a block hash instead"
+        )
+    try:
+        text = Path(path).read_text()
+        fields = tomllib.loads(text) if path.endswith(".toml") else json.loads(text)
+    except OSError as error:
+        raise ConfigError(f"model file {path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, ValueError) as error:
+        raise ConfigError(f"model file {path} is neither JSON nor TOML (name it .toml): {error}") from error
+    known = {item.name: item for item in dataclasses.fields(ModelId)}
+    if not isinstance(fields, dict) or not fields.keys() <= known.keys():
+        wrong = sorted(fields.keys() - known.keys()) if isinstance(fields, dict) else [type(fields).__name__]
+        raise ConfigError(f"model file {path}: unknown field {wrong[0]!r}: known are {', '.join(known)}")
+    missing = [name for name, item in known.items() if item.default is dataclasses.MISSING and name not in fields]
+    if missing:
+        raise ConfigError(f"model file {path}: {', '.join(missing)} missing")
+    for name, value in fields.items():
+        kind = int if known[name].type == "int" else str
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ConfigError(f"model file {path}: {name} is {value!r}: give a {'number' if kind is int else 'string'}")
+    return ModelId(**fields)
+
+
+def read_prompt(prompt: str, namespace: Namespace, tokenizer: str = "") -> Chain:
+    """The chain of `prompt`: a file, or the thing itself; a JSON list of token ids, or text for `tokenizer`.
+
+    Raises ConfigError where it holds no full block.
+    """
+    root = namespace.root()
+    text = Path(prompt).read_text() if _is_file(prompt) else prompt
+    tokens = _listed(text)
+    if tokens is None:
+        tokens = _encoder(tokenizer)(text)
+    try:
+        chain = Chain(root, tokens)
+    except ValueError as error:
+        raise ConfigError(f"the prompt is no list of token ids: {error}") from error
+    if not len(chain):
+        raise ConfigError(f"the prompt has {len(tokens)} tokens: a block needs {root.model.block_tokens}")
+    return chain
+
+
+def _is_file(prompt: str) -> bool:
+    try:
+        return Path(prompt).is_file()
+    except (OSError, ValueError):  # a long prompt is no file name
+        return False
+
+
+def _listed(text: str) -> list[int] | None:
+    """Token ids, where `text` is a JSON list of whole numbers; None where it is something else."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    if not isinstance(value, list) or not all(isinstance(item, int) and not isinstance(item, bool) for item in value):
+        return None
+    return value
+
+
+def _encoder(tokenizer: str) -> Callable[[str], list[int]]:
+    if not tokenizer:
+        raise ConfigError(
+            "the prompt is text: give --tokenizer NAME (as transformers takes it), or token ids as a JSON list, "
+            "such as '[1, 2, 3]', or a file that holds one"
+        )
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise ConfigError("--tokenizer needs a package: pip install transformers, or give token ids") from error
+    try:
+        loaded: Any = AutoTokenizer.from_pretrained(tokenizer)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"tokenizer {tokenizer!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    return lambda text: cast("list[int]", loaded.encode(text))

@@ -1,0 +1,401 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`kvstore` as people and scripts run it: real processes, sockets, signals and terminals."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kvstore.block import Chain, ModelId, Root
+from kvstore.errors import AccessDenied, ConfigError, ServiceUnavailable
+from kvstore.service.admin import Admin, Target
+from kvstore.service.cli_commands import app, events
+from kvstore.service.cli_serve import notify, read_config
+from kvstore.service.handshake import model_message
+from kvstore.wire import kvstore_pb2 as pb
+from kvstore.wire.kvstore_pb2_grpc import KVStoreStub
+
+KVSTORE = (sys.executable, "-m", "kvstore.service.cli")
+START_S = 30.0
+ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+def environment(**more: str) -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("KVSTORE_")}
+    return {**kept, "NO_COLOR": "1", "TERM": "xterm", **more}
+
+
+def run(*words: str, **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*KVSTORE, *words],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment(**more),
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def eventually(check: Callable[[], bool], limit_s: float = 10.0) -> bool:
+    deadline = time.monotonic() + limit_s
+    while not check():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+class Serving:
+    """`kvstore serve` in a process of its own, ready."""
+
+    def __init__(self, directory: Path, *words: str, **more: str) -> None:
+        self.address = f"unix:{directory}/k.sock"
+        self.directory = directory
+        flags = ["serve", "--listen", self.address, "--host-capacity", "1MiB", "--set", "host.prefault=false"]
+        self.log = directory / "log"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [*KVSTORE, *flags, *words], stdout=subprocess.PIPE, stderr=log, text=True, env=environment(**more)
+            )
+        self.printed: list[str] = []
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.printed.append(line.rstrip("\n"))
+            if line.startswith("ready: "):
+                return
+        raise AssertionError(f"never ready: {self.log.read_text()}")
+
+    def admin(self, **more: str) -> Admin:
+        return Admin(Target(address=self.address, **more))
+
+    def ask(self, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
+        return run(*words, KVSTORE_ADDRESS=self.address, **more)
+
+    def wait(self, limit_s: float = 20.0) -> int:
+        return self.process.wait(limit_s)
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., Serving]]:
+    made: list[Serving] = []
+
+    def start(*words: str, **more: str) -> Serving:
+        made.append(Serving(tmp_path, *words, **more))
+        return made[-1]
+
+    yield start
+    for each in made:
+        each.end()
+
+
+MakeServing = Callable[..., Serving]
+
+
+# ---- the server's life ----
+
+
+def test_serve_prints_its_settings_with_their_sources_and_one_ready_line(tmp_path: Path, serve: MakeServing) -> None:
+    config = tmp_path / "kvstore.toml"
+    config.write_text('[request]\nhold_s = 3.0\n[service]\nlisten = "unix:/nowhere/else.sock"\n')
+    server = serve("--config", str(config), "--set", "mover.write=through", KVSTORE_SERVICE__MAX_STREAMS="7")
+    rows = {line.split()[0]: line.split(maxsplit=2)[1:] for line in server.printed[:-1]}
+    assert rows["request.hold_s"] == ["3.0", f"file {config}"]
+    assert rows["service.listen"] == [server.address, "command line"]
+    assert rows["service.max_streams"] == ["7", "environment KVSTORE_SERVICE__MAX_STREAMS"]
+    assert rows["mover.write"] == ["through", "command line"]
+    assert rows["host.policy"] == ["lru", "default"]
+    assert re.fullmatch(rf"ready: {server.address} arena 1\.0 MiB boot [0-9a-f]{{8}}", server.printed[-1])
+    reply = json.loads(server.ask("status", "--json").stdout)
+    assert reply["settings"]["request.hold_s"] == {"value": "3.0", "source": f"file {config}"}
+    assert reply["values"]["host.capacity_bytes"] == 1 << 20
+    assert server.printed[-1].endswith(reply["boot_id"][:8])
+
+
+def test_sigterm_ends_it_in_order_and_leaves_no_socket(serve: MakeServing) -> None:
+    server = serve()
+    assert (server.directory / "k.sock").stat().st_mode & 0o777 == 0o600
+    server.process.send_signal(signal.SIGTERM)
+    assert server.wait() == 0
+    assert not (server.directory / "k.sock").exists()
+    assert not (server.directory / "k.sock.door").exists()
+    assert [line.split(": ")[-1] for line in server.log.read_text().splitlines()][-1] == "stopped"
+
+
+def hold_a_save(admin: Admin, model: ModelId) -> None:
+    """Leave a save open, which a draining server waits for."""
+    stub = KVStoreStub(admin._channel)  # type: ignore[no-untyped-call]
+    session, chain = admin.opened.session, Chain(Root(model), range(16))
+    opened = stub.OpenModel(pb.OpenModelRequest(session=session, model=model_message(model), digest=model.digest()))
+    root = pb.Root(model=opened.model, id=chain.root.id)
+    reply = stub.Save(
+        pb.SaveRequest(
+            session=session,
+            chain=pb.ChainDelta(chain=1, ids=b"".join(chain.ids), root=root),
+            stop=1,
+            contents=pb.Contents(tokens=chain.meta(0).tokens),
+            lease=1,
+        )
+    )
+    assert reply.indices
+
+
+def test_a_second_sigterm_stops_at_once_what_the_first_would_have_waited_for(
+    serve: MakeServing, model: ModelId
+) -> None:
+    server = serve("--set", "service.drain_s=300")
+    with contextlib.suppress(ServiceUnavailable), server.admin() as admin:
+        hold_a_save(admin, model)
+        server.process.send_signal(signal.SIGTERM)
+        assert eventually(lambda: not admin.serving())
+        with pytest.raises(ServiceUnavailable):
+            server.admin()
+        assert server.process.poll() is None
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait(5.0) == 1
+    assert "stopping at once" in server.log.read_text()
+
+
+def test_draining_ends_at_its_limit(serve: MakeServing, model: ModelId) -> None:
+    server = serve("--set", "service.drain_s=0.3")
+    with server.admin() as admin:
+        hold_a_save(admin, model)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait() == 0
+
+
+def test_a_client_meets_a_server_that_was_started_again(serve: MakeServing) -> None:
+    first = serve()
+    with first.admin() as admin:
+        boot = admin.opened.boot_id
+        first.process.kill()
+        first.wait()
+        with pytest.raises(ServiceUnavailable, match="no server answers at unix:.*start one with `kvstore serve`"):
+            admin.stats()
+        serve()
+        assert eventually(lambda: answers(admin))
+        assert admin.opened.boot_id != boot
+
+
+def answers(admin: Admin) -> bool:
+    try:
+        admin.stats()
+    except ServiceUnavailable:
+        return False
+    return True
+
+
+def test_sighup_reads_the_tokens_again(tmp_path: Path, serve: MakeServing) -> None:
+    tokens = tmp_path / "tokens.toml"
+    tokens.write_text("")
+    tokens.chmod(0o600)
+    server = serve("--set", f"service.tokens_file={tokens}")
+    token = "a-token-of-somebody-new"
+    with pytest.raises(AccessDenied, match="the access token is not known here"):
+        server.admin(token=token)
+    tokens.write_text(f'[[client]]\ntoken = "{token}"\n')
+    server.process.send_signal(signal.SIGHUP)
+    assert eventually(lambda: "rights read again: 1 clients" in server.log.read_text())
+    with server.admin(token=token) as admin:
+        assert not admin.stats().settings, "settings are for admins"
+    assert server.process.poll() is None
+
+
+def test_systemd_is_told_when_it_is_ready_and_when_it_stops(tmp_path: Path, serve: MakeServing) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(10)
+        server = serve(NOTIFY_SOCKET=str(tmp_path / "notify"))
+        assert systemd.recv(100) == b"READY=1"
+        server.process.send_signal(signal.SIGTERM)
+        assert systemd.recv(100) == b"STOPPING=1"
+
+
+def test_an_abstract_notify_socket_is_reached_and_a_missing_one_is_no_failure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(f"\0kvstore-test-{os.getpid()}")
+        systemd.settimeout(10)
+        monkeypatch.setenv("NOTIFY_SOCKET", f"@kvstore-test-{os.getpid()}")
+        notify("READY=1")
+        assert systemd.recv(100) == b"READY=1"
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "gone"))
+    notify("READY=1")
+
+
+def test_metrics_are_served_beside_it(serve: MakeServing) -> None:
+    server = serve("--set", "service.metrics_listen=127.0.0.1:0", "--set", "service.log_format=json")
+    lines = [json.loads(line) for line in server.log.read_text().splitlines()]
+    url = next(line["message"].split()[-1] for line in lines if line["message"].startswith("metrics at"))
+    with server.admin(), urllib.request.urlopen(url, timeout=5) as reply:
+        text = reply.read().decode()
+    assert "kvstore_host_capacity_bytes 1.048576e+06" in text
+    assert 'kvstore_rpc_seconds_count{rpc="Open"} 1.0' in text
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["serve", "--set", "host.capacity=5"], "unknown key host.capacity (from command line): known are"),
+        (["serve", "--set", "mover.write"], "--set mover.write: give SECTION.KEY=VALUE"),
+        (["serve", "--host-capacity", "much"], "host.capacity_bytes is 'much': give a number of bytes, or a size"),
+        (["serve", "--listen", "0.0.0.0:9400"], "service listens on 0.0.0.0:9400 without TLS"),
+        (["serve", "--config", "/nowhere.toml"], "config file /nowhere.toml cannot be read: No such file"),
+        (["serve", "--host-capacity", "900TiB"], "memory: 900"),
+        (["serve", "--listen", "unix:/nowhere/k.sock"], "/nowhere"),
+        (["status", "--address", "unix:/nowhere/k.sock"], "no server answers at unix:/nowhere/k.sock: start one"),
+        (["status", "--address", "nonsense"], "'nonsense': give unix:PATH or host:port"),
+        (["clear", "--root", "1f"], "--root is '1f': give the 64 hex digits"),
+        (["inspect", "[1]", "--salt", "hex:x"], "take hex digits"),
+        (["warm", "[1]"], "give --model FILE"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(words: list[str], says: str) -> None:
+    done = run(*words, XDG_RUNTIME_DIR="")
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if " kvstore.service" not in line]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("kvstore: ")
+    assert says in lines[0]
+
+
+def test_a_second_server_in_the_same_place_is_refused_and_the_first_serves_on(
+    tmp_path: Path, serve: MakeServing
+) -> None:
+    server = serve()
+    second = run("serve", "--listen", server.address, "--host-capacity", "1MiB")
+    assert second.returncode == 2
+    assert "another service runs at" in second.stderr
+    assert server.ask("status", "--json").returncode == 0
+
+
+# ---- what asks it ----
+
+
+def test_doctor_is_content_with_a_sound_server_and_with_none_says_what_is_missing(
+    tmp_path: Path, serve: MakeServing
+) -> None:
+    server = serve()
+    well = server.ask("doctor", "--json")
+    report = json.loads(well.stdout)
+    names = {finding["name"]: finding["verdict"] for finding in report["findings"]}
+    assert (well.returncode, report["problems"]) == (0, 0), well.stdout
+    assert {"socket", "server", "hash vectors", "calls", "store", "memory"} <= names.keys()
+    server.process.kill()
+    server.wait()
+    ill = server.ask("doctor")
+    assert ill.returncode == 1
+    assert "problem server: no server answers at" in ill.stdout
+    assert "fix: kvstore serve" in ill.stdout
+
+
+def test_clear_asks_before_it_empties_everything(serve: MakeServing) -> None:
+    server = serve()
+    refused = server.ask("clear")
+    assert refused.returncode == 2
+    assert "say --yes" in refused.stderr
+    assert json.loads(server.ask("clear", "--yes", "--json").stdout) == {"blocks": 0}
+
+
+def test_top_prints_a_frame_for_a_pipe_and_a_screen_that_q_ends_for_a_terminal(serve: MakeServing) -> None:
+    server = serve()
+    frame = server.ask("top", "--once", "--every", "0.1")
+    assert frame.returncode == 0
+    assert re.search(r"^host +░+ 0 B/1\.0 MiB 0%", frame.stdout, re.MULTILINE)
+    screen, terminal = pty.openpty()
+    with subprocess.Popen(
+        [*KVSTORE, "top", "--every", "0.1", "--address", server.address],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        env=environment(COLUMNS="80", LINES="24"),
+    ) as process:
+        os.close(terminal)
+        seen = read_until(screen, "matches 0/s")
+        os.write(screen, b"q")
+        assert read_until(screen, "\x1b[?1049l"), "the screen is given back"
+        assert process.wait(10) == 0
+    os.close(screen)
+    assert "kvstore top" in ANSI.sub("", seen)
+
+
+def read_until(fd: int, text: str, limit_s: float = 20.0) -> str:
+    """What a terminal showed until `text`, escape sequences included."""
+    seen = ""
+    deadline = time.monotonic() + limit_s
+    while text not in seen and text not in ANSI.sub("", seen):
+        ready, _, _ = select.select([fd], [], [], max(0.0, deadline - time.monotonic()))
+        assert ready, f"never showed {text!r}: {seen!r}"
+        seen += os.read(fd, 65536).decode(errors="replace")
+    return seen
+
+
+def test_completion_is_there() -> None:
+    assert "complete" in run("--show-completion", "bash", _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1").stdout
+
+
+# ---- in process ----
+
+
+def test_flags_become_settings_of_the_one_schema() -> None:
+    config = read_config(None, {"host.capacity_bytes": "2GiB", "tiers.redis.url": ""}, ["tiers.redis.codec=lz4"])
+    assert config.host.capacity_bytes == 2 << 30
+    assert config.sources["tiers.redis.codec"] == "command line"
+    assert "tiers.redis.url" not in config.sources
+    with pytest.raises(ConfigError, match="--set nosection=1"):
+        read_config(None, {}, ["nosection=1"])
+
+
+def test_the_flag_wins_over_the_environment_for_the_address() -> None:
+    environ = {"KVSTORE_ADDRESS": "unix:/env.sock", "KVSTORE_TOKEN": "secret"}
+    assert Target.of("unix:/flag.sock", environ=environ).address == "unix:/flag.sock"
+    assert Target.of(environ=environ, default="unix:/config.sock").address == "unix:/env.sock"
+    assert Target.of(environ={}, default="unix:/config.sock").address == "unix:/config.sock"
+    assert "secret" not in repr(Target.of(environ=environ))
+
+
+@pytest.mark.parametrize("command", ["serve", "doctor", "status", "top", "inspect", "watch", "clear", "warm"])
+def test_help_teaches_by_example(command: str) -> None:
+    shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"})
+    assert shown.exit_code == 0
+    assert f"Example:  kvstore {command}" in shown.output
+
+
+def test_the_first_page_says_how_to_begin() -> None:
+    shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).output
+    assert "kvstore serve --host-capacity 32GiB" in shown
+    assert "KVSTORE_ADDRESS" in shown
+
+
+def test_events_are_one_line_a_block() -> None:
+    stored = pb.BlockEvent(kind=pb.BlockEvent.STORED, tier="host", root=bytes(32), ids=b"a" * 32 + b"b" * 32, depth=4)
+    stored.tokens = b"".join(number.to_bytes(4, "little") for number in range(4))
+    cleared = pb.BlockEvent(kind=pb.BlockEvent.CLEARED, root=bytes(32))
+    lines = list(events(pb.WatchReply(sequence=9, gap=True, events=[stored, cleared], snapshot_done=True)))
+    assert [line["kind"] for line in lines] == ["gap", "stored", "stored", "cleared", "snapshot_done"]
+    assert [(line["id"], line["depth"], line["tokens"]) for line in lines[1:3]] == [
+        ((b"a" * 32).hex(), 4, [0, 1]),
+        ((b"b" * 32).hex(), 5, [2, 3]),
+    ]

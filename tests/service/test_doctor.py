@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`kvstore doctor`: each fault is one line with its fix, on real sockets and real Redis servers."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+
+from kvstore.config import StoreConfig
+from kvstore.service.admin import Target
+from kvstore.service.doctor import Finding, Verdict, examine
+from kvstore.tiers.valkey import EmbeddedServer
+
+
+def findings_of(tmp_path: Path, values: dict[str, object] | None = None) -> dict[str, Finding]:
+    """What doctor finds where no server runs."""
+    config = StoreConfig.load({"host": {"capacity_bytes": "1MiB"}, **(values or {})}, environ={})
+    found = list(examine(config, Target(address=f"unix:{tmp_path}/k.sock", deadline_s=2.0)))
+    assert len({finding.name for finding in found}) == len(found)
+    assert all(finding.fix for finding in found if finding.verdict is Verdict.PROBLEM)
+    return {finding.name: finding for finding in found}
+
+
+def problems(found: dict[str, Finding]) -> set[str]:
+    return {name for name, finding in found.items() if finding.verdict is Verdict.PROBLEM}
+
+
+@pytest.fixture
+def valkey() -> Iterator[EmbeddedServer]:
+    with EmbeddedServer() as server:
+        yield server
+
+
+def test_without_a_server_the_rest_is_checked_all_the_same(tmp_path: Path) -> None:
+    found = findings_of(tmp_path)
+    assert problems(found) == {"socket", "server"}
+    assert "does not exist" in found["socket"].detail
+    assert "no server answers at" in found["server"].detail
+    assert found["hashing"].verdict is not Verdict.PROBLEM
+    assert {"memory", "cgroup memory limit"} <= found.keys()
+    assert found["redis"].verdict is Verdict.NOTE
+
+
+def test_a_socket_left_by_a_killed_server_is_told_from_a_missing_one(tmp_path: Path) -> None:
+    for name, kind in (("k.sock", socket.SOCK_STREAM), ("k.sock.door", socket.SOCK_SEQPACKET)):
+        with socket.socket(socket.AF_UNIX, kind) as dead:
+            dead.bind(f"{tmp_path}/{name}")
+        (tmp_path / name).chmod(0o600)
+    found = findings_of(tmp_path)["socket"]
+    assert found.verdict is Verdict.PROBLEM
+    assert "Connection refused" in found.detail
+    assert "a server that was killed left the socket behind" in found.fix
+
+
+def test_a_socket_that_every_user_may_open_is_a_problem(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(f"{tmp_path}/k.sock")
+        listener.listen()
+        (tmp_path / "k.sock").chmod(0o666)
+        assert "open to every user" in findings_of(tmp_path)["socket"].detail
+
+
+def test_a_file_in_the_place_of_the_socket_is_named(tmp_path: Path) -> None:
+    (tmp_path / "k.sock").write_text("")
+    assert "is no socket" in findings_of(tmp_path)["socket"].detail
+
+
+def test_a_server_that_does_not_answer_is_given_up_at_the_deadline(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(f"{tmp_path}/k.sock")
+        listener.listen()
+        found = findings_of(tmp_path)["server"]
+    assert found.verdict is Verdict.PROBLEM
+    assert "did not answer within 2 s" in found.detail
+
+
+@pytest.mark.redis
+def test_a_redis_that_is_set_up_well_is_ok_and_one_without_a_limit_is_not(
+    tmp_path: Path, valkey: EmbeddedServer
+) -> None:
+    values: dict[str, object] = {"tiers": {"redis": {"url": valkey.url}}}
+    found = findings_of(tmp_path, values)
+    assert "valkey" in found["redis"].detail
+    assert found["redis"].verdict is Verdict.OK
+    assert "has no limit" in found["redis maxmemory"].detail
+    with redis.Redis.from_url(valkey.url) as client:
+        client.config_set("maxmemory", "64mb")
+    assert problems(findings_of(tmp_path, values)) == {"socket", "server"}
+    with redis.Redis.from_url(valkey.url) as client:
+        client.config_set("maxmemory-policy", "allkeys-lru")
+    found = findings_of(tmp_path, values)
+    assert "allkeys-lru: the server itself tears holes into chains" in found["redis maxmemory-policy"].detail
+    assert "CONFIG SET maxmemory-policy noeviction" in found["redis maxmemory-policy"].fix
+
+
+@pytest.mark.redis
+def test_a_redis_without_a_limit_is_enough_where_the_tier_has_one(tmp_path: Path, valkey: EmbeddedServer) -> None:
+    values: dict[str, object] = {"tiers": {"redis": {"url": valkey.url, "capacity_bytes": "64MiB"}}}
+    assert problems(findings_of(tmp_path, values)) == {"socket", "server"}
+
+
+def test_a_redis_that_is_not_there_is_a_problem_and_no_password_is_shown(tmp_path: Path) -> None:
+    found = findings_of(tmp_path, {"tiers": {"redis": {"url": "redis://me:s3cret@127.0.0.1:1"}}})
+    assert "redis" in problems(found)
+    assert "does not answer" in found["redis"].detail
+    assert not any("s3cret" in finding.detail + finding.fix for finding in found.values())
+
+
+def test_unsafe_rights_are_a_problem_before_the_server_is_started(tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens.toml"
+    tokens.write_text("")
+    tokens.chmod(0o644)
+    assert "chmod 600" in findings_of(tmp_path, {"service": {"tokens_file": str(tokens)}})["rights"].detail
+    naked = {"service": {"listen": "0.0.0.0:1"}}
+    assert "without TLS" in findings_of(tmp_path, naked)["rights"].detail
+    naked["service"]["serve_anyone_on_the_network_without_authentication"] = "true"
+    assert "serves anyone" in findings_of(tmp_path, naked)["rights"].detail
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may lock as much memory as it likes")
+def test_a_limit_on_locked_memory_is_a_problem_only_where_memory_is_to_be_locked(tmp_path: Path) -> None:
+    values: dict[str, object] = {"host": {"capacity_bytes": "1TiB"}, "service": {"pin_memory": True}}
+    assert "locked memory limit" in problems(findings_of(tmp_path, values))
+
+
+def test_a_host_with_too_little_memory_is_a_problem_before_the_server_is_started(tmp_path: Path) -> None:
+    found = findings_of(tmp_path, {"host": {"capacity_bytes": "900TiB"}})
+    assert "memory" in problems(found)
+    assert "lower host.capacity_bytes" in found["memory"].fix

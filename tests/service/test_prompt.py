@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A prompt on a command line names the same blocks that an engine would ask for."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from kvstore.block import Chain, ModelId, Root
+from kvstore.errors import ConfigError
+from kvstore.service.prompt import Namespace, as_hash, read_prompt
+
+TOKENS = list(range(40))
+
+
+@pytest.fixture
+def model_file(tmp_path: Path, model: ModelId) -> str:
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps(dataclasses.asdict(model)))
+    return str(path)
+
+
+def test_token_ids_given_in_place_or_in_a_file_give_the_engines_chain(
+    tmp_path: Path, model: ModelId, model_file: str
+) -> None:
+    wanted = Chain(Root(model, salt=b"acme", secret=b"s" * 16), TOKENS).ids
+    namespace = Namespace(model=model_file, salt=b"acme", secret=b"s" * 16)
+    (tmp_path / "prompt.json").write_text(json.dumps(TOKENS))
+    for prompt in (json.dumps(TOKENS), str(tmp_path / "prompt.json")):
+        assert read_prompt(prompt, namespace).ids == wanted
+    assert read_prompt(json.dumps(TOKENS), Namespace(model=model_file)).ids != wanted
+
+
+def test_a_model_may_be_toml_with_what_has_no_default_alone(tmp_path: Path, model: ModelId) -> None:
+    path = tmp_path / "model.toml"
+    path.write_text(
+        'model = "tiny"\nrevision = "1"\nkv_dtype = "bfloat16"\nnum_layers = 2\nnum_kv_heads = 2\nhead_dim = 16\n'
+        "block_tokens = 16\n"
+    )
+    assert read_prompt(json.dumps(TOKENS), Namespace(model=str(path))).root == Root(model)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("hello", "the prompt is text: give --tokenizer NAME"),
+        ("[1, 2]", "the prompt has 2 tokens: a block needs 16"),
+        (json.dumps([-1] * 16), "token ids must lie in"),
+        (json.dumps(["a"] * 16), "the prompt is text"),
+        (json.dumps([True] * 16), "the prompt is text"),
+        ("x" * 100_000, "the prompt is text"),
+    ],
+)
+def test_a_wrong_prompt_is_one_clear_sentence(model_file: str, prompt: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        read_prompt(prompt, Namespace(model=model_file))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("m.json", "{", "is neither JSON nor TOML"),
+        ("m.json", "[]", "unknown field 'list'"),
+        ("m.json", '{"model": "a", "layers": 2}', "unknown field 'layers': known are model, revision"),
+        ("m.json", '{"model": "a"}', "revision, kv_dtype, num_layers, num_kv_heads, head_dim missing"),
+        ("m.toml", 'model = "a"\nrevision = 1\n', "missing"),
+        (
+            "m.json",
+            '{"model":"a","revision":"1","kv_dtype":"bfloat16","num_layers":"2","num_kv_heads":2,"head_dim":16}',
+            "num_layers is '2': give a number",
+        ),
+    ],
+)
+def test_a_wrong_model_file_is_one_clear_sentence(tmp_path: Path, name: str, text: str, words: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        read_prompt("[1]", Namespace(model=str(tmp_path / name)))
+
+
+def test_without_a_model_the_error_says_what_to_give() -> None:
+    with pytest.raises(ConfigError, match="give --model FILE"):
+        read_prompt("[1]", Namespace(model=""))
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        read_prompt("[1]", Namespace(model="/nowhere/model.json"))
+
+
+def test_only_64_hex_digits_are_a_hash() -> None:
+    assert as_hash("0f" * 32) == b"\x0f" * 32
+    for text in ("0f" * 31, "0g" * 32, "0f" * 33, "", "[1, 2]", "0f" * 32 + "\n"):
+        assert as_hash(text) is None
