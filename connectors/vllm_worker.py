@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A worker's side of the vLLM connector: copies between the engine's pages and the store's slots.
+
+Invariants
+1. Every load that was ordered is reported, by its deadline at the latest, aborted requests' too.
+2. Once a load is reported, nothing of it writes to the engine's pages any more.
+3. Nothing is saved in a step in which a page it builds on failed to load.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from connectors.base import FailOpen
+from connectors.vllm_identity import Roots
+from connectors.vllm_pages import EnginePages
+from connectors.vllm_plan import LoadOrder, LoadReport, Orders, Report, SaveOrder, VllmSettings, failed_pages
+from kvstore.api import Load, Store
+from kvstore.block import Chain, ModelId
+
+log = logging.getLogger("kvstore.connector.vllm")
+
+_IDLE_WAIT_S = 0.002
+"""How long a step without work waits for a load: longer delays new requests, shorter only spins."""
+
+
+@dataclass(eq=False)
+class _Job:
+    """One load. `lock` is held for each copy: who cancels knows that nothing writes afterwards."""
+
+    order: LoadOrder
+    deadline_s: float
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    cancelled: bool = False
+    ended: bool = False
+    stop: int = 0
+    """Blocks up to here are in place."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    num_blocks: dict[str, int] = field(default_factory=dict)
+
+
+class WorkerSide:
+    """See the module. `adopt` makes a Load of what the scheduler's side shared."""
+
+    def __init__(
+        self,
+        settings: VllmSettings,
+        model: ModelId,
+        store: Store,
+        adopt: Callable[[object], Load],
+        pages: EnginePages,
+        *,
+        saves: bool = True,
+        now_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store = store
+        self._adopt = adopt
+        self._pages = pages
+        self._saves = saves and settings.save
+        self._now_s = now_s
+        self._roots = Roots(model, settings.secret.encode())
+        layout = store.open(model)
+        self._block_tokens = model.block_tokens
+        self._block_bytes = sum(layout.parts[part].num_bytes for part in pages.parts)
+        self.fail_open = FailOpen(now_s=now_s)
+        self._chains: dict[str, Chain] = {}
+        self._jobs: dict[str, _Job] = {}
+        self._ended = threading.Condition()
+        self._bad_pages: set[int] = set()
+        self._bad_now: set[int] = set()
+        self._sent: set[str] = set()
+        self._report = Report()
+        self._pool = ThreadPoolExecutor(settings.load_threads, thread_name_prefix="kvstore-load")
+
+    # -- loading -----------------------------------------------------------------------------------------------
+
+    def load(self, orders: Orders) -> None:
+        """Carry out loads that belong to this step, start the others. Before the forward pass where any is in it."""
+        for order in orders.loads:
+            job = _Job(order, self._now_s() + order.timeout_s, stop=order.start)
+            if order.in_step:
+                self._run(job)
+                self._note(job)
+            else:
+                self._jobs[order.request] = job
+                self._pool.submit(self._run, job)
+
+    def _run(self, job: _Job) -> None:
+        try:
+            done = self.fail_open.call(lambda: self._copy(job), False)
+            if not done:
+                job.stop = job.order.start  # something may be wrong with any of it: none counts
+        finally:
+            with self._ended:
+                job.ended = True
+                self._ended.notify_all()
+
+    def _copy(self, job: _Job) -> bool:
+        """Copy blocks in as they come; True where all that was copied is sound. Raises what the store raises."""
+        order = job.order
+        if order.lease is None:
+            return True
+        then_s = self._now_s()
+        with self._adopt(order.lease) as load:
+            for block in load:
+                if block.index != job.stop or block.index >= order.stop:
+                    break
+                with job.lock:
+                    if job.cancelled or self._now_s() > job.deadline_s:
+                        break
+                    self._pages.scatter(order.pages, block.index, block.views, order.first_token)
+                job.stop += 1
+                now_s = self._now_s()
+                job.seconds[block.tier] = job.seconds.get(block.tier, 0.0) + now_s - then_s
+                job.num_blocks[block.tier] = job.num_blocks.get(block.tier, 0) + 1
+                then_s = now_s
+            return load.intact()
+
+    def _note(self, job: _Job) -> None:
+        """Report a load that has ended, or is given up now."""
+        order = job.order
+        with job.lock:
+            job.cancelled = True
+            stop = job.stop if job.ended else order.start
+        if stop < order.stop:
+            first = max(stop * self._block_tokens, order.first_token)
+            failed = failed_pages(order.pages, self._pages.page_tokens, first, order.stop * self._block_tokens)
+            self._bad_pages.update(failed)
+            self._bad_now.update(failed)
+        self._report.loads[order.request] = LoadReport(
+            stop,
+            seconds=dict(job.seconds),
+            num_bytes={tier: count * self._block_bytes for tier, count in job.num_blocks.items()},
+        )
+
+    def finished(self, *, idle: bool) -> tuple[set[str], set[str]]:
+        """(requests whose last save is done, requests whose load has ended, well or not), each named once."""
+        if self._jobs and idle:
+            with self._ended:
+                self._ended.wait_for(lambda: any(job.ended for job in self._jobs.values()), _IDLE_WAIT_S)
+        now_s = self._now_s()
+        received = {name for name, job in self._jobs.items() if job.ended or now_s >= job.deadline_s}
+        for name in received:
+            self._note(self._jobs.pop(name))
+        sent, self._sent = self._sent, set()
+        return sent, received
+
+    def bad_pages(self) -> set[int]:
+        """Pages of loads reported since the last call that the engine must compute."""
+        bad, self._bad_pages = self._bad_pages, set()
+        return bad
+
+    # -- saving ------------------------------------------------------------------------------------------------
+
+    def save(self, orders: Orders) -> None:
+        """Copy out and publish what the step has filled."""
+        for order in orders.saves:
+            try:
+                if self._bad_now.intersection(order.pages):
+                    # Computed on top of pages that did not load: the engine is about to compute it again.
+                    self._report.unsaved[order.request] = order.start
+                    self._grow(order)
+                elif self._saves and self._grow(order):
+                    self.fail_open.call(lambda order=order: self._publish(order), None)  # type: ignore[misc]
+            finally:
+                if order.holds:
+                    self._sent.add(order.request)
+                    self._chains.pop(order.request, None)
+        self._bad_now.clear()
+        for request in orders.ended:
+            self._chains.pop(request, None)
+
+    def _grow(self, order: SaveOrder) -> bool:
+        """Extend this worker's copy of the chain; False where it does not fit what the scheduler's side knows."""
+        if order.known == 0:
+            self._chains[order.request] = Chain(self._roots.root(order.adapter, order.salt))
+        chain = self._chains.get(order.request)
+        if chain is None or chain.num_tokens != order.known:
+            return False
+        chain.extend(np.frombuffer(order.tokens, "<u4").astype(np.uint32), media=order.media)
+        return True
+
+    def _publish(self, order: SaveOrder) -> None:
+        chain = self._chains[order.request]
+        began_s = self._now_s()
+        with self._store.save(chain, order.start, order.stop, parts=self._pages.parts) as save:
+            for index in save.indices:
+                self._pages.gather(order.pages, index, save.views(index))
+            saved = save.commit(*save.indices) if save.indices else 0
+            self._count("refused_blocks", save.num_refused)
+        self._count("saved_blocks", saved)
+        self._count("save_s", self._now_s() - began_s)
+
+    def _count(self, name: str, value: float) -> None:
+        if value:
+            self._report.counts[name] = self._report.counts.get(name, 0.0) + value
+
+    # -- reports -----------------------------------------------------------------------------------------------
+
+    def report(self) -> Report | None:
+        """News for the scheduler's side; None for none."""
+        if not self._report:
+            return None
+        taken, self._report = self._report, Report()
+        return taken
+
+    def close(self) -> None:
+        for job in self._jobs.values():
+            with job.lock:
+                job.cancelled = True
+        self._pool.shutdown(wait=True, cancel_futures=True)
