@@ -127,6 +127,7 @@ _OF_A_TIER = {
     "written_bytes": _Name("written_bytes", "Bytes of blocks written."),
     "evicted_blocks": _Name("evictions", "Blocks dropped for want of space."),
     "evicted_bytes": _Name("evicted_bytes", "Bytes dropped for want of space."),
+    "quota_refused_blocks": _Name("quota_refused_blocks", "Blocks refused because their tenant's quota is used up."),
     "touched_blocks": _Name("touched_blocks", "Blocks whose time of last use was renewed."),
     "blocks": _Name("blocks", "Blocks there now.", counter=False),
     "pinned_blocks": _Name("pinned_blocks", "Blocks that may not be evicted now.", counter=False),

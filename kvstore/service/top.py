@@ -85,7 +85,7 @@ def _tiers(now: Sample, before: Sample | None) -> Table:
             figures += [
                 _share(*(_grown(now, before, f"{tier}.{name}") for name in ("hit_blocks", "missed_blocks"))),
                 _rate(now, before, "save.bytes" if tier == "host" else f"{tier}.written_bytes"),
-                _rate(now, before, "load.bytes" if tier == "host" else f"{tier}.read_bytes"),
+                _rate(now, before, f"{tier}.read_bytes"),
             ]
         table.add_row(tier, _occupancy(values), *figures, _state(values))
     return table

@@ -9,6 +9,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -78,6 +79,7 @@ class Serving:
             self.printed.append(line.rstrip("\n"))
             if line.startswith("ready: "):
                 return
+        self.end()
         raise AssertionError(f"never ready: {self.log.read_text()}")
 
     def admin(self, **more: str) -> Admin:
@@ -289,6 +291,43 @@ def test_a_second_server_in_the_same_place_is_refused_and_the_first_serves_on(
     assert second.returncode == 2
     assert "another service runs at" in second.stderr
     assert server.ask("status", "--json").returncode == 0
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[str, str]:
+    """Paths of a server's certificate, which is its own authority, and of its key."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("NOT TESTED OVER TLS: no openssl here to make a certificate with")
+    cert, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
+    words = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    words += ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-out", cert, "-keyout", key]
+    subprocess.run([openssl, *words], check=True, capture_output=True, timeout=60)
+    return cert, key
+
+
+def test_over_tcp_only_tls_and_a_token_get_in_while_the_unix_socket_needs_neither(
+    tmp_path: Path, serve: MakeServing, certificate: tuple[str, str]
+) -> None:
+    cert, key = certificate
+    token = "a-token-of-the-administrator"
+    tokens = tmp_path / "tokens.toml"
+    tokens.write_text(f'[[client]]\ntoken = "{token}"\nadmin = true\n')
+    tokens.chmod(0o600)
+    settings = {"listen_tcp": "127.0.0.1:0", "tls_cert": cert, "tls_key": key, "tokens_file": str(tokens)}
+    server = serve(*(word for name, value in settings.items() for word in ("--set", f"service.{name}={value}")))
+    found = re.search(r"serving at .*(127\.0\.0\.1:\d+)", server.log.read_text())
+    assert found is not None
+    tcp = found[1]
+    asked = run("status", "--json", KVSTORE_ADDRESS=tcp, KVSTORE_TOKEN=token, KVSTORE_TLS_CA=cert)
+    assert asked.returncode == 0, asked.stderr
+    assert json.loads(asked.stdout)["address"] == tcp
+    nobody = run("status", KVSTORE_ADDRESS=tcp, KVSTORE_TLS_CA=cert)
+    assert (nobody.returncode, nobody.stdout) == (2, "")
+    assert "no credential was shown: send an access token" in nobody.stderr
+    assert run("status", KVSTORE_ADDRESS=tcp, KVSTORE_TOKEN=token).returncode == 2, "without TLS"
+    with server.admin() as admin:
+        assert admin.stats().settings
 
 
 # ---- what asks it ----

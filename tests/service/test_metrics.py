@@ -42,6 +42,7 @@ def test_a_scrape_shows_what_the_store_counted_at_that_moment(store: KVStore, ro
     assert seen["kvstore_host_used_bytes"] == 6 * 4096
     assert seen["kvstore_host_capacity_bytes"] == 64 * 4096
     assert seen["kvstore_saved_bytes_total"] == 6 * 4096
+    assert seen["kvstore_host_read_bytes_total"] == 6 * 4096
     assert seen["kvstore_leases"] == 0
 
 
