@@ -6,7 +6,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
-from kvstore.block import BlockId
+from kvstore.block import BlockId, RootId
 from kvstore.clock import Clock
 
 MARK_TTL_S = 2.5
@@ -15,7 +15,8 @@ MARK_TTL_S = 2.5
 class Mark:
     """Implements `kvstore.api.Announcement`: one range of one chain, alive until its deadline."""
 
-    def __init__(self, marks: Marks, blocks: Sequence[BlockId]) -> None:
+    def __init__(self, marks: Marks, root: RootId, blocks: Sequence[BlockId]) -> None:
+        self.root = root
         self.blocks = list(blocks)
         self.deadline_s = 0.0
         self._marks = marks
@@ -29,57 +30,68 @@ class Mark:
 
 
 class Marks:
-    """Live announcements by block. The first producer of a block keeps it until its mark ends. Thread-safe."""
+    """Live announcements by root and block. The first producer of a block keeps it until its mark ends. Thread-safe.
+
+    By root, because ids are claims here: nobody sees, or stands in the way of, what another namespace computes.
+    """
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
         self._lock = threading.Lock()
-        self._by_block: dict[BlockId, Mark] = {}
+        self._by_root: dict[RootId, dict[BlockId, Mark]] = {}
 
-    def add(self, blocks: Sequence[BlockId]) -> Mark:
-        mark = Mark(self, blocks)
+    def add(self, root: RootId, blocks: Sequence[BlockId]) -> Mark:
+        mark = Mark(self, root, blocks)
         now_s = self.clock.now_s()
         with self._lock:
+            by_block = self._by_root.setdefault(root, {})
             for block in mark.blocks:
-                other = self._by_block.get(block)
+                other = by_block.get(block)
                 if other is None or other.deadline_s <= now_s:
-                    self._by_block[block] = mark
+                    by_block[block] = mark
         return mark
 
     def sweep(self) -> None:
         """Forget marks whose producer went away without a word."""
-        if self._by_block:
+        if self._by_root:
             now_s = self.clock.now_s()
             with self._lock:
-                for block in [block for block, mark in self._by_block.items() if mark.deadline_s <= now_s]:
-                    del self._by_block[block]
+                for root, by_block in list(self._by_root.items()):
+                    for block in [block for block, mark in by_block.items() if mark.deadline_s <= now_s]:
+                        del by_block[block]
+                    if not by_block:
+                        del self._by_root[root]
 
     def drop(self, mark: Mark) -> None:
         with self._lock:
+            by_block = self._by_root.get(mark.root, {})
             for block in mark.blocks:
-                if self._by_block.get(block) is mark:
-                    del self._by_block[block]
+                if by_block.get(block) is mark:
+                    del by_block[block]
 
-    def fulfil(self, blocks: Sequence[BlockId]) -> None:
+    def fulfil(self, root: RootId, blocks: Sequence[BlockId]) -> None:
         """These blocks are resident now: nobody needs to wait for them."""
-        if self._by_block:
+        if root in self._by_root:
             with self._lock:
+                by_block = self._by_root.get(root, {})
                 for block in blocks:
-                    self._by_block.pop(block, None)
+                    by_block.pop(block, None)
 
-    def run(self, blocks: Sequence[BlockId], start: int) -> int:
+    def run(self, root: RootId, blocks: Sequence[BlockId], start: int) -> int:
         """Number of blocks from `start` on that somebody is computing."""
-        if not self._by_block:
+        if root not in self._by_root:
             return 0
         now_s = self.clock.now_s()
         with self._lock:
+            by_block = self._by_root.get(root, {})
             at = start
             while at < len(blocks):
-                mark = self._by_block.get(blocks[at])
+                mark = by_block.get(blocks[at])
                 if mark is None or mark.deadline_s <= now_s:
                     break
                 at += 1
             return at - start
 
     def __len__(self) -> int:
-        return len(self._by_block)
+        with self._lock:
+            return sum(map(len, self._by_root.values()))

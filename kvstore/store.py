@@ -10,9 +10,10 @@ Invariants
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, replace
@@ -26,6 +27,8 @@ from kvstore.block import BlockId, Chain, ModelId, PartKey, RootId
 from kvstore.clock import Clock, MonotonicClock
 from kvstore.config import StoreConfig
 from kvstore.errors import ConfigError, TierError, UnknownLease
+from kvstore.events import EventLog
+from kvstore.inspection import BlockInfo, inspect
 from kvstore.layout import BlockLayout, layout_of
 from kvstore.lease import Lease, LeaseBook
 from kvstore.load import BlockLoad, LoadPlan
@@ -100,12 +103,15 @@ class KVStore:
         self._clock = clock or MonotonicClock()
         self._stats = Stats()
         self._host = HostTier(self.config.host, shared=shared_memory)
+        self.events = EventLog(self._host.pool)
+        """What became matchable in the host, and what stopped."""
         self._tiers = list(tiers) if tiers is not None else self._make_tiers()
         for tier in self._tiers:
             tier.bind(self._stats)
         self._mover = Mover(self._host, self._tiers, self.config.mover, self._clock, self._stats)
         self._leases = LeaseBook(self._host.pool)
         self._marks = Marks(self._clock)
+        self._warm_numbers = itertools.count()
         self._layouts: dict[ModelId, BlockLayout] = {}
         self._holds: dict[str, _Hold] = {}
         self._lock = threading.Lock()
@@ -216,7 +222,7 @@ class KVStore:
         return Match(
             num_blocks=num_blocks,
             num_host_blocks=num_host,
-            num_pending_blocks=self._marks.run(hold.chain.ids, num_blocks),
+            num_pending_blocks=self._marks.run(hold.chain.root.id, hold.chain.ids, num_blocks),
             settled=hold.answer is None or hold.answer.done(),
             tiers=tiers,
         )
@@ -251,7 +257,9 @@ class KVStore:
 
     def touch(self, chain: Chain, num_blocks: int, hint: Hint = NO_HINT) -> None:
         hint = replace(hint, time_s=self._clock.now_s())
-        self._host.pool.touch(chain.ids, num_blocks, hint)
+        # Ids are claims: only what lies under this root moves. Lower tiers go by root themselves.
+        num_host = self._host.pool.leading(chain.ids[:num_blocks], 0, chain.root.id)
+        self._host.pool.touch(chain.ids, num_host, hint)
         self._mover.touched(chain, num_blocks, self._layout(chain).all_parts, hint)
 
     # -- loading -----------------------------------------------------------------------------------------------
@@ -280,7 +288,8 @@ class KVStore:
             lease_s=settings.lease_s,
         )
         load = BlockLoad(plan, self._host, self._leases, hold.lease, self._stats)
-        self._stats.add("load.requests")
+        host_bytes = (plan.num_host_blocks - plan.start) * sum(hold.layout.parts[part].num_bytes for part in hold.parts)
+        self._stats.add_all({"load.requests": 1, "host.read_bytes": max(0, host_bytes)})
         if sources:
             load.begin_fetch()
             self._pool.submit(self._fetch, load)
@@ -315,7 +324,7 @@ class KVStore:
     # -- saving ------------------------------------------------------------------------------------------------
 
     def announce(self, chain: Chain, start: int, stop: int) -> Mark:
-        return self._marks.add(chain.ids[start:stop])
+        return self._marks.add(chain.root.id, chain.ids[start:stop])
 
     def save(
         self,
@@ -337,7 +346,7 @@ class KVStore:
         self._stats.add_all({"save.requests": 1, "save.refused_blocks": reserved[1]})
 
         def committed(indices: Sequence[int]) -> None:
-            self._marks.fulfil([chain.ids[index] for index in indices])
+            self._marks.fulfil(chain.root.id, [chain.ids[index] for index in indices])
             self._mover.committed(chain, indices, layout.block_bytes)
             self._stats.add_all(
                 {
@@ -352,6 +361,34 @@ class KVStore:
         """Give back slots of a save that was detached: nobody writes to them any more."""
         self._host.pool.release_detached(slots)
 
+    # -- looking in --------------------------------------------------------------------------------------------
+
+    def inspect(self, ids: Sequence[BlockId], may_see: Callable[[RootId], bool] = lambda root: True) -> list[BlockInfo]:
+        """What is known of each block; one of a root that `may_see` denies looks like one that is not there."""
+        return inspect(self._host.pool, [tier.name for tier in self._tiers], ids, may_see)
+
+    def warm(self, chain: Chain, deadline_s: float) -> tuple[int, int]:
+        """Bring the prefix of `chain` that lower tiers hold into the host.
+
+        Begins no read after `deadline_s` seconds. Returns how many leading blocks lie in the host now, and how many
+        of them this call brought there. A prefix larger than the host is brought as far as it fits.
+        """
+        pool, root = self._host.pool, chain.root.id
+        need = part_mask(self._layout(chain), None)
+        request = f"kvstore.warm.{next(self._warm_numbers)}"
+        give_up_s = self._clock.now_s() + deadline_s
+        found = self.match(chain, request, wait_s=deadline_s)
+        num_promoted = 0
+        with self.load(request, start=found.num_host_blocks) as load:
+            for block in load:
+                if not pool.leading([chain.ids[block.index]], need, root):
+                    break  # it went to a slot of no block's: the host is full of pinned ones, or of this prefix
+                num_promoted += 1
+                if self._clock.now_s() >= give_up_s:
+                    break
+            num_host = pool.leading(chain.ids, need, root)
+        return num_host, min(num_promoted, max(0, num_host - found.num_host_blocks))
+
     # -- care --------------------------------------------------------------------------------------------------
 
     def clear(self, root: RootId | None = None) -> int:
@@ -363,6 +400,14 @@ class KVStore:
             except TierError:
                 self._stats.add(f"{tier.name}.clear_failures")
         return removed
+
+    def limit(self, root: RootId, group: str, max_bytes: int | None) -> None:
+        """Let the blocks of all roots of `group`, `root` being one from now on, take `max_bytes` of the host.
+
+        Beyond, a save makes room among the group's own coldest, or is refused. None lifts the limit.
+        """
+        self._host.pool.set_group(root, group)
+        self._host.pool.set_quota(group, max_bytes)
 
     def flush(self, timeout_s: float = 10.0) -> bool:
         """Wait until queued demotions and touches went down; False on time-out."""

@@ -193,7 +193,7 @@ RULES: dict[str, Rule] = {
     "kvstore.service.prompt": Rule(5, FOUNDATIONS, ("transformers",)),
     "kvstore.service.rights": SERVICE,
     "kvstore.service.handshake": Rule(5, (*FOUNDATIONS, *MESSAGES), ("google",)),
-    "kvstore.service.server": replace(SERVICE, modules=(*SERVICE.modules, "kvstore")),
+    "kvstore.service.server": replace(SERVICE, modules=(*SERVICE.modules, "kvstore", "kvstore.tiers.base")),
     "kvstore.service.streams": SERVICE,
     "kvstore.service.status": Rule(5, (*FOUNDATIONS, *MESSAGES), ("grpc", "google")),
     "kvstore.service.top": replace(SERVICE, libraries=(*SERVICE.libraries, "rich")),

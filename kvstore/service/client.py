@@ -406,12 +406,13 @@ def _plane_maker(options: LinkOptions, stats: Stats) -> Callable[[float], DataPl
 
 def _cells(chain: Chain, parts: Sequence[int] | None) -> Cells:
     layout = layout_of(chain.root.model)
-    return Cells(layout, layout.all_parts if parts is None else tuple(parts))
+    cells = layout.all_parts if parts is None else tuple(parts)
+    if not cells or len(set(cells)) != len(cells) or not set(cells) <= set(layout.all_parts):
+        raise ConfigError(f"parts are {list(cells)}: name distinct ones from 0 to {len(layout.parts) - 1}, or None")
+    return Cells(layout, cells)
 
 
 def _packed(parts: Sequence[int] | None) -> bytes:
-    if parts is not None and (not parts or not all(0 <= part < 256 for part in parts)):
-        raise ConfigError(f"parts are {list(parts)}: name at least one, each a cell of the part grid")
     return b"" if parts is None else bytes(parts)
 
 

@@ -32,6 +32,7 @@ import numpy as np
 from kvstore.block import FORMAT_VERSION, Chain, ModelId
 from kvstore.errors import ConfigError, KVStoreError, ProtocolError, ServiceUnavailable
 from kvstore.layout import BlockLayout, layout_of
+from kvstore.service.handlers import SEND_AHEAD
 from kvstore.service.handshake import MAX_MESSAGE_BYTES, PROTOCOL_VERSIONS, hash_vector, model_message
 from kvstore.service.plane import DataPlane, Down
 from kvstore.service.status import UnknownChain, UnknownSession, error_of, is_transport
@@ -228,6 +229,10 @@ class Link:
                     ) from error
                 time.sleep(backoff_s * random.uniform(0.5, 1.0))
                 backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
+        self._thread.start()
+
+    def begin(self) -> None:
+        """Keep trying from the thread, without waiting for it. Instead of `start`, or after it failed."""
         self._thread.start()
 
     def check_process(self) -> None:
@@ -498,12 +503,13 @@ class Link:
 
     def _channel(self) -> grpc.Channel:
         options = self.options
+        channel_options = CHANNEL_OPTIONS if options.mapped else (*CHANNEL_OPTIONS, *SEND_AHEAD)
         if not options.tls_ca and not options.tls_cert:
-            return grpc.insecure_channel(options.address, options=CHANNEL_OPTIONS)
+            return grpc.insecure_channel(options.address, options=channel_options)
         credentials = grpc.ssl_channel_credentials(
             options.tls_ca or None, options.tls_key or None, options.tls_cert or None
         )
-        return grpc.secure_channel(options.address, credentials, options=CHANNEL_OPTIONS)
+        return grpc.secure_channel(options.address, credentials, options=channel_options)
 
     def _begin_session(self, connection: Connection) -> None:
         """Open the stream of beats. It runs on a thread of gRPC's, which reads the notices as well."""

@@ -23,6 +23,7 @@ from kvstore.service.chains import ServedChain
 from kvstore.service.handshake import model_of
 from kvstore.service.saves import ServedSave
 from kvstore.service.sessions import MAX_MARKS, ServedLoad, Session, SessionBook
+from kvstore.service.streams import RootBook
 from kvstore.store import KVStore
 from kvstore.wire import kvstore_pb2 as pb
 
@@ -46,6 +47,7 @@ class Requests:
         self._store = store
         self._sessions = sessions
         self._secret = secret
+        self.roots = RootBook()
         self._waiting = threading.BoundedSemaphore(_MAX_WAITING)
 
     # -- models and roots --------------------------------------------------------------------------------------
@@ -81,6 +83,7 @@ class Requests:
             root = Root(model, message.adapter, message.salt, self._secret)
             if not session.rights.allows(root):
                 raise AccessDenied(f"no right to the namespace of model {model.model!r} and salt {message.salt!r}")
+            self.roots.learn(root)
             with session.lock:
                 if len(session.roots) >= _MAX_ROOTS:
                     session.roots.clear()
@@ -260,7 +263,10 @@ class Requests:
 
     def commit(self, session: Session, request: pb.CommitRequest) -> pb.CommitReply:
         served = session.save_of(request.lease)
-        published = served.commit(numbers(request.indices, "indices", "<u4"))
+        indices = numbers(request.indices, "indices", "<u4")
+        # Without a mapping only Write can have filled a slot, and has published it then. Anything else there are the
+        # bytes of whoever had the slot before.
+        published = served.commit(indices) if session.mapped else served.published(indices)
         if served.is_done:
             session.finish(request.lease)
         return pb.CommitReply(published=np.array(published, "<u4").tobytes())

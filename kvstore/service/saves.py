@@ -28,6 +28,7 @@ class ServedSave:
 
     Attributes:
         reply: what Save answered; a repeated call gets it again.
+        uploading: held by the one Write that is under way.
         uploading: held by the one Write that is under way: no other may publish what it is filling.
     """
 
@@ -41,6 +42,7 @@ class ServedSave:
         self._published: dict[int, bool] = {}
         self._num_filling = 0
         self._ended = False
+        self.uploading = threading.Lock()
 
     @property
     def is_done(self) -> bool:
@@ -58,6 +60,11 @@ class ServedSave:
                 done = set(self._save.publish(fresh))
                 self._published.update((index, index in done) for index in fresh)
             return [index for index in indices if self._published[index]]
+
+    def published(self, indices: Sequence[int]) -> list[int]:
+        """Those of `indices` that are matchable through this save already; publishes nothing."""
+        with self._lock:
+            return [index for index in indices if self._published.get(index)]
 
     @contextmanager
     def filling(self) -> Iterator[BlockSave]:

@@ -14,6 +14,7 @@ import secrets
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,12 +23,13 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 import kvstore
-from kvstore.clock import MonotonicClock
+from kvstore.clock import Clock, MonotonicClock
 from kvstore.config import StoreConfig
 from kvstore.errors import ConfigError
 from kvstore.service.calls import Calls
 from kvstore.service.care import Care
 from kvstore.service.door import Door, Peer
+from kvstore.service.handlers import SEND_AHEAD, add_to_server
 from kvstore.service.handshake import MAX_MESSAGE_BYTES
 from kvstore.service.metrics import Latencies
 from kvstore.service.requests import Requests
@@ -37,8 +39,8 @@ from kvstore.service.servicer import Identity, Servicer
 from kvstore.service.sessions import SessionBook
 from kvstore.service_options import ServiceOptions
 from kvstore.store import KVStore
+from kvstore.tiers.base import Tier
 from kvstore.wire import kvstore_pb2 as pb
-from kvstore.wire.kvstore_pb2_grpc import add_KVStoreServicer_to_server
 
 log = logging.getLogger("kvstore.service")
 
@@ -54,6 +56,7 @@ _OPTIONS = (
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    *SEND_AHEAD,
 )
 
 
@@ -65,12 +68,16 @@ class Server:
         latencies: how long calls took.
     """
 
-    def __init__(self, config: StoreConfig, *, gate: Gate) -> None:
+    def __init__(
+        self, config: StoreConfig, *, gate: Gate, clock: Clock | None = None, tiers: Sequence[Tier] | None = None
+    ) -> None:
+        """A server that is not started yet. `tiers` replaces the configured lower tiers; it closes them either way."""
         self.boot_id = secrets.token_bytes(16)
         self.latencies = Latencies()
         self._config = config
         self._gate = gate
-        self._clock = MonotonicClock()
+        self._clock = clock or MonotonicClock()
+        self._tiers = tiers
         self._addresses: list[str] = []
         self._stopped = threading.Event()
         self._started = False
@@ -93,7 +100,9 @@ class Server:
         sys.setswitchinterval(_SWITCH_S)
         options = self._config.service
         secret = read_secret(options)
-        self._store = KVStore(self._config, clock=self._clock, shared_memory=options.unix_path is not None)
+        self._store = KVStore(
+            self._config, clock=self._clock, tiers=self._tiers, shared_memory=options.unix_path is not None
+        )
         self._door: Door | None = None
         try:
             self._open_door(options)
@@ -129,7 +138,7 @@ class Server:
             arena.capacity_bytes,
             self.boot_id,
             on_exit=self._process_died,
-            allowed_uids=frozenset(options.allowed_uids) | {os.geteuid()} if options.allowed_uids else None,
+            allowed_uids=self._gate.mapping_uids(),
             group=options.group,
             max_peers=options.max_sessions,
         )
@@ -150,7 +159,7 @@ class Server:
             gate=self._gate,
             door=self._door,
         )
-        add_KVStoreServicer_to_server(self._servicer, self._grpc)  # type: ignore[no-untyped-call]
+        add_to_server(self._servicer, self._grpc)
         self._health = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         name = pb.DESCRIPTOR.services_by_name["KVStore"].full_name
@@ -238,6 +247,7 @@ class Server:
             self._close_door()
             self._sessions.close()
             self._executor.shutdown(wait=True)
+            self._servicer.close()
             self._store.close()
             self._stopped.set()
 

@@ -13,9 +13,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import grpc
+import numpy as np
 
 from kvstore.block import FORMAT_VERSION
 from kvstore.errors import AccessDenied, ConfigError, ProtocolError, ServiceUnavailable
+from kvstore.service import streams
 from kvstore.service.calls import Calls, remaining_s
 from kvstore.service.care import Care
 from kvstore.service.chains import ChainCache
@@ -32,9 +34,12 @@ _MAX_NAME_BYTES = 256
 _NOTHING = pb.Empty()
 _UNARY = (
     *("Open", "OpenModel", "Match", "Announce", "Release", "Save", "Commit", "Join", "Touch"),
-    *("Stats", "Inspect", "Clear", "Warm", "Check"),
+    *("Stats", "Inspect", "Clear", "Warm", "Check", "Peek"),
 )
-_STREAMS = ("Session", "Load")
+_STREAMS = ("Session", "Load", "Read", "Fetch")
+_UPLOADS = ("Write",)
+_STALL_S = 30.0
+"""How long a stream of bytes may stand still before its client is given up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +76,13 @@ class Servicer(KVStoreServicer):
         self._gate = gate
         self._door = door
         self._prefaulted = False
+        self._stalls = streams.StallWatch(_STALL_S)
         for name in _UNARY:
             setattr(self, name, calls.unary(name, getattr(self, f"_{name.lower()}")))
         for name in _STREAMS:
             setattr(self, name, calls.stream(name, getattr(self, f"_{name.lower()}")))
+        for name in _UPLOADS:
+            setattr(self, name, calls.upload(name, getattr(self, f"_{name.lower()}")))
 
     # -- sessions ----------------------------------------------------------------------------------------------
 
@@ -98,6 +106,7 @@ class Servicer(KVStoreServicer):
             request.token,
             uid=None if peer is None else peer.uid,
             certificate_name=_certificate_name(context),
+            local=context.peer().startswith("unix:"),
         )
         session = self._sessions.open(
             name=request.client_name, pid=request.pid if peer is None else peer.pid, peer=peer, rights=rights
@@ -206,6 +215,38 @@ class Servicer(KVStoreServicer):
     def _touch(self, request: pb.TouchRequest, context: grpc.ServicerContext) -> pb.Empty:
         self._requests.touch(self._known(request.session, request.ended), request)
         return _NOTHING
+
+    # -- bytes -------------------------------------------------------------------------------------------------
+
+    def _read(self, request: pb.LoadRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
+        session = self._known(request.session, request.ended)
+        load = self._requests.begin_load(session, request).load
+        try:
+            yield from self._stalls.sending(streams.read(load), context.cancel)
+        finally:
+            self._sessions.end_loads(session, [request.lease])
+
+    def _write(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> pb.WriteReply:
+        messages = self._stalls.receiving(messages, context.cancel)
+        session_id, lease = streams.begin_write(messages)
+        session = self._sessions.get(session_id)
+        served = session.save_of(lease)
+        published = streams.write(served, messages)
+        if served.is_done:
+            session.finish(lease)
+        return pb.WriteReply(published=np.array(published, "<u4").tobytes())
+
+    def _peek(self, request: pb.PeekRequest, context: grpc.ServicerContext) -> pb.PeekReply:
+        rights = self._sessions.get(request.session).rights
+        return streams.peek(self._store, self._requests.roots, rights, request)
+
+    def _fetch(self, request: pb.PeekRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
+        rights = self._sessions.get(request.session).rights
+        messages = streams.fetch(self._store, self._requests.roots, rights, request)
+        return self._stalls.sending(messages, context.cancel)
+
+    def close(self) -> None:
+        self._stalls.close()
 
     # -- looking in, and care ----------------------------------------------------------------------------------
 

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Servers and clients on real sockets: in this process where a test looks inside, in their own where it kills them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from kvstore.clock import Clock
+from kvstore.config import StoreConfig
+from kvstore.service.client import SidecarStore, connect
+from kvstore.service.rights import Gate
+from kvstore.service.server import Server
+from kvstore.tiers.base import Tier
+
+ROOT = Path(__file__).parent.parent.parent
+Sections = Mapping[str, Mapping[str, object]]
+StartServer = Callable[..., Server]
+Connect = Callable[..., SidecarStore]
+
+
+def config_of(directory: Path, num_blocks: int, sections: Sections) -> StoreConfig:
+    """Settings of a server of so many one-page blocks, at a socket in `directory`."""
+    values = {name: dict(section) for name, section in sections.items()}
+    values["host"] = {"capacity_bytes": num_blocks * 4096, "prefault": False, **values.get("host", {})}
+    values["service"] = {"listen": f"unix:{directory}/kvstore.sock", **values.get("service", {})}
+    return StoreConfig.load(values, environ={})
+
+
+@pytest.fixture
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short path: a socket's has at most 107 bytes."""
+    return tmp_path_factory.mktemp("s")
+
+
+@pytest.fixture
+def start_server(directory: Path) -> Iterator[StartServer]:
+    """Starts servers in this process; each must end healthy, with nothing held."""
+    made: list[Server] = []
+
+    def start(
+        num_blocks: int = 64, *, clock: Clock | None = None, tiers: Sequence[Tier] = (), **sections: dict[str, object]
+    ) -> Server:
+        config = config_of(directory, num_blocks, sections)
+        server = Server(config, gate=Gate(config.service), clock=clock, tiers=tiers)
+        server.start()
+        made.append(server)
+        return server
+
+    yield start
+    for server in made:
+        server.drain(5)
+        faults = server.check()
+        held = {name: value for name, value in server.stats().items() if name in HELD}
+        server.stop()
+        assert faults == []
+        assert set(held.values()) <= {0}, held
+
+
+HELD = ("host.pinned_blocks", "lease.live", "save.quarantined_slots")
+"""Gauges that are zero when nobody holds anything."""
+
+
+@pytest.fixture
+def client(start_server: StartServer) -> Iterator[SidecarStore]:
+    """A client that maps the memory of a server in this process."""
+    with connect(start_server().address) as store:
+        yield store
+
+
+class ServerProcess:
+    """A server in a process of its own."""
+
+    def __init__(self, directory: Path, num_blocks: int = 64, **sections: dict[str, object]) -> None:
+        self.address = f"unix:{directory}/kvstore.sock"
+        self._arguments = [str(directory), str(num_blocks), json.dumps(sections)]
+        self._process: subprocess.Popen[str] | None = None
+        self.start()
+
+    def start(self) -> None:
+        """Start it, again after a `kill`."""
+        command = [sys.executable, "-m", "tests.service.serving", *self._arguments]
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ}
+        )
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline().startswith("ready")
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def signal(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """kill -9, and wait until it is gone."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait(10)
+        self._close()
+
+    def stop(self) -> int:
+        """Let it end in order; its exit code says whether its store was healthy, with nothing held."""
+        assert self._process is not None
+        if self._process.returncode is not None:
+            return self._process.returncode
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        code = self._process.wait(30)
+        self._close()
+        return code
+
+    def _close(self) -> None:
+        assert self._process is not None
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                stream.close()
+
+
+@pytest.fixture
+def start_process(directory: Path) -> Iterator[Callable[..., ServerProcess]]:
+    """Starts servers in processes of their own, which must end healthy unless they were killed."""
+    made: list[ServerProcess] = []
+
+    def start(num_blocks: int = 64, **sections: dict[str, object]) -> ServerProcess:
+        made.append(ServerProcess(directory, num_blocks, **sections))
+        return made[-1]
+
+    yield start
+    for process in made:
+        process.signal(signal.SIGCONT) if process._process and process._process.poll() is None else None
+        assert process.stop() in (0, -signal.SIGKILL)
