@@ -90,3 +90,38 @@ def test_lru_is_exact_and_tail_first() -> None:
     assert order(lru) == [4, 3, 2, 1]
     lru.touch(ids(4), NO_HINT)
     assert order(lru) == [3, 2, 1, 4]
+
+
+class SmallSteps(LruPolicy):
+    step = 5
+
+
+@pytest.mark.parametrize("kind", [LruPolicy, SmallSteps])
+def test_lru_is_exact_under_random_use_of_chains(kind: type[LruPolicy]) -> None:
+    """Against a list that moves: also where most of the coldest are used again, or removed, after they were sorted."""
+    rng, lru = random.Random(6), kind()
+    expected: list[int] = []
+    numbers = 0
+    for _ in range(3000):
+        action = rng.random()
+        if action < 0.4 or not expected:
+            chain = list(range(numbers, numbers + rng.randint(1, 12)))
+            numbers += len(chain)
+            lru.admit(ids(*chain), NO_HINT)
+            expected += chain[::-1]
+        elif action < 0.7:
+            chain = rng.sample(expected[: rng.randint(1, len(expected))], 1) + rng.sample(
+                expected, min(3, len(expected))
+            )
+            chain = list(dict.fromkeys(chain))
+            lru.touch(ids(*chain), NO_HINT)
+            expected = [each for each in expected if each not in chain] + chain[::-1]
+        elif action < 0.9:
+            gone = expected[: rng.randint(1, 8)]
+            walk = lru.victims()
+            assert [int.from_bytes(next(walk), "big") for _ in gone] == gone
+            lru.remove(ids(*gone))
+            expected = expected[len(gone) :]
+        else:
+            assert order(lru)[:200] == expected[:200]
+    assert order(lru) == expected

@@ -11,6 +11,7 @@ import pytest
 from kvstore.api import NO_HINT
 from kvstore.arena import PAGE_BYTES, Arena
 from kvstore.block import BlockId, Chain, ModelId, Root
+from kvstore.health import _family_faults
 from kvstore.layout import BlockLayout, layout_of
 from kvstore.policies.lru import LruPolicy
 from kvstore.pool import BlockPool, Reservation, part_mask
@@ -204,3 +205,137 @@ def test_touches_beyond_the_bound_are_applied_not_lost(make_pool: MakePool, root
         pool.touch(chain.ids, 1)
     put(pool, chain_of(root, 500, seed=5000))
     assert [pool.leading(chain.ids, 1, chain.root.id) for chain in chains] == [1] * 500 + [0] * 500
+
+
+def test_blocks_of_another_root_open_nothing_and_touch_nothing(make_pool: MakePool, model: ModelId) -> None:
+    pool = make_pool(8)
+    mine, yours = chain_of(Root(model, salt=b"a"), 3), chain_of(Root(model, salt=b"b"), 3)
+    put(pool, yours)
+    assert pool.leading(yours.ids, 1, mine.root.id) == 0
+    layout = layout_of(model)
+    assert pool.reserve(mine.root.id, layout, yours.ids, yours.meta, (0,)) == ([], 3)
+    longer = chain_of(Root(model, salt=b"b"), 5)
+    assert longer.ids[:3] == yours.ids
+    assert pool.reserve(mine.root.id, layout, longer.ids[3:], lambda at: longer.meta(3 + at), (0,)) == ([], 2)
+    assert pool.check() == []
+
+
+def test_a_chain_is_not_evicted_for_its_own_tail(make_pool: MakePool, root: Root) -> None:
+    pool, chain = make_pool(6), chain_of(root, 9)
+    reserved, _ = reserve(pool, chain, 0, 4)
+    pool.publish(reserved, NO_HINT)
+    tail, refused = reserve(pool, chain, 4)
+    assert (len(tail), refused) == (2, 3)
+    pool.publish(tail, NO_HINT)
+    assert pool.leading(chain.ids, 1, root.id) == 6
+    assert pool.check() == []
+
+
+def test_a_part_is_added_to_a_block_that_is_the_coldest_of_a_full_pool(model: ModelId) -> None:
+    gridded = dataclasses.replace(model, part_heads=1)
+    layout, root = layout_of(gridded), Root(gridded)
+    pool = BlockPool(Arena(4 * PAGE_BYTES, prefault=False), LruPolicy())
+    pool.open(layout)
+    cold, warm = chain_of(root, 1), chain_of(root, 3, seed=1)
+    pool.publish(reserve(pool, cold, parts=(0,))[0], NO_HINT)
+    pool.publish(reserve(pool, warm, parts=(0,))[0], NO_HINT)
+    pool.publish(reserve(pool, cold, parts=(1,))[0], NO_HINT)
+    assert pool.leading(cold.ids, 3, root.id) == 1
+    assert pool.check() == []
+
+
+def test_detached_slots_belong_to_no_block_until_they_are_released(make_pool: MakePool, root: Root) -> None:
+    pool, chain = make_pool(4), chain_of(root, 4)
+    reserved, _ = reserve(pool, chain)
+    pool.publish(reserved[:1], NO_HINT)
+    slots = pool.detach(reserved[1:])
+    assert len(slots) == 3
+    assert pool.check() == []
+    assert not pool.is_filling(chain.ids[1], 1)
+    again, refused = reserve(pool, chain)
+    assert (again, refused) == ([], 3)
+    pool.release_detached(slots)
+    assert put(pool, chain) == 3
+    assert pool.check() == []
+
+
+def test_bytes_are_charged_to_the_root_from_reservation_until_they_leave(make_pool: MakePool, root: Root) -> None:
+    pool, chain = make_pool(8), chain_of(root, 4)
+    reserved, _ = reserve(pool, chain)
+    assert pool.held_bytes(root.id) == 4 * PAGE_BYTES
+    pool.publish(reserved[:2], NO_HINT)
+    pool.abort(reserved[2:])
+    assert pool.held_bytes(root.id) == 2 * PAGE_BYTES
+    put(pool, chain_of(root, 8, seed=1))
+    assert pool.held_bytes(root.id) == 8 * PAGE_BYTES
+    pool.clear()
+    assert pool.held_bytes(root.id) == 0
+    assert pool.check() == []
+
+
+def test_a_quota_holds_over_all_roots_of_its_group(make_pool: MakePool, model: ModelId) -> None:
+    pool = make_pool(64)
+    roots = [Root(model, salt=bytes([number])) for number in range(3)]
+    for root in roots[:2]:
+        pool.set_group(root.id, "tenant")
+    pool.set_quota("tenant", 10 * PAGE_BYTES)
+    other = chain_of(roots[2], 20)
+    put(pool, other)
+    for seed in range(30):
+        put(pool, chain_of(roots[seed % 2], 1 + seed % 6, seed=seed))
+        assert sum(pool.held_bytes(root.id) for root in roots[:2]) <= 10 * PAGE_BYTES
+        assert pool.check() == []
+    assert pool.leading(other.ids, 1, roots[2].id) == 20
+    assert pool.num_quota_refused == 0
+    too_long = chain_of(roots[0], 12, seed=99)
+    assert put(pool, too_long) == 10
+    assert pool.num_quota_refused == 2
+    pool.set_quota("tenant", 3 * PAGE_BYTES)
+    assert put(pool, chain_of(roots[1], 2, seed=100)) == 2
+    assert sum(pool.held_bytes(root.id) for root in roots[:2]) <= 3 * PAGE_BYTES
+
+
+def test_filling_blocks_count_against_the_quota(make_pool: MakePool, root: Root) -> None:
+    pool = make_pool(64)
+    pool.set_group(root.id, "tenant")
+    pool.set_quota("tenant", 4 * PAGE_BYTES)
+    open_save, _ = reserve(pool, chain_of(root, 3))
+    reserved, refused = reserve(pool, chain_of(root, 3, seed=1))
+    assert (len(reserved), refused, pool.num_quota_refused) == (1, 2, 2)
+    pool.abort([*open_save, *reserved])
+    assert pool.check() == []
+
+
+def test_check_notices_wrong_accounts_children_and_pins(make_pool: MakePool, root: Root) -> None:
+    pool, chain = make_pool(8), chain_of(root, 3)
+    put(pool, chain)
+    table, accounts = pool._table, pool._residents.accounts
+    row = table.ids.get(chain.ids[1])
+    for break_it, mend_it, words in (
+        (lambda: accounts.held_bytes.__setitem__(0, 1), lambda: accounts.held_bytes.__setitem__(0, 12288), "charged"),
+        (lambda: table.children.__setitem__(row, 5), lambda: table.children.__setitem__(row, 1), "counts 5 children"),
+        (lambda: table.pins.__setitem__(row, -1), lambda: table.pins.__setitem__(row, 0), "-1 pins"),
+        (lambda: table.root.__setitem__(row, 7), lambda: table.root.__setitem__(row, 0), "cannot follow"),
+        (lambda: table.ready.__setitem__(row, 0), lambda: table.ready.__setitem__(row, 1), "parent is not"),
+    ):
+        break_it()
+        faults = pool.check() if words != "cannot follow" else _family(pool)
+        assert any(words in fault for fault in faults), (words, faults)
+        mend_it()
+        assert pool.check() == []
+
+
+def _family(pool: BlockPool) -> list[str]:
+    return _family_faults(pool._residents, pool._table.live_rows())
+
+
+def test_touches_of_one_growing_chain_wait_as_one(make_pool: MakePool, root: Root) -> None:
+    pool, chain, other = make_pool(40), chain_of(root, 30), chain_of(root, 8, seed=1)
+    put(pool, chain)
+    put(pool, other)
+    for num_blocks in range(1, 31):
+        pool.touch(chain.ids, num_blocks)
+    assert len(pool._residents._touches) == 2
+    put(pool, chain_of(root, 4, seed=2))
+    assert pool.leading(chain.ids, 1, root.id) == 30
+    assert pool.leading(other.ids, 1, root.id) == 6

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,6 @@ from kvstore.idmap import NO_ROW, IdMap, Rows, longer
 from kvstore.policies.base import Policy
 
 _BATCH = 64
-_MIN_COLD = 4096
 
 
 class LruPolicy(Policy):
@@ -30,6 +30,8 @@ class LruPolicy(Policy):
     """
 
     name = "lru"
+    step: ClassVar[int] = 4096
+    """At least so many blocks are sorted at a time."""
 
     def __init__(self, options: object = None) -> None:
         super().__init__(options)
@@ -93,7 +95,7 @@ class LruPolicy(Policy):
     def _forget_used_up(self) -> None:
         """Cut off what was removed or used again from the beginning of the cold."""
         while len(self._cold):
-            known = self._used_at[self._cold[:_MIN_COLD]] == self._cold_at[:_MIN_COLD]
+            known = self._used_at[self._cold[: self.step]] == self._cold_at[: self.step]
             num_gone = int(known.argmax()) if known.any() else len(known)
             if num_gone == 0:
                 return
@@ -105,7 +107,7 @@ class LruPolicy(Policy):
         if not len(rows):
             return False
         used_at = self._used_at[rows]
-        num_cold = max(_MIN_COLD, len(rows) // 8)
+        num_cold = max(self.step, len(rows) // 8)
         if num_cold < len(rows):
             chosen = np.argpartition(used_at, num_cold)[:num_cold]
             rows, used_at = rows[chosen], used_at[chosen]

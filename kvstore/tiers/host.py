@@ -55,7 +55,7 @@ class HostTier:
                 f"host.capacity_bytes is {self.arena.capacity_bytes}, less than one block of "
                 f"{layout.model.model!r}, which takes {needed}: raise host.capacity_bytes or lower block_tokens"
             )
-        self.pool.open(layout)
+        self.pool.open(layout, self.arena.capacity_bytes // needed)
 
     def views(self, row: int, layout: BlockLayout, parts: Sequence[int]) -> tuple[memoryview, ...]:
         """Bytes of `parts` of a pinned row. Writable; readers hand out `.toreadonly()`."""
@@ -70,6 +70,7 @@ class HostTier:
             "host.used_bytes": self.arena.acquired_bytes,
             "host.capacity_bytes": self.arena.capacity_bytes,
             "host.evicted_blocks": self.pool.num_evicted,
+            "host.quota_refused_blocks": self.pool.num_quota_refused,
             "host.pinned_blocks": self.pool.pinned_rows(),
         }
 
