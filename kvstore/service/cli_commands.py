@@ -39,12 +39,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Address = Annotated[str, typer.Option("--address", "-a", help="Server: unix:PATH or host:port. [env: KVSTORE_ADDRESS]")]
+Address = Annotated[str, typer.Option("--address", "-a", help="Server: unix:PATH or host:port. (KVSTORE_ADDRESS)")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Config = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file with the settings.")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, such as mover.write=through.")
 ]
+RedisUrl = Annotated[str, typer.Option(help="Shared Redis or Valkey. (tiers.redis.url)")]
 Model = Annotated[str, typer.Option("--model", help="JSON or TOML file with the fields of ModelId.")]
 Tokenizer = Annotated[str, typer.Option("--tokenizer", help="For text: a name or path, as transformers takes it.")]
 Salt = Annotated[str, typer.Option("--salt", help="Tenant salt, as text or hex:….")]
@@ -81,11 +82,11 @@ def _root(
 @app.command()
 def serve(
     config: Config = None,
-    listen: Annotated[str, typer.Option(help="unix:PATH, or host:port. [service.listen]")] = "",
+    listen: Annotated[str, typer.Option(help="unix:PATH, or host:port. (service.listen)")] = "",
     host_capacity: Annotated[
-        str, typer.Option(metavar="SIZE", help="Host memory, such as 32GiB. [host.capacity_bytes]")
+        str, typer.Option(metavar="SIZE", help="Host memory, such as 32GiB. (host.capacity_bytes)")
     ] = "",
-    redis_url: Annotated[str, typer.Option(help="Shared Redis or Valkey. [tiers.redis.url]")] = "",
+    redis_url: RedisUrl = "",
     settings: Set = None,
 ) -> None:
     """Run the server on this host until it is told to stop.
@@ -102,14 +103,20 @@ def serve(
 
 
 @app.command(name="doctor")
-def examine(config: Config = None, settings: Set = None, address: Address = "", as_json: Json = False) -> None:
+def examine(
+    config: Config = None,
+    redis_url: RedisUrl = "",
+    settings: Set = None,
+    address: Address = "",
+    as_json: Json = False,
+) -> None:
     """Check this host, the server and Redis; each line is ok, or a problem and its fix.
 
     Give it the settings that the server has. Exits with 1 where there is a problem.
 
     Example:  kvstore doctor --config /etc/kvstore/kvstore.toml
     """
-    read = cli_serve.read_config(config, {}, settings or [])
+    read = cli_serve.read_config(config, {"tiers.redis.url": redis_url}, settings or [])
     listed = read.service.listen if "service.listen" in read.sources else ""
     target = Target.of(address, default=listed)
     findings: list[doctor.Finding] = []

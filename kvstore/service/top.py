@@ -28,6 +28,7 @@ from kvstore.wire import kvstore_pb2 as pb
 
 _BAR_CELLS = 8
 _FIRST_LOOK_S = 0.25
+_UNITS = (("B", 1), ("KiB", 1 << 10), ("MiB", 1 << 20), ("GiB", 1 << 30), ("TiB", 1 << 40))
 _MAX_CLIENTS = 20
 _QUIT = ("q", "Q", "\x03", "\x1b")
 
@@ -71,7 +72,7 @@ def _tiers(now: Sample, before: Sample | None) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold", expand=False)
     table.add_column("tier", no_wrap=True)
     table.add_column("occupancy", no_wrap=True, min_width=25)
-    columns = ["blocks", "hit rate"] if before is None else ["blocks", "hit rate", "now", "GB/s in", "GB/s out"]
+    columns = ["blocks", "hits"] if before is None else ["blocks", "hits", "now", "GB/s in", "GB/s out"]
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("state", no_wrap=True)
@@ -153,8 +154,15 @@ def _occupancy(values: Mapping[str, float]) -> Text:
         return Text(f"{'':{_BAR_CELLS}} {size(used)}")
     share = min(1.0, used / capacity)
     cells = round(share * _BAR_CELLS)
-    figures = f" {size(used)}/{size(capacity)} {share:.0%}"
+    figures = f" {_used_of(used, capacity)} {share:.0%}"
     return Text.assemble(("█" * cells, "green"), ("░" * (_BAR_CELLS - cells), "bright_black"), figures)
+
+
+def _used_of(used: float, capacity: float) -> str:
+    """`3.1/4.0 GiB`: both in the unit of the second."""
+    unit, length = next(pair for pair in reversed(_UNITS) if capacity >= pair[1])
+    digits = 0 if capacity >= 100 * length else 1
+    return f"{used / length:.{digits}f}/{capacity / length:.{digits}f} {unit}"
 
 
 def _state(values: Mapping[str, float]) -> Text:
@@ -188,11 +196,8 @@ def _per_second(now: Sample, before: Sample, keys: Sequence[str]) -> str:
 
 def size(num_bytes: float) -> str:
     """`4.0 GiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.1f} TiB"
+    unit, length = next((pair for pair in reversed(_UNITS) if num_bytes >= pair[1]), _UNITS[0])
+    return f"{num_bytes / length:.{0 if length == 1 else 1}f} {unit}"
 
 
 def duration(seconds: float) -> str:

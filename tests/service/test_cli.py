@@ -362,7 +362,7 @@ def test_top_prints_a_frame_for_a_pipe_and_a_screen_that_q_ends_for_a_terminal(s
     server = serve()
     frame = server.ask("top", "--once", "--every", "0.1")
     assert frame.returncode == 0
-    assert re.search(r"^host +░+ 0 B/1\.0 MiB 0%", frame.stdout, re.MULTILINE)
+    assert re.search(r"^host +░+ 0\.0/1\.0 MiB 0%", frame.stdout, re.MULTILINE)
     screen, terminal = pty.openpty()
     with subprocess.Popen(
         [*KVSTORE, "top", "--every", "0.1", "--address", server.address],
@@ -426,6 +426,12 @@ def test_the_first_page_says_how_to_begin() -> None:
     shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).output
     assert "kvstore serve --host-capacity 32GiB" in shown
     assert "KVSTORE_ADDRESS" in shown
+
+
+def test_flags_name_the_settings_they_stand_for() -> None:
+    shown = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "200"}).output
+    for key in ("service.listen", "host.capacity_bytes", "tiers.redis.url"):
+        assert f"({key})" in shown
 
 
 def test_events_are_one_line_a_block() -> None:

@@ -45,7 +45,7 @@ def row(lines: list[str], name: str) -> str:
 def test_rates_come_from_the_difference_of_two_looks() -> None:
     lines = screen(Sample(12.0, NOW), Sample(10.0, BEFORE))
     host = row(lines, "host").split()
-    assert host == ["host", "██████░░", "3.0", "GiB/4.0", "GiB", "75%", "34,112", "63.3%", "90.0%", "1.20", "–", "ok"]
+    assert host == ["host", "██████░░", "3.0/4.0", "GiB", "75%", "34,112", "63.3%", "90.0%", "1.20", "–", "ok"]
     assert row(lines, "matches").split()[:2] == ["matches", "120/s"]
     assert row(lines, "leases").split()[:2] == ["leases", "12"]
 
@@ -74,7 +74,11 @@ def test_the_fault_says_why_figures_are_old() -> None:
 
 def test_nothing_is_cut_in_80_columns() -> None:
     clients = tuple(pb.Client(name=f"vllm-worker-{n}", pid=4000 + n, mapped=n % 2 == 0) for n in range(30))
-    lines = screen(Sample(12.0, NOW, clients), Sample(10.0, BEFORE))
+    full = {"host.used_bytes": 1023.0 * 2**30, "host.capacity_bytes": 1023.0 * 2**30, "host.blocks": 9_999_999.0}
+    full |= {"host.missed_blocks": 1000.0, "redis.available": 0.0}
+    lines = screen(Sample(12.0, {**NOW, **full}, clients), Sample(10.0, {**BEFORE, "save.bytes": -99e9}))
+    assert "100.0%" in row(lines, "host")
+    assert "1023/1023 GiB 100%" in row(lines, "host")
     assert max(map(len, lines)) <= 80
     assert not any("…" in line for line in lines if "more" not in line)
     assert any("and 10 more" in line for line in lines)
