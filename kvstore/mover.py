@@ -92,6 +92,7 @@ class Mover:
     ) -> None:
         self._host = host
         self._tiers = list(tiers)
+        self._written = [number for number, tier in enumerate(tiers) if not tier.read_only]
         self._options = options
         self._mode = WriteMode(options.write)
         self._clock = clock
@@ -117,12 +118,12 @@ class Mover:
     def committed(self, chain: Chain, indices: Sequence[int], block_bytes: int) -> None:
         """Blocks became resident, head to tail."""
         self._dirty = True
-        if self._tiers and self._mode is WriteMode.THROUGH:
+        if self._written and self._mode is WriteMode.THROUGH:
             self._enqueue([chain.ids[index] for index in indices], block_bytes)
 
     def reused(self, chain: Chain, num_blocks: int, block_bytes: int) -> None:
         """A request matched the chain's first `num_blocks` in the host."""
-        if self._tiers and self._mode is not WriteMode.ON_EVICT and num_blocks:
+        if self._written and self._mode is not WriteMode.ON_EVICT and num_blocks:
             self._enqueue(chain.ids[:num_blocks], block_bytes)
 
     def touched(self, chain: Chain, num_blocks: int, parts: tuple[int, ...], hint: Hint) -> None:
@@ -148,7 +149,7 @@ class Mover:
                     self._stats.add("mover.dropped_blocks", len(fresh) - room)
                     fresh = fresh[:room]  # the head is kept: a tail without it could not be found
                 if fresh:
-                    self._push(_Job(fresh, len(fresh) * block_bytes, list(range(len(self._tiers)))))
+                    self._push(_Job(fresh, len(fresh) * block_bytes, self._written))
 
     def _push(self, job: _Job) -> None:
         self._jobs.append(job)
@@ -279,7 +280,7 @@ class Mover:
             return
         cold = pool.coldest(max(1, int(len(pool) * _EVICT_AHEAD_SHARE)))
         chains = dict.fromkeys(block for tail in cold for block in pool.ancestry(tail))
-        for number in range(len(self._tiers)):
+        for number in self._written:
             self._write_blocks(list(chains), number)
 
     def _spend(self, num_bytes: int) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import grpc
 import numpy as np
 
-from kvstore.errors import KVStoreError, LeaseError, ProtocolError
+from kvstore.errors import LeaseError, ProtocolError
 from kvstore.service.buffers import Buffers, Rented, cut
 from kvstore.service.bulk import Misfit, Packer, Unpacker, decode, encode
 from kvstore.service.handlers import BulkStub
@@ -53,8 +54,9 @@ class RemotePlane:
 
     def load(self, link: Link, connection: Connection, request: pb.LoadRequest, cells: Cells) -> RemoteLoad:
         options = link.options
+        with open_channel():
+            call = BulkStub(connection.channel).Read(request)
         connection.live_loads.add(request.lease)
-        call = BulkStub(connection.channel).Read(request)
 
         def failed(error: Exception) -> Exception:
             if isinstance(error, grpc.RpcError):
@@ -83,22 +85,30 @@ class RemotePlane:
         if len(wanted) != len(indices):
             raise ProtocolError(f"a save reply names {len(wanted)} blocks' parts for {len(indices)} blocks")
         ticket = SaveTicket(connection.session, lease, indices, tuple(map(tuple, wanted)), sizes, reply.num_refused)
-        write = BulkStub(connection.channel).Write.future
 
         def send(messages: Iterator[bytes]) -> list[int]:
             try:
-                return upload(write, messages, link.options.progress_s)
+                return upload(connection.channel, messages, link.options.progress_s)
             except grpc.RpcError as failure:
-                error = link.failed(connection, failure)
-                if isinstance(error, Down | KVStoreError):
-                    return []  # lost with its lease: nobody will match it
-                raise error from None
+                link.failed(connection, failure)
+            except Down:
+                pass
+            return []  # lost with its lease: nobody will match it
 
         return RemoteSave(ticket, self._buffers, send, lambda: link.ended(connection, save=lease))
 
     def close(self) -> bool:
         """Memory here is the client's own: views of it stay good."""
         return True
+
+
+@contextmanager
+def open_channel() -> Iterator[None]:
+    """A call on a channel that the link has closed, since its server is gone, is a miss like any other."""
+    try:
+        yield
+    except ValueError as error:  # what gRPC raises then
+        raise Down from error
 
 
 class MessageStream(Protocol):
@@ -411,13 +421,10 @@ class RemoteSave:
         self.abort()
 
 
-Write = Callable[[Iterator[bytes]], Any]
+def upload(channel: grpc.Channel, messages: Iterator[bytes], progress_s: float) -> list[int]:
+    """Send messages by Write; returns what was published.
 
-
-def upload(write: Write, messages: Iterator[bytes], progress_s: float) -> list[int]:
-    """Send messages with a `Write` stub's `future`; returns what was published.
-
-    Raises grpc.RpcError: also, by cancelling, where the server takes nothing for `progress_s`.
+    Raises Down, or grpc.RpcError: also, by cancelling, where the server takes nothing for `progress_s`.
     """
     sent = 0
 
@@ -427,7 +434,8 @@ def upload(write: Write, messages: Iterator[bytes], progress_s: float) -> list[i
             sent += 1
             yield message
 
-    call = write(counted())
+    with open_channel():
+        call = BulkStub(channel).Write.future(counted())
     while True:
         before = sent
         try:

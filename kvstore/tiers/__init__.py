@@ -6,6 +6,8 @@ from __future__ import annotations
 from kvstore.registry import Registry
 from kvstore.tiers.base import Tier
 
-TIERS: Registry[Tier] = Registry("tier", {"redis": "kvstore.tiers.redis:RedisTier"})
+TIERS: Registry[Tier] = Registry(
+    "tier", {"redis": "kvstore.tiers.redis:RedisTier", "remote": "kvstore.tiers.remote:RemoteTier"}
+)
 
 __all__ = ["TIERS", "Tier"]

@@ -26,6 +26,8 @@ class Tier(ABC):
         """Settings of this tier."""
 
     name: ClassVar[str]
+    read_only: ClassVar[bool] = False
+    """Nothing is ever demoted to it; `write` would store nothing."""
 
     def __init__(self, options: object) -> None:
         self.options = options

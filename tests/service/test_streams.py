@@ -402,12 +402,10 @@ def test_two_writes_of_one_save_at_once_are_refused(store: KVStore, root: Root) 
         assert refused == ["yes"]
 
 
-@pytest.mark.parametrize("first", [b"", b"\xff\xff\xff"])
-def test_write_that_begins_with_no_message_names_no_session(first: bytes) -> None:
-    try:
-        assert streams.begin_write(iter([first] if first else [])) == (b"", 0)
-    except ConfigError as error:
-        assert "first message" in str(error)
+def test_write_that_begins_with_no_message_names_no_session() -> None:
+    assert streams.begin_write(iter([])) == (b"", 0)
+    with pytest.raises(ConfigError, match="first message"):
+        streams.begin_write(iter([b"\xff\xff\xff"]))
 
 
 # ---- Peek and Fetch ----

@@ -1,0 +1,666 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Clients and sidecars elsewhere: bytes over streams, from servers in processes of their own that get killed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import pytest
+
+import kvstore
+from kvstore.api import Match
+from kvstore.block import Chain, ModelId, Root
+from kvstore.config import StoreConfig
+from kvstore.errors import ConfigError, LeaseError, TierError
+from kvstore.layout import layout_of
+from kvstore.service.buffers import Buffers
+from kvstore.service.bulk import Packer, encode
+from kvstore.service.client import SidecarStore
+from kvstore.service.link import Connection
+from kvstore.service.remote import Limits, RemoteLoad, RemoteSave, SaveTicket
+from kvstore.store import KVStore
+from kvstore.tiers.remote import RemoteTier
+from kvstore.wire import kvstore_pb2 as pb
+from tests.conftest import chain_of, content, load_all, save_all
+
+BIG = ModelId(
+    model="big", revision="1", kv_dtype="float32", num_layers=4, num_kv_heads=4, head_dim=64, block_tokens=256
+)
+"""2 MiB a block, in one part: two messages each."""
+GRID = ModelId(
+    model="grid",
+    revision="1",
+    kv_dtype="bfloat16",
+    num_layers=2,
+    num_kv_heads=2,
+    head_dim=16,
+    block_tokens=16,
+    part_layers=1,
+    part_heads=1,
+)
+BIG_BYTES = layout_of(BIG).block_bytes
+_START_S = 30.0
+
+
+@dataclass
+class Served:
+    """A `kvstore serve` in a process of its own."""
+
+    address: str
+    process: subprocess.Popen[bytes]
+
+    def send(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+
+@contextlib.contextmanager
+def serving(folder: Path, name: str, *settings: str) -> Iterator[Served]:
+    """Serve on a Unix socket in `folder`; ready when this returns."""
+    address = f"unix:{folder}/{name}"
+    log = folder / f"{name}.log"
+    command = [sys.executable, "-m", "kvstore.service.cli", "serve", "--listen", address]
+    for setting in ("host.capacity_bytes=64MiB", "host.prefault=false", *settings):
+        command += ["--set", setting]
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("KVSTORE_")}
+    with log.open("ab") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environ)
+    try:
+        deadline = time.monotonic() + _START_S
+        while "ready:" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.02)
+        yield Served(address, process)
+    finally:
+        process.send_signal(signal.SIGCONT)
+        process.terminate()
+        try:
+            process.wait(15)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serving(tmp_path_factory.mktemp("sidecar"), "s") as server:
+        yield server
+
+
+@pytest.fixture
+def client(served: Served) -> Iterator[SidecarStore]:
+    """A client without a mapping; what it leaves behind must be nothing."""
+    with kvstore.connect(served.address, mapped=False) as store:
+        store.clear()
+        yield store
+        assert store.check() == []
+        wait_for(lambda: store.stats()["host.pinned_blocks"] == 0)
+
+
+def wait_for(condition: object, limit_s: float = 10.0) -> None:
+    assert callable(condition)
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about in time"
+        time.sleep(0.02)
+
+
+def save_big(store: SidecarStore, chain: Chain) -> int:
+    return save_all(store, chain)  # type: ignore[arg-type]
+
+
+# ---- a client without a mapping ----
+
+
+@pytest.mark.parametrize("model", [BIG, GRID], ids=["large parts", "small parts"])
+def test_what_an_unmapped_client_saves_it_loads(client: SidecarStore, model: ModelId) -> None:
+    client.open(model)
+    chain = chain_of(Root(model), 8)
+    assert save_big(client, chain) == 8
+    assert load_all(client, chain) == ["host"] * 8  # type: ignore[arg-type]
+
+
+def test_mapped_and_unmapped_clients_read_each_others_blocks(client: SidecarStore, served: Served) -> None:
+    with kvstore.connect(served.address) as mapped:
+        for store in (client, mapped):
+            store.open(BIG)
+        there, back = chain_of(Root(BIG), 4, seed=1), chain_of(Root(BIG), 4, seed=2)
+        assert save_big(client, there) == save_big(mapped, back) == 4
+        assert load_all(mapped, there) == load_all(client, back) == ["host"] * 4  # type: ignore[arg-type]
+
+
+def test_blocks_can_be_committed_one_by_one_and_in_parts(client: SidecarStore) -> None:
+    client.open(GRID)
+    chain = chain_of(Root(GRID), 5)
+    num_bytes = layout_of(GRID).parts[0].num_bytes
+    for parts in ([0, 3], [1, 2]):
+        with client.save(chain, 0, 5, parts=parts) as save:
+            for index in save.indices:
+                for part, view in zip(parts, save.views(index), strict=True):
+                    assert view is not None
+                    view[:] = content(chain, index, part, num_bytes)
+                assert save.commit(index) == 1
+    assert load_all(client, chain) == ["host"] * 5  # type: ignore[arg-type]
+
+
+def test_what_is_not_committed_is_given_back(client: SidecarStore) -> None:
+    client.open(BIG)
+    chain = chain_of(Root(BIG), 4)
+    with client.save(chain, 0, 4) as save:
+        for index in save.indices:
+            for view in save.views(index):
+                assert view is not None
+                view[:] = content(chain, index, 0, len(view))
+        assert save.commit(0, 1) == 2
+        with pytest.raises(LeaseError, match="not open"):
+            save.commit(0)
+    wait_for(lambda: list(client.save(chain, 0, 4).indices) == [2, 3])
+    assert matched(client, chain) == 2
+
+
+def matched(store: SidecarStore, chain: Chain) -> int:
+    num_blocks = store.match(chain, "matched").num_blocks
+    store.forget("matched")
+    return num_blocks
+
+
+def test_an_unmapped_client_cannot_publish_what_it_has_not_sent(client: SidecarStore) -> None:
+    """Its slot has somebody else's bytes: to publish it would be to read them."""
+    client.open(BIG)
+    chain = chain_of(Root(BIG), 1)
+    with client.save(chain, 0, 1):
+        connection: Connection = client._link.up()
+        request = pb.CommitRequest(session=connection.session, lease=connection.highest_lease, indices=bytes(4))
+        try:
+            assert connection.stub.Commit(request).published == b""
+        except grpc.RpcError:
+            pass
+        assert matched(client, chain) == 0
+
+
+def test_load_larger_than_the_clients_memory_goes_in_a_window(served: Served) -> None:
+    with kvstore.connect(served.address, mapped=False, buffer_bytes=16 << 20) as client:
+        client.clear()
+        client.open(BIG)
+        chain = chain_of(Root(BIG), 24)
+        for start in range(0, 24, 4):
+            assert save_blocks(client, chain, start, start + 4) == 4
+        assert load_all(client, chain) == ["host"] * 24  # type: ignore[arg-type]
+
+
+def save_blocks(store: SidecarStore, chain: Chain, start: int, stop: int) -> int:
+    return save_all(store, chain, start, stop)  # type: ignore[arg-type]
+
+
+def test_save_larger_than_the_clients_memory_is_refused_from_where_it_ends(served: Served) -> None:
+    with kvstore.connect(served.address, mapped=False, buffer_bytes=16 << 20) as client:
+        client.clear()
+        client.open(BIG)
+        chain = chain_of(Root(BIG), 12)
+        with client.save(chain, 0, 12) as save:
+            assert list(save.indices) == list(range(8))
+            assert save.num_refused == 4
+        wait_for(lambda: len(client.save(chain, 0, 2).indices) == 2)
+
+
+def test_load_that_is_closed_early_returns_its_lease(client: SidecarStore) -> None:
+    client.open(BIG)
+    chain = chain_of(Root(BIG), 20)
+    save_big(client, chain)
+    client.match(chain, "r")
+    with client.load("r") as load:
+        assert next(iter(load)).index == 0
+    wait_for(lambda: client.stats()["host.pinned_blocks"] == 0)
+
+
+def test_reader_that_takes_nothing_makes_the_server_hold_little(client: SidecarStore, served: Served) -> None:
+    client.open(BIG)
+    chain = chain_of(Root(BIG), 30)
+    save_big(client, chain)
+    connection = client._link.up()
+    before = resident_bytes(served.process.pid)
+    client.match(chain, "r")
+    from kvstore.service.handlers import BulkStub
+
+    call = BulkStub(connection.channel).Read(
+        pb.LoadRequest(session=connection.session, request="r", lease=connection.next_lease())
+    )
+    next(call)
+    time.sleep(0.5)  # long enough to send all of it, were it not for flow control
+    assert resident_bytes(served.process.pid) - before < 16 << 20
+    call.cancel()
+
+
+def resident_bytes(pid: int) -> int:
+    """Private memory of a process: the arena is shared, and not counted."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) << 10
+    raise AssertionError("no RssAnon")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_server_that_dies_mid_stream_is_a_shorter_hit(tmp_path: Path, number: signal.Signals) -> None:
+    with serving(tmp_path, "s") as server, kvstore.connect(server.address, mapped=False) as client:
+        client.open(BIG)
+        chain = chain_of(Root(BIG), 30)
+        save_big(client, chain)
+        client._link.options = _impatient(client)
+        client.match(chain, "r")
+        began = time.monotonic()
+        with client.load("r") as load:
+            seen = []
+            for block in load:
+                assert bytes(block.views[0]) == content(chain, block.index, 0, BIG_BYTES)
+                seen.append(block.index)
+                if block.index == 2:
+                    server.send(number)
+        assert time.monotonic() - began < 5
+        assert seen == list(range(len(seen)))
+        assert len(seen) >= 3
+        began = time.monotonic()
+        assert client.match(chain, "r") == Match(0, 0, 0, settled=True)
+        assert not list(client.save(chain, 0, 1).indices)
+        assert time.monotonic() - began < 2
+
+
+def _impatient(client: SidecarStore) -> object:
+    from dataclasses import replace
+
+    return replace(client._link.options, progress_s=1.0)
+
+
+def test_save_to_a_server_that_was_killed_publishes_nothing_and_does_not_wait(tmp_path: Path) -> None:
+    with serving(tmp_path, "s") as server, kvstore.connect(server.address, mapped=False) as client:
+        client.open(BIG)
+        chain = chain_of(Root(BIG), 8)
+        with client.save(chain, 0, 8) as save:
+            server.send(signal.SIGKILL)
+            server.process.wait()
+            began = time.monotonic()
+            assert save.commit() == 0
+            assert time.monotonic() - began < 2
+
+
+def test_client_killed_mid_upload_leaves_nothing_half_written(served: Served) -> None:
+    """Its session ends a moment after its stream; what it had reserved and not sent whole is free again."""
+    script = (
+        "import sys, os, kvstore, threading\n"
+        "from kvstore.block import Root\n"
+        "from tests.conftest import chain_of\n"
+        "from tests.service.test_remote import BIG\n"
+        "store = kvstore.connect(sys.argv[1], mapped=False)\n"
+        "store.open(BIG)\n"
+        "save = store.save(chain_of(Root(BIG), 8, seed=77), 0, 8)\n"
+        "messages = save._messages\n"
+        "def cut(blocks):\n"
+        "    for number, message in enumerate(messages(blocks)):\n"
+        "        if number == 6:\n"
+        "            threading.Event().wait(0.3)\n"  # what was sent has arrived
+        "            print('half', flush=True)\n"
+        "            threading.Event().wait()\n"
+        "        yield message\n"
+        "save._messages = cut\n"
+        "save.commit()\n"
+    )
+    with kvstore.connect(served.address) as watcher:
+        watcher.clear()
+        watcher.open(BIG)
+        chain = chain_of(Root(BIG), 8, seed=77)
+        process = subprocess.Popen([sys.executable, "-c", script, served.address], stdout=subprocess.PIPE)
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"half\n"
+            assert watcher.match(chain, "w").num_blocks <= 2
+            watcher.forget("w")
+            assert list(watcher.save(chain, 0, 8).indices) == []
+        finally:
+            process.kill()
+            process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
+
+        def free() -> bool:
+            with watcher.save(chain, 0, 8) as save:
+                return len(save.indices) >= 6
+
+        wait_for(free, 20)
+        assert watcher.check() == []
+
+
+# ---- loads and saves over a scripted stream ----
+
+
+class Script:
+    """A stream that says what it is told to, and then nothing, or an error."""
+
+    def __init__(self, messages: list[bytes], then: str) -> None:
+        self._messages = messages
+        self._then = then
+        self.cancelled = threading.Event()
+
+    def __next__(self) -> bytes:
+        if self._messages:
+            return self._messages.pop(0)
+        if self._then == "end":
+            raise StopIteration
+        if self._then == "fail":
+            raise grpc.RpcError("gone")
+        self.cancelled.wait(30)
+        raise grpc.RpcError("cancelled")
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+
+
+def scripted(num_blocks: int, sent: int, then: str, *, flip: int = -1) -> tuple[RemoteLoad, list[Exception], Script]:
+    packer = Packer(pb.ReadReply)
+    messages = [encode(pb.ReadReply(num_blocks=num_blocks), ())]
+    for index in range(sent):
+        messages += packer.add(index, 0, memoryview(bytes([index]) * 5000), tier="host")
+        messages += packer.end_block(index + 1, carry=False)
+    if flip >= 0:
+        damaged = bytearray(messages[1 + flip])
+        damaged[-1] ^= 1
+        messages[1 + flip] = bytes(damaged)
+    failures: list[Exception] = []
+
+    def failed(error: Exception) -> Exception:
+        failures.append(error)
+        return error
+
+    script = Script(messages, then)
+    load = RemoteLoad(script, [5000], Buffers(1 << 24), start=0, limits=Limits(0.3, 0.3), failed=failed)
+    return load, failures, script
+
+
+@pytest.mark.parametrize(
+    ("sent", "then", "flip", "expected"),
+    [(5, "end", -1, 5), (3, "end", -1, 3), (3, "fail", -1, 3), (3, "silence", -1, 3), (5, "end", 2, 2)],
+    ids=["all", "server ended early", "connection lost", "silence", "a flipped byte"],
+)
+def test_load_ends_where_good_blocks_end(sent: int, then: str, flip: int, expected: int) -> None:
+    load, failures, script = scripted(5, sent, then, flip=flip)
+    began = time.monotonic()
+    with load:
+        assert load.num_blocks == 5
+        assert [(block.index, bytes(block.views[0])) for block in load] == [
+            (index, bytes([index]) * 5000) for index in range(expected)
+        ]
+        assert load.intact()
+    assert time.monotonic() - began < 3
+    assert len(failures) == (then in ("fail", "silence") or flip >= 0)
+    assert not load.intact()
+    assert script.cancelled.is_set() == (then == "silence" or flip >= 0)
+
+
+def test_load_that_is_never_answered_is_given_up() -> None:
+    began = time.monotonic()
+    script = Script([], "silence")
+    failures: list[Exception] = []
+    load = RemoteLoad(
+        script,
+        [5000],
+        Buffers(1 << 24),
+        start=0,
+        limits=Limits(0.2, 5),
+        failed=lambda error: failures.append(error) or error,  # type: ignore[func-returns-value]
+    )
+    assert time.monotonic() - began < 2
+    assert load.refusal is failures[0]
+    load.close()
+
+
+def test_windowed_load_reuses_memory_only_after_the_iterator_moved_on() -> None:
+    packer = Packer(pb.ReadReply)
+    size = 8 << 20
+    messages = [encode(pb.ReadReply(num_blocks=6), ())]
+    for index in range(6):
+        messages += packer.add(index, 0, memoryview(bytes([index]) * size), tier="host")
+    load = RemoteLoad(
+        Script(messages, "end"),
+        [size],
+        Buffers(2 * size),
+        start=0,
+        limits=Limits(5, 5),
+        failed=lambda error: error,
+    )
+    with load:
+        for block in load:
+            time.sleep(0.05)  # the receiver would overwrite it meanwhile
+            assert block.views[0][0] == block.views[0][-1] == block.index
+        assert block.index == 5
+
+
+def test_buffers_are_used_again_and_never_exceed_their_budget() -> None:
+    buffers = Buffers(32 << 20)
+    first = buffers.rent(3, 8 << 20)
+    assert first.num_blocks == 3
+    second = buffers.rent(3, 8 << 20)
+    assert second.num_blocks == 1
+    assert buffers.total_bytes == 32 << 20
+    first.give_back()
+    second.give_back()
+    large = buffers.rent(1, 32 << 20)
+    assert (large.num_blocks, buffers.total_bytes) == (1, 32 << 20)
+    large.give_back()
+    small = buffers.rent(10_000, 5000)
+    assert small.num_blocks == 4 * ((8 << 20) // 8192)
+    assert buffers.total_bytes == 32 << 20
+
+
+def test_save_whose_upload_fails_publishes_nothing_and_is_ended() -> None:
+    ended: list[bool] = []
+    ticket = SaveTicket(b"s", 1, (3, 5), ((True,), (True,)), (4096,), 0)
+    with RemoteSave(ticket, Buffers(1 << 24), lambda messages: [], lambda: ended.append(True)) as save:
+        assert save.commit(3) == 0
+    assert ended == [True]
+
+
+# ---- a sidecar that reads from another ----
+
+
+@contextlib.contextmanager
+def reading_from(address: str, **options: object) -> Iterator[KVStore]:
+    """A store whose only lower tier is the sidecar at `address`."""
+    values = {
+        "host": {"capacity_bytes": 64 << 20, "prefault": False},
+        "tiers": {"remote": {"address": address, **options}},
+    }
+    store = KVStore(StoreConfig.load(values, environ={}))
+    try:
+        for model in (BIG, GRID):
+            store.open(model)
+        yield store
+        assert store.check() == []
+    finally:
+        store.close()
+
+
+def found(store: KVStore | SidecarStore, chain: Chain) -> int:
+    """Blocks that match in all tiers, asked anew."""
+    num_blocks = store.match(chain, "found", wait_s=1).num_blocks
+    store.forget("found")
+    return num_blocks
+
+
+@pytest.mark.parametrize("model", [BIG, GRID], ids=["large parts", "small parts"])
+def test_cold_sidecar_serves_what_its_peer_has(client: SidecarStore, served: Served, model: ModelId) -> None:
+    client.open(model)
+    chain = chain_of(Root(model), 6)
+    save_big(client, chain)
+    with reading_from(served.address) as cold:
+        assert load_all(cold, chain) == ["remote"] * 6
+        assert load_all(cold, chain) == ["host"] * 6
+
+
+def test_two_sidecars_read_from_each_other(tmp_path: Path) -> None:
+    one, other = f"unix:{tmp_path}/one", f"unix:{tmp_path}/other"
+    with (
+        serving(tmp_path, "one", f"tiers.remote.address={other}") as first,
+        serving(tmp_path, "other", f"tiers.remote.address={one}") as second,
+        kvstore.connect(first.address) as here,
+        kvstore.connect(second.address) as there,
+    ):
+        for store in (here, there):
+            store.open(BIG)
+        mine, yours = chain_of(Root(BIG), 4, seed=1), chain_of(Root(BIG), 4, seed=2)
+        save_big(here, mine)
+        save_big(there, yours)
+
+        def tiers(store: SidecarStore, chain: Chain) -> list[str]:
+            return load_all(store, chain)  # type: ignore[arg-type]
+
+        # The first sidecar came up before its peer: it connects by itself.
+        wait_for(lambda: found(here, yours) == 4)
+        assert tiers(there, mine) == ["remote"] * 4
+        assert tiers(here, yours) == ["remote"] * 4
+        # A block that neither has is asked for once, not in circles.
+        nobody = chain_of(Root(BIG), 4, seed=3)
+        assert found(here, nobody) == 0
+        assert here.check() == there.check() == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_peer_that_dies_mid_stream_is_a_shorter_hit(tmp_path: Path, number: signal.Signals) -> None:
+    with serving(tmp_path, "s") as server, reading_from(server.address) as cold:
+        with kvstore.connect(server.address) as warm:
+            warm.open(BIG)
+            chain = chain_of(Root(BIG), 28)
+            save_big(warm, chain)
+            assert cold.match(chain, "r", wait_s=5).num_blocks == 28
+            began = time.monotonic()
+            with cold.load("r") as load:
+                seen = []
+                for block in load:
+                    assert bytes(block.views[0]) == content(chain, block.index, 0, BIG_BYTES)
+                    seen.append(block.index)
+                    if len(seen) == 1:
+                        server.send(number)
+            assert seen == list(range(len(seen)))
+            assert 1 <= len(seen) < 28
+            assert time.monotonic() - began < 8  # request.read_deadline_s, and some
+            began = time.monotonic()
+            cold.drop_host()
+            assert cold.match(chain, "r", wait_s=2).num_blocks == 0
+            cold.forget("r")
+            assert time.monotonic() - began < 2
+
+
+def test_store_starts_without_its_peer_and_finds_it_later(tmp_path: Path) -> None:
+    address = f"unix:{tmp_path}/late"
+    with reading_from(address) as cold:
+        chain = chain_of(Root(BIG), 3)
+        assert cold.match(chain, "r", wait_s=2).num_blocks == 0
+        with serving(tmp_path, "late") as server, kvstore.connect(server.address) as warm:
+            warm.open(BIG)
+            save_big(warm, chain)
+            wait_for(lambda: found(cold, chain) == 3)
+            assert load_all(cold, chain) == ["remote"] * 3
+
+
+def test_restarted_peer_is_read_again(tmp_path: Path) -> None:
+    chain = chain_of(Root(BIG), 3)
+    with contextlib.ExitStack() as stack:
+        with serving(tmp_path, "s") as server:
+            cold = stack.enter_context(reading_from(server.address))
+            with kvstore.connect(server.address) as warm:
+                warm.open(BIG)
+                save_big(warm, chain)
+                assert load_all(cold, chain) == ["remote"] * 3
+            server.send(signal.SIGKILL)
+            server.process.wait()
+        (tmp_path / "s.log").unlink()
+        cold.drop_host()
+        with serving(tmp_path, "s") as again, kvstore.connect(again.address) as warm:
+            warm.open(BIG)
+            save_big(warm, chain)
+            wait_for(lambda: found(cold, chain) == 3)
+            assert load_all(cold, chain) == ["remote"] * 3
+
+
+def test_peer_with_a_token_for_one_tenant_learns_nothing_of_another(tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens.toml"
+    tokens.write_text(
+        '[[client]]\ntoken = "a-token-for-everything"\nadmin = true\n'
+        '[[client]]\ntoken = "a-token-for-one-tenant"\ntenant = "acme"\nsalts = ["acme"]\n'
+    )
+    tokens.chmod(0o600)
+    mine = tmp_path / "token"
+    mine.write_text("a-token-for-one-tenant\n")
+    mine.chmod(0o600)
+    with serving(tmp_path, "s", f"service.tokens_file={tokens}") as server:
+        with kvstore.connect(server.address, token="a-token-for-everything") as warm:
+            warm.open(GRID)
+            theirs, ours = chain_of(Root(GRID, salt=b"other"), 4), chain_of(Root(GRID, salt=b"acme"), 4)
+            save_big(warm, theirs)
+            save_big(warm, ours)
+            with reading_from(server.address, token_file=str(mine)) as cold:
+                assert cold.match(theirs, "r", wait_s=5).num_blocks == 0
+                cold.forget("r")
+                assert load_all(cold, ours) == ["remote"] * 4
+
+
+def test_nothing_is_demoted_to_a_peer(client: SidecarStore, served: Served) -> None:
+    values = {
+        "host": {"capacity_bytes": 8 << 20, "prefault": False},
+        "mover": {"write": "through"},
+        "tiers": {"remote": {"address": served.address}},
+    }
+    store = KVStore(StoreConfig.load(values, environ={}))
+    store.open(GRID)
+    chain = chain_of(Root(GRID), 4)
+    save_all(store, chain)
+    assert store.flush(5)
+    assert store.clear() == 4
+    stats = store.stats()
+    store.close()
+    assert not [name for name in stats if name.startswith("mover.") and stats[name]], stats
+    client.open(GRID)
+    assert matched(client, chain) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "address is empty"),
+        ({"address": "a:1", "call_timeout_s": 0}, "more than 0"),
+        ({"address": "a:1", "tls_cert": "x"}, "go together"),
+        ({"address": "unix:/nowhere", "token_file": "/nowhere/token"}, "cannot be read"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RemoteTier(RemoteTier.Options(**options))  # type: ignore[arg-type]
+
+
+def test_token_file_that_others_can_read_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "token"
+    path.write_text("secret")
+    path.chmod(0o644)
+    with pytest.raises(ConfigError, match="chmod 600"):
+        RemoteTier(RemoteTier.Options(address="unix:/nowhere", token_file=str(path)))
+
+
+def test_tier_without_its_peer_fails_at_once(tmp_path: Path) -> None:
+    tier = RemoteTier(RemoteTier.Options(address=f"unix:{tmp_path}/nobody"))
+    chain = chain_of(Root(GRID), 2)
+    keys = chain.part_keys(0, 2, (0,))
+    for _ in range(20):
+        began = time.monotonic()
+        with pytest.raises(TierError):
+            tier.contains(keys, 5.0)
+        with pytest.raises(TierError):
+            list(tier.read({keys[0]: memoryview(bytearray(512))}, 5.0))
+        assert time.monotonic() - began < 0.2
+    tier.close()
