@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -27,6 +27,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
+import kvstore
 from connectors.vllm_identity import check_groups, model_id_of, rank_slice
 from connectors.vllm_pages import EnginePages, PackedPages, StridedPages
 from connectors.vllm_plan import Orders, Report, Scheduled, VllmSettings
@@ -150,13 +151,14 @@ def _embedded(config: VllmConfig, settings: VllmSettings, role: KVConnectorRole)
 
 
 def _sidecar(settings: VllmSettings) -> _Link:
-    import kvstore
+    client = kvstore.connect(settings.address, mapped=True, name="vllm")
+    return _Link(client, _share, lambda shared: client.adopt(cast(bytes, shared)), client.close)
 
-    connect = getattr(kvstore, "connect", None)
-    if connect is None:
-        raise ConfigError("address is set, but this kvstore has no client: install kvstore[service]")
-    client = connect(settings.address)
-    return _Link(client, client.share, client.adopt, client.close)
+
+def _share(load: Any) -> object:
+    """Bytes that a worker's client adopts; None for a load that has nothing, which workers report as failed."""
+    share = getattr(load, "share", None)
+    return share() if share is not None else None
 
 
 # -- what travels ----------------------------------------------------------------------------------------------
@@ -208,6 +210,11 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 self._link.share,
                 num_ranks=vllm_config.parallel_config.world_size,
             )
+
+    @property
+    def model_id(self) -> ModelId:
+        """Which KV this engine computes: what a chain's root is made of."""
+        return self._model
 
     @property
     def requires_kv_delivery(self) -> bool:

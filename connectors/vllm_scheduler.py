@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 
 from connectors.base import CostModel, FailOpen, LoadRule, plan_save
 from connectors.vllm_identity import AdapterDigests, EngineRequest, Roots, media_of
@@ -69,6 +69,15 @@ class _Loading:
     report: LoadReport | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Sharing:
+    """A load that workers hear of when they can take part in it."""
+
+    order: LoadOrder
+    lease: Future[object]
+    deadline_s: float
+
+
 @dataclass(slots=True)
 class _Step:
     """What was scheduled, to learn from how long it took."""
@@ -122,6 +131,8 @@ class SchedulerSide:
         self._tracked: dict[str, _Tracked] = {}
         self._loading: dict[str, _Loading] = {}
         self._loads: list[LoadOrder] = []
+        self._sharing: list[_Sharing] = []
+        self._pool = ThreadPoolExecutor(settings.load_threads, thread_name_prefix="kvstore-share")
         self._saves: list[SaveOrder] = []
         self._ended: list[str] = []
         self._step: _Step | None = None
@@ -236,27 +247,41 @@ class SchedulerSide:
             return
         start, stop = tracked.local_tokens // self._block_tokens, tracked.planned
         tracked.planned = 0
-        made = self.fail_open.call(lambda: self._lease(tracked, start, stop), None)
-        if made is not None:
-            self._loading[request.request_id] = _Loading(made[0], start, stop)
-        self._loads.append(
-            LoadOrder(
-                request=request.request_id,
-                first_token=tracked.local_tokens,
-                start=start,
-                stop=stop,
-                pages=tuple(pages),
-                lease=None if made is None else made[1],
-                in_step=tracked.in_step,
-                timeout_s=self._settings.load_deadline_ms / 1e3,
-            )
+        load = self.fail_open.call(lambda: self._store.load(tracked.key, stop, start=start), None)
+        order = LoadOrder(
+            request=request.request_id,
+            first_token=tracked.local_tokens,
+            start=start,
+            stop=stop,
+            pages=tuple(pages),
+            lease=None,
+            in_step=tracked.in_step,
+            timeout_s=self._settings.load_deadline_ms / 1e3,
         )
         self.figures.add("loads")
         self._announce(tracked)
+        if load is None:
+            self._loads.append(order)  # workers report it as failed
+            return
+        self._loading[request.request_id] = _Loading(load, start, stop)
+        if order.in_step:
+            self._loads.append(replace(order, lease=self.fail_open.call(lambda: self._share(load), None)))
+        else:
+            # Sharing may wait for blocks of lower tiers, which this thread must not.
+            sharing = self._pool.submit(lambda: self.fail_open.call(lambda: self._share(load), None))
+            self._sharing.append(_Sharing(order, sharing, self._now_s() + order.timeout_s))
 
-    def _lease(self, tracked: _Tracked, start: int, stop: int) -> tuple[Load, object]:
-        load = self._store.load(tracked.key, stop, start=start)
-        return load, self._share(load)
+    def _shared(self) -> None:
+        """Order what has been shared by now, and what has not been in time, which fails."""
+        waiting = []
+        for item in self._sharing:
+            if item.lease.done():
+                self._loads.append(replace(item.order, lease=item.lease.result()))
+            elif self._now_s() >= item.deadline_s:
+                self._loads.append(item.order)
+            else:
+                waiting.append(item)
+        self._sharing = waiting
 
     def _announce(self, tracked: _Tracked) -> None:
         chain = tracked.chain
@@ -273,6 +298,7 @@ class SchedulerSide:
 
     def orders(self, step: Scheduled) -> Orders:
         """What workers must do in the step just scheduled."""
+        self._shared()
         self._note_step(step)
         if self._settings.save:
             for request_id, num_scheduled in step.num_scheduled.items():
@@ -405,6 +431,7 @@ class SchedulerSide:
             self.fail_open.call(loading.load.close, None)
         self._tracked.clear()
         self._loading.clear()
+        self._pool.shutdown(wait=False, cancel_futures=True)
         self._adapters.close()
 
     def check(self) -> list[str]:

@@ -133,7 +133,8 @@ class WorkerSide:
             first = max(stop * self._block_tokens, order.first_token)
             failed = failed_pages(order.pages, self._pages.page_tokens, first, order.stop * self._block_tokens)
             self._bad_pages.update(failed)
-            self._bad_now.update(failed)
+            if order.in_step:  # a request whose load ran beside the steps was not in this one
+                self._bad_now.update(failed)
         self._report.loads[order.request] = LoadReport(
             stop,
             seconds=dict(job.seconds),

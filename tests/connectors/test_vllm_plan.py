@@ -1,0 +1,591 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The vLLM connector without vLLM: the save boundary, plans, orders and reports, over a store in a dict."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from connectors.vllm_identity import AdapterDigests, adapter_digest, directory_digest, media_of
+from connectors.vllm_plan import (
+    LoadReport,
+    Orders,
+    Report,
+    Scheduled,
+    VllmSettings,
+    failed_pages,
+    storable_finished,
+    storable_running,
+)
+from connectors.vllm_scheduler import SchedulerSide
+from connectors.vllm_worker import WorkerSide
+from kvstore.api import Load, Match
+from kvstore.block import ModelId
+from kvstore.errors import ConfigError
+from tests.connectors.fakes import FakeLoad, FakeStore
+from tests.fakes import FakeClock
+
+BLOCK, PAGE = 16, 8
+MODEL = ModelId(
+    model="tiny", revision="1", kv_dtype="bfloat16", num_layers=2, num_kv_heads=2, head_dim=16, block_tokens=BLOCK
+)
+
+
+@dataclass
+class FakeRequest:
+    """What the connector looks at of an engine's request."""
+
+    request_id: str
+    all_token_ids: list[int]
+    num_prompt_tokens: int = 0
+    num_computed_tokens: int = 0
+    cache_salt: str | None = None
+    lora_request: Any = None
+    mm_features: Sequence[Any] = ()
+    prompt_embeds: Any = None
+    skip_reading_prefix_cache: bool = False
+
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = self.num_prompt_tokens or len(self.all_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.all_token_ids)
+
+
+@dataclass
+class FakePages:
+    """Pages that only note which blocks were copied."""
+
+    parts: tuple[int, ...] = (0,)
+    page_tokens: int = PAGE
+    written: list[tuple[int, int]] = field(default_factory=list)
+    read: list[int] = field(default_factory=list)
+    on_write: Any = None
+
+    def gather(self, pages: Sequence[int], index: int, views: Any) -> None:
+        assert len(pages) * self.page_tokens >= (index + 1) * BLOCK
+        self.read.append(index)
+
+    def scatter(self, pages: Sequence[int], index: int, views: Any, first_token: int) -> None:
+        self.written.append((index, first_token))
+        if self.on_write is not None:
+            self.on_write()
+
+
+class Bench:
+    """Both sides over one store, driven as an engine drives them."""
+
+    def __init__(self, store: FakeStore | None = None, *, num_ranks: int = 1, **settings: Any) -> None:
+        self.store = store or FakeStore()
+        self.clock = FakeClock()
+        made = VllmSettings.of({"block_tokens": BLOCK, "load_rule": "always", **settings})
+        self.side = SchedulerSide(
+            made, MODEL, self.store, lambda load: load, num_ranks=num_ranks, now_s=self.clock.now_s
+        )
+        self.pages = FakePages()
+        self.worker = WorkerSide(
+            made, MODEL, self.store, lambda load: cast(Load, load), self.pages, now_s=self.clock.now_s
+        )
+
+    def pages_for(self, request: FakeRequest) -> list[int]:
+        return list(range(100, 100 - -request.num_tokens // PAGE))
+
+    def step(self, *scheduled: tuple[FakeRequest, int]) -> Orders:
+        """Schedule and run one step of (request, tokens)."""
+        step = Scheduled(
+            {request.request_id: count for request, count in scheduled},
+            {request.request_id: request.num_computed_tokens for request, _ in scheduled},
+            {request.request_id: self.pages_for(request) for request, _ in scheduled},
+        )
+        orders = self.side.orders(step)
+        self.worker.load(orders)
+        self.worker.save(orders)
+        for request, count in scheduled:
+            request.num_computed_tokens += count
+        return orders
+
+    def report(self) -> set[str]:
+        """Let the worker report; returns the requests whose load ended beside the steps."""
+        _, received = self.worker.finished(idle=True)
+        news = self.worker.report()
+        self.side.stepped()
+        if news is not None:
+            self.side.reported(news)
+        return received
+
+    def fill(self, tokens: list[int]) -> None:
+        """Have the blocks of `tokens` stored."""
+        request = FakeRequest("fill", tokens)
+        self.side.arrived(request)
+        self.step((request, len(tokens)))
+        self.side.ended(request, self.pages_for(request))
+        self.report()
+
+    def close(self) -> None:
+        self.worker.close()
+        assert self.side.check() == []
+        assert self.store.check() == []
+
+
+def tokens(count: int, seed: int = 0) -> list[int]:
+    return [(seed * 7919 + at * 31) % 1000 for at in range(count)]
+
+
+# -- the save boundary -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("computed", "scheduled", "known", "blocks"),
+    [
+        (0, 64, 100, 4),  # a chunk of a prompt
+        (64, 36, 100, 6),
+        (47, 1, 48, 3),  # the step that computes the last known token fills its block
+        (44, 5, 45, 2),  # 44 computed, one token and four drafts: only one of the five is certain
+        (44, 5, 47, 2),
+        (44, 5, 60, 3),
+    ],
+)
+def test_a_running_request_stores_no_drafts(computed: int, scheduled: int, known: int, blocks: int) -> None:
+    assert storable_running(computed, scheduled, known, BLOCK) == blocks
+
+
+@pytest.mark.parametrize(
+    ("computed", "prompt", "known", "blocks"),
+    [
+        (47, 20, 48, 2),  # the last sampled token has no KV, whatever it completes
+        (48, 20, 48, 2),  # a draft model computed its place
+        (50, 20, 48, 2),  # and n-grams two more
+        (49, 20, 49, 3),
+        (30, 64, 64, 1),  # aborted in the middle of its prompt
+        (64, 64, 64, 4),  # a prompt that was computed and not answered
+        (64, 64, 65, 4),
+    ],
+)
+def test_a_finished_request_stores_what_cannot_be_taken_back(
+    computed: int, prompt: int, known: int, blocks: int
+) -> None:
+    assert storable_finished(computed, prompt, known, BLOCK) == blocks
+
+
+def test_drafts_never_reach_a_worker() -> None:
+    bench = Bench()
+    request = FakeRequest("r", tokens(20), num_prompt_tokens=20)
+    bench.side.arrived(request)
+    bench.step((request, 20))
+    request.all_token_ids += tokens(1, 1)
+    orders = bench.step((request, 16))  # one token and fifteen drafts: all of block 1, were they certain
+    assert orders.saves == ()
+    request.num_computed_tokens = 36  # all drafts accepted, one more sampled
+    request.all_token_ids += tokens(16, 2)
+    assert bench.side.ended(request, bench.pages_for(request))
+    held = bench.step()
+    assert [(order.start, order.stop, order.holds) for order in held.saves] == [(1, 2, True)]
+    assert bench.worker.finished(idle=True)[0] == {"r"}
+    bench.report()
+    bench.close()
+
+
+# -- pages of a failed load ------------------------------------------------------------------------------------
+
+
+def test_failed_pages_begin_with_the_page_of_the_first_missing_token() -> None:
+    pages = tuple(range(50, 60))
+    assert failed_pages(pages, 32, 100, 256) == (53, 54, 55, 56, 57)
+    assert failed_pages(pages, 32, 96, 256) == (53, 54, 55, 56, 57)
+    assert failed_pages(pages, 128, 100, 256) == (50, 51)
+    assert failed_pages(pages, 32, 0, 1) == (50,)
+
+
+# -- matching and loading --------------------------------------------------------------------------------------
+
+
+def test_a_miss_allocates_nothing_and_leaves_nothing() -> None:
+    bench = Bench()
+    request = FakeRequest("r", tokens(100))
+    assert bench.side.match(request, 0) == (0, False)
+    bench.side.allocated(request, bench.pages_for(request), 0)
+    assert bench.step((request, 100)).loads == ()
+    bench.side.ended(request, bench.pages_for(request))
+    bench.report()
+    bench.close()
+
+
+def test_a_hit_in_the_host_is_copied_before_the_step() -> None:
+    bench = Bench()
+    bench.fill(tokens(100))
+    request = FakeRequest("r", tokens(120))
+    assert bench.side.match(request, 0) == (96, False)
+    bench.side.allocated(request, bench.pages_for(request), 96)
+    request.num_computed_tokens = 96
+    bench.step((request, 24))
+    assert bench.pages.written == [(at, 0) for at in range(6)]
+    assert bench.report() == set()
+    bench.side.ended(request, bench.pages_for(request))
+    bench.report()
+    bench.close()
+
+
+def test_a_load_too_large_for_a_step_runs_beside_it_and_is_reported_once() -> None:
+    bench = Bench(sync_load_ms=0)
+    bench.fill(tokens(100))
+    request = FakeRequest("r", tokens(120))
+    assert bench.side.match(request, 0) == (96, True)
+    bench.side.allocated(request, bench.pages_for(request), 96)
+    bench.step()
+    received = set[str]()
+    for _ in range(1000):
+        received |= bench.report()
+        if received:
+            break
+    assert received == {"r"}
+    bench.side.allocated(request, bench.pages_for(request), 0)  # vLLM says it twice for a load beside the steps
+    bench.side.ended(request, bench.pages_for(request))
+    bench.step()
+    assert bench.report() == set()
+    assert bench.worker.bad_pages() == set()
+    bench.close()
+
+
+def test_nothing_below_the_engines_own_hit_is_written() -> None:
+    bench = Bench()
+    bench.fill(tokens(100))
+    request = FakeRequest("r", tokens(120))
+    assert bench.side.match(request, 2 * BLOCK + PAGE) == (96 - 2 * BLOCK - PAGE, False)
+    bench.side.allocated(request, bench.pages_for(request), 96 - 2 * BLOCK - PAGE)
+    request.num_computed_tokens = 96
+    bench.step((request, 24))
+    assert bench.pages.written == [(at, 2 * BLOCK + PAGE) for at in range(2, 6)]
+    bench.report()
+    bench.side.ended(request, bench.pages_for(request))
+    bench.report()
+    bench.close()
+
+
+def test_an_unsettled_match_is_asked_again_until_the_deadline() -> None:
+    class Slow(FakeStore):
+        def match(self, *args: Any, **kwargs: Any) -> Match:
+            found = super().match(*args, **kwargs)
+            return Match(found.num_blocks, found.num_host_blocks, 0, False, found.tiers)
+
+    bench = Bench(Slow(), match_deadline_ms=100)
+    bench.fill(tokens(100))
+    request = FakeRequest("r", tokens(120))
+    assert bench.side.match(request, 0) == (None, False)
+    bench.clock.time_s += 0.05
+    assert bench.side.match(request, 0) == (None, False)
+    bench.clock.time_s += 0.06
+    assert bench.side.match(request, 0) == (96, False)
+    bench.side.ended(request, [])
+    bench.close()
+
+
+def test_blocks_that_somebody_computes_are_waited_for_as_long_as_that_can_pay() -> None:
+    bench = Bench()
+    bench.fill(tokens(32))
+    bench.store.num_pending = 4
+    request = FakeRequest("r", tokens(120))
+    bench.side.cost.seen_prefill(64, 32, 0.5)
+    assert bench.side.match(request, 0) == (None, False)
+    bench.clock.time_s += 0.4
+    assert bench.side.match(request, 0) == (None, False)
+    bench.clock.time_s += 0.2
+    assert bench.side.match(request, 0) == (32, False)
+    bench.side.ended(request, [])
+    bench.close()
+
+
+def test_a_dead_store_is_a_miss_and_no_wait() -> None:
+    bench = Bench()
+    bench.store.faults.failing = {"all"}
+    request = FakeRequest("r", tokens(100))
+    assert bench.side.match(request, 0) == (0, False)
+    bench.side.allocated(request, bench.pages_for(request), 0)
+    bench.step((request, 100))
+    assert not bench.side.ended(request, bench.pages_for(request))
+    bench.report()
+    bench.close()
+
+
+@pytest.mark.parametrize("in_step", [True, False])
+@pytest.mark.parametrize("fault", ["ends", "breaks", "lies", "no lease"])
+def test_a_load_that_fails_is_reported_from_its_first_missing_token(fault: str, in_step: bool) -> None:
+    bench = Bench(sync_load_ms=20 if in_step else 0)
+    bench.fill(tokens(100))
+    faults = bench.store.faults
+    if fault == "ends":
+        faults.end_load_at = 3
+    elif fault == "breaks":
+        faults.break_load_at = 3
+    elif fault == "lies":
+        faults.overwritten = True
+    else:
+        faults.failing = {"load"}
+    request = FakeRequest("r", tokens(120))
+    assert bench.side.match(request, 0) == (96, not in_step)
+    bench.side.allocated(request, bench.pages_for(request), 96)
+    bench.step(*([(request, 24)] if in_step else []))
+    for _ in range(1000):
+        if bench.report() or in_step:
+            break
+    first = 3 * BLOCK if fault == "ends" else 0
+    assert bench.worker.bad_pages() == set(range(100 + first // PAGE, 112))
+    # What was not saved because of it will be, once it is computed; nothing is asked for a second time.
+    request.num_computed_tokens = first
+    faults.failing = set()
+    bench.side.fail_open.backoff_s = bench.worker.fail_open.backoff_s = 0
+    bench.clock.time_s += 10
+    assert bench.side.match(request, 0) == (0, False)
+    orders = bench.step((request, 120 - first))
+    assert [(order.stop, order.known + len(order.tokens) // 4) for order in orders.saves] == [(7, 112)]
+    bench.side.ended(request, bench.pages_for(request))
+    bench.report()
+    assert len(bench.store.blocks) == 7
+    bench.close()
+
+
+def test_nothing_is_saved_on_top_of_pages_that_did_not_load() -> None:
+    bench = Bench()
+    bench.fill(tokens(100))
+    bench.store.faults.end_load_at = 0
+    request = FakeRequest("r", tokens(160))
+    bench.side.match(request, 0)
+    bench.side.allocated(request, bench.pages_for(request), 96)
+    request.num_computed_tokens = 96
+    bench.step((request, 64))
+    assert len(bench.store.blocks) == 6
+    assert bench.report() == set()
+    bench.side.ended(FakeRequest("other", []), [])
+    request.num_computed_tokens = 0
+    bench.step((request, 160))
+    assert len(bench.store.blocks) == 10
+    bench.side.ended(request, bench.pages_for(request))
+    bench.report()
+    bench.close()
+
+
+class StuckLoad(FakeLoad):
+    """A load whose first block comes when it is told to."""
+
+    def __init__(self, inner: FakeLoad, go: threading.Event) -> None:
+        self.__dict__.update(inner.__dict__)
+        self._go = go
+
+    def __iter__(self) -> Any:
+        self._go.wait(10)
+        yield from super().__iter__()
+
+
+def test_a_load_past_its_deadline_is_given_up_and_writes_nothing_afterwards() -> None:
+    go = threading.Event()
+
+    class Stuck(FakeStore):
+        def load(self, *args: Any, **kwargs: Any) -> FakeLoad:
+            return StuckLoad(super().load(*args, **kwargs), go)
+
+    bench = Bench(Stuck(), sync_load_ms=0, load_deadline_ms=500)
+    bench.fill(tokens(100))
+    request = FakeRequest("r", tokens(120))
+    bench.side.match(request, 0)
+    bench.side.allocated(request, bench.pages_for(request), 96)
+    bench.step()
+    assert bench.report() == set()
+    bench.clock.time_s += 1
+    assert bench.report() == {"r"}
+    assert bench.worker.bad_pages() == set(range(100, 112))
+    go.set()
+    bench.side.ended(request, bench.pages_for(request))
+    bench.close()  # waits for the copying thread
+    assert bench.pages.written == []
+
+
+def test_an_aborted_request_keeps_its_pages_until_its_load_is_reported() -> None:
+    go = threading.Event()
+
+    class Stuck(FakeStore):
+        def load(self, *args: Any, **kwargs: Any) -> FakeLoad:
+            return StuckLoad(super().load(*args, **kwargs), go)
+
+    bench = Bench(Stuck(), sync_load_ms=0)
+    bench.fill(tokens(100))
+    request = FakeRequest("r", tokens(120))
+    bench.side.match(request, 0)
+    bench.side.allocated(request, bench.pages_for(request), 96)
+    bench.step()
+    assert not bench.side.ended(request, bench.pages_for(request))  # vLLM itself keeps pages of a pending load
+    assert bench.side.check() == ["the load of r was not reported"]
+    go.set()
+    received = set[str]()
+    while not received:
+        received = bench.report()
+    assert received == {"r"}
+    bench.close()
+
+
+def test_a_lease_is_released_when_the_last_rank_has_reported() -> None:
+    bench = Bench(num_ranks=2)
+    bench.fill(tokens(100))
+    bench.report()
+    request = FakeRequest("r", tokens(120))
+    bench.side.match(request, 0)
+    bench.side.allocated(request, bench.pages_for(request), 96)
+    bench.side.reported(Report({"r": LoadReport(6)}))
+    assert bench.side.check() != []
+    bench.side.reported(Report({"r": LoadReport(4)}))
+    bench.side.ended(request, bench.pages_for(request))
+    assert bench.side.figures.counts["failed_loads"] == 1
+    bench.close()
+
+
+def test_reports_of_ranks_join_to_what_all_of_them_have() -> None:
+    one = Report({"r": LoadReport(6, 1, {"host": 1.0}, {"host": 10})}, {"s": 4}, {"saved_blocks": 2})
+    two = Report({"r": LoadReport(5, 1, {"host": 2.0}, {"host": 10})}, {"s": 3, "t": 1}, {"saved_blocks": 1})
+    done = one.joined(two)
+    assert done.loads["r"] == LoadReport(5, 2, {"host": 2.0}, {"host": 20})
+    assert done.unsaved == {"s": 3, "t": 1}
+    assert done.counts == {"saved_blocks": 3}
+
+
+def test_a_preempted_request_matches_its_own_answer_too() -> None:
+    bench = Bench()
+    request = FakeRequest("r", tokens(60))
+    bench.side.match(request, 0)
+    bench.side.allocated(request, bench.pages_for(request), 0)
+    bench.step((request, 60))
+    request.all_token_ids += tokens(40, 1)
+    request.num_computed_tokens = 60
+    bench.step((request, 40))
+    request.num_computed_tokens = 0
+    assert bench.side.match(request, 0) == (96, False)
+    bench.side.ended(request, bench.pages_for(request))
+    bench.report()
+    bench.close()
+
+
+# -- identity of a request -------------------------------------------------------------------------------------
+
+
+def test_a_salt_is_a_namespace_of_its_own() -> None:
+    bench = Bench()
+    bench.fill(tokens(100))
+    for salt, hit in ((None, 96), ("a", 0), ("", 96)):
+        request = FakeRequest(f"r{salt}", tokens(120), cache_salt=salt)
+        assert bench.side.match(request, 0) == (hit, False)
+        bench.side.ended(request, [])
+    bench.close()
+
+
+def test_an_adapter_is_a_miss_until_its_digest_is_known() -> None:
+    class Late(AdapterDigests):
+        def __init__(self) -> None:
+            super().__init__()
+            self.future: Future[bytes] = Future()
+
+        def of(self, lora: Any) -> Future[bytes]:
+            return self.future if lora is not None else super().of(lora)
+
+    bench = Bench()
+    bench.fill(tokens(100))
+    late = Late()
+    bench.side._adapters = late
+    request = FakeRequest("r", tokens(120), lora_request=SimpleNamespace(lora_path="x"))
+    assert bench.side.match(request, 0) == (0, False)
+    assert bench.step((request, 120)).saves == ()
+    late.future.set_result(b"digest")
+    request.num_computed_tokens = 0
+    assert [(order.adapter, order.stop) for order in bench.step((request, 120)).saves] == [(b"digest", 7)]
+    bench.side.ended(request, [])
+    again = FakeRequest("s", tokens(120), lora_request=SimpleNamespace(lora_path="x"))
+    assert bench.side.match(again, 0) == (112, False)
+    bench.side.ended(again, [])
+    bench.report()
+    bench.close()
+
+
+def test_an_adapter_is_known_by_its_weights_and_settings(tmp_path: Path) -> None:
+    digests = []
+    for name, weights, settings in (("a", b"w", b"{}"), ("b", b"w", b"{}"), ("c", b"v", b"{}"), ("d", b"w", b"{ }")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_model.safetensors").write_bytes(weights)
+        (tmp_path / name / "adapter_config.json").write_bytes(settings)
+        digests.append(adapter_digest(tmp_path / name))
+    assert digests[0] == digests[1]
+    assert len({*digests}) == 3
+
+
+def test_weights_are_known_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"one")
+    first = directory_digest(tmp_path)
+    assert directory_digest(tmp_path) == first
+    file.write_bytes(b"two")
+    assert directory_digest(tmp_path) != first
+    with pytest.raises(ConfigError, match="no weight files"):
+        directory_digest(tmp_path / "cache")
+
+
+def test_an_image_is_part_of_what_a_block_is() -> None:
+    bench = Bench()
+
+    def ask(name: str, image: str, offset: int) -> int | None:
+        feature = SimpleNamespace(identifier=image, mm_position=SimpleNamespace(offset=offset, length=4))
+        request = FakeRequest(name, tokens(100), mm_features=[feature])
+        bench.side.match(request, 0)
+        found, _ = bench.side.match(request, 0)
+        request.num_computed_tokens = 0
+        bench.step((request, 100))
+        bench.side.ended(request, bench.pages_for(request))
+        bench.report()
+        return found
+
+    assert [ask("a", "cat", 40), ask("b", "cat", 40), ask("c", "dog", 40), ask("d", "cat", 41)] == [0, 96, 32, 32]
+    bench.close()
+
+
+def test_embeddings_stand_for_tokens_they_have_none_of() -> None:
+    torch = pytest.importorskip("torch")
+    requests = [
+        FakeRequest(name, [0] * 40, prompt_embeds=torch.full((40, 4), value))
+        for name, value in (("a", 1.0), ("b", 1.0), ("c", 2.0))
+    ]
+    digests = [media_of(request) for request in requests]
+    assert digests[0] == digests[1] != digests[2]
+    assert digests[0][0][0] == 0
+    assert len(digests[0][0][1]) == hashlib.sha256().digest_size
+
+
+def test_a_request_that_must_not_read_gets_nothing() -> None:
+    bench = Bench()
+    bench.fill(tokens(100))
+    request = FakeRequest("r", tokens(120), skip_reading_prefix_cache=True)
+    assert bench.side.match(request, 0) == (0, False)
+    bench.side.ended(request, [])
+    bench.close()
+
+
+# -- settings --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"adress": "x"}, "has 'adress': known are address"),
+        ({"block_tokens": "64"}, "block_tokens is '64': give a int"),
+        ({"save": 1}, "save is 1"),
+        ({"load_rule": "never"}, "use one of measured, always"),
+        ({"load_threads": 0}, "load_threads is 0"),
+        ({"address": "unix:/x", "store": {"host": {}}}, "both given"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(extra: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        VllmSettings.of(extra)
