@@ -52,8 +52,9 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.use_local_subchannel_pool", 1),  # a new connection never takes over the socket of a dead one
     ("SingleThreadedUnaryStream", 1),
 )
-_FLUSH_S = 0.005
-"""How long what is done with waits for a call to go with."""
+_TICK_S = 0.01
+"""What is done with waits for a call to go with, one to two ticks. Without ticks each would cost a thread's waking."""
+_QUIET_TICKS = 50
 _FIRST_BACKOFF_S = 0.05
 _MAX_BACKOFF_S = 1.0
 _UNMAP_S = 5.0
@@ -207,6 +208,9 @@ class Link:
         self._streams: dict[int, tuple[float, Any]] = {}
         self._stream_numbers = itertools.count()
         self._closing = False
+        self._drowsy = False
+        self._num_quiet = 0
+        self._waits = False
         self._said_down = False
         self._unmap_from_s = 0.0
         self._refusal: KVStoreError | None = None
@@ -278,20 +282,18 @@ class Link:
             connection.done.put_back(ended)
             raise self.failed(connection, failure) from None
 
-    def stream(self, connection: Connection, method: Callable[..., Any], request: Any, *, at_once: bool) -> Replies:
-        """A call with many replies, with what is done with on board. `at_once`: all of them are there already."""
+    def stream(self, connection: Connection, method: Callable[..., Any], request: Any) -> Replies:
+        """A call with many replies, with what is done with on board."""
         ended = connection.done.take()
         if ended is not None:
             request.ended.CopyFrom(ended)
-        timeout_s = self.options.call_deadline_s if at_once else None
-        return Replies(self, connection, method(request, timeout=timeout_s), ended, watched=not at_once)
+        return Replies(self, connection, method(request), ended)
 
     def ended(self, connection: Connection, *, load: int = 0, save: int = 0, request: str = "") -> None:
         """The client is done with a load, a save (nobody of this process writes to its slots), or a match's hold."""
         if not connection.lost.is_set():
-            idle = not connection.done
             connection.done.add(load=load, save=save, request=request)
-            if idle:
+            if self._drowsy:
                 with self._lock:
                     self._wake.notify()
 
@@ -378,8 +380,11 @@ class Link:
         backoff_s = _FIRST_BACKOFF_S
         while True:
             with self._lock:
-                if not (self._closing or self._due()):
-                    self._wake.wait(self._patience_s(backoff_s))
+                patience_s = self._patience_s(backoff_s)
+                self._drowsy = patience_s is None
+                if not self._closing and not (self._drowsy and self._has_done()):
+                    self._wake.wait(patience_s)
+                self._drowsy = False
                 if self._closing:
                     return
             try:
@@ -393,12 +398,14 @@ class Link:
             except Exception:  # a thread's top: the next round may do better
                 log.exception("keeping the link to %s failed", self.options.address)
 
-    def _due(self) -> bool:
+    def _has_done(self) -> bool:
         return self._connection is not None and bool(self._connection.done)
 
     def _patience_s(self, backoff_s: float) -> float | None:
         if self._connection is None:
             return backoff_s * random.uniform(0.5, 1.0)
+        if self._num_quiet < _QUIET_TICKS:
+            return _TICK_S
         return _WATCH_S if self._streams else None
 
     def _tend(self, connection: Connection) -> None:
@@ -408,10 +415,15 @@ class Link:
                 self.unwatch(number)
                 self._stats.add("client.failures.stalled")
                 call.cancel()
-        if connection.done:
-            time.sleep(_FLUSH_S)  # most often a call comes by that takes it along
-            if connection.done:
-                self._say(connection)
+        if not connection.done:
+            self._num_quiet += 1
+            self._waits = False
+        elif not self._waits:
+            self._num_quiet = 0
+            self._waits = True  # most often a call comes by that takes it along
+        else:
+            self._waits = False
+            self._say(connection)
 
     def _say(self, connection: Connection) -> None:
         try:
@@ -614,34 +626,30 @@ class Link:
 class Replies:
     """The replies of a call, each under a deadline. Not thread-safe."""
 
-    def __init__(self, link: Link, connection: Connection, call: Any, ended: pb.Ended | None, *, watched: bool) -> None:
+    def __init__(self, link: Link, connection: Connection, call: Any, ended: pb.Ended | None) -> None:
         self._link = link
         self._connection = connection
         self._call = call
         self._ended = ended
-        self._watched = link.watch(call, link.options.call_deadline_s) if watched else None
+        self._watched = link.watch(call, link.options.call_deadline_s)
 
     def next(self) -> Any:
         """The next reply; None at the end. Raises Down, or the server's error."""
         try:
             reply = next(self._call, None)
         except grpc.RpcError as failure:
-            self._unwatch()
+            self._link.unwatch(self._watched)
             self._connection.done.put_back(self._ended)
             self._ended = None
             raise self._link.failed(self._connection, failure) from None
         self._ended = None  # the server has heard
         if reply is None:
-            self._unwatch()
-        elif self._watched is not None:
+            self._link.unwatch(self._watched)
+        else:
             self._link.progressed(self._watched, self._link.options.progress_s)
         return reply
 
-    def _unwatch(self) -> None:
-        if self._watched is not None:
-            self._link.unwatch(self._watched)
-
     def cancel(self) -> None:
         """Want no more."""
-        self._unwatch()
+        self._link.unwatch(self._watched)
         self._call.cancel()

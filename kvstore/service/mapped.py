@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from kvstore.service.link import Connection, Link, Replies
 
 ABSENT = (1 << 64) - 1
+_MAX_SLOTS = 65_536
+"""What one reply may name."""
 
 
 class MappedPlane:
@@ -121,11 +123,14 @@ class MappedLoad:
         self._broken = False
         self._passed = 0
         self._closed = False
-        at_once = not request.contents.tokens
-        self._replies: Replies | None = link.stream(connection, connection.stub.Load, request, at_once=at_once)
-        reply = self._next()
-        if reply is None:
-            raise ProtocolError("a load had no reply")
+        self._replies: Replies | None = None
+        if request.HasField("contents") or cells.num_parts * (request.num_blocks - request.start) > _MAX_SLOTS:
+            self._replies = link.stream(connection, connection.stub.Load, request)
+            reply = self._next()
+            if reply is None:
+                raise ProtocolError("a load had no reply")
+        else:
+            reply = link.call(connection, connection.stub.LoadHost, request)
         self.num_blocks = reply.num_blocks
         self._first = reply.first
         self._take(reply)

@@ -33,6 +33,10 @@ class Cells:
     parts: tuple[int, ...]
 
     @property
+    def num_parts(self) -> int:
+        return len(self.parts)
+
+    @property
     def sizes(self) -> list[int]:
         """Bytes of each part."""
         return [self.layout.parts[part].num_bytes for part in self.parts]

@@ -34,7 +34,7 @@ _MAX_TEXT_BYTES = 1_024
 _MAX_ADAPTER_BYTES = 256
 _MAX_MODELS = 64
 _MAX_ROOTS = 16_384
-_REPLY_SLOTS = 65_536
+REPLY_SLOTS = 65_536
 """Slots in one LoadReply: 12 bytes each."""
 _MAX_WAITING = 16
 """Matches that wait at once: each holds a thread that other calls may need."""
@@ -191,6 +191,12 @@ class Requests:
             raise
         return served
 
+    def load_host(self, session: Session, request: pb.LoadRequest) -> pb.LoadReply:
+        if request.HasField("contents"):
+            raise ConfigError("contents is set: a load from lower tiers goes by Load")
+        load = self.begin_load(session, request).load
+        return next(_host_replies(load.num_blocks, load.start, *load.host_slots()))
+
     def load(self, session: Session, request: pb.LoadRequest) -> Iterator[pb.LoadReply]:
         load = self.begin_load(session, request).load
         slots, generations = load.host_slots()
@@ -289,7 +295,7 @@ def _host_replies(
     num_blocks: int, start: int, slots: npt.NDArray[np.int64], generations: npt.NDArray[np.uint32]
 ) -> Iterator[pb.LoadReply]:
     """At least one, since the first says how many blocks to expect."""
-    step = max(1, _REPLY_SLOTS // max(1, slots.shape[1]))
+    step = max(1, REPLY_SLOTS // max(1, slots.shape[1]))
     for at in range(0, max(1, len(slots)), step):
         part = slots[at : at + step]
         yield pb.LoadReply(

@@ -33,7 +33,7 @@ from kvstore.wire.kvstore_pb2_grpc import KVStoreServicer
 _MAX_NAME_BYTES = 256
 _NOTHING = pb.Empty()
 _UNARY = (
-    *("Open", "OpenModel", "Match", "Announce", "Release", "Save", "Commit", "Join", "Touch"),
+    *("Open", "OpenModel", "Match", "Announce", "Release", "LoadHost", "Save", "Commit", "Join", "Touch"),
     *("Stats", "Inspect", "Clear", "Warm", "Check", "Peek"),
 )
 _STREAMS = ("Session", "Load", "Read", "Fetch")
@@ -199,6 +199,9 @@ class Servicer(KVStoreServicer):
 
     def _load(self, request: pb.LoadRequest, context: grpc.ServicerContext) -> Iterator[pb.LoadReply]:
         return self._requests.load(self._known(request.session, request.ended), request)
+
+    def _loadhost(self, request: pb.LoadRequest, context: grpc.ServicerContext) -> pb.LoadReply:
+        return self._requests.load_host(self._known(request.session, request.ended), request)
 
     def _save(self, request: pb.SaveRequest, context: grpc.ServicerContext) -> pb.SaveReply:
         session = self._known(request.session, request.ended)

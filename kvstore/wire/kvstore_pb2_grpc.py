@@ -65,6 +65,11 @@ class KVStoreStub:
                 request_serializer=kvstore_dot_wire_dot_kvstore__pb2.LoadRequest.SerializeToString,
                 response_deserializer=kvstore_dot_wire_dot_kvstore__pb2.LoadReply.FromString,
                 _registered_method=True)
+        self.LoadHost = channel.unary_unary(
+                '/kvstore.v1.KVStore/LoadHost',
+                request_serializer=kvstore_dot_wire_dot_kvstore__pb2.LoadRequest.SerializeToString,
+                response_deserializer=kvstore_dot_wire_dot_kvstore__pb2.LoadReply.FromString,
+                _registered_method=True)
         self.Release = channel.unary_unary(
                 '/kvstore.v1.KVStore/Release',
                 request_serializer=kvstore_dot_wire_dot_kvstore__pb2.ReleaseRequest.SerializeToString,
@@ -191,6 +196,13 @@ class KVStoreServicer:
         """Turns the hold of `request` into a lease. The first reply has blocks that lie in the host; further replies have
         the rest, those of lower tiers as they arrive. The stream ends with the last block, or at the first that turned
         out to be missing. The lease lives on until it is released.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LoadHost(self, request, context):
+        """Load for what lies in the host alone: one reply with all its blocks, of at most 65,536 parts. Half the time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -341,6 +353,11 @@ def add_KVStoreServicer_to_server(servicer, server):
             ),
             'Load': grpc.unary_stream_rpc_method_handler(
                     servicer.Load,
+                    request_deserializer=kvstore_dot_wire_dot_kvstore__pb2.LoadRequest.FromString,
+                    response_serializer=kvstore_dot_wire_dot_kvstore__pb2.LoadReply.SerializeToString,
+            ),
+            'LoadHost': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadHost,
                     request_deserializer=kvstore_dot_wire_dot_kvstore__pb2.LoadRequest.FromString,
                     response_serializer=kvstore_dot_wire_dot_kvstore__pb2.LoadReply.SerializeToString,
             ),
@@ -581,6 +598,33 @@ class KVStore:
             request,
             target,
             '/kvstore.v1.KVStore/Load',
+            kvstore_dot_wire_dot_kvstore__pb2.LoadRequest.SerializeToString,
+            kvstore_dot_wire_dot_kvstore__pb2.LoadReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadHost(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvstore.v1.KVStore/LoadHost',
             kvstore_dot_wire_dot_kvstore__pb2.LoadRequest.SerializeToString,
             kvstore_dot_wire_dot_kvstore__pb2.LoadReply.FromString,
             options,
