@@ -50,7 +50,7 @@ def test_a_tier_section_becomes_the_tiers_own_options() -> None:
         ({"host": 5}, "host is 5: it is a section"),
         ({"mover": {"write": "often"}}, "mover.write is 'often': use one of through, on_reuse, on_evict"),
         ({"request": {"hold_s": "soon"}}, "request.hold_s is 'soon': give a number"),
-        ({"tiers": {"rediss": {}}}, "unknown tier 'rediss': use one of redis, or 'package.module:Class'"),
+        ({"tiers": {"rediss": {}}}, "unknown tier 'rediss': use one of redis, remote, or 'package.module:Class'"),
         ({"tiers": {"redis": {"uri": "x"}}}, "unknown key tiers.redis.uri"),
         ({"tiers": {"redis": {"num_buckets": 0}}}, "num_buckets is 0"),
     ],
