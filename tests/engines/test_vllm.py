@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The vLLM connector in a real vLLM engine, each scenario in a process of its own; see `vllm_runs`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+PYTHON = Path(os.environ.get("KVSTORE_VLLM_PYTHON") or ROOT / ".venv-vllm/bin/python")
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(
+        not PYTHON.exists(), reason="did NOT run: no vLLM here; `make venv-vllm` installs it in .venv-vllm (3.5 GB)"
+    ),
+]
+
+Run = Callable[[str], dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("vllm")
+
+
+@pytest.fixture
+def run(workdir: Path) -> Run:
+    """Runs a scenario; returns what it saw."""
+
+    def go(scenario: str) -> dict[str, Any]:
+        done = subprocess.run(
+            [str(PYTHON), "-m", "tests.engines.vllm_runs", scenario, str(workdir)],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=840,
+            check=False,
+        )
+        lines = [line for line in done.stdout.splitlines() if line.startswith("FACTS ")]
+        assert lines, f"{scenario} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        facts: dict[str, Any] = json.loads(lines[-1].removeprefix("FACTS "))
+        return facts
+
+    return go
+
+
+def healthy(facts: dict[str, Any]) -> bool:
+    """Nothing is held and the store is sound."""
+    return facts["held"] == [] and facts["check"] == []
+
+
+@pytest.mark.parametrize(
+    ("scenario", "hits"),
+    [
+        # Cold, the same prompt of 300 tokens again, and a second turn of which 383 tokens have KV.
+        ("base", [0, 288, 352]),
+        ("chunks_64", [0, 288, 352]),
+        ("chunks_256", [0, 288, 352]),
+        ("beside_the_step", [0, 288, 352]),
+        ("without_prefix_cache", [0, 288, 352]),
+        ("pages_of_128", [0, 288, 352]),
+        ("blocks_of_64", [0, 256, 320]),
+        ("fine_grid", [0, 288, 352]),
+    ],
+)
+def test_a_second_turn_reuses_prompt_and_answer(run: Run, scenario: str, hits: list[int]) -> None:
+    facts = run(scenario)
+    assert facts["equal"] == [True, True, True]
+    assert facts["hits"] == hits
+    assert facts["num_blocks"] == (5 if scenario == "blocks_of_64" else 11)  # the 384th token has no KV
+    assert facts["error"] < 1e-4
+    assert facts["num_distinct"] > 20
+    assert facts["control_differs"]
+    assert healthy(facts)
+
+
+def test_rejected_drafts_are_never_stored(run: Run) -> None:
+    facts = run("ngram")
+    assert facts["drafted"] > facts["accepted"] > 0
+    assert facts["equal"] == [True, True]
+    assert facts["num_blocks"] == [11]
+    assert facts["error"] < 1e-4
+    assert facts["control_differs"]
+    assert healthy(facts)
+
+
+def test_without_the_save_boundary_rejected_drafts_would_be_stored(run: Run) -> None:
+    assert run("ngram_without_clamp")["error"] > 1e-2
+
+
+def test_preempted_requests_come_back_from_the_store(run: Run) -> None:
+    facts = run("preemption")
+    assert facts["equal"] == [True]
+    assert facts["preemptions"] > 0
+    assert facts["external_hits"] > 0
+    assert facts["error"] < 1e-4
+    assert healthy(facts)
+
+
+@pytest.mark.parametrize("scenario", ["faults", "faults_beside_the_step"])
+def test_a_store_that_fails_changes_no_token_and_costs_its_deadline_at_most(run: Run, scenario: str) -> None:
+    facts = run(scenario)
+    assert all(facts["equal"].values()), facts["equal"]
+    failing = {"ends at 0", "ends at 4", "ends at 8", "breaks", "lies", "slow"}
+    assert {name for name, count in facts["failed"].items() if count} == failing
+    assert facts["asked"] >= 4
+    assert facts["error"] < 1e-4
+    assert healthy(facts)
+
+
+def test_aborted_requests_leave_nothing_behind(run: Run) -> None:
+    facts = run("aborts")
+    assert facts["seen"]["in its prompt"] == ["RUNNING"]
+    assert facts["seen"]["in its load"] == ["WAITING_FOR_REMOTE_KVS"]
+    assert facts["blocks_before_the_first_token"] > 0
+    assert facts["pages_back"]
+    assert facts["equal"] == [True]
+    assert facts["hits"] == [288]
+    assert facts["error"] < 1e-4
+    assert healthy(facts)
+
+
+def test_a_salt_is_a_namespace_and_a_reset_empties_the_store(run: Run) -> None:
+    facts = run("tenants")
+    assert all(facts["equal"])
+    assert facts["hits"] == [0, 0, 0, 288, 288, 288]
+    assert facts["blocks_after_reset"] == 0
+    assert healthy(facts)
+
+
+def test_adapters_are_known_by_content(run: Run) -> None:
+    facts = run("adapters")
+    assert facts["hits"] == [0, 0, 0, 288, 288, 288, 288]
+    assert all(facts["same"])
+    assert facts["num_answers"] == 3
+    assert healthy(facts)
+
+
+def test_fp8_pages_are_stored_as_bytes(run: Run) -> None:
+    facts = run("fp8")
+    assert facts["kv_dtype"] == "float8_e4m3fn"
+    assert facts["equal"] == [True]
+    assert facts["hits"] == [288]
+    assert facts["same_bytes"]
+    assert facts["control_differs"]
+    assert healthy(facts)
+
+
+def test_vllm_and_transformers_load_what_the_other_saved(run: Run) -> None:
+    facts = run("both_engines")
+    assert facts["same_id"], facts
+    assert facts["equal"] == [True, True]
+    assert facts["transformers_hits"] == 288
+    assert facts["vllm_hits"] == [288]
+    assert facts["control_differs"]
+    assert healthy(facts)
