@@ -177,7 +177,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(CLIENT, Rule(5, (*FOUNDATIONS, *MESSAGES, *CLIENT, *SEEN_BY_CLIENTS), ("grpc", "google"))),
     "kvstore.service.chains": Rule(5, (*FOUNDATIONS, *MESSAGES, "kvstore.service.status"), ("grpc",)),
     **dict.fromkeys(
-        [f"kvstore.service.{name}" for name in ("calls", "care", "requests", "saves", "servicer", "sessions")], SERVICE
+        [f"kvstore.service.{name}" for name in ("calls", "care", "requests", "saves", "servicer", "sessions", "watch")],
+        SERVICE,
     ),
     "kvstore.service.doctor": replace(SERVICE, libraries=(*SERVICE.libraries, "redis")),
     "kvstore.service.door": Rule(5, (*FOUNDATIONS, "kvstore.service.claim")),

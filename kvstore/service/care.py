@@ -10,17 +10,27 @@ from kvstore.block import DIGEST_BYTES, RootId
 from kvstore.clock import Clock
 from kvstore.config import StoreConfig
 from kvstore.errors import AccessDenied, ConfigError
+from kvstore.inspection import BlockInfo
+from kvstore.service.chains import split_ids
 from kvstore.service.sessions import Session, SessionBook
+from kvstore.service.streams import RootBook
 from kvstore.store import KVStore
 from kvstore.wire import kvstore_pb2 as pb
+
+_MAX_INFOS = 4_096
+"""Of one reply: with 256 tokens each they take 5 MB."""
+_WARM_S = 60.0
 
 
 class Care:
     """Serves the calls of people and scripts over one store. Thread-safe."""
 
-    def __init__(self, store: KVStore, sessions: SessionBook, config: StoreConfig, clock: Clock) -> None:
+    def __init__(
+        self, store: KVStore, sessions: SessionBook, roots: RootBook, config: StoreConfig, clock: Clock
+    ) -> None:
         self._store = store
         self._sessions = sessions
+        self._roots = roots
         self._config = config
         self._clock = clock
 
@@ -60,7 +70,17 @@ class Care:
         ]
 
     def inspect(self, session: Session, request: pb.InspectRequest) -> pb.InspectReply:
-        raise ConfigError("inspect is not served yet")
+        chain = session.chains.resolve(request.chain) if request.HasField("chain") else None
+        ids = split_ids(request.ids, "ids") if chain is None else list(chain.ids)
+        rights = session.rights
+
+        def may_see(root: RootId) -> bool:
+            if chain is not None:
+                return root == chain.root.id
+            return (rights.salts is None and rights.models is None) or self._roots.allows(rights, root)
+
+        infos = self._store.inspect(ids[:_MAX_INFOS], may_see)
+        return pb.InspectReply(blocks=map(_message, infos), num_left_out=max(0, len(ids) - _MAX_INFOS))
 
     def clear(self, session: Session, request: pb.ClearRequest) -> pb.ClearReply:
         root = request.root
@@ -75,10 +95,35 @@ class Care:
                 return pb.ClearReply(num_blocks=0)
         return pb.ClearReply(num_blocks=self._store.clear(RootId(root) if root else None))
 
-    def warm(self, session: Session, request: pb.WarmRequest) -> pb.WarmReply:
-        raise ConfigError("warm is not served yet")
+    def warm(self, session: Session, request: pb.WarmRequest, remaining_s: float | None) -> pb.WarmReply:
+        chain = session.chains.resolve(request.chain)
+        contents = chain.verify(request.contents)
+        if contents.start or contents.stop < len(chain):
+            raise ConfigError(f"contents cover blocks {contents.start}…{contents.stop}: warm needs all {len(chain)}")
+        chain.describe(contents)
+        try:
+            limit_s = _WARM_S if remaining_s is None else min(_WARM_S, remaining_s * 0.9)
+            num_host, num_promoted = self._store.warm(chain, limit_s)
+        finally:
+            chain.undescribe(contents)
+        return pb.WarmReply(num_host_blocks=num_host, num_promoted=num_promoted)
 
     def check(self, session: Session) -> pb.CheckReply:
         if not session.rights.admin:
             raise AccessDenied("only an admin checks the store")
         return pb.CheckReply(faults=self._store.check())
+
+
+def _message(info: BlockInfo) -> pb.BlockInfo:
+    return pb.BlockInfo(
+        id=info.id,
+        resident=info.resident,
+        root=info.root,
+        parent=info.parent,
+        depth=info.depth,
+        ready_parts=info.ready_parts,
+        num_pins=info.num_pins,
+        num_children=info.num_children,
+        tiers=info.tiers,
+        tokens=info.tokens,
+    )

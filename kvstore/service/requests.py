@@ -84,6 +84,8 @@ class Requests:
             if not session.rights.allows(root):
                 raise AccessDenied(f"no right to the namespace of model {model.model!r} and salt {message.salt!r}")
             self.roots.learn(root)
+            if session.rights.tenant:
+                self._store.limit(root.id, session.rights.tenant, session.rights.quota_bytes)
             with session.lock:
                 if len(session.roots) >= _MAX_ROOTS:
                     session.roots.clear()

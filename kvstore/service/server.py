@@ -147,12 +147,13 @@ class Server:
         self._executor = ThreadPoolExecutor(_UNARY_THREADS + options.max_streams, thread_name_prefix="kvstore-call")
         self._grpc = grpc.server(self._executor, options=_OPTIONS)
         calls = Calls(self.latencies, options.max_streams)
-        self._care = Care(self._store, self._sessions, self._config, self._clock)
+        requests = Requests(self._store, self._sessions, secret)
+        self._care = Care(self._store, self._sessions, requests.roots, self._config, self._clock)
         request = self._config.request
         self._servicer = Servicer(
             self._store,
             self._sessions,
-            Requests(self._store, self._sessions, secret),
+            requests,
             self._care,
             calls,
             identity=Identity(self.boot_id, kvstore.__version__, request.lease_s, request.hold_s),
@@ -242,6 +243,7 @@ class Server:
             if not self._started or self._stopped.is_set():
                 return
             self._servicer.draining.set()
+            self._servicer.end_streams()
             self._health.enter_graceful_shutdown()
             self._grpc.stop(_STOP_S).wait()
             self._close_door()

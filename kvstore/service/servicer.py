@@ -26,6 +26,7 @@ from kvstore.service.handshake import MAX_MESSAGE_BYTES, common_version, hash_ve
 from kvstore.service.requests import Requests, numbers
 from kvstore.service.rights import Gate
 from kvstore.service.sessions import Session, SessionBook
+from kvstore.service.watch import Watch
 from kvstore.store import KVStore
 from kvstore.wire import kvstore_pb2 as pb
 from kvstore.wire.kvstore_pb2_grpc import KVStoreServicer
@@ -36,7 +37,7 @@ _UNARY = (
     *("Open", "OpenModel", "Match", "Announce", "Release", "LoadHost", "Save", "Commit", "Join", "Touch"),
     *("Stats", "Inspect", "Clear", "Warm", "Check", "Peek"),
 )
-_STREAMS = ("Session", "Load", "Read", "Fetch")
+_STREAMS = ("Session", "Load", "Read", "Fetch", "Watch")
 _UPLOADS = ("Write",)
 _STALL_S = 30.0
 """How long a stream of bytes may stand still before its client is given up."""
@@ -77,6 +78,7 @@ class Servicer(KVStoreServicer):
         self._door = door
         self._prefaulted = False
         self._stalls = streams.StallWatch(_STALL_S)
+        self._watch_room = Watch(store.events, requests.roots, identity.boot_id)
         for name in _UNARY:
             setattr(self, name, calls.unary(name, getattr(self, f"_{name.lower()}")))
         for name in _STREAMS:
@@ -248,7 +250,13 @@ class Servicer(KVStoreServicer):
         messages = streams.fetch(self._store, self._requests.roots, rights, request)
         return self._stalls.sending(messages, context.cancel)
 
+    def end_streams(self) -> None:
+        """Let streams that wait for nothing but time return: the server stops."""
+        self._watch_room.close()
+
     def close(self) -> None:
+        """Stop the threads. No call is served any more."""
+        self._watch_room.close()
         self._stalls.close()
 
     # -- looking in, and care ----------------------------------------------------------------------------------
@@ -263,7 +271,10 @@ class Servicer(KVStoreServicer):
         return self._care.clear(self._known(request.session, request.ended), request)
 
     def _warm(self, request: pb.WarmRequest, context: grpc.ServicerContext) -> pb.WarmReply:
-        return self._care.warm(self._sessions.get(request.session), request)
+        return self._care.warm(self._sessions.get(request.session), request, remaining_s(context))
+
+    def _watch(self, request: pb.WatchRequest, context: grpc.ServicerContext) -> Iterator[pb.WatchReply]:
+        return self._watch_room.watch(self._sessions.get(request.session), request, context)
 
     def _check(self, request: pb.CheckRequest, context: grpc.ServicerContext) -> pb.CheckReply:
         return self._care.check(self._known(request.session, request.ended))
