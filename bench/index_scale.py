@@ -12,13 +12,14 @@ from __future__ import annotations
 import argparse
 import gc
 import multiprocessing
+import resource
 import time
 import tracemalloc
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-import psutil
 
 from bench.env import stamp
 from bench.report import percentiles, print_table, write_json
@@ -93,7 +94,7 @@ def _match_times_s(filled: _Filled, num_matches: int) -> list[float]:
         filled.pool.unpin(rows)
         filled.pool.touch(chain.ids, len(chain))
         filled.pool.settle()
-        kept = kept[-100:]
+        kept = kept[-300:]
     return times_s
 
 
@@ -112,18 +113,21 @@ def _save_times_s(filled: _Filled) -> list[float]:
     return times_s
 
 
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
 def _run(num_blocks: int, traced: bool) -> Row:
     """Figures of one size, in a fresh process."""
     _save_times_s(_fill(FEW_BLOCKS))  # so that imports and caches of numpy's are not counted as the table's
     gc.collect()
-    process = psutil.Process()
     if traced:
         tracemalloc.start()
-    before, traced_before = process.memory_info().rss, tracemalloc.get_traced_memory()[0] if traced else 0
+    before, traced_before = _resident_bytes(), tracemalloc.get_traced_memory()[0] if traced else 0
     filled = _fill(num_blocks)
     gc.collect()
     count = len(filled.pool)
-    after = tracemalloc.get_traced_memory()[0] - traced_before if traced else process.memory_info().rss - before
+    after = tracemalloc.get_traced_memory()[0] - traced_before if traced else _resident_bytes() - before
     row: Row = {"blocks": count, "measured_by": "tracemalloc" if traced else "RSS"}
     row["bytes_per_block"] = after / count - TOKEN_BYTES
     if traced:

@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import numpy as np
 
 from kvstore.index import NO_ROW, NO_SLOT, Rows
 from kvstore.residents import Residents
+
+_MANY = 1 << 16
 
 
 def faults(residents: Residents) -> list[str]:
@@ -90,8 +94,16 @@ def _account_faults(residents: Residents, rows: Rows) -> list[str]:
 
 
 def _policy_faults(residents: Residents) -> list[str]:
+    """Compares every block; of very many, their number and the coldest, because the lock is held meanwhile."""
     table = residents.table
     rows = table.ids.found_rows()
+    num_matchable = int(np.count_nonzero(table.ready[rows]))
+    if num_matchable != len(residents.policy):
+        return [f"pool: policy knows {len(residents.policy)} blocks, {num_matchable} are matchable"]
+    if num_matchable > _MANY:
+        coldest = table.ids.find(list(islice(residents.policy.victims(), _MANY)))
+        strange = (coldest == NO_ROW) | (table.ready[coldest] == 0)
+        return [f"pool: policy knows {np.count_nonzero(strange)} strangers"] if strange.any() else []
     matchable = set(table.ids.ids_of(rows[table.ready[rows] != 0]))
     known = set(residents.policy.victims())
     if matchable != known:

@@ -186,7 +186,8 @@ class Residents:
         parents = np.unique(table.parent[gone])
         table.drop_all(gone)
         for row in parents[~np.isin(parents, gone)].tolist():
-            self.drop_empty(row)
+            if row not in self.doomed:  # hidden ones have their own turn, or are held
+                self.drop_empty(row)
 
     def bury(self, row: int) -> None:
         """Free a hidden row once nothing holds it, then its hidden ancestors that only it held."""

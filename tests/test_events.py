@@ -298,3 +298,17 @@ def test_a_store_tells_of_saves_and_of_what_is_cleared(make_store: MakeStore, ro
     assert (stored.kind, unpack_ids(stored.ids), stored.tier) == (EventKind.STORED, chain.ids, "host")
     assert stored.tokens == b"".join(chain.meta(index).tokens for index in range(4))
     assert (cleared.kind, cleared.root) == (EventKind.CLEARED, root.id)
+
+
+def test_a_block_removed_while_pinned_is_neither_in_the_snapshot_nor_in_the_stream(model: ModelId) -> None:
+    world = World(model, 40, 9)
+    chain = chain_of(world.roots[0], 4)
+    world.save(chain)
+    with world.log.subscribe() as subscription:
+        known = world.whole()
+        rows = world.pool.pin_leading(chain.ids, 1, chain.root.id)
+        world.pool.remove(chain.ids[2:3])
+        picture = Picture(subscription)
+        assert picture.catch_up() == world.whole() == dict(list(known.items())[:2])
+        world.pool.unpin(rows)
+        assert subscription.poll().events == ()
