@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import pytest
 
+from kvstore.api import Store
 from kvstore.block import Chain, ModelId, Root
 from kvstore.config import StoreConfig
 from kvstore.layout import BlockLayout, layout_of
@@ -79,7 +80,7 @@ def content(chain: Chain, index: int, part: int, num_bytes: int) -> bytes:
     return (chain.ids[index] + bytes([part])) * (num_bytes // 33) + bytes(num_bytes % 33)
 
 
-def save_all(store: KVStore, chain: Chain, start: int = 0, stop: int | None = None) -> int:
+def save_all(store: Store, chain: Chain, start: int = 0, stop: int | None = None) -> int:
     """Fill and commit blocks; returns how many became matchable."""
     with store.save(chain, start, len(chain) if stop is None else stop) as save:
         for index in save.indices:
@@ -89,7 +90,7 @@ def save_all(store: KVStore, chain: Chain, start: int = 0, stop: int | None = No
         return save.commit()
 
 
-def load_all(store: KVStore, chain: Chain, *, request: str = "load", wait_s: float = 5.0, start: int = 0) -> list[str]:
+def load_all(store: Store, chain: Chain, *, request: str = "load", wait_s: float = 5.0, start: int = 0) -> list[str]:
     """Load what matches, comparing every byte; returns the tier each block came from."""
     store.match(chain, request, wait_s=wait_s)
     tiers: list[str] = []

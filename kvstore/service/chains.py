@@ -164,6 +164,13 @@ class ChainCache:
             self._keep(delta.chain, known)
         return known.first(num_blocks)
 
+    def drop_all(self) -> None:
+        """Forget every chain: clients send them again."""
+        with self._lock:
+            self._chains.clear()
+            self._counted.clear()
+            self._num_ids = 0
+
     def _keep(self, number: int, chain: ServedChain) -> None:
         self._num_ids += len(chain.ids) - self._counted.get(number, 0)
         self._counted[number] = len(chain.ids)

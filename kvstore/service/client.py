@@ -350,6 +350,7 @@ def connect(
     tls_cert: str = "",
     tls_key: str = "",
     call_deadline_s: float = 0.5,
+    progress_s: float = 10.0,
     buffer_bytes: int = DEFAULT_BUFFER_BYTES,
     wait_s: float = 5.0,
 ) -> SidecarStore:
@@ -361,6 +362,7 @@ def connect(
         name: for people, in `kvstore status`; empty for the program's.
         token, tls_ca, tls_cert, tls_key: credentials; empty for KVSTORE_TOKEN, KVSTORE_TLS_CA, …
         call_deadline_s: how long one call may take before it counts as a miss.
+        progress_s: how long a load from lower tiers may go without a block before it ends there.
         buffer_bytes: memory that bytes of an unmapped client pass through, at most.
         wait_s: how long to wait for a server that does not answer yet.
 
@@ -379,6 +381,7 @@ def connect(
         mapped=path is not None if mapped is None else mapped,
         name=name or os.path.basename(sys.argv[0]) or "python",
         call_deadline_s=call_deadline_s,
+        progress_s=progress_s,
         buffer_bytes=buffer_bytes,
         token=token or env.get("KVSTORE_TOKEN", ""),
         tls_ca=_pem(tls_ca or env.get("KVSTORE_TLS_CA", ""), "tls_ca"),

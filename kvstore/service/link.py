@@ -205,7 +205,7 @@ class Link:
         self._resting: Connection | None = None
         self._broken: Connection | None = None
         self._models: list[ModelId] = []
-        self._streams: dict[int, tuple[float, Any]] = {}
+        self._streams: dict[int, tuple[float, Callable[[], None]]] = {}
         self._stream_numbers = itertools.count()
         self._closing = False
         self._drowsy = False
@@ -329,11 +329,18 @@ class Link:
         connection.heard(chain, num_blocks)
         return reply
 
-    def watch(self, call: Any, within_s: float) -> int:
-        """Cancel `call` unless `progressed` or `unwatch` is called in time."""
+    def stalled(self, connection: Connection, *, begun: bool) -> Exception:
+        """Note replies that did not come in time: the first, or one after others, which says less of the server."""
+        self._stats.add("client.failures.stalled")
+        if not begun:
+            self._rest(connection, f"no answer within {self.options.call_deadline_s:g} s")
+        return Down()
+
+    def watch(self, stall: Callable[[], None], within_s: float) -> int:
+        """Call `stall` unless `progressed` or `unwatch` is called in time."""
         number = next(self._stream_numbers)
         with self._lock:
-            self._streams[number] = (time.monotonic() + within_s, call)
+            self._streams[number] = (time.monotonic() + within_s, stall)
             self._wake.notify()
         return number
 
@@ -410,11 +417,10 @@ class Link:
 
     def _tend(self, connection: Connection) -> None:
         now_s = time.monotonic()
-        for number, (deadline_s, call) in list(self._streams.items()):
+        for number, (deadline_s, stall) in list(self._streams.items()):
             if deadline_s <= now_s:
                 self.unwatch(number)
-                self._stats.add("client.failures.stalled")
-                call.cancel()
+                stall()
         if not connection.done:
             self._num_quiet += 1
             self._waits = False
@@ -561,8 +567,8 @@ class Link:
             self._connection, self._resting, self._broken = None, None, connection
             streams, self._streams = self._streams, {}
             self._wake.notify()
-        for _, call in streams.values():
-            call.cancel()
+        for _, stall in streams.values():
+            stall()
         if not self._closing:
             self._say_down(reason)
 
@@ -631,7 +637,14 @@ class Replies:
         self._connection = connection
         self._call = call
         self._ended = ended
-        self._watched = link.watch(call, link.options.call_deadline_s)
+        self._begun = False
+        self._stalled = False
+        self._watched = link.watch(self._stall, link.options.call_deadline_s)
+
+    def _stall(self) -> None:
+        """The link's thread: the next reply did not come in time."""
+        self._stalled = True
+        self._call.cancel()
 
     def next(self) -> Any:
         """The next reply; None at the end. Raises Down, or the server's error."""
@@ -641,8 +654,11 @@ class Replies:
             self._link.unwatch(self._watched)
             self._connection.done.put_back(self._ended)
             self._ended = None
+            if self._stalled:
+                raise self._link.stalled(self._connection, begun=self._begun) from None
             raise self._link.failed(self._connection, failure) from None
         self._ended = None  # the server has heard
+        self._begun = True
         if reply is None:
             self._link.unwatch(self._watched)
         else:

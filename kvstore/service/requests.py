@@ -22,7 +22,8 @@ from kvstore.errors import AccessDenied, CapacityError, ConfigError, ProtocolErr
 from kvstore.service.chains import ServedChain
 from kvstore.service.handshake import model_of
 from kvstore.service.saves import ServedSave
-from kvstore.service.sessions import MAX_MARKS, ServedLoad, Session, SessionBook
+from kvstore.service.sessions import MAX_LEASES, MAX_MARKS, ServedLoad, Session, SessionBook
+from kvstore.service.status import UnknownSession
 from kvstore.service.streams import RootBook
 from kvstore.store import KVStore
 from kvstore.wire import kvstore_pb2 as pb
@@ -280,17 +281,30 @@ class Requests:
         return pb.CommitReply(published=np.array(published, "<u4").tobytes())
 
     def join(self, session: Session, request: pb.JoinRequest) -> None:
-        owner = self._sessions.by_engine_key(request.engine_key)
-        save = owner.save_of(request.lease)
+        key = (request.engine_key, request.lease)
         if request.leave:
-            save.leave(session)
             with session.lock:
-                session.joined = [each for each in session.joined if each is not save]
-            self._sessions.quarantine.left(session, save)
+                save = session.joined.pop(key, None)
+            if save is not None:
+                save.leave(session)
+                self._sessions.quarantine.left(session, save)
             return
+        owner = self._sessions.by_engine_key(request.engine_key)
+        if not session.mapped or owner.rights != session.rights:
+            raise AccessDenied("a save is joined by processes of one engine, with the same rights, that map the arena")
+        save = owner.save_of(request.lease)
         save.join(session)
         with session.lock:
-            session.joined.append(save)
+            ended = session.ended
+            if not ended and len(session.joined) < MAX_LEASES:
+                session.joined[key] = save
+                return
+        save.leave(session)
+        raise (
+            UnknownSession("the session has ended")
+            if ended
+            else CapacityError(f"the session has joined {MAX_LEASES} saves, which is the limit: leave some")
+        )
 
 
 def _host_replies(

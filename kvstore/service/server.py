@@ -216,6 +216,23 @@ class Server:
         """Broken invariants of the store; empty when healthy."""
         return self._store.check()
 
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until queued writes went to lower tiers; False on time-out."""
+        return self._store.flush(timeout_s)
+
+    def drop_host(self) -> int:
+        """Empty the host tier alone. Returns the number of blocks."""
+        return self._store.drop_host()
+
+    @property
+    def draining(self) -> bool:
+        return self._servicer.draining.is_set()
+
+    @property
+    def sessions(self) -> SessionBook:
+        """Who is connected."""
+        return self._sessions
+
     def wait_ready(self, timeout_s: float | None = None) -> bool:
         """Wait until the arena's memory is populated; True when it is."""
         return self._store.wait_ready(timeout_s)

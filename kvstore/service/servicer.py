@@ -77,6 +77,7 @@ class Servicer(KVStoreServicer):
         self._gate = gate
         self._door = door
         self._prefaulted = False
+        self._beating: set[grpc.ServicerContext] = set()
         self._stalls = streams.StallWatch(_STALL_S)
         self._watch_room = Watch(store.events, requests.roots, identity.boot_id)
         for name in _UNARY:
@@ -149,6 +150,7 @@ class Servicer(KVStoreServicer):
 
     def _session(self, beats: Iterator[pb.Beat], context: grpc.ServicerContext) -> Iterator[pb.Notice]:
         session = None
+        self._beating.add(context)
         try:
             for beat in beats:
                 if session is None:
@@ -161,6 +163,7 @@ class Servicer(KVStoreServicer):
                 self._sessions.beat(session, beat, live)
                 yield pb.Notice(draining=self.draining.is_set(), prefaulted=self._is_prefaulted())
         finally:
+            self._beating.discard(context)
             if session is not None:
                 self._sessions.end_stream(session)
 
@@ -253,6 +256,8 @@ class Servicer(KVStoreServicer):
     def end_streams(self) -> None:
         """Let streams that wait for nothing but time return: the server stops."""
         self._watch_room.close()
+        for context in list(self._beating):
+            context.cancel()
 
     def close(self) -> None:
         """Stop the threads. No call is served any more."""

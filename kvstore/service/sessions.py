@@ -89,8 +89,8 @@ class Session:
     saves: dict[int, ServedSave] = field(default_factory=dict)
     finished: OrderedDict[int, ServedSave] = field(default_factory=OrderedDict)
     """Saves that were committed whole, for a commit whose reply was lost."""
-    joined: list[ServedSave] = field(default_factory=list)
-    """Saves of other sessions that this one's process writes to."""
+    joined: dict[tuple[bytes, int], ServedSave] = field(default_factory=dict)
+    """Saves of other sessions that this one's process writes to, by engine key and number."""
     marks: OrderedDict[tuple[int, int, int], Mark] = field(default_factory=OrderedDict)
     tombstones: OrderedDict[int, None] = field(default_factory=OrderedDict)
 
@@ -310,13 +310,14 @@ class SessionBook:
         with session.lock:
             session.ended = True
             loads, saves = list(session.loads), list(session.saves)
-            holds, marks = list(session.holds), list(session.marks.values())
+            holds, marks, joined = list(session.holds), list(session.marks.values()), list(session.joined.values())
             session.holds.clear()
             session.marks.clear()
+            session.joined.clear()
         self.end_loads(session, loads)
         self.end_saves(session, saves)
-        for joined in session.joined:
-            joined.leave(session)
+        for save in joined:
+            save.leave(session)
         self.quarantine.left(session)
         for request in holds:
             self._forget(session.key(request))

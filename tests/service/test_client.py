@@ -1,0 +1,430 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the local client does beyond being a store: it shares leases, comes back, and keeps out of forks."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection as Pipe
+from pathlib import Path
+
+import pytest
+
+import kvstore
+from kvstore.api import Store
+from kvstore.block import Chain, Root
+from kvstore.errors import AccessDenied, ConfigError, LeaseError, ProtocolError, ServiceUnavailable
+from kvstore.service import handshake
+from kvstore.service.client import SidecarStore, connect
+from kvstore.service.mapped import MappedLoad, MappedSave
+from kvstore.service.server import Server
+from tests.conftest import chain_of, content, load_all, save_all
+from tests.fakes import DictTier
+from tests.service.conftest import ServerProcess, StartServer
+from tests.test_conformance import wait_until
+
+SPAWN = multiprocessing.get_context("spawn")
+
+
+def connected(server: Server, root: Root, **options: float) -> SidecarStore:
+    store = connect(server.address, **{"call_deadline_s": 5.0, **options})  # type: ignore[arg-type]
+    store.open(root.model)
+    return store
+
+
+# -- connecting ------------------------------------------------------------------------------------------------
+
+
+def test_kvstore_connect_is_the_client() -> None:
+    assert kvstore.connect is connect
+
+
+def test_nobody_at_the_address_is_a_clear_error_and_takes_no_longer_than_asked(directory: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(ServiceUnavailable, match=r"no server answers at unix:.*kvstore serve"):
+        connect(f"unix:{directory}/nobody.sock", wait_s=0.3)
+    assert time.monotonic() - began < 3
+
+
+def test_a_server_that_starts_late_is_waited_for(start_server: StartServer, directory: Path) -> None:
+    starting = threading.Timer(0.3, start_server)
+    starting.start()
+    with connect(f"unix:{directory}/kvstore.sock", wait_s=20) as store:
+        assert store.is_up
+    starting.join()
+
+
+def test_memory_of_a_server_elsewhere_cannot_be_mapped() -> None:
+    with pytest.raises(ConfigError, match="only a server on a Unix socket of this host can be mapped"):
+        connect("127.0.0.1:1", mapped=True)
+
+
+def test_a_client_that_hashes_otherwise_is_refused_naming_both(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start_server()
+    from kvstore.service import link
+
+    monkeypatch.setattr(link, "hash_vector", lambda: b"x" * 32)
+    with pytest.raises(ProtocolError, match="hashes blocks to other ids .* run the same version"):
+        connect(server.address)
+    monkeypatch.undo()
+    monkeypatch.setattr(link, "PROTOCOL_VERSIONS", (99,))
+    with pytest.raises(ProtocolError, match=r"speaks protocol versions \[1\], the client \[99\]"):
+        connect(server.address)
+    assert handshake.PROTOCOL_VERSIONS == (1,)
+
+
+def test_a_wrong_cluster_secret_is_a_clear_error(start_server: StartServer, directory: Path, root: Root) -> None:
+    secret = directory / "secret"
+    secret.write_bytes(b"s" * 32)
+    secret.chmod(0o600)
+    server = start_server(service={"secret_file": str(secret)})
+    with connected(server, root) as store:
+        with pytest.raises(ProtocolError, match="both sides need the same cluster secret"):
+            store.match(chain_of(root, 2), "r")
+        keyed = Root(root.model, secret=b"s" * 32)
+        save_all(store, chain_of(keyed, 2))
+        assert load_all(store, chain_of(keyed, 2)) == ["host"] * 2
+
+
+# -- what travels ----------------------------------------------------------------------------------------------
+
+
+def test_a_chain_that_the_server_dropped_is_sent_whole_again(start_server: StartServer, root: Root) -> None:
+    server = start_server()
+    with connected(server, root) as store:
+        chain = chain_of(root, 6)
+        save_all(store, chain)
+        assert store.match(chain, "r").num_blocks == 6
+        for session in server.sessions.all():
+            session.chains.drop_all()
+        assert store.match(chain, "r").num_blocks == 6
+        store.forget("r")
+
+
+def test_the_next_turn_sends_new_hashes_only(start_server: StartServer, root: Root) -> None:
+    with connected(start_server(), root) as store:
+        chain = chain_of(root, 40)
+        save_all(store, chain)
+        connection = store._link.up()
+        delta, num_blocks = connection.delta(chain, whole=False)
+        assert (delta.num_known, len(delta.ids), num_blocks) == (40, 0, 40)
+        chain.extend(range(32))
+        delta, num_blocks = connection.delta(chain, whole=False)
+        assert (delta.num_known, len(delta.ids), num_blocks) == (40, 64, 42)
+
+
+# -- several processes of one engine ---------------------------------------------------------------------------
+
+
+def copy_shared(address: str, shared: bytes, pipe: Pipe) -> None:
+    """A worker: copies under its scheduler's lease."""
+    with connect(address, call_deadline_s=5) as store, store.adopt(shared) as load:
+        pipe.send([bytes(view) for block in load for view in block.views])
+        pipe.send(load.intact())
+        pipe.recv()
+        pipe.send(load.intact())
+
+
+def test_a_worker_copies_under_the_schedulers_lease_and_sees_when_it_ends(
+    start_server: StartServer, root: Root
+) -> None:
+    server = start_server(8)
+    with connected(server, root) as store:
+        chain = chain_of(root, 4)
+        save_all(store, chain)
+        store.match(chain, "r")
+        load = store.load("r", 3)
+        assert isinstance(load, MappedLoad)
+        here, there = SPAWN.Pipe()
+        worker = SPAWN.Process(target=copy_shared, args=(server.address, load.share(), there))
+        worker.start()
+        assert here.recv() == [content(chain, index, 0, 4096) for index in range(3)]
+        assert here.recv() is True
+        load.close()
+        for seed in range(1, 4):
+            save_all(store, chain_of(root, 4, seed=seed))  # takes the slots for other blocks
+        here.send("look again")
+        assert here.recv() is False
+        worker.join(20)
+        assert worker.exitcode == 0
+
+
+def fill_shared(address: str, shared: bytes, payload: list[bytes], pipe: Pipe) -> None:
+    """A worker: writes to its scheduler's save."""
+    store = connect(address, call_deadline_s=5)
+    with store.adopt_save(shared) as save:
+        for index, data in zip(save.indices, payload, strict=True):
+            view = save.views(index)[0]
+            assert view is not None
+            view[:] = data
+        pipe.send("filled")
+        pipe.recv()
+    del view
+    pipe.send("left")
+    pipe.recv()
+    store.close()
+
+
+@pytest.fixture
+def sharing(start_server: StartServer, root: Root) -> tuple[Server, SidecarStore]:
+    server = start_server(4)
+    return server, connected(server, root)
+
+
+def test_a_worker_fills_what_the_scheduler_commits(sharing: tuple[Server, SidecarStore], root: Root) -> None:
+    server, store = sharing
+    chain = chain_of(root, 2)
+    save = store.save(chain, 0, 2)
+    assert isinstance(save, MappedSave)
+    here, there = SPAWN.Pipe()
+    payload = [content(chain, index, 0, 4096) for index in range(2)]
+    worker = SPAWN.Process(target=fill_shared, args=(server.address, save.share(), payload, there))
+    worker.start()
+    assert here.recv() == "filled"
+    assert save.commit() == 2
+    assert load_all(store, chain) == ["host"] * 2
+    for _ in range(2):
+        here.send("go on")
+    worker.join(20)
+    store.close()
+
+
+@pytest.mark.parametrize("how", ["leaves", "dies"])
+def test_slots_of_an_aborted_save_wait_for_the_worker_that_still_writes(
+    sharing: tuple[Server, SidecarStore], root: Root, how: str
+) -> None:
+    server, store = sharing
+    chain = chain_of(root, 3)
+    save = store.save(chain, 0, 3)
+    assert isinstance(save, MappedSave)
+    here, there = SPAWN.Pipe()
+    payload = [content(chain, index, 0, 4096) for index in range(3)]
+    worker = SPAWN.Process(target=fill_shared, args=(server.address, save.share(), payload, there))
+    worker.start()
+    assert here.recv() == "filled"
+    save.abort()
+    assert store.match(chain, "r").num_blocks == 0
+    assert server.stats()["save.quarantined_slots"] == 3
+    with store.save(chain, 0, 3) as again:
+        assert (len(again.indices), again.num_refused) == (1, 2), "one slot of four is left"
+    if how == "leaves":
+        here.send("go on")
+        assert here.recv() == "left"
+    else:
+        worker.kill()
+    wait_until(lambda: server.stats()["save.quarantined_slots"] == 0)
+    store.forget("r")
+    assert save_all(store, chain) == 3
+    worker.kill()
+    worker.join(20)
+    store.close()
+
+
+def test_a_save_that_ended_cannot_be_joined(sharing: tuple[Server, SidecarStore], root: Root) -> None:
+    _, store = sharing
+    save = store.save(chain_of(root, 1), 0, 1)
+    assert isinstance(save, MappedSave)
+    shared = save.share()
+    save.abort()
+    store.stats()  # takes the abort along
+    with pytest.raises(LeaseError, match="it ended"):
+        store.adopt_save(shared)
+    store.close()
+
+
+# -- forks -----------------------------------------------------------------------------------------------------
+
+
+def in_a_fork(what: Callable[[], object]) -> str:
+    """What a forked child made of it: an error's text, or what was returned."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            text = repr(what())
+        except BaseException as error:  # noqa: BLE001 a process's top
+            text = f"{type(error).__name__}: {error}"
+        os.write(writing, text.encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        text = pipe.read()
+    os.waitpid(child, 0)
+    return text
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_forked_child_is_refused_and_the_parent_goes_on(client: SidecarStore, root: Root) -> None:
+    client.open(root.model)
+    chain = chain_of(root, 3)
+    save_all(client, chain)
+    client.match(chain, "r")
+    calls: dict[str, Callable[[], object]] = {
+        "match": lambda: client.match(chain, "r"),
+        "load": lambda: client.load("r"),
+        "save": lambda: client.save(chain, 0, 3),
+        "forget": lambda: client.forget("r"),
+        "stats": lambda: client.stats(),
+        "check": lambda: client.check(),
+        "open": lambda: client.open(root.model),
+    }
+    for name, call in calls.items():
+        assert "inherited by its forked child" in in_a_fork(call), name
+    assert in_a_fork(client.close) == "None"
+    with client.load("r") as load:
+        assert [block.index for block in load] == [0, 1, 2]
+        assert load.intact()
+
+
+# -- the server goes away and comes back -----------------------------------------------------------------------
+
+
+def test_while_the_server_is_away_everything_is_a_miss_at_once(
+    start_process: Callable[..., ServerProcess], root: Root
+) -> None:
+    process = start_process()
+    with connect(process.address, call_deadline_s=5) as store:
+        store.open(root.model)
+        chain = chain_of(root, 4)
+        save_all(store, chain)
+        process.kill()
+        wait_until(lambda: not store.is_up)
+        began = time.monotonic()
+        for _ in range(200):
+            assert_everything_is_a_miss(store, chain)
+        assert time.monotonic() - began < 1.0
+        assert store.stats()["client.failures.down"] >= 200
+        assert "is away" in store.check()[0]
+
+
+def assert_everything_is_a_miss(store: Store, chain: Chain) -> None:
+    match = store.match(chain, "r")
+    assert (match.num_blocks, match.num_pending_blocks, match.settled) == (0, 0, True)
+    with store.load("r") as load:
+        assert list(load) == []
+        assert not load.intact()
+    with store.save(chain, 0, len(chain)) as save:
+        assert (tuple(save.indices), save.num_refused) == ((), len(chain))
+        assert save.commit() == 0
+    store.announce(chain, 0, len(chain)).withdraw()
+    store.touch(chain, 2)
+    store.forget("r")
+
+
+def test_a_client_comes_back_by_itself_with_its_models(start_process: Callable[..., ServerProcess], root: Root) -> None:
+    process = start_process()
+    with connect(process.address, call_deadline_s=5) as store:
+        store.open(root.model)
+        chain = chain_of(root, 4)
+        for _ in range(3):
+            assert save_all(store, chain) == 4
+            assert load_all(store, chain) == ["host"] * 4
+            process.kill()
+            process.start()
+            wait_until(lambda: store.is_up and store.match(chain, "gone").settled)
+            assert store.match(chain, "gone").num_blocks == 0, "another start of the server has nothing"
+            store.forget("gone")
+
+
+def test_what_was_begun_with_the_server_before_ends_as_a_miss(
+    start_process: Callable[..., ServerProcess], root: Root
+) -> None:
+    process = start_process()
+    with connect(process.address, call_deadline_s=5) as store:
+        store.open(root.model)
+        chain = chain_of(root, 4)
+        save_all(store, chain)
+        store.match(chain, "held")
+        store.match(chain, "loading")
+        load = store.load("loading")
+        save = store.save(chain_of(root, 2, seed=1), 0, 2)
+        process.kill()
+        wait_until(lambda: not store.is_up)
+        process.start()
+        wait_until(lambda: store.is_up)
+        with load:
+            assert list(load) == []
+            assert not load.intact()
+        assert list(store.load("held")) == []
+        with save, pytest.raises(LeaseError, match="the server that this save was for is gone"):
+            save.views(0)
+        assert save_all(store, chain) == 4
+        assert load_all(store, chain) == ["host"] * 4
+
+
+def test_views_that_are_still_out_stay_good_when_the_server_is_gone(
+    start_process: Callable[..., ServerProcess], root: Root
+) -> None:
+    process = start_process()
+    with connect(process.address, call_deadline_s=5) as store:
+        store.open(root.model)
+        chain = chain_of(root, 1)
+        save_all(store, chain)
+        store.match(chain, "r")
+        load = store.load("r")
+        (block,) = load
+        process.kill()
+        wait_until(lambda: not store.is_up)
+        assert bytes(block.views[0]) == content(chain, 0, 0, 4096)
+        load.close()
+
+
+def test_a_draining_server_finishes_what_was_begun_and_takes_nothing_new(start_server: StartServer, root: Root) -> None:
+    server = start_server()
+    store = connected(server, root)
+    chain = chain_of(root, 3)
+    save = store.save(chain, 0, 3)
+    drained: list[bool] = []
+    draining = threading.Thread(target=lambda: drained.append(server.drain(20)))
+    draining.start()
+    wait_until(lambda: server.draining)
+    for index in save.indices:
+        view = save.views(index)[0]
+        assert view is not None
+        view[:] = content(chain, index, 0, 4096)
+        del view
+    assert save.commit() == 3
+    draining.join(20)
+    assert drained == [True]
+    assert store.match(chain, "r").num_blocks == 0
+    with pytest.raises(ServiceUnavailable, match="draining"):
+        connect(server.address, wait_s=0.1)
+    store.close()
+
+
+def test_a_tier_that_never_answers_does_not_hold_a_load_for_ever(start_server: StartServer, root: Root) -> None:
+    gate = threading.Event()
+    tier = DictTier()
+    server = start_server(tiers=[tier], mover={"write": "through"})
+    with connected(server, root, progress_s=0.5) as store:
+        chain = chain_of(root, 4)
+        save_all(store, chain)
+        assert server.flush(5)
+        server.drop_host()
+        store.match(chain, "r", wait_s=5)
+        tier.before_read = lambda key: gate.wait(20) and None
+        began = time.monotonic()
+        with store.load("r") as load:
+            assert list(load) == []
+        assert time.monotonic() - began < 5
+        assert store.is_up, "one slow tier says nothing of the server"
+        gate.set()
+
+
+def test_access_denied_is_an_error_and_no_miss(start_server: StartServer, directory: Path, root: Root) -> None:
+    tokens = directory / "tokens.toml"
+    tokens.write_text('[[client]]\ntoken = "sixteen-letters-or-more"\nsalts = ["mine"]\n')
+    tokens.chmod(0o600)
+    server = start_server(service={"tokens_file": str(tokens)})
+    with pytest.raises(AccessDenied, match="access token is not known"):
+        connect(server.address, token="wrong")
+    with connect(server.address, token="sixteen-letters-or-more", call_deadline_s=5) as store:
+        store.open(root.model)
+        assert save_all(store, chain_of(Root(root.model, salt=b"mine"), 2)) == 2
+        with pytest.raises(AccessDenied, match="no right to the namespace of model 'tiny' and salt b'yours'"):
+            store.match(chain_of(Root(root.model, salt=b"yours"), 2), "r")
