@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, cast
 
@@ -185,16 +185,20 @@ class KVStoreWorkerMetadata(KVConnectorWorkerMetadata):  # type: ignore[misc]
 
 
 class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
-    """The class that vLLM loads. Every method is called by vLLM, in the order of `vllm.md` in the docs."""
+    """The class that vLLM loads. Every method is called by vLLM."""
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         check_interface()
         super().__init__(vllm_config, role, kv_cache_config)
         self._config = vllm_config
-        self._settings = VllmSettings.of(vllm_config.kv_transfer_config.kv_connector_extra_config or {})
+        transfer = vllm_config.kv_transfer_config
+        settings = VllmSettings.of(transfer.kv_connector_extra_config or {})
+        self._settings = replace(
+            settings, load=settings.load and transfer.is_kv_consumer, save=settings.save and transfer.is_kv_producer
+        )
         check_groups(kv_cache_config.kv_cache_groups)
         self._model: ModelId = model_id_of(vllm_config, self._settings)
-        if vllm_config.kv_transfer_config.kv_load_failure_policy != "recompute":
+        if transfer.kv_load_failure_policy != "recompute":
             raise ConfigError('a load that fails must be computed: set "kv_load_failure_policy": "recompute"')
         self._link = (
             _sidecar(self._settings) if self._settings.address else _embedded(vllm_config, self._settings, role)

@@ -144,6 +144,9 @@ def check_groups(groups: Sequence[Any]) -> None:
             f"the engine keeps {len(groups)} groups of KV layers ({', '.join(sorted(kinds))}): "
             "one group of full attention is stored"
         )
+    spec = groups[0].kv_cache_spec
+    if spec.sliding_window is not None or spec.attention_chunk_size is not None:
+        raise ConfigError("some layers attend to a window of tokens: what they keep is not stored")
 
 
 def revision_of(model: str, revision: str | None, config: Any = None) -> str:

@@ -32,7 +32,7 @@ class VllmSettings:
         load_deadline_ms: after so long a load is reported as failed, from its first missing token on.
         pending_deadline_ms: longest wait for blocks that somebody else is computing; 0 never waits.
         load_threads: loads under way at once.
-        save: False only reads.
+        load, save: False leaves that half out; vLLM's roles kv_producer and kv_consumer do the same.
         secret: keys block ids, so that nobody without it can guess them from prompts.
     """
 
@@ -50,6 +50,7 @@ class VllmSettings:
     load_deadline_ms: float = 5000.0
     pending_deadline_ms: float = 1000.0
     load_threads: int = 2
+    load: bool = True
     save: bool = True
     secret: str = field(default="", repr=False)
 

@@ -159,7 +159,12 @@ class SchedulerSide:
         self.arrived(request)
         tracked = self._tracked[request.request_id]
         tracked.planned = 0
-        if request.skip_reading_prefix_cache or tracked.gave_up or request.request_id in self._loading:
+        if (
+            not self._settings.load
+            or request.skip_reading_prefix_cache
+            or tracked.gave_up
+            or request.request_id in self._loading
+        ):
             return 0, False
         chain = self._chain(tracked)
         if chain is None or len(chain) * self._block_tokens <= local_tokens:

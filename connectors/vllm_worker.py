@@ -168,8 +168,8 @@ class WorkerSide:
                     # Computed on top of pages that did not load: the engine is about to compute it again.
                     self._report.unsaved[order.request] = order.start
                     self._grow(order)
-                elif self._saves and self._grow(order):
-                    self.fail_open.call(lambda order=order: self._publish(order), None)  # type: ignore[misc]
+                elif self._grow(order) and self._saves:
+                    self._publish(order)
             finally:
                 if order.holds:
                     self._sent.add(order.request)
@@ -189,15 +189,23 @@ class WorkerSide:
         return True
 
     def _publish(self, order: SaveOrder) -> None:
-        chain = self._chains[order.request]
+        """Save one order's blocks; where the store fails, they are to be ordered again."""
         began_s = self._now_s()
+        done = self.fail_open.call(lambda: self._copy_out(order), None)
+        if done is None:
+            self._report.unsaved[order.request] = order.start
+            return
+        self._count("saved_blocks", done[0])
+        self._count("refused_blocks", done[1])
+        self._count("save_s", self._now_s() - began_s)
+
+    def _copy_out(self, order: SaveOrder) -> tuple[int, int]:
+        """(blocks published, blocks refused). Raises what the store raises."""
+        chain = self._chains[order.request]
         with self._store.save(chain, order.start, order.stop, parts=self._pages.parts) as save:
             for index in save.indices:
                 self._pages.gather(order.pages, index, save.views(index))
-            saved = save.commit(*save.indices) if save.indices else 0
-            self._count("refused_blocks", save.num_refused)
-        self._count("saved_blocks", saved)
-        self._count("save_s", self._now_s() - began_s)
+            return save.commit(*save.indices) if save.indices else 0, save.num_refused
 
     def _count(self, name: str, value: float) -> None:
         if value:

@@ -363,7 +363,7 @@ def faults(workdir: Path, sync_load_ms: float = 20.0) -> Facts:
     """A store that ends loads early, breaks, lies, answers late or never: the same tokens, within the deadline."""
     reference = Reference(workdir)
     store = FaultyStore()
-    extra = {"sync_load_ms": sync_load_ms, "load_deadline_ms": 300, "match_deadline_ms": 100}
+    extra = {"sync_load_ms": sync_load_ms, "load_deadline_ms": 2000, "match_deadline_ms": 100}
     engine = Engine(reference.directory, store, extra=extra)
     engine.connector._scheduler.fail_open.backoff_s = 0.0
     want: dict[int, list[int]] = {}
@@ -397,7 +397,7 @@ def faults(workdir: Path, sync_load_ms: float = 20.0) -> Facts:
     store.unsettled = 1 << 30
     run("never answers")
     store.unsettled = 0
-    store.slow_s = 0.1
+    store.slow_s = 0.5
     run("slow")
     store.slow_s = 0.0
     prompt = [*tokens_of(1), *want[1], *tokens_of(2, 50)]
