@@ -26,9 +26,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
 import kvstore
 from connectors.vllm_identity import check_groups, model_id_of, rank_slice
+from connectors.vllm_metrics import KVStorePromMetrics, KVStoreStats
 from connectors.vllm_pages import EnginePages, PackedPages, StridedPages
 from connectors.vllm_plan import Orders, Report, Scheduled, VllmSettings
 from connectors.vllm_scheduler import SchedulerSide
@@ -271,6 +273,24 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         return self.request_finished(request, block_ids[0])
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        fresh = self._scheduler.figures.take() if self._scheduler is not None else {}
+        return KVStoreStats(data=fresh) if fresh else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
+        return KVStoreStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: Any,
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KVConnectorPromMetrics:
+        return KVStorePromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def reset_cache(self) -> bool | None:
         return self._scheduler.clear() if self._scheduler is not None else None

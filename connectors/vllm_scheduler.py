@@ -89,15 +89,17 @@ class _Step:
 
 @dataclass(slots=True)
 class Figures:
-    """What happened since it was last taken."""
+    """What happened: since the start, and since it was last taken."""
 
     counts: dict[str, float] = field(default_factory=dict)
+    fresh: dict[str, float] = field(default_factory=dict)
 
     def add(self, name: str, value: float = 1.0) -> None:
         self.counts[name] = self.counts.get(name, 0.0) + value
+        self.fresh[name] = self.fresh.get(name, 0.0) + value
 
     def take(self) -> dict[str, float]:
-        taken, self.counts = self.counts, {}
+        taken, self.fresh = self.fresh, {}
         return taken
 
 

@@ -80,6 +80,9 @@ def test_a_second_turn_reuses_prompt_and_answer(run: Run, scenario: str, hits: l
     assert facts["num_blocks"] == (5 if scenario == "blocks_of_64" else 11)  # the 384th token has no KV
     assert facts["error"] < 1e-4
     assert facts["num_distinct"] > 20
+    assert facts["metrics"]["loads"] == 3
+    assert facts["metrics"]["failed_loads"] == 0
+    assert min(facts["metrics"][name] for name in ("saved_blocks", "loaded_bytes", "load_seconds")) > 0
     assert facts["control_differs"]
     assert healthy(facts)
 
@@ -102,7 +105,7 @@ def test_preempted_requests_come_back_from_the_store(run: Run) -> None:
     facts = run("preemption")
     assert facts["equal"] == [True]
     assert facts["preemptions"] > 0
-    assert facts["external_hits"] > 0
+    assert facts["loads"] == facts["preemptions"]
     assert facts["error"] < 1e-4
     assert healthy(facts)
 
@@ -154,6 +157,29 @@ def test_fp8_pages_are_stored_as_bytes(run: Run) -> None:
     assert facts["same_bytes"]
     assert facts["control_differs"]
     assert healthy(facts)
+
+
+def test_a_sidecar_may_be_killed_and_come_back_under_a_running_engine(run: Run) -> None:
+    facts = run("through_sidecar")
+    assert all(facts["equal"])
+    assert facts["hits"][:3] == [0, 288, 0]
+    assert facts["hits"][-1] == 288
+    assert facts["num_blocks"] == 11
+    assert facts["error"] < 1e-4
+    assert facts["held"] == []
+
+
+@pytest.mark.parametrize("scenario", ["tp2", "pp2"])
+def test_what_parallel_engines_save_a_single_one_loads_and_the_reverse(run: Run, scenario: str) -> None:
+    facts = run(scenario)
+    assert facts["many saves"]["hits"] == [0]
+    assert facts["one loads"]["hits"] == [288, 0]
+    assert facts["many loads"]["hits"] == [288, 288]
+    for engine in facts.values():
+        assert all(engine["equal"])
+        assert engine["error"] < 1e-4
+        assert set(engine["num_blocks"]) == {11}
+        assert engine["held"] == []
 
 
 def test_vllm_and_transformers_load_what_the_other_saved(run: Run) -> None:

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pages of vLLM as canonical bytes: orders found by probing kernels made up here, and plain strides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from connectors.vllm_pages import EnginePages, PackedPages, StridedPages, WriteKernel
+from kvstore.block import ModelId
+from kvstore.errors import ConfigError
+from kvstore.layout import BlockLayout, layout_of
+
+PAGE, HEADS, DIM, LAYERS = 32, 2, 16, 3
+Place = Callable[[int, int], int]
+
+
+def layout(**settings: int) -> BlockLayout:
+    made = {"block_tokens": 64, "part_layers": 0, "part_heads": 0, **settings}
+    return layout_of(
+        ModelId(
+            model="m", revision="1", kv_dtype="float32", num_layers=LAYERS, num_kv_heads=HEADS, head_dim=DIM, **made
+        )
+    )
+
+
+def kernel(k_place: Place, v_place: Place) -> WriteKernel:
+    """A write kernel that puts (token, channel) of a head where the functions say."""
+    k_at = torch.tensor([[k_place(token, dim) for dim in range(DIM)] for token in range(PAGE)])
+    v_at = torch.tensor([[v_place(token, dim) for dim in range(DIM)] for token in range(PAGE)])
+
+    def write(keys: torch.Tensor, values: torch.Tensor, tensor: torch.Tensor, slots: torch.Tensor) -> None:
+        flat = tensor.view(*tensor.shape[:2], -1)
+        for number, slot in enumerate(slots.tolist()):
+            page, token = divmod(slot, PAGE)
+            flat[page][:, k_at[token]] = keys[number]
+            flat[page][:, PAGE * DIM + v_at[token]] = values[number]
+
+    return write
+
+
+def plain(token: int, dim: int) -> int:
+    return token * DIM + dim
+
+
+def turned(token: int, dim: int) -> int:
+    return dim * PAGE + token
+
+
+def tiled(token: int, dim: int) -> int:
+    """Tiles of 16 tokens; in a tile, pairs of channels of one token side by side."""
+    return token // 16 * 16 * DIM + dim // 2 * 32 + token % 16 * 2 + dim % 2
+
+
+def scattered(token: int, dim: int) -> int:
+    return (token * DIM + dim) * 37 % (PAGE * DIM)
+
+
+def paired(token: int, dim: int) -> int:
+    """Pairs of tokens side by side."""
+    return token // 2 * 2 * DIM + dim * 2 + token % 2
+
+
+def tensors() -> list[torch.Tensor]:
+    return [torch.zeros(9, HEADS, PAGE, 2 * DIM) for _ in range(LAYERS)]
+
+
+def slots_of(pages: EnginePages, made: BlockLayout) -> list[memoryview]:
+    return [memoryview(bytearray(made.parts[part].num_bytes)) for part in pages.parts]
+
+
+ORDERS = pytest.mark.parametrize(
+    ("k_place", "v_place"), [(plain, plain), (turned, plain), (tiled, plain), (tiled, paired), (plain, tiled)]
+)
+
+
+@ORDERS
+@pytest.mark.parametrize("grid", [{}, {"part_layers": 1, "part_heads": 1}])
+@pytest.mark.parametrize("block_tokens", [32, 64, 16])
+def test_what_the_kernel_wrote_is_gathered_and_what_is_scattered_it_would_have_written(
+    k_place: Place, v_place: Place, grid: dict[str, int], block_tokens: int
+) -> None:
+    made = layout(block_tokens=block_tokens, **grid)
+    write = kernel(k_place, v_place)
+    mine = tensors()
+    pages = PackedPages(made, mine, range(LAYERS), range(HEADS), write=write, key_dtype=torch.float32)
+    table = [5, 3, 8, 1]
+    kv = torch.randn(LAYERS, 2, 128, HEADS, DIM)
+    places = torch.tensor([table[token // PAGE] * PAGE + token % PAGE for token in range(128)])
+    for layer, tensor in enumerate(mine):
+        write(kv[layer, 0], kv[layer, 1], tensor, places)
+    index = 64 // block_tokens
+    held = slots_of(pages, made)
+    pages.gather(table, index, held)
+    for part, view in zip(made.parts, held, strict=True):
+        want = kv[
+            part.layers.start : part.layers.stop,
+            :,
+            index * block_tokens : (index + 1) * block_tokens,
+            part.heads.start : part.heads.stop,
+        ]
+        assert torch.equal(torch.frombuffer(view, dtype=torch.float32).view(part.shape), want)
+    there = [tensor.clone() for tensor in mine]
+    other = [4, 7, 2, 6]
+    pages.scatter(other, index, held, 0)
+    wanted = places[index * block_tokens : (index + 1) * block_tokens]
+    moved = torch.tensor(other)[torch.div(wanted.new_tensor(range(64, 64 + block_tokens)), PAGE, rounding_mode="floor")]
+    moved = moved * PAGE + wanted % PAGE
+    for layer, tensor in enumerate(there):
+        span = slice(index * block_tokens, (index + 1) * block_tokens)
+        write(kv[layer, 0, span], kv[layer, 1, span], tensor, moved)
+        assert torch.equal(mine[layer], tensor)
+
+
+def packed(made: BlockLayout, mine: list[torch.Tensor]) -> EnginePages:
+    return PackedPages(made, mine, range(LAYERS), range(HEADS), write=kernel(turned, plain), key_dtype=torch.float32)
+
+
+def strided(made: BlockLayout, mine: list[torch.Tensor]) -> EnginePages:
+    return StridedPages(made, mine, range(LAYERS), range(HEADS))
+
+
+@pytest.mark.parametrize("make", [packed, strided])
+@pytest.mark.parametrize("grid", [{}, {"part_layers": 1, "part_heads": 1}])
+def test_nothing_below_the_first_token_is_written(
+    make: Callable[[BlockLayout, list[torch.Tensor]], EnginePages], grid: dict[str, int]
+) -> None:
+    made = layout(**grid)
+    mine = tensors()
+    pages = make(made, mine)
+    held = slots_of(pages, made)
+    for view in held:
+        torch.frombuffer(view, dtype=torch.float32).fill_(1.0)
+    pages.scatter([5, 3, 8, 1], 1, held, 96)
+    assert all(not tensor[8].any() for tensor in mine)
+    assert all(bool((tensor[1] == 1).all()) for tensor in mine)
+    pages.scatter([5, 3, 8, 1], 1, held, 64)
+    assert all(bool((tensor[8] == 1).all()) for tensor in mine)
+    assert all(not tensor[page].any() for tensor in mine for page in (0, 2, 3, 4, 5, 6, 7))
+
+
+def test_an_order_that_strides_do_not_describe_is_refused() -> None:
+    with pytest.raises(ConfigError, match="strides do not describe"):
+        PackedPages(
+            layout(),
+            tensors(),
+            range(LAYERS),
+            range(HEADS),
+            write=kernel(scattered, plain),
+            key_dtype=torch.float32,
+        )
+
+
+def test_blocks_that_pages_neither_divide_nor_hold_are_refused() -> None:
+    mine = [torch.zeros(4, HEADS, 48, 2 * DIM) for _ in range(LAYERS)]
+
+    def write(keys: torch.Tensor, values: torch.Tensor, tensor: torch.Tensor, slots: torch.Tensor) -> None:
+        flat = tensor.view(*tensor.shape[:2], 2, 48, DIM)
+        for number, slot in enumerate(slots.tolist()):
+            flat[slot // 48, :, 0, slot % 48] = keys[number]
+            flat[slot // 48, :, 1, slot % 48] = values[number]
+
+    with pytest.raises(ConfigError, match="one must divide the other"):
+        PackedPages(layout(), mine, range(LAYERS), range(HEADS), write=write, key_dtype=torch.float32)
+
+
+def test_a_kernel_that_loses_bytes_fails_its_trial() -> None:
+    write = kernel(turned, plain)
+
+    def lossy(keys: torch.Tensor, values: torch.Tensor, tensor: torch.Tensor, slots: torch.Tensor) -> None:
+        write(keys.round(decimals=1), values, tensor, slots)
+
+    with pytest.raises(ConfigError, match="do not hold what its kernel wrote"):
+        PackedPages(layout(), tensors(), range(LAYERS), range(HEADS), write=lossy, key_dtype=torch.float32)
