@@ -117,7 +117,7 @@ class Session:
     def add_save(self, number: int, save: ServedSave) -> ServedSave:
         """Register; returns the one that is there where an earlier call of that number has done so."""
         with self.lock:
-            there = self.saves.get(number) or self.finished.get(number)
+            there = self._save(number)
             if there is not None:
                 return there
             self._admit(number, self.saves)
@@ -133,10 +133,18 @@ class Session:
             self.holds[request] = (chain, num_host_blocks)
             return self.holds.popitem(last=False)[0] if len(self.holds) > MAX_HOLDS else None
 
+    def repeated_save(self, number: int) -> ServedSave | None:
+        """The save that an earlier call of that number made."""
+        with self.lock:
+            return self._save(number)
+
+    def _save(self, number: int) -> ServedSave | None:
+        return self.saves.get(number) or self.finished.get(number)
+
     def save_of(self, number: int) -> ServedSave:
         """A save by its number. Raises UnknownLease."""
         with self.lock:
-            save = self.saves.get(number) or self.finished.get(number)
+            save = self._save(number)
         if save is None:
             raise UnknownLease(f"no save has number {number} in this session: it ended")
         return save
