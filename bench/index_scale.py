@@ -41,6 +41,7 @@ MODEL = ModelId(
 TOKEN_BYTES = 4 * MODEL.block_tokens
 CHAIN_BLOCKS = 2048
 SAVE_BLOCKS = 64
+CONVERSATIONS = 8  # grow turn by turn at the same time, so that no chain lies in one piece
 FEW_BLOCKS = 10_000
 NUM_MATCHES = 1000
 NUM_SAVES = 200
@@ -63,7 +64,9 @@ class _Filled:
         reserved, _ = self.pool.reserve(
             self.root.id, _layout(), chain.ids[start:stop], lambda at: chain.meta(start + at), (0,)
         )
-        return len(self.pool.publish(reserved, NO_HINT))
+        num_saved = len(self.pool.publish(reserved, NO_HINT))
+        self.pool.touch(chain.ids, stop)
+        return num_saved
 
 
 def _layout() -> BlockLayout:
@@ -74,8 +77,12 @@ def _fill(num_blocks: int) -> _Filled:
     pool = BlockPool(Arena(num_blocks * PAGE_BYTES, prefault=False), LruPolicy())
     pool.open(_layout(), num_blocks)
     filled = _Filled(pool, Root(MODEL), num_blocks // CHAIN_BLOCKS)
-    for number in range(filled.num_chains):
-        filled.save(filled.chain(number), 0, CHAIN_BLOCKS)
+    for first in range(0, filled.num_chains, CONVERSATIONS):
+        chains = [filled.chain(number) for number in range(first, min(first + CONVERSATIONS, filled.num_chains))]
+        for start in range(0, CHAIN_BLOCKS, SAVE_BLOCKS):
+            for chain in chains:
+                filled.save(chain, start, start + SAVE_BLOCKS)
+    pool.settle()
     return filled
 
 
