@@ -30,7 +30,7 @@ def measure_remote(seed: int, *, total_mib: int = 256, repeats: int = 7) -> tupl
     with (
         sidecar(total_bytes + (64 << 20)) as address,
         bare_server(total_bytes // MESSAGE_BYTES) as bare,
-        kvstore.connect(address, mapped=False) as store,
+        kvstore.connect(address, mapped=False, call_deadline_s=10) as store,
     ):
         block_bytes = store.open(LLAMA_8B).block_bytes
         chain = prefix(LLAMA_8B, total_bytes // block_bytes)

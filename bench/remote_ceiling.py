@@ -31,7 +31,7 @@ class Bare:
     """A client of the bare server."""
 
     def __init__(self, channel: grpc.Channel, num_messages: int) -> None:
-        self._stream = channel.unary_stream(_METHOD, None, None)
+        self._stream: grpc.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(_METHOD, None, None)
         self._num_messages = num_messages
 
     def receive_s(self) -> float:
@@ -66,7 +66,9 @@ def _serve(address: str, num_messages: int) -> None:
     rng = np.random.default_rng(0)
     # One object a message, as a store's blocks are: a single one would stay in the cache.
     messages = [rng.bytes(MESSAGE_BYTES) for _ in range(num_messages)]
-    handler = grpc.unary_stream_rpc_method_handler(lambda request, context: iter(messages), None, None)
+    handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_stream_rpc_method_handler(
+        lambda request, context: iter(messages), None, None
+    )
     server = grpc.server(ThreadPoolExecutor(4), options=_OPTIONS)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bench.Bare", {"Stream": handler}),))
     server.add_insecure_port(address)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every tier in the registry promises. A new tier is put under test by its line in TIER_OPTIONS."""
+"""What every tier in the registry promises. A new tier is put under test by its line in MADE."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 
@@ -14,23 +14,24 @@ from kvstore.stats import Stats
 from kvstore.tiers import TIERS
 from kvstore.tiers.base import Tier
 from tests.redis.content import DEADLINE_S, Content
+from tests.service.peers import PeerWithContent
 
-# Options under which a tier can run in a test, on nothing that must be there already.
-TIER_OPTIONS: Mapping[str, Mapping[str, object]] = {
-    "redis": {"url": "embedded"},
+# A tier as it can run in a test, on nothing that must be there already.
+MADE: Mapping[str, Callable[[], Tier]] = {
+    "redis": lambda: TIERS.load("redis")(TIERS.options("redis", {"url": "embedded"})),
+    "remote": PeerWithContent,
 }
 
 pytestmark = pytest.mark.redis
 
 
-def test_every_tier_has_options_to_be_tested_with() -> None:
-    assert set(TIER_OPTIONS) == set(TIERS)
+def test_every_tier_can_be_made_to_be_tested() -> None:
+    assert set(MADE) == set(TIERS)
 
 
 @pytest.fixture(scope="module", params=sorted(TIERS))
 def opened(request: pytest.FixtureRequest) -> Iterator[Tier]:
-    name: str = request.param
-    tier = TIERS.load(name)(TIERS.options(name, TIER_OPTIONS[name]))
+    tier = MADE[request.param]()
     yield tier
     tier.close()
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The data plane of a client that maps no arena: loads by Read and saves by Write, over private memory.
 
-A thread of each load receives, verifies and puts bytes into place, so that the caller's copy of one block overlaps
-the arrival of the next. What goes wrong, the connection's end included, is a shorter hit; nothing waits longer than
-its limit.
+A thread of each load receives a few messages ahead of the caller's, which verifies them, puts them into place and
+copies: on the way in, the one takes as long as the other. What goes wrong, the connection's end included, is a shorter
+hit; nothing waits longer than its limit.
 
 Invariants
 1. A block is handed out only after all of its parts came with their checksums.
@@ -14,6 +14,7 @@ Invariants
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 ABSENT = (1 << 64) - 1
 DEFAULT_BUFFER_BYTES = 1 << 30
 _WINDOW_BYTES = 64 << 20
+_MESSAGES_AHEAD = 8
 
 
 class RemotePlane:
@@ -137,12 +139,8 @@ class RemoteBlock:
     views: Sequence[memoryview]
 
 
-class _Closed(Exception):
-    """The caller has closed the load."""
-
-
 class RemoteLoad:
-    """Implements `kvstore.api.Load` over a Read under way."""
+    """Implements `kvstore.api.Load` over a Read under way. For one thread at a time."""
 
     def __init__(
         self,
@@ -167,68 +165,140 @@ class RemoteLoad:
         self._limits = limits
         self._failed = failed
         self._when_closed = closed
+        self.num_blocks = 0
         self.refusal: Exception | None = None
         """Why there was no first reply."""
         self._moved = threading.Condition()
-        self._num_blocks: int | None = None
-        self._ready: dict[int, RemoteBlock] = {}
-        self._consumed = start
-        self._ended = False
+        self._arrived: deque[bytes] = deque()
+        self._error: Exception | None = None
+        self._received = False
+        self._wants_more = True
         self._closed = False
         self._rented: Rented | None = None
+        self._next = start
+        self._asked = start
+        """Blocks before this one have been copied by the caller."""
+        self._unpacker = Unpacker(self._views_of, lambda index: index + 1)
         self._thread = threading.Thread(target=self._receive, name="kvstore-read", daemon=True)
         self._thread.start()
-        with self._moved:
-            if not self._moved.wait_for(lambda: self._num_blocks is not None or self._ended, limits.first_s):
-                self._stall(f"no answer within {limits.first_s:g} s")
+        try:
+            self._begin()
+        except (Misfit, grpc.RpcError) as error:
+            self.refusal = self._give_up(error)
 
-    @property
-    def num_blocks(self) -> int:
-        return self._num_blocks or 0
+    # -- receiver ----------------------------------------------------------------------------------------------
+
+    def _receive(self) -> None:
+        """Messages off the wire, a few ahead: gRPC takes as long over one as it takes to verify and place another."""
+        try:
+            while self._wants_more:
+                message = next(self._stream)
+                with self._moved:
+                    self._moved.wait_for(lambda: len(self._arrived) < _MESSAGES_AHEAD or not self._wants_more)
+                    self._arrived.append(message)
+                    self._moved.notify_all()
+        except StopIteration:
+            pass
+        except grpc.RpcError as error:
+            self._error = error
+        finally:
+            with self._moved:
+                self._received = True
+                self._moved.notify_all()
 
     # -- consumer ----------------------------------------------------------------------------------------------
 
-    def __iter__(self) -> Iterator[RemoteBlock]:
-        for index in range(self._start, self._start + self.num_blocks):
-            block = self._wait_for(index)
-            if block is None:
-                return
-            yield block
-            del block
-
-    def _wait_for(self, index: int) -> RemoteBlock | None:
-        limit_s = self._limits.progress_s
+    def _message(self, limit_s: float) -> bytes | None:
+        """The next message; None at the end. Raises grpc.RpcError where there is none within `limit_s`, or any more."""
         with self._moved:
-            self._consumed = max(self._consumed, index)  # asking for it says that those before were copied
-            self._moved.notify_all()
-            while index not in self._ready and not self._ended:
-                if not self._moved.wait(limit_s):  # each message notifies
-                    self._stall(f"no byte for {limit_s:g} s")
-                    return None
-            return None if self._closed else self._ready.get(index)
+            if not self._moved.wait_for(lambda: self._arrived or self._received, limit_s):
+                raise Stalled(f"no byte for {limit_s:g} s")
+            if self._arrived:
+                self._moved.notify_all()
+                return self._arrived.popleft()
+        if self._error is not None:
+            raise self._error
+        return None
 
-    def _stall(self, why: str) -> None:
-        self._ended = True
-        self._stream.cancel()
-        self._report(Stalled(why))
+    def _begin(self) -> None:
+        message = self._message(self._limits.first_s)
+        if message is None:
+            raise Misfit("a load had no reply")
+        head, data = decode(pb.ReadReply, message)
+        if len(data):
+            raise Misfit("the first reply has data: it says how many blocks follow")
+        if not head.num_blocks:
+            return
+        rented = self._buffers.rent(head.num_blocks, self._block_bytes)
+        if rented.num_blocks < head.num_blocks:
+            # Others need memory too: a window is enough to go on.
+            rented.give_back()
+            rented = self._buffers.rent(max(2, _WINDOW_BYTES // self._block_bytes), self._block_bytes)
+        self._rented = rented
+        if rented.num_blocks < min(2, head.num_blocks):
+            raise Misfit(f"no memory for two blocks of {self._block_bytes} bytes: all of the client's is in use")
+        self.num_blocks = head.num_blocks
 
-    def _report(self, error: Exception) -> None:
-        meaning = self._failed(error)
-        if self._num_blocks is None:
-            self.refusal = meaning
+    def __iter__(self) -> Iterator[RemoteBlock]:
+        tiers: dict[int, str] = {}
+        for index in range(self._start, self._start + self.num_blocks):
+            self._asked = index
+            while index not in tiers:
+                if self._closed:
+                    return
+                try:
+                    message = self._message(self._limits.progress_s)
+                    if message is None:
+                        return
+                    self._place(message, tiers)
+                except (Misfit, grpc.RpcError) as error:
+                    self._give_up(error)
+                    return
+            yield RemoteBlock(index, tiers[index], tuple(view.toreadonly() for view in self._memory(index)))
+
+    def _place(self, message: bytes, tiers: dict[int, str]) -> None:
+        """Put the data of a message into place, and note the blocks that are whole."""
+        head, data = decode(pb.ReadReply, message)
+        for arrived in self._unpacker.take(head, data):
+            if not arrived.good:
+                raise Misfit(f"part {arrived.part} of block {arrived.index} does not have its checksum")
+            if arrived.ends_block:
+                tiers[arrived.index] = head.tier
+
+    def _views_of(self, index: int) -> Sequence[memoryview]:
+        if index != self._next or index >= self._start + self.num_blocks:
+            raise Misfit(f"block {index} came where block {self._next} comes next")
+        if self._rented is not None and index - self._asked >= self._rented.num_blocks:
+            raise Misfit(f"one message has more than the {self._rented.num_blocks} blocks there is memory for")
+        self._next += 1
+        return self._memory(index)
+
+    def _memory(self, index: int) -> tuple[memoryview, ...]:
+        assert self._rented is not None
+        place = (index - self._start) % self._rented.num_blocks
+        return cut(self._rented.view(place, self._block_bytes), self._sizes)
+
+    def _give_up(self, error: Exception) -> Exception:
+        self._stop()
+        return self._failed(error)
 
     def intact(self) -> bool:
         """The memory is the client's own: nobody else writes to it while the load is open."""
         return not self._closed
 
-    def close(self) -> None:
+    def _stop(self) -> None:
         with self._moved:
-            self._closed = True
+            self._wants_more = False
             self._moved.notify_all()
-        if not self._ended:
+        if not self._received:
             self._stream.cancel()
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._stop()
         self._thread.join()
-        self._ready.clear()
         if self._rented is not None:
             self._rented.give_back()
         self._when_closed()
@@ -240,84 +310,6 @@ class RemoteLoad:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    # -- receiver ----------------------------------------------------------------------------------------------
-
-    def _receive(self) -> None:
-        try:
-            self._begin()
-            self._fill()
-        except (StopIteration, _Closed):
-            pass
-        except Misfit as error:
-            self._stream.cancel()
-            self._note(error)
-        except grpc.RpcError as error:
-            self._note(error)
-        finally:
-            with self._moved:
-                self._ended = True
-                self._moved.notify_all()
-
-    def _note(self, error: Exception) -> None:
-        if not self._closed and not self._ended:
-            self._report(error)
-
-    def _begin(self) -> None:
-        head, data = decode(pb.ReadReply, next(self._stream))
-        if len(data):
-            raise Misfit("the first reply has data: it says how many blocks follow")
-        num_blocks = head.num_blocks if self._block_bytes else 0
-        wanted = num_blocks
-        rented = self._buffers.rent(num_blocks, self._block_bytes) if num_blocks else None
-        if rented is not None and rented.num_blocks < num_blocks:
-            # Others need memory too: a window is enough to keep receiving while blocks are copied.
-            rented.give_back()
-            wanted = min(num_blocks, max(2, _WINDOW_BYTES // self._block_bytes))
-            rented = self._buffers.rent(wanted, self._block_bytes)
-        with self._moved:
-            self._rented = rented
-            self._num_blocks = num_blocks if rented is not None and rented.num_blocks else 0
-            self._moved.notify_all()
-        if num_blocks and not self._num_blocks:
-            self._stream.cancel()
-            raise Misfit(f"no memory for one block of {self._block_bytes} bytes: all of the client's is in use")
-
-    def _fill(self) -> None:
-        unpacker = Unpacker(self._views_of, lambda index: index + 1)
-        while True:
-            head, data = decode(pb.ReadReply, next(self._stream))
-            for arrived in unpacker.take(head, data):
-                if not arrived.good:
-                    raise Misfit(f"part {arrived.part} of block {arrived.index} does not have its checksum")
-                if arrived.ends_block:
-                    views = tuple(view.toreadonly() for view in self._memory(arrived.index))
-                    self._deliver(RemoteBlock(arrived.index, head.tier, views))
-            with self._moved:
-                self._moved.notify_all()
-
-    def _views_of(self, index: int) -> Sequence[memoryview]:
-        """Memory of a block whose first byte came; waits for it in a window."""
-        assert self._rented is not None
-        expected = self._start + len(self._ready)
-        if index != expected or index >= self._start + self.num_blocks:
-            raise Misfit(f"block {index} came where block {expected} comes next")
-        oldest = index - self._rented.num_blocks  # the block that this one's memory had
-        with self._moved:
-            self._moved.wait_for(lambda: self._closed or self._consumed > oldest)
-        if self._closed:
-            raise _Closed
-        return self._memory(index)
-
-    def _memory(self, index: int) -> tuple[memoryview, ...]:
-        assert self._rented is not None
-        place = (index - self._start) % self._rented.num_blocks
-        return cut(self._rented.view(place, self._block_bytes), self._sizes)
-
-    def _deliver(self, block: RemoteBlock) -> None:
-        with self._moved:
-            self._ready[block.index] = block
-            self._moved.notify_all()
 
 
 # ---- saves ----
