@@ -93,12 +93,15 @@ class WorkerSide:
                 self._pool.submit(self._run, job)
 
     def _run(self, job: _Job) -> None:
+        sound = False
         try:
-            done = self.fail_open.call(lambda: self._copy(job), False)
-            if not done:
-                job.stop = job.order.start  # something may be wrong with any of it: none counts
+            sound = self.fail_open.call(lambda: self._copy(job), False)
+        except Exception:  # the top of a load: a fault of ours costs a computation, not the engine
+            log.exception("a load of request %s failed", job.order.request)
         finally:
             with self._ended:
+                if not sound:
+                    job.stop = job.order.start  # something may be wrong with any of it: none counts
                 job.ended = True
                 self._ended.notify_all()
 
@@ -107,20 +110,29 @@ class WorkerSide:
         order = job.order
         if order.lease is None:
             return True
-        then_s = self._now_s()
+        at, then_s = order.start, self._now_s()
+        writer = self._pages.writer(order.pages, order.first_token)
         with self._adopt(order.lease) as load:
             for block in load:
-                if block.index != job.stop or block.index >= order.stop:
+                if block.index != at or at >= order.stop:
                     break
                 with job.lock:
                     if job.cancelled or self._now_s() > job.deadline_s:
-                        break
-                    self._pages.scatter(order.pages, block.index, block.views, order.first_token)
-                job.stop += 1
+                        return load.intact()
+                    # A match is over all parts, so that a hit is one on every rank; this rank copies its own.
+                    views = [block.views[part] for part in self._pages.parts]
+                    job.stop = order.start + writer.write(at, views)
+                at += 1
                 now_s = self._now_s()
                 job.seconds[block.tier] = job.seconds.get(block.tier, 0.0) + now_s - then_s
                 job.num_blocks[block.tier] = job.num_blocks.get(block.tier, 0) + 1
                 then_s = now_s
+            with job.lock:
+                if job.cancelled:
+                    return True
+                job.stop = order.start + writer.flush()
+            if at > order.start:
+                job.seconds[block.tier] += self._now_s() - then_s
             return load.intact()
 
     def _note(self, job: _Job) -> None:

@@ -35,7 +35,14 @@ from tests.fakes import FakeClock
 
 BLOCK, PAGE = 16, 8
 MODEL = ModelId(
-    model="tiny", revision="1", kv_dtype="bfloat16", num_layers=2, num_kv_heads=2, head_dim=16, block_tokens=BLOCK
+    part_layers=1,  # two parts, of which a worker here holds the second
+    model="tiny",
+    revision="1",
+    kv_dtype="bfloat16",
+    num_layers=2,
+    num_kv_heads=2,
+    head_dim=16,
+    block_tokens=BLOCK,
 )
 
 
@@ -65,20 +72,41 @@ class FakeRequest:
 class FakePages:
     """Pages that only note which blocks were copied."""
 
-    parts: tuple[int, ...] = (0,)
+    parts: tuple[int, ...] = (1,)
     page_tokens: int = PAGE
     written: list[tuple[int, int]] = field(default_factory=list)
     read: list[int] = field(default_factory=list)
-    on_write: Any = None
 
     def gather(self, pages: Sequence[int], index: int, views: Any) -> None:
         assert len(pages) * self.page_tokens >= (index + 1) * BLOCK
         self.read.append(index)
 
-    def scatter(self, pages: Sequence[int], index: int, views: Any, first_token: int) -> None:
-        self.written.append((index, first_token))
-        if self.on_write is not None:
-            self.on_write()
+    def writer(self, pages: Sequence[int], first_token: int) -> FakeWriter:
+        return FakeWriter(self, first_token)
+
+
+@dataclass
+class FakeWriter:
+    """Keeps the last block back, as a writer may."""
+
+    pages: FakePages
+    first_token: int
+    held: list[int] = field(default_factory=list)
+    count: int = 0
+
+    def write(self, index: int, views: Any) -> int:
+        assert len(views) == len(self.pages.parts)
+        self.held.append(index)
+        if len(self.held) > 1:
+            self.pages.written.append((self.held.pop(0), self.first_token))
+            self.count += 1
+        return self.count
+
+    def flush(self) -> int:
+        self.pages.written += [(index, self.first_token) for index in self.held]
+        self.count += len(self.held)
+        self.held = []
+        return self.count
 
 
 class Bench:

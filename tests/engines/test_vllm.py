@@ -182,6 +182,12 @@ def test_what_parallel_engines_save_a_single_one_loads_and_the_reverse(run: Run,
         assert engine["held"] == []
 
 
+def test_another_connector_interface_is_refused_in_one_sentence(run: Run) -> None:
+    refused = run("interface")["refused"]
+    assert "has another connector interface (get_num_new_matched_tokens" in refused
+    assert "tested are 0.32" in refused
+
+
 def test_vllm_and_transformers_load_what_the_other_saved(run: Run) -> None:
     facts = run("both_engines")
     assert facts["same_id"], facts

@@ -36,7 +36,7 @@ from connectors import vllm_scheduler
 from kvstore.api import Match
 from kvstore.block import Chain, ModelId, Root
 from kvstore.config import StoreConfig
-from kvstore.errors import TierUnavailable
+from kvstore.errors import ConfigError, TierUnavailable
 from kvstore.store import KVStore
 from kvstore.transfer import to_tensor
 
@@ -587,6 +587,20 @@ def both_engines(workdir: Path) -> Facts:
     return {**facts, "held": engine.close(), "check": store.check()}
 
 
+def interface(workdir: Path) -> Facts:
+    """The start-up check, against vLLM's interface and against one that has changed."""
+
+    class Renamed(connector_module.KVConnectorBase_V1):  # type: ignore[misc]
+        def get_num_new_matched_tokens(self, req: Any, num_computed_tokens: int) -> Any: ...
+
+    connector_module.check_interface()
+    try:
+        connector_module.check_interface(Renamed)
+    except ConfigError as error:
+        return {"refused": str(error)}
+    return {"refused": ""}
+
+
 # -- through a sidecar -----------------------------------------------------------------------------------------
 
 
@@ -719,6 +733,7 @@ SCENARIOS: dict[str, Callable[[Path], Facts]] = {
     "adapters": adapters,
     "fp8": fp8,
     "both_engines": both_engines,
+    "interface": interface,
     "through_sidecar": through_sidecar,
     "tp2": lambda workdir: fleet(workdir, parallel={"tensor_parallel_size": 2}, environ=TP2),
     "pp2": lambda workdir: fleet(
