@@ -703,13 +703,14 @@ def fleet(workdir: Path, *, parallel: Mapping[str, Any], environ: Mapping[str, s
         line = next(line for line in done.stdout.splitlines() if line.startswith("FACTS "))
         return dict(json.loads(line.removeprefix("FACTS ")))
 
-    facts = {
-        "many saves": run([1], many=True),
-        "one loads": run([1, 2], many=False),
-        "many loads": run([2, 1], many=True),
-    }
-    sidecar.close()
-    return facts
+    try:
+        return {
+            "many saves": run([1], many=True),
+            "one loads": run([1, 2], many=False),
+            "many loads": run([2, 1], many=True),
+        }
+    finally:
+        sidecar.close()
 
 
 TP2 = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
