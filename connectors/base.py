@@ -215,7 +215,7 @@ class FailOpen:
             # The store answered: this hold is gone, which is a miss and no reason to leave the store alone.
             self.num_failures += 1
             return otherwise
-        except (KVStoreError, OSError) as error:
+        except Exception as error:  # noqa: BLE001  # the one place for it: nothing a store does may fail a request
             self._fail(error)
             return otherwise
         if self._down:
@@ -228,4 +228,5 @@ class FailOpen:
         self._retry_at_s = self._now_s() + self.backoff_s
         if not self._down:
             self._down = True
-            log.warning("the store failed, going on without it: %s: %s", type(error).__name__, error)
+            bug = not isinstance(error, (KVStoreError, OSError))
+            log.warning("the store failed, going on without it: %s: %s", type(error).__name__, error, exc_info=bug)

@@ -37,6 +37,7 @@ DIGEST_BYTES = 32
 _MODEL_TAG = b"kvstore.model.v1"
 _ROOT_TAG = b"kvstore.root.v1"
 _SLACK_BYTES = 32 << 10
+_MAX_MEDIA_DIGEST_BYTES = 128  # so that what a block holds of them fits a frame's header
 _BLOCK_TAG = b"kvblock1"
 
 
@@ -181,7 +182,10 @@ def as_u32(tokens: Tokens) -> npt.NDArray[np.uint32]:
     """Token ids as a u32 array. Raises ValueError for ids outside 0 … 2³²−1."""
     if isinstance(tokens, np.ndarray) and tokens.dtype == np.uint32 and tokens.ndim == 1:
         return tokens.astype(np.uint32, copy=False)
-    array = np.asarray(tokens, dtype=np.int64)
+    given = np.asarray(tokens)
+    if given.size and given.dtype.kind not in "iu":
+        raise ValueError(f"tokens are {given.dtype}: give token ids as whole numbers from 0 to 4294967295")
+    array = given.astype(np.int64)
     if array.ndim != 1:
         raise ValueError(f"tokens must be one-dimensional, not of shape {array.shape}")
     if array.size and (int(array.min()) < 0 or int(array.max()) > 0xFFFFFFFF):
@@ -220,6 +224,12 @@ class Chain:
         """
         first_new = self.num_tokens
         items = sorted(media)
+        past = first_new + len(tokens)
+        for offset, digest in items:  # before anything is appended: tokens without their digest are other content
+            if not first_new <= offset < past:
+                raise ValueError(f"media offset {offset} is outside the appended tokens {first_new}…{past}")
+            if not 1 <= len(digest) <= _MAX_MEDIA_DIGEST_BYTES:
+                raise ValueError(f"a media digest has {len(digest)} bytes: use 1 to {_MAX_MEDIA_DIGEST_BYTES}")
         fresh = as_u32(tokens).astype("<u4", copy=False).tobytes()
         if not self._tokens and len(fresh) > _SLACK_BYTES:
             # Room to grow from the start: moving half a megabyte costs the next turn more than its match.
@@ -228,10 +238,7 @@ class Chain:
             self._tokens[:] = fresh
         else:
             self._tokens += fresh
-        for offset, digest in items:
-            if not first_new <= offset < self.num_tokens:
-                raise ValueError(f"media offset {offset} is outside the appended tokens {first_new}…{self.num_tokens}")
-            self._media.append((offset, digest))
+        self._media += items
         self._hash_full_blocks()
 
     def _hash_full_blocks(self) -> None:

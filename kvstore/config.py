@@ -32,6 +32,10 @@ from kvstore.service_options import CLIENT_VARIABLES, ServiceOptions
 from kvstore.tiers import TIERS
 from kvstore.tiers.host import HostOptions
 
+_MAX_BYTES = 1 << 50
+_MAX_NUMBER = 1 << 50
+_MAX_IO_THREADS = 256
+_MAX_S = 86_400.0
 _UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
     _UNITS |= {f"{_letter}b": 1000**_power, f"{_letter}ib": 1024**_power}
@@ -40,11 +44,16 @@ for _power, _letter in enumerate("kmgt", start=1):
 def parse_bytes(value: object, name: str) -> int:
     """`8589934592`, `"8GiB"` or `"8 GB"` as bytes."""
     if isinstance(value, int) and not isinstance(value, bool):
+        if not 0 <= value <= _MAX_BYTES:
+            raise ConfigError(f"{name} is {value}: give a size from 0 to {_MAX_BYTES} bytes")
         return value
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
     if found is None or found[2].lower() not in _UNITS:
         raise ConfigError(f"{name} is {value!r}: give a number of bytes, or a size such as 8GiB or 500MB")
-    return int(float(found[1]) * _UNITS[found[2].lower()])
+    size = float(found[1]) * _UNITS[found[2].lower()]
+    if size > _MAX_BYTES:
+        raise ConfigError(f"{name} is {str(value)[:40]!r}: give a size of at most {_MAX_BYTES} bytes")
+    return int(size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +64,7 @@ class RequestOptions:
         hold_s: how long a match keeps what it found, for the load to come.
         lease_s: how long a load may go without progress of its consumer.
         lookup_deadline_s, read_deadline_s: for one question to, one read from a lower tier.
-        io_threads: threads that talk to lower tiers for loads and matches.
+        io_threads: threads that talk to lower tiers: so many for matches, and so many for loads.
         require_tiers: refuse to start when a lower tier does not answer; otherwise say so and start.
     """
 
@@ -65,6 +74,13 @@ class RequestOptions:
     read_deadline_s: float = 5.0
     io_threads: int = 4
     require_tiers: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.io_threads <= _MAX_IO_THREADS:
+            raise ConfigError(f"request.io_threads is {self.io_threads}: use 1 to {_MAX_IO_THREADS} (4 is the default)")
+        for name in ("hold_s", "lease_s", "lookup_deadline_s", "read_deadline_s"):
+            if not 0 < getattr(self, name) <= _MAX_S:
+                raise ConfigError(f"request.{name} is {getattr(self, name)}: give seconds above 0, up to {_MAX_S:g}")
 
 
 _SECTIONS: dict[str, type] = {
@@ -156,6 +172,8 @@ def _read_toml(path: str | Path) -> dict[str, Any]:
         return tomllib.loads(Path(path).read_text())
     except OSError as exc:
         raise ConfigError(f"config file {path} cannot be read: {exc.strerror}") from exc
+    except UnicodeDecodeError as exc:
+        raise ConfigError(f"config file {path} is not UTF-8 text: {exc.reason} at byte {exc.start}") from exc
     except tomllib.TOMLDecodeError as exc:
         raise ConfigError(f"config file {path} is not TOML: {exc}") from exc
 
@@ -228,6 +246,11 @@ def _coerce(value: object, kind: object, name: str) -> object:
 
 def _number(value: object, kind: type[int] | type[float], name: str) -> int | float:
     try:
-        return kind(str(value))
-    except ValueError:
+        number = kind(str(value))
+        if not 0 <= number <= _MAX_NUMBER:
+            raise ConfigError(f"{name} is {str(value)[:40]}: give a number from 0 to {_MAX_NUMBER}")
+        return number
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(f"{name} is {value!r}: give a {'whole number' if kind is int else 'number'}") from None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -116,11 +116,16 @@ class BlockLoad:
     def wait_for(self, index: int) -> ReadyBlock | None:
         """Block `index` once it is there, which moves no window; None where the load ended before it."""
         plan = self._plan
+        with self._moved:
+            if self._windowed and index < self._consumed:
+                return None  # a window may have moved over it
         if index < plan.num_host_blocks:
-            row = int(self._lease.rows[index])
-            if not self.intact():
+            if not self.renew():
                 return None
-            block = self._block(index, HOST_TIER, row)
+            block = self._block(index, HOST_TIER, int(self._lease.rows[index]))
+            if plan.sources:
+                with self._moved:
+                    self._ready[index] = block
             # Asked again after looking: rows of a lease that ran out meanwhile may hold another block by now.
             return block if self.intact() else None
         with self._moved:
@@ -173,11 +178,16 @@ class BlockLoad:
         """Push the lease's deadline out; False where it has run out already."""
         return self._leases.renew(self._lease, self._plan.now_s() + self._plan.lease_s)
 
-    def close(self) -> None:
-        """Release. Waits until a fetch under way has stopped writing to the load's slots."""
+    def end(self) -> None:
+        """Bring in no more, and wait for nothing; `close` still has to follow."""
         with self._moved:
             self._closed = True
             self._moved.notify_all()
+
+    def close(self) -> None:
+        """Release. Waits until a fetch under way has stopped writing to the load's slots."""
+        self.end()
+        with self._moved:
             self._moved.wait_for(lambda: not self._fetching)
             scratch, self._scratch = self._scratch, []
         for slots in scratch:
@@ -278,11 +288,12 @@ class BlockLoad:
         """
         plan = self._plan
         while at < stop and at not in filling and not self._closed:
-            row = pinned.pop(at, None)
-            if row is None:
-                row = self._pin_when_filled(plan.chain.ids[at])
+            # Pinned anew where this load published it, too: others may still be writing other parts of it.
+            row = self._pin_when_filled(plan.chain.ids[at])
             if row is None:
                 return at
+            if at in pinned:
+                self._host.pool.unpin(np.array([pinned.pop(at)], np.int64))
             self._leases.extend(self._lease, [row])
             self._deliver(self._block(at, tier.name, row))
             at += 1
@@ -296,6 +307,14 @@ class BlockLoad:
             rows = pool.pin_leading([block], need, plan.chain.root.id)
         return int(rows[0]) if len(rows) else None
 
+    def _retire(self) -> None:
+        """Take back the views of blocks that were passed: who kept one is refused rather than shown other bytes."""
+        with self._moved:
+            for index in [index for index in self._ready if index < self._consumed]:
+                for view in self._ready.pop(index).views:
+                    with suppress(BufferError):  # something was made over it, which is its maker's to drop
+                        view.release()
+
     def _read_into_scratch(self, tier: Tier, index: int) -> bool:
         """One block of a load larger than the arena, in slots that belong to no block."""
         plan = self._plan
@@ -306,6 +325,7 @@ class BlockLoad:
                 return False
         if self._closed:
             return False
+        self._retire()
         if self._scratch:
             slots = self._scratch[-1]
             # Another block's from here on: who copies late, from elsewhere, must be able to tell.
@@ -330,7 +350,7 @@ class BlockLoad:
         """Scratch slots, giving up pins of consumed blocks from the tail until there is room."""
         sizes = [cell.num_bytes for cell in self._plan.cells()]
         while (slots := self._host.pool.acquire_scratch(sizes)) is None:
-            if not len(self._lease.all_rows()):
+            if not self._lease.alive or not len(self._lease.all_rows()):
                 return None
             self._leases.shorten(self._lease, 1)
         return slots

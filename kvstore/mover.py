@@ -32,6 +32,7 @@ _IDLE_S = 0.05
 _MAX_TOUCHES = 1024
 _EVICT_AHEAD_SHARE = 0.1
 _ATTEMPTS = 2
+_MAX_S = 86_400.0
 
 
 class WriteMode(Enum):
@@ -68,6 +69,9 @@ class MoverOptions:
         accepted = [mode.value for mode in WriteMode]
         if self.write not in accepted:
             raise ConfigError(f"mover.write is {self.write!r}: use one of {', '.join(accepted)}")
+        for name, least_s in (("write_deadline_s", 0.001), ("flush_s", 0.0)):
+            if not least_s <= getattr(self, name) <= _MAX_S:
+                raise ConfigError(f"mover.{name} is {getattr(self, name)}: give seconds from {least_s:g} to {_MAX_S:g}")
 
 
 class _Outcome(Enum):
@@ -195,14 +199,17 @@ class Mover:
     def _demote(self, job: _Job) -> None:
         again: list[int] = []
         blocks = job.blocks
-        for number in job.tiers:
-            outcome = self._write_blocks(job.blocks, number)
-            if outcome is not _Outcome.DONE:
-                again.append(number)
-            if outcome is _Outcome.ORPHANED:
-                blocks = self._with_ancestors(job.blocks, number)
+        try:
+            for number in job.tiers:
+                outcome = self._write_blocks(job.blocks, number)
+                if outcome is not _Outcome.DONE:
+                    again.append(number)
+                if outcome is _Outcome.ORPHANED:
+                    blocks = self._with_ancestors(job.blocks, number)
+        finally:
+            with self._wake:
+                self._queued_bytes -= job.num_bytes
         with self._wake:
-            self._queued_bytes -= job.num_bytes
             if again and job.attempt < _ATTEMPTS and not self._closing:
                 self._push(_Job(blocks, job.num_bytes, again, job.attempt + 1))
             elif again:
@@ -210,23 +217,35 @@ class Mover:
 
     def _write_blocks(self, blocks: Sequence[BlockId], number: int) -> _Outcome:
         """Write those of `blocks` that tier `number` is not believed to hold."""
+        rest = list(blocks)
+        while rest:
+            outcome, num_bytes, num_blocks = self._write_some(rest, number)
+            if outcome is not _Outcome.DONE:
+                return outcome
+            rest = rest[num_blocks:]
+            self._spend(num_bytes)  # with nothing pinned: a slow budget must not keep saves from finding room
+        return _Outcome.DONE
+
+    def _write_some(self, blocks: Sequence[BlockId], number: int) -> tuple[_Outcome, int, int]:
+        """Write what is wanted of the first of `blocks`, a batch at most; outcome, bytes, and how many were seen to."""
         pool = self._host.pool
-        resident, rows = pool.pin_resident(blocks)
+        resident, rows = pool.pin_resident(blocks[:1])
+        if not resident:
+            return _Outcome.DONE, 0, 1
+        _, layout = pool.place_of(int(rows[0]))
+        pool.unpin(rows)
+        num_blocks = max(1, _BATCH_BYTES // layout.block_bytes)
+        resident, rows = pool.pin_resident(blocks[:num_blocks])
         try:
             believed = pool.below(rows, number)
-            wanted = [
-                pair
-                for pair, there in zip(zip(resident, rows.tolist(), strict=True), believed, strict=True)
-                if not there
-            ]
-            while wanted:
-                batch, wanted = self._split(wanted)
-                outcome = self._write_batch(batch, number)
-                if outcome is not _Outcome.DONE:
-                    return outcome
+            pairs = zip(resident, rows.tolist(), strict=True)
+            wanted = [pair for pair, there in zip(pairs, believed, strict=True) if not there]
+            if not wanted:
+                return _Outcome.DONE, 0, num_blocks
+            outcome, num_bytes = self._write_batch(wanted, number)
+            return outcome, num_bytes, num_blocks
         finally:
             pool.unpin(rows)
-        return _Outcome.DONE
 
     def _with_ancestors(self, blocks: Sequence[BlockId], number: int) -> list[BlockId]:
         """The tier refused a block for want of its parent: what it was believed to hold is gone; write it again."""
@@ -238,12 +257,8 @@ class Mover:
         self._stats.add("mover.restored_blocks", len(resident) - len(blocks))
         return resident
 
-    def _split(self, wanted: list[tuple[BlockId, int]]) -> tuple[list[tuple[BlockId, int]], list[tuple[BlockId, int]]]:
-        _, layout = self._host.pool.place_of(wanted[0][1])
-        num_blocks = max(1, _BATCH_BYTES // layout.block_bytes)
-        return wanted[:num_blocks], wanted[num_blocks:]
-
-    def _write_batch(self, batch: list[tuple[BlockId, int]], number: int) -> _Outcome:
+    def _write_batch(self, batch: list[tuple[BlockId, int]], number: int) -> tuple[_Outcome, int]:
+        """Write pinned blocks; outcome and bytes."""
         pool, tier = self._host.pool, self._tiers[number]
         parts: dict[PartKey, memoryview] = {}
         meta: dict[BlockId, BlockMeta] = {}
@@ -254,21 +269,21 @@ class Mover:
             cells[row] = pool.ready_parts(row)
             views = self._host.views(row, layout, cells[row])
             parts |= {PartKey(root, block, cell): view for cell, view in zip(cells[row], views, strict=True)}
-        self._spend(sum(map(len, parts.values())))
+        num_bytes = sum(map(len, parts.values()))
         try:
             written = tier.write(parts, meta, self._options.write_deadline_s)
         except TierError as error:
             self._note_failure(number, error)
-            return _Outcome.FAILED
+            return _Outcome.FAILED, num_bytes
         self._note_success(number)
         partial = {key.block for key in parts if key not in written}
         done = [row for block, row in batch if block not in partial]
         pool.set_below(np.array(done, np.int64), number, [cells[row] for row in done])
         self._stats.add("mover.demoted_blocks", len(done))
         if not partial:
-            return _Outcome.DONE
+            return _Outcome.DONE, num_bytes
         first = batch[0][0]
-        return _Outcome.ORPHANED if first in partial and meta[first].depth else _Outcome.FAILED
+        return (_Outcome.ORPHANED if first in partial and meta[first].depth else _Outcome.FAILED), num_bytes
 
     def _evict_ahead(self) -> None:
         """Write the coldest blocks of a nearly full host tier down before eviction reaches them."""

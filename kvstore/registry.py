@@ -38,14 +38,21 @@ class Registry(Generic[T]):
             known = ", ".join(sorted(self._targets))
             raise ConfigError(f"unknown {self.kind} {name!r}: use one of {known}, or 'package.module:Class'")
         try:
-            return cast("type[T]", getattr(importlib.import_module(module_name), class_name))
+            found = getattr(importlib.import_module(module_name), class_name)
+        except ValueError as exc:
+            raise ConfigError(f"{self.kind} {name!r}: name it as 'package.module:Class'") from exc
         except ImportError as exc:
             raise ConfigError(f"{self.kind} {name!r} needs a package that is not installed: {exc}") from exc
         except AttributeError as exc:
             raise ConfigError(f"{self.kind} {name!r}: module {module_name} has no class {class_name}") from exc
+        if not isinstance(found, type):
+            raise ConfigError(f"{self.kind} {name!r}: {class_name} of {module_name} is no class")
+        return cast("type[T]", found)
 
     def options(self, name: str, values: Mapping[str, object]) -> object:
         """`values` as the frozen `Options` of `name`, checked key by key."""
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"the options of {self.kind} {name!r} are {values!r}: give a table of names and values")
         options_class = cast(Any, self.load(name)).Options
         known = {field.name for field in dataclasses.fields(options_class)}
         for key in values:

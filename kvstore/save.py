@@ -72,7 +72,7 @@ class BlockSave:
 
     def publish(self, indices: Sequence[int]) -> list[int]:
         """Publish filled blocks; returns those that became matchable. Raises LeaseError for one that is not open."""
-        chosen = sorted(indices)
+        chosen = sorted(set(indices))
         unknown = [index for index in chosen if index not in self._open]
         if unknown:
             raise LeaseError(f"blocks {unknown} are not open in this save: open are {list(self._open)}")

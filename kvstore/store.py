@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, replace
+from weakref import WeakSet
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +49,7 @@ NOT_CHECKED = "not checked"
 """Begins the line of `check` for a lower tier that does not answer."""
 
 _SWEEP_S = 0.25
+_DEAD_HOLD_S = 60.0
 _Sources = tuple[tuple[Tier, int], ...]
 
 
@@ -114,9 +116,12 @@ class KVStore:
         self._warm_numbers = itertools.count()
         self._layouts: dict[ModelId, BlockLayout] = {}
         self._holds: dict[str, _Hold] = {}
+        self._loads: WeakSet[BlockLoad] = WeakSet()  # so that closing the store ends what they are waiting for
         self._lock = threading.Lock()
         self._closing = threading.Event()
-        self._pool = ThreadPoolExecutor(self.config.request.io_threads, thread_name_prefix="kvstore-io")
+        # Apart from each other: a load whose consumer is slow holds its thread, and matches must not wait for that.
+        self._askers = ThreadPoolExecutor(self.config.request.io_threads, thread_name_prefix="kvstore-ask")
+        self._fetchers = ThreadPoolExecutor(self.config.request.io_threads, thread_name_prefix="kvstore-fetch")
         self._sweeper = threading.Thread(target=self._sweep, name="kvstore-sweep", daemon=True)
         self._sweeper.start()
 
@@ -191,7 +196,7 @@ class KVStore:
         if before is not None:
             self._leases.release(before.lease)
         if hold.answer is None and self._tiers and num_host < len(chain):
-            hold.answer = self._pool.submit(self._ask, chain, num_host, cells)
+            hold.answer = self._askers.submit(self._ask, chain, num_host, cells)
         if hold.answer is not None and wait_s > 0:
             try:
                 hold.answer.result(timeout=wait_s)
@@ -260,7 +265,7 @@ class KVStore:
         # Ids are claims: only what lies under this root moves. Lower tiers go by root themselves.
         num_host = self._host.pool.leading(chain.ids[:num_blocks], 0, chain.root.id)
         self._host.pool.touch(chain.ids, num_host, hint)
-        self._mover.touched(chain, num_blocks, self._layout(chain).all_parts, hint)
+        self._mover.touched(chain, min(num_blocks, len(chain)), self._layout(chain).all_parts, hint)
 
     # -- loading -----------------------------------------------------------------------------------------------
 
@@ -269,6 +274,8 @@ class KVStore:
             hold = self._holds.pop(request, None)
         if hold is None:
             raise UnknownLease(f"request {request!r} has no hold: call match first")
+        if start < 0:
+            raise ConfigError(f"start is {start}: it is a chain index, 0 for the first block")
         settings = self.config.request
         alive = self._leases.renew(hold.lease, self._clock.now_s() + settings.lease_s)
         num_host = len(hold.lease.rows) if alive else 0
@@ -288,11 +295,12 @@ class KVStore:
             lease_s=settings.lease_s,
         )
         load = BlockLoad(plan, self._host, self._leases, hold.lease, self._stats)
+        self._loads.add(load)
         host_bytes = (plan.num_host_blocks - plan.start) * sum(hold.layout.parts[part].num_bytes for part in hold.parts)
         self._stats.add_all({"load.requests": 1, "host.read_bytes": max(0, host_bytes)})
         if sources:
             load.begin_fetch()
-            self._pool.submit(self._fetch, load)
+            self._fetchers.submit(self._fetch, load)
         return load
 
     def _fetch(self, load: BlockLoad) -> None:
@@ -430,7 +438,13 @@ class KVStore:
             self._host.pool.settle()
             self._marks.sweep()
             with self._lock:
-                dead = [request for request, hold in self._holds.items() if not hold.lease.alive]
+                # Kept a while: the load that comes late is told that there is nothing, not that it never matched.
+                late_s = now_s - _DEAD_HOLD_S
+                dead = [
+                    request
+                    for request, hold in self._holds.items()
+                    if not hold.lease.alive and hold.lease.deadline_s < late_s
+                ]
                 for request in dead:
                     del self._holds[request]
 
@@ -458,9 +472,12 @@ class KVStore:
         if self._closing.is_set():
             return
         self._closing.set()
+        for load in list(self._loads):
+            load.end()
         self._sweeper.join()
         self._mover.close()
-        self._pool.shutdown(wait=True)
+        self._askers.shutdown(wait=True)
+        self._fetchers.shutdown(wait=True)
         for tier in self._tiers:
             tier.close()
         self._host.close()

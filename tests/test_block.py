@@ -156,3 +156,16 @@ def test_tokens_outside_u32_are_refused(tokens: list[int]) -> None:
 def test_a_wrong_model_is_refused_in_a_sentence(field: str, value: object, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         dataclasses.replace(GOLDEN_MODEL, **{field: value})
+
+
+def test_media_that_is_refused_leaves_the_chain_as_it_was(root: Root) -> None:
+    chain = Chain(root, range(8))
+    for media in ([(50, b"d" * 32)], [(9, b"")], [(9, b"d" * 129)]):
+        with pytest.raises(ValueError, match="media"):
+            chain.extend(range(16), media=media)
+        assert (chain.num_tokens, len(chain)) == (8, 0), "tokens without their digest are other content"
+
+
+def test_tokens_that_are_no_whole_numbers_are_refused(root: Root) -> None:
+    with pytest.raises(ValueError, match="whole numbers"):
+        Chain(root, [1.5] * 16)  # type: ignore[list-item]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from kvstore.block import Chain, ModelId, PartKey, Root
+from kvstore.config import StoreConfig
 from kvstore.lease import LeaseBook
 from kvstore.marks import MARK_TTL_S, Marks
 from kvstore.store import KVStore
@@ -295,3 +296,149 @@ def test_a_chain_that_grew_is_asked_for_again(make_store: MakeStore, root: Root)
     growing.extend(np.frombuffer(tokens, "<u4")[3 * 16 :])
     assert store.match(growing, "r", wait_s=5).num_blocks == 6
     store.forget("r")
+
+
+def test_a_block_is_handed_out_only_when_every_part_of_it_is_whole(make_store: MakeStore, gridded: Root) -> None:
+    tier = DictTier()
+    full = make_store(tiers=[tier], mover=THROUGH)
+    full.open(gridded.model)
+    chain = chain_of(gridded, 3)
+    save_all(full, chain)
+    full.flush()
+    store = make_store(tiers=[tier], request={"read_deadline_s": 0.2})
+    store.open(gridded.model)
+    with store.save(chain, 0, 3, parts=(0,)):  # another rank is writing part 0 of each, and does not finish
+        store.match(chain, "r", wait_s=5)
+        with store.load("r") as load:
+            assert list(load) == []
+    assert load_all(store, chain) == ["dict"] * 3
+
+
+def test_blocks_kept_after_a_window_moved_on_are_refused_not_shown_other_bytes(
+    make_store: MakeStore, root: Root
+) -> None:
+    tier = DictTier()
+    big = make_store(64, tiers=[tier], mover=THROUGH)
+    chain = chain_of(root, 20)
+    save_all(big, chain)
+    big.flush()
+    small = make_store(4, tiers=[tier])
+    small.match(chain, "r", wait_s=5)
+    with small.load("r") as load:
+        kept = list(load)
+        assert len(kept) == 20
+        wrong = 0
+        for block in kept[:-1]:
+            try:
+                wrong += bytes(block.views[0]) != content(chain, block.index, 0, len(block.views[0]))
+            except ValueError:  # released
+                continue
+        assert wrong == 0
+        assert list(load) == [], "a second pass cannot see what windows moved over"
+
+
+def test_a_window_of_a_load_whose_lease_died_ends(make_store: MakeStore, root: Root, clock: FakeClock) -> None:
+    tier = DictTier()
+    big = make_store(64, tiers=[tier], mover=THROUGH)
+    chain = chain_of(root, 8)
+    save_all(big, chain)
+    big.flush()
+    small = make_store(4, tiers=[tier], request={"read_deadline_s": 5, "lease_s": 10})
+    small.match(chain, "r", wait_s=5)
+    load = small.load("r")
+    blocks = iter(load)
+    taken = [next(blocks).index for _ in range(4)]
+    clock.time_s += 11
+    while load.intact():  # the sweeper ends the lease
+        threading.Event().wait(0.01)
+    other = small.match(chain, "other")  # and another request pins what it had pinned
+    assert (taken, other.num_host_blocks) == ([0, 1, 2, 3], 4)
+    assert list(blocks) == []
+    load.close()
+    small.forget("other")
+
+
+def test_committing_a_block_twice_in_one_call_publishes_it_once(store: KVStore, root: Root) -> None:
+    chain = chain_of(root, 2)
+    with store.save(chain, 0, 2) as save:
+        assert save.commit(0, 0) == 1
+    assert store.match(chain, "r").num_blocks == 1
+    store.forget("r")
+
+
+def test_a_hold_that_the_sweeper_ended_still_gives_an_empty_load(
+    make_store: MakeStore, root: Root, clock: FakeClock
+) -> None:
+    store = make_store()
+    chain = chain_of(root, 2)
+    save_all(store, chain)
+    store.match(chain, "r")
+    clock.time_s += 30
+    while store.stats()["lease.live"]:
+        threading.Event().wait(0.01)
+    with store.load("r") as load:
+        assert list(load) == []
+    store.match(chain, "gone")
+    clock.time_s += 1000
+    while "gone" in store._holds:
+        threading.Event().wait(0.01)
+
+
+def test_a_tier_that_raises_anything_gives_its_queue_back(make_store: MakeStore, root: Root) -> None:
+    class Buggy(DictTier):
+        broken = True
+
+        def write(self, *args: object) -> set[PartKey]:  # type: ignore[override]
+            if self.broken:
+                raise ZeroDivisionError
+            return super().write(*args)  # type: ignore[arg-type]
+
+    tier = Buggy()
+    store = make_store(tiers=[tier], mover=THROUGH)
+    save_all(store, chain_of(root, 4))
+    assert store.flush(5)
+    assert store.stats()["mover.queued_bytes"] == 0
+    tier.broken = False
+    save_all(store, chain_of(root, 4, seed=1))
+    assert store.flush(5)
+    assert len(tier.values) == 4
+
+
+def test_a_slow_write_budget_pins_nothing(make_store: MakeStore, root: Root) -> None:
+    tier = DictTier()
+    store = make_store(8, tiers=[tier], mover={**THROUGH, "write_bytes_per_s": 1, "flush_s": 0})
+    save_all(store, chain_of(root, 8))
+    while not tier.values:
+        threading.Event().wait(0.01)
+    other = chain_of(root, 8, seed=1)
+    assert save_all(store, other) == 8, "what waits for its budget kept a save from finding room"
+
+
+def test_closing_a_store_ends_its_loads(make_store: MakeStore, root: Root) -> None:
+    tier = DictTier()
+    big = make_store(64, tiers=[tier], mover=THROUGH)
+    chain = chain_of(root, 20)
+    save_all(big, chain)
+    big.flush()
+    reading, go = threading.Event(), threading.Event()
+
+    def wait(key: PartKey) -> None:
+        reading.set()
+        go.wait(5)
+
+    store = KVStore(StoreConfig.load({"host": {"capacity_bytes": 8 * 4096}}, environ={}), tiers=[tier])
+    store.open(root.model)
+    store.match(chain, "r", wait_s=5)
+    tier.before_read = wait
+    load = store.load("r")
+    assert reading.wait(5)
+    closing = threading.Thread(target=store.close)
+    closing.start()
+    while not load._closed:
+        threading.Event().wait(0.01)
+    go.set()
+    closing.join(5)
+    assert not closing.is_alive()
+    assert list(load) == []
+    load.close()
+    tier.before_read = lambda key: None

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from kvstore.arena import Arena, slot_stride
+from kvstore.arena import PAGE_BYTES, Arena, slot_stride
 from kvstore.errors import ConfigError
 from kvstore.index import NO_SLOT
 from kvstore.layout import BlockLayout
@@ -34,6 +34,10 @@ class HostOptions:
     policy_options: Mapping[str, object] = field(default_factory=dict)
     prefault: bool = True
     huge_pages: bool = False
+
+    def __post_init__(self) -> None:
+        if self.capacity_bytes < PAGE_BYTES:
+            raise ConfigError(f"host.capacity_bytes is {self.capacity_bytes}: give a size such as 8GiB")
 
 
 class HostTier:

@@ -113,7 +113,8 @@ class Connections:
         try:
             # Only parses: nothing connects here.
             self._template = redis.ConnectionPool.from_url(url, protocol=2)
-        except ValueError as exc:
+            self._template.connection_class(**self._template.connection_kwargs)
+        except (ValueError, TypeError) as exc:
             raise ConfigError(
                 f"the redis URL is not usable: {exc}; use redis://, rediss:// or unix:// or 'embedded'"
             ) from exc
