@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 import grpc
 
-from kvstore.errors import CapacityError, KVStoreError
+from kvstore.errors import CapacityError, KVStoreError, ServiceUnavailable
 from kvstore.service.status import abort_with, code_of
 
 log = logging.getLogger("kvstore.service")
@@ -55,6 +55,7 @@ class Calls:
         def call(request: Any, context: grpc.ServicerContext) -> Reply:
             began_s = time.perf_counter()
             try:
+                _refuse_late(context)
                 reply = method(request, context)
             except Exception as error:  # noqa: BLE001 a thread's top
                 failure = _failure(name, error)
@@ -108,6 +109,13 @@ def _failure(name: str, error: Exception) -> KVStoreError:
         return error
     log.exception("%s failed", name)
     return InternalError(f"{name} failed in the server: its log says more")
+
+
+def _refuse_late(context: grpc.ServicerContext) -> None:
+    """A call that waited until nobody waits for it any more is not begun."""
+    left_s = remaining_s(context)
+    if left_s is not None and left_s <= 0:
+        raise ServiceUnavailable("the deadline passed before the call began")
 
 
 def remaining_s(context: grpc.ServicerContext) -> float | None:

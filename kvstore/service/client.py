@@ -174,7 +174,7 @@ class SidecarStore:
             return connection.plane.load(self._link, connection, message, matched.cells)
         except (Down, LeaseError):
             # Ran out, or nobody knows whether it began: then it ends with the next call.
-            self._link.ended(connection, load=message.lease)
+            self._link.ended(connection, load=message.lease, request=request)
             return NoLoad()
 
     def adopt(self, shared: bytes) -> Load:

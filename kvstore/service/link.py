@@ -140,6 +140,7 @@ class Connection:
     """One session with one start of a server.
 
     Attributes:
+        draining: the server has said that it stops soon.
         lost: set once, when nothing more comes of it.
     """
 
@@ -154,6 +155,7 @@ class Connection:
     highest_lease: int = 0
     live_loads: set[int] = field(default_factory=set)
     done: _Done = field(default_factory=_Done)
+    draining: bool = False
     lost: threading.Event = field(default_factory=threading.Event)
 
     @property
@@ -314,6 +316,7 @@ class Link:
             return Down()
         if isinstance(error, ServiceUnavailable):
             self._stats.add("client.failures.draining")
+            connection.draining = True
             self._rest(connection, str(error))
             return Down()
         return error
@@ -440,6 +443,11 @@ class Link:
     def _try_again(self) -> bool:
         """One try at getting up again."""
         resting = self._resting
+        if resting is not None and resting.draining:
+            # It takes nothing new; what was begun with it ends in order. Its session stream says when it stops.
+            if resting.done:
+                self._say(resting)
+            return False
         if resting is not None:
             try:
                 resting.stub.Release(pb.ReleaseRequest(session=resting.session), timeout=self.options.call_deadline_s)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from kvstore.api import HOST_TIER, Hint
 from kvstore.block import Root
-from kvstore.errors import AccessDenied, CapacityError, ConfigError, ProtocolError, UnknownLease
+from kvstore.errors import AccessDenied, CapacityError, ConfigError, LeaseExpired, ProtocolError, UnknownLease
 from kvstore.service.chains import ServedChain
 from kvstore.service.handshake import model_of
 from kvstore.service.saves import ServedSave
@@ -184,6 +184,8 @@ class Requests:
         load = None
         try:
             load = self._store.load(session.key(name), stop, start=request.start)
+            if not load.intact():
+                raise LeaseExpired(f"the hold of request {name!r} ran out: match again")
             served = ServedLoad(load, chain, contents)
             session.add_load(request.lease, served)
         except BaseException:
