@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.env import stamp
+from bench.options import whole
 from bench.report import percentiles, print_table, write_json
 from kvstore.api import NO_HINT
 from kvstore.arena import PAGE_BYTES, Arena
@@ -187,7 +188,9 @@ def _number(row: Row, key: str) -> float:
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench index_scale", description=__doc__)
-    parser.add_argument("--blocks", type=int, default=1_000_000, help="blocks in the table (default: 1,000,000)")
+    parser.add_argument(
+        "--blocks", type=whole(10_000, 100_000_000), default=1_000_000, help="blocks in the table (default: 1,000,000)"
+    )
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args(argv)
     summary, rows = measure(options.blocks)

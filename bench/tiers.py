@@ -23,6 +23,7 @@ import torch
 from rich.progress import Progress
 
 from bench.env import stamp
+from bench.options import whole
 from bench.redis_ceiling import raw_get_s, raw_set_s
 from bench.report import print_table, write_json
 from kvstore.api import Store
@@ -299,9 +300,9 @@ def measure_redis(bench: HostBench, repeats: int, tick: Callable[[], None]) -> d
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench tiers", description=__doc__)
-    parser.add_argument("--mib", type=int, default=512, help="KV to move in each arm (default: 512)")
-    parser.add_argument("--repeats", type=int, default=9, help="rounds, arms alternating (default: 9)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mib", type=whole(8, 65_536), default=512, help="KV to move in each arm (default: 512)")
+    parser.add_argument("--repeats", type=whole(1, 10_000), default=9, help="rounds, arms alternating (default: 9)")
+    parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=0)
     parser.add_argument("--json", metavar="FILE", help="write {name, env, rows, summary}")
     options = parser.parse_args(argv)
     # Drawn between timings only: a refreshing thread takes the GIL and a core from what is timed.

@@ -21,9 +21,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bench.engines import ENGINES, Arm, Memory
 from bench.env import stamp
 from bench.models import ChatModel, smollm2
+from bench.options import size, whole
 from bench.report import TtftRow, html_page, plot_hits_by_tier, plot_ttft_by_turn, print_table, write_json
 from bench.workload import Turn, Workload, multi_turn, zero_reuse
-from kvstore.config import parse_bytes
 
 HELP = "time to first token in multi-turn chats, by where the prefix comes from"
 
@@ -256,26 +256,47 @@ def parser() -> argparse.ArgumentParser:
     )
     add = made.add_argument
     add("--engine", choices=list(ENGINES), default=defaults.engine)
-    add("--users", type=int, default=defaults.users, help="chats (default: %(default)s)")
-    add("--turns", type=int, default=defaults.turns, help="requests a chat (default: %(default)s)")
-    add("--documents", type=int, default=defaults.documents, help="shared documents (default: %(default)s)")
-    add("--doc-tokens", type=int, default=defaults.doc_tokens, help="tokens a document (default: %(default)s)")
-    add("--new-tokens", type=int, default=defaults.new_tokens, help="new tokens a turn (default: %(default)s)")
-    add("--zero-requests", type=int, default=defaults.zero_requests, help="requests without reuse (%(default)s)")
-    add("--max-new-tokens", type=int, default=defaults.max_new_tokens, help="tokens to generate (%(default)s)")
-    add("--min-reused", type=int, default=defaults.min_reused, help="reused tokens that count in ratios (%(default)s)")
-    add("--device-bytes", type=_size, default=defaults.device_bytes, metavar="SIZE", help="device budget (128MiB)")
-    add("--host-bytes", type=_size, default=defaults.host_bytes, metavar="SIZE", help="host tier (2GiB)")
-    add("--redis-bytes", type=_size, default=defaults.redis_bytes, metavar="SIZE", help="shared tier (4GiB)")
+    add("--users", type=whole(1, 64), default=defaults.users, help="chats (default: %(default)s)")
+    add("--turns", type=whole(2, 64), default=defaults.turns, help="requests a chat (default: %(default)s)")
+    add("--documents", type=whole(1, 64), default=defaults.documents, help="shared documents (default: %(default)s)")
+    add(
+        "--doc-tokens",
+        type=whole(64, 100_000),
+        default=defaults.doc_tokens,
+        help="tokens a document (default: %(default)s)",
+    )
+    add(
+        "--new-tokens",
+        type=whole(8, 10_000),
+        default=defaults.new_tokens,
+        help="new tokens a turn (default: %(default)s)",
+    )
+    add(
+        "--zero-requests",
+        type=whole(1, 1_000),
+        default=defaults.zero_requests,
+        help="requests without reuse (%(default)s)",
+    )
+    add(
+        "--max-new-tokens",
+        type=whole(1, 1_000),
+        default=defaults.max_new_tokens,
+        help="tokens to generate (%(default)s)",
+    )
+    add(
+        "--min-reused",
+        type=whole(1, 1_000_000),
+        default=defaults.min_reused,
+        help="reused tokens that count in ratios (%(default)s)",
+    )
+    add("--device-bytes", type=size(), default=defaults.device_bytes, metavar="SIZE", help="device budget (128MiB)")
+    add("--host-bytes", type=size(64 << 20), default=defaults.host_bytes, metavar="SIZE", help="host tier (2GiB)")
+    add("--redis-bytes", type=size(64 << 20), default=defaults.redis_bytes, metavar="SIZE", help="shared tier (4GiB)")
     add("--dtype", choices=["float32", "bfloat16"], default=defaults.dtype)
-    add("--seed", type=int, default=defaults.seed)
+    add("--seed", type=whole(0, 2**32 - 1), default=defaults.seed)
     add("--json", metavar="FILE", help="write {name, env, rows, summary}")
     add("--html", metavar="FILE", help="write a self-contained page with plots")
     return made
-
-
-def _size(text: str) -> int:
-    return parse_bytes(text, "size")
 
 
 def main(argv: list[str]) -> int:

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Values of command-line options, checked where they are parsed: an error names what is accepted."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+from kvstore.config import parse_bytes
+from kvstore.errors import ConfigError
+
+
+def whole(least: int, most: int) -> Callable[[str], int]:
+    """For `type=`: a whole number from `least` to `most`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
+        return value
+
+    return parse
+
+
+def size(least: int = 0) -> Callable[[str], int]:
+    """For `type=`: a size such as 128MiB, of at least `least` bytes."""
+
+    def parse(text: str) -> int:
+        try:
+            value = parse_bytes(text, "the size")
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is too small: give at least {least} bytes")
+        return value
+
+    return parse
