@@ -82,7 +82,7 @@ def test_a_second_turn_reuses_prompt_and_answer(run: Run, scenario: str, hits: l
     assert facts["num_distinct"] > 20
     assert facts["metrics"]["loads"] == 3
     assert facts["metrics"]["failed_loads"] == 0
-    assert min(facts["metrics"][name] for name in ("saved_blocks", "loaded_bytes", "load_seconds")) > 0
+    assert min(facts["metrics"][name] for name in ("saved_blocks", "loaded_bytes")) > 0
     assert facts["control_differs"]
     assert healthy(facts)
 

@@ -294,7 +294,7 @@ def turns(workdir: Path, **options: Any) -> Facts:
         "control_differs": control[0] != second[0],
         "metrics": {
             name: engine.metric(f"vllm:kvstore_{name}")
-            for name in ("loads", "failed_loads", "saved_blocks", "loaded_bytes", "load_seconds")
+            for name in ("loads", "failed_loads", "saved_blocks", "loaded_bytes")
         },
         "num_distinct": len(set(want)),
         "held": engine.close(),
