@@ -145,7 +145,7 @@ class ChainCache:
         Raises UnknownChain where the client has to send it whole, ConfigError where the message is malformed, and
         what `root_of` raises.
         """
-        fresh = split_ids(delta.ids, "chain.ids")
+        fresh = split_ids(delta.ids, "chain.ids") if delta.ids else []
         whole = delta.num_known == 0
         root = self._root_of(delta.root) if whole else None
         with self._lock:
@@ -160,8 +160,11 @@ class ChainCache:
                 raise ConfigError(
                     f"chain has {num_blocks} blocks of {known.block_tokens} tokens: at most {MAX_CHAIN_TOKENS} tokens"
                 )
-            known = _grown(known, delta.num_known, fresh)
-            self._keep(delta.chain, known)
+            if fresh or known is not self._chains.get(delta.chain):
+                known = _grown(known, delta.num_known, fresh)
+                self._keep(delta.chain, known)
+            else:
+                self._chains.move_to_end(delta.chain)
         return known.first(num_blocks)
 
     def drop_all(self) -> None:

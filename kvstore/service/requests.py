@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from kvstore.api import HOST_TIER, Hint
+from kvstore.api import HOST_TIER, NO_HINT, Hint
 from kvstore.block import Root
 from kvstore.errors import AccessDenied, CapacityError, ConfigError, LeaseExpired, ProtocolError, UnknownLease
 from kvstore.service.chains import ServedChain
@@ -354,6 +354,8 @@ def _parts(packed: bytes) -> list[int] | None:
 
 
 def _hint(request: pb.MatchRequest | pb.SaveRequest | pb.TouchRequest) -> Hint:
+    if not request.HasField("hint"):
+        return NO_HINT
     message = request.hint
     priority = message.priority if message.HasField("priority") else 50
     ttl_s = message.ttl_s if message.HasField("ttl_s") else None

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -99,7 +100,14 @@ class ServerProcess:
         return self._process.pid
 
     def signal(self, number: signal.Signals) -> None:
+        """Send a signal; a stop is waited for, since it takes the process a moment."""
         os.kill(self.pid, number)
+        state = Path(f"/proc/{self.pid}/stat")
+        for _ in range(1000):
+            if number != signal.SIGSTOP or state.read_text().rpartition(")")[2].split()[0] == "T":
+                return
+            time.sleep(0.005)
+        raise AssertionError("the server did not stop")
 
     def kill(self) -> None:
         """kill -9, and wait until it is gone."""
