@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
         parser.error(f"{asked.python} is not there: `make venv-vllm` installs vLLM")
     rows: list[dict[str, Any]] = []
     for place in ("in process", "sidecar"):
-        with _extra(place, asked.python) as extra:
+        with _extra(place) as extra:
             for row in _arms(asked, extra):
                 rows.append({"place": place, **row})
     summary = _summary(rows, asked.new)
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
 
 
 @contextmanager
-def _extra(place: str, python: Path) -> Iterator[dict[str, object]]:
+def _extra(place: str) -> Iterator[dict[str, object]]:
     """The connector's settings for a place; the sidecar runs as long."""
     common: dict[str, object] = {"load_rule": "always", "sync_load_ms": 200}
     if place == "in process":
@@ -65,7 +65,7 @@ def _extra(place: str, python: Path) -> Iterator[dict[str, object]]:
         return
     directory = tempfile.mkdtemp(prefix="kv", dir="/tmp")
     address = f"unix:{directory}/s"
-    command = [str(python), "-m", "kvstore.service.cli", "serve", "--listen", address, "--host-capacity", "1GiB"]
+    command = [sys.executable, "-m", "kvstore.service.cli", "serve", "--listen", address, "--host-capacity", "1GiB"]
     with subprocess.Popen(command, cwd=ROOT, env=_environ(), stdout=subprocess.DEVNULL) as server:
         try:
             yield {**common, "address": address}

@@ -81,6 +81,8 @@ def _row(python: Path, scenario: str, workdir: str) -> dict[str, Any]:
     if not lines:
         return {"scenario": scenario, "equal": None, "seconds": seconds, "failed": done.stderr[-500:]}
     facts: dict[str, Any] = json.loads(lines[-1].removeprefix("FACTS "))
+    if "not_run" in facts:
+        return {"scenario": scenario, **facts, "equal": None, "seconds": seconds}
     return {"scenario": scenario, **facts, "equal": _equal(facts), "seconds": seconds}
 
 

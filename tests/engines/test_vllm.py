@@ -151,6 +151,8 @@ def test_adapters_are_known_by_content(run: Run) -> None:
 
 def test_fp8_pages_are_stored_as_bytes(run: Run) -> None:
     facts = run("fp8")
+    if "not_run" in facts:
+        pytest.skip(f"did NOT run: {facts['not_run']}")
     assert facts["kv_dtype"] == "float8_e4m3fn"
     assert facts["equal"] == [True]
     assert facts["hits"] == [288]
