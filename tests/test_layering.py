@@ -114,7 +114,7 @@ SERVICE = Rule(
     ("grpc", "grpc_health", "grpc_reflection", "google"),
 )
 # A client needs no store.
-CLIENT = tuple(f"kvstore.service.{name}" for name in ("client", "link", "mapped", "plane", "remote"))
+CLIENT = tuple(f"kvstore.service.{name}" for name in ("client", "connection", "link", "mapped", "plane", "remote"))
 SEEN_BY_CLIENTS = (
     "kvstore.copying",
     "kvstore.mapping",
@@ -187,7 +187,11 @@ RULES: dict[str, Rule] = {
     "kvstore.service.metrics": replace(SERVICE, libraries=(*SERVICE.libraries, "prometheus_client")),
     "kvstore.service.peer": Rule(
         5,
-        (*FOUNDATIONS, *MESSAGES, *(f"kvstore.service.{name}" for name in ("bulk", "handlers", "link", "plane"))),
+        (
+            *FOUNDATIONS,
+            *MESSAGES,
+            *(f"kvstore.service.{name}" for name in ("bulk", "connection", "handlers", "link", "plane")),
+        ),
         ("grpc",),
     ),
     "kvstore.service.preflight": Rule(5, FOUNDATIONS),

@@ -29,7 +29,8 @@ from kvstore.block import Chain, ModelId, RootId
 from kvstore.errors import ConfigError, LeaseError, UnknownLease
 from kvstore.layout import BlockLayout, layout_of
 from kvstore.service.buffers import Buffers
-from kvstore.service.link import Connection, Link, LinkOptions
+from kvstore.service.connection import Connection, LinkOptions
+from kvstore.service.link import Link
 from kvstore.service.mapped import AdoptedLoad, MappedPlane, MappedSave, _Joined
 from kvstore.service.plane import Cells, DataPlane, Down, NoLoad, NoSave
 from kvstore.service.remote import DEFAULT_BUFFER_BYTES, RemotePlane

@@ -25,7 +25,8 @@ from kvstore.service.plane import Cells, Down
 from kvstore.wire import kvstore_pb2 as pb
 
 if TYPE_CHECKING:
-    from kvstore.service.link import Connection, Link, Replies
+    from kvstore.service.connection import Connection
+    from kvstore.service.link import Link, Replies
 
 ABSENT = (1 << 64) - 1
 _MAX_SLOTS = 65_536

@@ -24,8 +24,9 @@ from kvstore.api import Load, Save
 from kvstore.block import DIGEST_BYTES, BlockId, BlockMeta, RootId
 from kvstore.errors import ConfigError, KVStoreError, TierTimeout, TierUnavailable
 from kvstore.service.bulk import Misfit, Unpacker, decode
+from kvstore.service.connection import Connection, LinkOptions
 from kvstore.service.handlers import BulkStub
-from kvstore.service.link import Connection, Link, LinkOptions
+from kvstore.service.link import Link
 from kvstore.service.plane import Cells, Down
 from kvstore.stats import Stats
 from kvstore.wire import kvstore_pb2 as pb

@@ -18,7 +18,8 @@ from kvstore.layout import BlockLayout
 from kvstore.wire import kvstore_pb2 as pb
 
 if TYPE_CHECKING:
-    from kvstore.service.link import Connection, Link
+    from kvstore.service.connection import Connection
+    from kvstore.service.link import Link
 
 
 class Down(Exception):

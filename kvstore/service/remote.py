@@ -33,7 +33,8 @@ from kvstore.stats import Stats
 from kvstore.wire import kvstore_pb2 as pb
 
 if TYPE_CHECKING:
-    from kvstore.service.link import Connection, Link
+    from kvstore.service.connection import Connection
+    from kvstore.service.link import Link
 
 ABSENT = (1 << 64) - 1
 DEFAULT_BUFFER_BYTES = 1 << 30

@@ -26,7 +26,7 @@ from kvstore.layout import layout_of
 from kvstore.service.buffers import Buffers
 from kvstore.service.bulk import Packer, encode
 from kvstore.service.client import SidecarStore
-from kvstore.service.link import Connection
+from kvstore.service.connection import Connection
 from kvstore.service.remote import Limits, RemoteLoad, RemoteSave, SaveTicket
 from kvstore.store import KVStore
 from kvstore.tiers.remote import RemoteTier

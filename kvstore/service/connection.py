@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One connection of a client: its session with one start of a server, and what both know of each other."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+import grpc
+import numpy as np
+
+from kvstore.block import Chain, ModelId
+from kvstore.errors import ConfigError
+from kvstore.service.handlers import SEND_AHEAD
+from kvstore.service.handshake import MAX_MESSAGE_BYTES
+from kvstore.service.plane import DataPlane
+from kvstore.wire import kvstore_pb2 as pb
+from kvstore.wire.kvstore_pb2_grpc import KVStoreStub
+
+CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.enable_retries", 0),
+    ("grpc.use_local_subchannel_pool", 1),  # a new connection never takes over the socket of a dead one
+    ("SingleThreadedUnaryStream", 1),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkOptions:
+    """How a client reaches a server.
+
+    Attributes:
+        address: unix:PATH or host:port. mapped: map the arena; otherwise bytes come and go by streams.
+        call_deadline_s: of each call. progress_s: of each next block of a load from lower tiers.
+        buffer_bytes: memory that bytes of an unmapped client pass through, at most.
+        token, tls_ca, tls_cert, tls_key: credentials; files in PEM.
+    """
+
+    address: str
+    mapped: bool
+    name: str
+    call_deadline_s: float = 0.5
+    progress_s: float = 10.0
+    buffer_bytes: int = 1 << 30
+    token: str = ""
+    tls_ca: bytes = b""
+    tls_cert: bytes = b""
+    tls_key: bytes = b""
+
+
+class Done:
+    """What the client is done with, until the server has heard it. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loads: list[int] = []
+        self._saves: list[int] = []
+        self._requests: list[str] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._loads or self._saves or self._requests)
+
+    def add(self, *, load: int = 0, save: int = 0, request: str = "") -> None:
+        with self._lock:
+            if load:
+                self._loads.append(load)
+            if save:
+                self._saves.append(save)
+            if request:
+                self._requests.append(request)
+
+    def take(self) -> pb.Ended | None:
+        """All of it, to be sent; None where there is nothing."""
+        if not self:
+            return None
+        with self._lock:
+            ended = pb.Ended(
+                loads=np.array(self._loads, "<u8").tobytes(),
+                saves=np.array(self._saves, "<u8").tobytes(),
+                requests=self._requests,
+            )
+            self._loads, self._saves, self._requests = [], [], []
+        return ended
+
+    def put_back(self, ended: pb.Ended | None) -> None:
+        """It was not heard. Ending twice does no harm."""
+        if ended is not None:
+            with self._lock:
+                self._loads += np.frombuffer(ended.loads, "<u8").tolist()
+                self._saves += np.frombuffer(ended.saves, "<u8").tolist()
+                self._requests += ended.requests
+
+
+@dataclass(slots=True)
+class _Known:
+    """What the server knows of a chain."""
+
+    number: int
+    num_blocks: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Connection:
+    """One session with one start of a server.
+
+    Attributes:
+        draining: the server has said that it stops soon.
+        lost: set once, when nothing more comes of it.
+    """
+
+    channel: grpc.Channel
+    stub: KVStoreStub
+    plane: DataPlane
+    opened: pb.OpenReply
+    models: dict[ModelId, int] = field(default_factory=dict)
+    chains: WeakKeyDictionary[Chain, _Known] = field(default_factory=WeakKeyDictionary)
+    numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+    leases: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+    highest_lease: int = 0
+    live_loads: set[int] = field(default_factory=set)
+    done: Done = field(default_factory=Done)
+    draining: bool = False
+    lost: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def session(self) -> bytes:
+        return self.opened.session
+
+    def next_lease(self) -> int:
+        self.highest_lease = max(self.highest_lease, number := next(self.leases))
+        return number
+
+    def delta(self, chain: Chain, *, whole: bool) -> tuple[pb.ChainDelta, int]:
+        """A message about all of `chain` as it is now, and its number of blocks. Raises ConfigError."""
+        known = self.chains.get(chain)
+        if known is None:
+            known = self.chains.setdefault(chain, _Known(next(self.numbers)))
+        if whole:
+            known.num_blocks = 0
+        start = known.num_blocks
+        ids = chain.ids[start:]
+        if start:
+            return pb.ChainDelta(
+                chain=known.number, num_known=start, ids=b"".join(ids), known_tail=chain.ids[start - 1]
+            ), start + len(ids)
+        model = self.models.get(chain.root.model)
+        if model is None:
+            raise ConfigError(f"model {chain.root.model.model!r} is not open: call store.open(model) first")
+        root = pb.Root(model=model, adapter=chain.root.adapter, salt=chain.root.salt, id=chain.root.id)
+        return pb.ChainDelta(chain=known.number, ids=b"".join(ids), root=root), len(ids)
+
+    def heard(self, chain: Chain, num_blocks: int) -> None:
+        """The server has so many blocks of the chain."""
+        known = self.chains.get(chain)
+        if known is not None:
+            known.num_blocks = max(known.num_blocks, num_blocks)
+
+
+def open_channel(options: LinkOptions) -> grpc.Channel:
+    """A channel to the server, with TLS where there are files for it."""
+    channel_options = CHANNEL_OPTIONS if options.mapped else (*CHANNEL_OPTIONS, *SEND_AHEAD)
+    if not options.tls_ca and not options.tls_cert:
+        return grpc.insecure_channel(options.address, options=channel_options)
+    credentials = grpc.ssl_channel_credentials(
+        options.tls_ca or None, options.tls_key or None, options.tls_cert or None
+    )
+    return grpc.secure_channel(options.address, credentials, options=channel_options)
