@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Block events for clients: one thread notices that something happened and wakes the watchers, a few at a time.
 
-Watchers are not woken by each event: they wait for a pulse, which comes at most every 50 ms and reaches them spread
+Watchers are not woken by each event: they wait for a pulse, which comes at most every 250 ms and reaches them spread
 over that time, so that many watchers cost a match little.
 """
 
@@ -19,8 +19,8 @@ from kvstore.service.sessions import Session
 from kvstore.service.streams import RootBook
 from kvstore.wire import kvstore_pb2 as pb
 
-_PULSE_S = 0.05
-_NUM_GROUPS = 8
+_PULSE_S = 0.25
+_NUM_GROUPS = 16
 _MAX_BLOCKS = 2_048
 """Of one reply: with 256 tokens each they take 2.2 MB."""
 _IDLE_S = 1.0
