@@ -33,6 +33,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--new", type=int, nargs="+", default=[16, 232], help="tokens after it (default 16 232)")
     parser.add_argument("--repeats", type=int, default=20, help="requests an arm (default 20)")
     parser.add_argument("--cold", type=int, default=5, help="of them, also recomputed (default 5)")
+    parser.add_argument(
+        "--dtype", default="bfloat16", help="of weights and KV; float32 where the CPU has no AVX-512 (default bfloat16)"
+    )
     parser.add_argument("--python", type=Path, default=ROOT / ".venv-vllm/bin/python", help="a Python that has vLLM")
     parser.add_argument("--json", type=Path, help="write the result here")
     asked = parser.parse_args(argv)
@@ -86,6 +89,7 @@ def _arms(asked: argparse.Namespace, extra: dict[str, object]) -> list[dict[str,
         "new": asked.new,
         "repeats": asked.repeats,
         "cold": asked.cold,
+        "dtype": asked.dtype,
         "extra": extra,
     }
     done = subprocess.run(

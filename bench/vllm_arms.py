@@ -66,7 +66,7 @@ def main() -> None:
     llm = LLM(
         str(directory),
         skip_tokenizer_init=True,
-        dtype="bfloat16",
+        dtype=options["dtype"],
         enforce_eager=True,
         max_model_len=options["reused"] + 1024,
         max_num_seqs=4,
