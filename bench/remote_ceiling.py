@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What bare gRPC reaches: a stream of ready messages of 1 MiB over a Unix socket, received and dropped.
+"""What bare gRPC reaches over a Unix socket: a stream of ready messages of 1 MiB, and a call that echoes 100 bytes.
 
 No protobuf, no checksum, no memory to fill: both sides pass bytes as they are, with the sidecar's channel options.
 
@@ -22,7 +22,7 @@ import numpy as np
 from kvstore.service.handlers import SEND_AHEAD
 
 MESSAGE_BYTES = 1 << 20
-_METHOD = "/bench.Bare/Stream"
+_SERVICE = "bench.Bare"
 _LIMITS = (("grpc.max_send_message_length", 8 << 20), ("grpc.max_receive_message_length", 8 << 20))
 _OPTIONS = (*_LIMITS, *SEND_AHEAD)
 
@@ -31,7 +31,10 @@ class Bare:
     """A client of the bare server."""
 
     def __init__(self, channel: grpc.Channel, num_messages: int) -> None:
-        self._stream: grpc.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(_METHOD, None, None)
+        self._stream: grpc.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(
+            f"/{_SERVICE}/Stream", None, None
+        )
+        self._echo: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(f"/{_SERVICE}/Echo", None, None)
         self._num_messages = num_messages
 
     def receive_s(self) -> float:
@@ -42,6 +45,12 @@ class Bare:
         if num_bytes != self._num_messages * MESSAGE_BYTES:
             raise RuntimeError(f"{num_bytes} bytes came of {self._num_messages} messages of {MESSAGE_BYTES}")
         return seconds
+
+    def call_s(self) -> float:
+        """Seconds of one small call, with a deadline as the sidecar's have."""
+        began_s = time.perf_counter()
+        self._echo(bytes(100), timeout=10)
+        return time.perf_counter() - began_s
 
 
 @contextlib.contextmanager
@@ -70,7 +79,11 @@ def _serve(address: str, num_messages: int) -> None:
         lambda request, context: iter(messages), None, None
     )
     server = grpc.server(ThreadPoolExecutor(4), options=_OPTIONS)
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bench.Bare", {"Stream": handler}),))
+    echo: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_unary_rpc_method_handler(
+        lambda request, context: request, None, None
+    )
+    handlers = {"Stream": handler, "Echo": echo}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, handlers),))
     server.add_insecure_port(address)
     server.start()
     print("ready", flush=True)

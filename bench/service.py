@@ -15,6 +15,7 @@ from bench import index_scale
 from bench.env import stamp
 from bench.options import whole
 from bench.remote import measure_remote
+from bench.remote_ceiling import bare_server
 from bench.report import print_table, write_json
 from bench.sidecar import connect, crowd, load_rates, match_latency, prefix, save_zeros, sidecar
 from bench.tiers import LLAMA_8B, bandwidth_rows, host_bench, measure_host, measure_match
@@ -53,6 +54,8 @@ def measure_calls(repeats: int, seed: int) -> tuple[dict[str, float], Rows]:
         with connect(address) as store:
             found, rows = measure_match(store, repeats, seed)
         summary = {f"sidecar_{key}": value for key, value in found.items()}
+        with bare_server(1) as bare:
+            bare_ms = sorted(bare.call_s() for _ in range(2000))[1000] * 1e3
         alone = match_latency(address)
         with crowd(address, CROWD) as seen:
             together = match_latency(address)
@@ -60,10 +63,12 @@ def measure_calls(repeats: int, seed: int) -> tuple[dict[str, float], Rows]:
         raise RuntimeError(f"the crowd of {CROWD} did not see events: {seen}")
     summary |= {
         "rpc_p50_ms": alone.p50_ms,
+        "bare_rpc_p50_ms": bare_ms,
         "rpc_p50_64_ratio": together.p50_ms / alone.p50_ms,
         "rpc_p99_64_ms": together.p99_ms,
     }
     rows += [
+        {"arm": "bare gRPC echo", "ms p50": bare_ms, "count": 2000},
         {"arm": "small match, one client", "ms p50": alone.p50_ms, "ms p99": alone.p99_ms, "count": 2000},
         {"arm": f"small match, {CROWD} watch", "ms p50": together.p50_ms, "ms p99": together.p99_ms, "count": 2000},
     ]
