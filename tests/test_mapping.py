@@ -150,6 +150,7 @@ def memfd(num_bytes: int, seals: int) -> int:
 
 
 def test_descriptors_that_the_service_could_shrink_or_others_write_are_refused(arena: Arena) -> None:
+    before = mapped_bytes("kvstore-generations")  # the arena's own, and what earlier tests left to the collector
     loose_memory, loose_words = memfd(arena.capacity_bytes, fcntl.F_SEAL_GROW), memfd(PAGE_BYTES, SIZE_SEALS)
     with tempfile.TemporaryFile() as file:
         file.truncate(arena.capacity_bytes)
@@ -165,7 +166,7 @@ def test_descriptors_that_the_service_could_shrink_or_others_write_are_refused(a
         ArenaMapping(arena.memory_fd, arena.generation_fd, 2 * arena.capacity_bytes)
     os.close(loose_memory)
     os.close(loose_words)
-    assert mapped_bytes("kvstore-generations") == PAGE_BYTES  # the arena's own
+    assert mapped_bytes("kvstore-generations") <= before
 
 
 # -- populating ------------------------------------------------------------------------------------------------
