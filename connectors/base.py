@@ -32,6 +32,30 @@ _LOAD_DECAY = 0.8
 _RELIEF = 1.02
 """A tier that is passed over gains 2 % of believed speed each time, so that one bad spell is not for ever."""
 _MAX_CONVERSATIONS = 4096
+VOLATILE_CONFIG = frozenset(
+    (
+        "_attn_implementation",
+        "_name_or_path",
+        "architectures",
+        "attn_implementation",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "dtype",
+        "eos_token_id",
+        "id2label",
+        "label2id",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "problem_type",
+        "return_dict",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    )
+)
+"""Keys of a model's configuration that do not change the KV of a token. One list: engines that leave out different
+ones would give the same model two identities, and share nothing."""
 
 
 class LoadRule(Enum):

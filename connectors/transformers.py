@@ -24,7 +24,7 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, Sto
 from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.generation.streamers import BaseStreamer
 
-from connectors.base import Conversations, CostModel, FailOpen, LoadRule
+from connectors.base import VOLATILE_CONFIG, Conversations, CostModel, FailOpen, LoadRule
 from connectors.session import Connection, Session
 from connectors.transformers_cache import BlockCache
 from kvstore.api import NO_HINT, Hint, Store
@@ -34,29 +34,6 @@ from kvstore.errors import ConfigError
 from kvstore.layout import layout_of
 
 _MAX_IDLE_CACHES = 2
-# What a config says that does not change the KV of a token.
-_VOLATILE = frozenset(
-    (
-        "_attn_implementation",
-        "_name_or_path",
-        "architectures",
-        "attn_implementation",
-        "bos_token_id",
-        "chunk_size_feed_forward",
-        "dtype",
-        "eos_token_id",
-        "id2label",
-        "label2id",
-        "output_attentions",
-        "output_hidden_states",
-        "pad_token_id",
-        "problem_type",
-        "return_dict",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
-    )
-)
 
 
 # -- identity --------------------------------------------------------------------------------------------------
@@ -84,7 +61,7 @@ def model_id_of(
     config = model.config.get_text_config(decoder=True)
     _refuse_uncuttable(model, config)
     heads = int(config.num_attention_heads)
-    facts = {key: value for key, value in config.to_dict().items() if key not in _VOLATILE}
+    facts = {key: value for key, value in config.to_dict().items() if key not in VOLATILE_CONFIG}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
     rope = getattr(config, "rope_parameters", None)
     return ModelId(

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from connectors.base import VOLATILE_CONFIG
 from connectors.vllm_plan import VllmSettings
 from kvstore.block import ModelId, Root
 from kvstore.errors import ConfigError
@@ -26,29 +27,6 @@ from kvstore.errors import ConfigError
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-# What a config says that does not change the KV of a token.
-VOLATILE = frozenset(
-    (
-        "_attn_implementation",
-        "_name_or_path",
-        "architectures",
-        "attn_implementation",
-        "bos_token_id",
-        "chunk_size_feed_forward",
-        "dtype",
-        "eos_token_id",
-        "id2label",
-        "label2id",
-        "output_attentions",
-        "output_hidden_states",
-        "pad_token_id",
-        "problem_type",
-        "return_dict",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
-    )
-)
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 _FP8 = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
 _ACCEPTED_SPECS = ("FullAttentionSpec",)
@@ -65,7 +43,7 @@ def model_id_of(config: VllmConfig, settings: VllmSettings) -> ModelId:
     model = config.model_config
     _refuse_unknown(config)
     text = model.hf_text_config
-    facts = {key: value for key, value in text.to_dict().items() if key not in VOLATILE}
+    facts = {key: value for key, value in text.to_dict().items() if key not in VOLATILE_CONFIG}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
     weights_dtype = str(model.dtype).removeprefix("torch.")
     cache_dtype = str(config.cache_config.cache_dtype)
