@@ -89,30 +89,49 @@ class IdMap:
             runs.append(self._look_up(blocks[at:], keys[at:]))
         return runs[0] if len(runs) == 1 else np.concatenate(runs)
 
-    def find_leading(self, blocks: Sequence[BlockId]) -> Rows:
-        """Rows of the ids before the first one that is not known."""
-        if not blocks or self.get(blocks[0]) == NO_ROW:
+    def find_leading(
+        self, blocks: Sequence[BlockId], owners: npt.NDArray[np.int32] | None = None, owner: int = 0
+    ) -> Rows:
+        """Rows of the ids before the first one that is not known, or is not `owner`'s by the column `owners`.
+
+        How long it takes does not tell one from the other.
+        """
+        if not blocks or not self._is_owned(self.get(blocks[0]), owners, owner):
             return np.empty(0, np.int64)
         keys = _pack(blocks)
-        runs, at = self._follow_runs(blocks, keys)
-        if at < len(blocks) and self.get(blocks[at]) != NO_ROW:
+        runs, at = self._follow_runs(blocks, keys, owners, owner)
+        if at < len(blocks) and self._is_owned(self.get(blocks[at]), owners, owner):
             rest = self._look_up(blocks[at:], keys[at:])
+            if owners is not None:
+                rest[owners[rest] != owner] = NO_ROW
             runs.append(rest if rest.min() != NO_ROW else rest[: int((rest == NO_ROW).argmax())])
         return runs[0] if len(runs) == 1 else np.concatenate(runs)
 
-    def _follow_runs(self, blocks: Sequence[BlockId], keys: _Keys) -> tuple[list[Rows], int]:
+    @staticmethod
+    def _is_owned(row: int, owners: npt.NDArray[np.int32] | None, owner: int) -> bool:
+        return row != NO_ROW and (owners is None or int(owners[row]) == owner)
+
+    def _follow_runs(
+        self,
+        blocks: Sequence[BlockId],
+        keys: _Keys,
+        owners: npt.NDArray[np.int32] | None = None,
+        owner: int = 0,
+    ) -> tuple[list[Rows], int]:
         """Rows of leading ids while they follow each other, as those of a chain do that was added at once.
 
-        Memory read in order costs the same whatever lies around it. Ends at an id that is not known, or where runs
-        are short; returns how far it came.
+        Memory read in order costs the same whatever lies around it. Ends at an id that is not known, or not
+        `owner`'s, or where runs are short; returns how far it came.
         """
         runs: list[Rows] = []
         at = 0
-        while at < len(blocks) and (row := self.get(blocks[at])) != NO_ROW:
+        while at < len(blocks) and self._is_owned(row := self.get(blocks[at]), owners, owner):
             stop = min(row + len(blocks) - at, self._top)
             same = (self._keys[row:stop] == keys[at : at + stop - row]).view(np.uint32)[:, 0] == _ALL_FOUR
             same &= self._used[row:stop]
             same &= self._home[row:stop] != _HIDDEN
+            if owners is not None:
+                same &= owners[row:stop] == owner
             length = len(same) if same.all() else int(same.argmin())
             runs.append(np.arange(row, row + length))
             at += length
@@ -125,8 +144,8 @@ class IdMap:
         buckets, tags = self._places(keys)
         hits = (self._tags.reshape(-1, _WAYS).take(buckets, axis=0) == tags[:, None]).view(np.uint64)[:, 0]
         rows = self._ways.take(buckets * _WAYS + _first_byte(hits)).astype(np.int64) - 1
-        # An empty way gives row -1, the last one's key: found or not, the answer is NO_ROW.
-        right = (self._keys[rows] == keys).view(np.uint32)[:, 0] == _ALL_FOUR
+        # An empty way gives row -1, the last one's key: which may be the one asked for, lying in the overflow.
+        right = ((self._keys[rows] == keys).view(np.uint32)[:, 0] == _ALL_FOUR) & (rows != NO_ROW)
         if not right.all():
             wrong = ~right
             rows[wrong] = NO_ROW

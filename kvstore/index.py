@@ -122,13 +122,13 @@ class BlockTable:
         """Rows of the longest run of one chain under `root` in which every block has all parts of mask `need`.
 
         A block of another root, or that does not hang from the one before it, ends the run as an unknown one does:
-        knowing a hash opens nothing.
+        knowing a hash opens nothing, and one of another root takes no longer than an unknown one.
         """
-        rows = self.ids.find_leading(blocks)
+        rows = self.ids.find_leading(blocks, self.root, root)
         if not len(rows):
             return rows
         mask = np.uint64(need)
-        whole = ((self.ready[rows] & mask) == mask) & (self.root[rows] == root)
+        whole = (self.ready[rows] & mask) == mask
         whole[1:] &= self.parent[rows[1:]] == rows[:-1]
         return rows if whole.all() else rows[: int(whole.argmin())]
 

@@ -173,13 +173,22 @@ class BlockPool:
         residents = self._residents
         return self._table.meta(row, residents.root_of(row), 4 * residents.layout_of(row).model.block_tokens)
 
-    def describe(self, blocks: Sequence[BlockId]) -> list[Resident | None]:
-        """What is known of each block, None where it has no part here."""
+    def describe(
+        self, blocks: Sequence[BlockId], may_see: Callable[[RootId], bool] = lambda root: True
+    ) -> list[Resident | None]:
+        """What is known of each block, None where it has no part here, or `may_see` denies its root.
+
+        A block that is denied takes no longer than one that is not there: its root was judged before it was found.
+        """
+        accounts = self._residents.accounts
+        seen = [number for number, root in enumerate(list(accounts.roots)) if may_see(root)]
         found: list[Resident | None] = []
         with self.lock:
             table = self._table
-            for row in table.ids.find(blocks).tolist():
-                if row == NO_ROW or not table.ready[row]:
+            rows = table.ids.find(blocks)
+            shown = (rows != NO_ROW) & (table.ready[rows] != 0) & np.isin(table.root[rows], seen)
+            for row, is_shown in zip(rows.tolist(), shown.tolist(), strict=True):
+                if not is_shown:
                     found.append(None)
                     continue
                 counts = (table.ready[row], table.pins[row], table.children[row], table.below[row])

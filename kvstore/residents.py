@@ -7,6 +7,7 @@ No lock here: the pool has one and holds it around every call. Nothing here copi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -94,6 +95,8 @@ class Residents:
         before = self._touches.pop(id(blocks), None)
         if before is not None and before[1] > num_blocks:
             self.policy.touch(before[0][: before[1]], before[2])  # its tail was not used again
+        elif before is not None and before[2].asked and not hint.asked:
+            hint = replace(hint, asked=True)  # a request's match and its save, in one
         self._touches[id(blocks)] = (blocks, num_blocks, hint)
         if len(self._touches) > _MAX_TOUCHES:
             self.apply_touch()

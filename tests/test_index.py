@@ -83,6 +83,15 @@ def test_ids_that_share_a_bucket_and_a_tag_are_told_apart() -> None:
     agree(ids, {}, alike)
 
 
+def test_the_last_row_is_found_where_its_bucket_was_full_and_is_no_longer() -> None:
+    """It overflowed; then its bucket's first way became empty, and an empty way reads like the last row."""
+    ids = IdMap()
+    alike = [BlockId(b"\x07" * 8 + number.to_bytes(24, "little")) for number in range(ids.capacity)]
+    known = {block: int(ids.add([block])[0]) for block in alike}
+    ids.free(_rows([known.pop(alike[0])]))
+    agree(ids, known, [*alike[-2::-1], alike[-1]])
+
+
 def test_a_row_of_a_freed_id_is_not_found_again_by_its_neighbours() -> None:
     """Runs of rows are compared with what lies there: what was freed still lies there."""
     ids = IdMap()

@@ -3,14 +3,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from kvstore.api import NO_HINT, Hint
+from kvstore.api import NO_HINT, Hint, Retention
 from kvstore.block import BlockId
 from kvstore.policies import POLICIES, Policy
+from kvstore.policies.arc import ArcPolicy
 from kvstore.policies.lru import LruPolicy
+from kvstore.policies.priority import PriorityPolicy
+from kvstore.policies.returns import ReturnsPolicy
+from kvstore.policies.s3fifo import S3FifoPolicy
 
 
 def ids(*numbers: int) -> list[BlockId]:
@@ -80,6 +89,176 @@ def test_random_use_keeps_known_blocks_exact(policy: Policy) -> None:
         else:
             policy.touch(ids(number), hint)
     assert set(order(policy)) == known
+
+
+def test_suffixes_go_before_prefixes_in_random_trees(policy: Policy) -> None:
+    """Chats that branch, grow, come back and are evicted, under hints of every kind."""
+    rng = random.Random(5)
+    parents: dict[int, int] = {}
+    chains: list[list[int]] = [[]]
+    for step in range(600):
+        base = rng.choice(chains)[: rng.randint(0, 12)]
+        hint = Hint(time_s=3.0 * step, priority=rng.choice((50, 50, 0, 100)), closed=rng.random() < 0.05)
+        known = [each for each in base if ids(each)[0] in policy]
+        base = base[: len(known)] if known == base[: len(known)] else []
+        if base:
+            policy.touch(ids(*base), replace(hint, asked=True))
+        fresh = [10_000 + 20 * step + at for at in range(rng.randint(1, 9))]
+        parents.update(zip(fresh, [base[-1] if base else -1, *fresh[:-1]], strict=True))
+        policy.admit(ids(*fresh), hint)
+        policy.touch(ids(*base, *fresh), hint)
+        chains.append([*base, *fresh])
+        if len(policy) > 300:
+            gone = [block for block, _ in zip(policy.victims(), range(rng.randint(1, 60)), strict=False)]
+            policy.remove(gone)
+        if step % 20 == 0:
+            place = {number: at for at, number in enumerate(order(policy))}
+            assert len(place) == len(policy)
+            wrong = [each for each in place if place.get(parents[each], len(place)) < place[each]]
+            assert not wrong, f"{wrong[:3]} go after their prefixes, at step {step}"
+
+
+def chat(policy: Policy, *numbers: int, hint: Hint = NO_HINT, known: int = 0) -> None:
+    """A request as a pool passes it on: what was there is used, the rest comes, and the chain was used."""
+    if known:
+        policy.touch(ids(*numbers[:known]), replace(hint, asked=True))
+    if numbers[known:]:
+        policy.admit(ids(*numbers[known:]), hint)
+        policy.touch(ids(*numbers), hint)
+
+
+def test_arc_keeps_what_was_used_twice_from_a_scan() -> None:
+    arc = ArcPolicy()
+    chat(arc, 1, 2)
+    chat(arc, 1, 2, known=2)
+    for number in range(10, 20):
+        chat(arc, number)
+    assert order(arc)[-2:] == [2, 1]
+    assert order(arc)[:2] == [10, 11]
+
+
+def test_arc_gives_recency_more_room_when_what_it_evicted_returns() -> None:
+    arc = ArcPolicy()
+    chat(arc, 1)
+    chat(arc, 1, known=1)
+    chat(arc, 2)
+    assert order(arc)[0] == 2  # used once
+    assert next(arc.victims()) == ids(2)[0]
+    arc.remove(ids(2))
+    chat(arc, 2)  # by the ghost list: it counts as used twice, and used once may hold one block more from now on
+    chat(arc, 3)
+    assert order(arc) == [1, 2, 3]
+
+
+def test_s3fifo_lets_one_pass_traffic_out_first_and_gives_the_used_another_turn() -> None:
+    policy = S3FifoPolicy()
+    for number in (1, 2):
+        chat(policy, number)
+        chat(policy, number, known=1)
+        chat(policy, number, known=1)  # twice: to the main queue
+    chat(policy, 1, known=1)
+    for number in range(10, 15):
+        chat(policy, number)
+    victims = order(policy)
+    assert victims[:5] == [10, 11, 12, 13, 14]
+    assert victims[5:] == [2, 1]  # 1 was used in the main queue
+
+
+def test_priority_lowest_first_lru_inside_and_ordinary_again_after_the_duration() -> None:
+    policy = PriorityPolicy()
+    chat(policy, 1, hint=Hint(priority=90, retention=(), time_s=1.0))
+    chat(policy, 2, hint=Hint(time_s=2.0))
+    chat(policy, 3, hint=Hint(priority=10, time_s=3.0))
+    chat(policy, 4, hint=Hint(time_s=4.0))
+    assert order(policy) == [3, 2, 4, 1]
+    lasting = Hint(retention=(Retention(0, None, 100, 60.0),), block_tokens=64, time_s=5.0)
+    chat(policy, 2, hint=lasting, known=1)
+    assert order(policy) == [3, 4, 1, 2]
+    chat(policy, 4, hint=Hint(time_s=65.0), known=1)
+    assert order(policy) == [3, 2, 4, 1]
+
+
+def test_priority_by_range_of_tokens_and_a_use_without_leaves_it() -> None:
+    """Of a chain of four blocks the middle ones are dear; what hangs from them goes first all the same."""
+    policy = PriorityPolicy()
+    hint = Hint(retention=(Retention(64, 192, 80),), block_tokens=64)
+    chat(policy, 1, 2, 3, 4, hint=hint)
+    chat(policy, 9)
+    assert order(policy) == [4, 9, 3, 2, 1]
+    chat(policy, 1, 2, 3, 4, known=4)
+    assert order(policy) == [9, 4, 3, 2, 1]
+
+
+@pytest.mark.parametrize("kind", [PriorityPolicy, ReturnsPolicy])
+def test_closed_conversation_goes_first_but_what_it_shares(kind: type[Policy]) -> None:
+    policy = kind()
+    chat(policy, 1, 2, 10, 11, hint=Hint(time_s=1.0))
+    chat(policy, 1, 2, 20, 21, hint=Hint(time_s=2.0), known=2)
+    chat(policy, 1, 2, 20, 21, hint=Hint(time_s=3.0, closed=True), known=4)
+    assert order(policy)[:2] == [21, 20]
+    assert order(policy)[2:] == [11, 10, 2, 1]
+
+
+def test_returns_learns_who_comes_back() -> None:
+    """Long first prompts return after 60 s, short ones never: the short ones go first, though used later."""
+    policy = ReturnsPolicy()
+    numbers = iter(range(1, 1_000_000))
+    waiting: list[tuple[float, list[int]]] = []
+    for step in range(3000):
+        now_s = 2.0 * step
+        fresh = [next(numbers) for _ in range(8 if step % 2 else 1)]
+        chat(policy, *fresh, hint=Hint(time_s=now_s))
+        if step % 2:
+            waiting.append((now_s + 60.0, fresh))
+        while waiting and waiting[0][0] <= now_s:
+            _, before = waiting.pop(0)
+            known = len([each for each in before if ids(each)[0] in policy])
+            chat(policy, *before, next(numbers), hint=Hint(time_s=now_s), known=known)
+        while len(policy) > 400:
+            policy.remove([next(policy.victims())])
+    long, short = [next(numbers) for _ in range(8)], next(numbers)
+    chat(policy, *long, hint=Hint(time_s=6000.0))
+    chat(policy, short, hint=Hint(time_s=6010.0))
+    victims = order(policy)
+    assert victims.index(short) < min(victims.index(each) for each in long)
+
+
+def test_returns_is_lru_until_it_has_learned() -> None:
+    lru, policy, rng = LruPolicy(), ReturnsPolicy(), random.Random(8)
+    for step in range(25):
+        chain = [100 * step + at for at in range(rng.randint(1, 6))]
+        for each in (lru, policy):
+            chat(each, *chain, hint=Hint(time_s=float(step)))
+    assert order(policy) == order(lru)
+
+
+def test_recipe_in_contributing_makes_a_policy_that_conforms(tmp_path: Path) -> None:
+    """The code is taken from the page as it stands, and put through the tests that run over the registry."""
+    page = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = page.split("## Add a policy")[1].split("\n## ")[0]
+    code = re.search(r"```python\n(.*?)```", section, re.DOTALL)
+    assert code is not None
+    source = tmp_path / "fifo_of_the_recipe.py"
+    source.write_text(code[1], encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(source.stem, source)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[source.stem] = module
+    try:
+        spec.loader.exec_module(module)
+        target = f"{source.stem}:FifoPolicy"
+        for check in (
+            test_every_admitted_block_is_a_victim_once,
+            test_suffixes_go_before_prefixes,
+            test_removed_and_unknown_blocks_are_not_victims,
+            test_iterating_changes_nothing,
+            test_victims_may_be_removed_and_skipped_while_iterating,
+            test_random_use_keeps_known_blocks_exact,
+        ):
+            check(POLICIES.load(target)(POLICIES.options(target, {})))
+    finally:
+        del sys.modules[source.stem]
 
 
 def test_lru_is_exact_and_tail_first() -> None:

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Eviction policies on a trace of requests: hit rate beside LRU's and beside the most that was possible.
+
+The trace goes through the real policies in a real pool (`bench/policies_replay.py`), cold at its beginning; what is
+counted is the last half of time. Parameters of policies are to be chosen on the first. A capacity is a share of all
+blocks that the trace names.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from bench.env import stamp
+from bench.policies_optimum import optimal_hits
+from bench.policies_replay import Replay, replay
+from bench.policies_trace import Trace, read_trace
+from bench.report import print_table, write_json
+from kvstore.errors import ConfigError
+from kvstore.policies import POLICIES
+
+HELP = "hit rate of each eviction policy on a trace, beside the offline optimum"
+
+DEFAULT = "returns"
+BASELINE = "lru"
+BELOW = (0.35, 0.5, 0.7, 0.85)  # of each capacity, where a policy may be as good as LRU is there
+
+Row = dict[str, str | int | float | bool | None]
+
+
+def capacities(text: str) -> list[float]:
+    """For `type=`: percentages, such as 1,2,5."""
+    try:
+        found = sorted({float(each) for each in text.split(",")})
+    except ValueError:
+        found = []
+    if not found or not all(0 < each <= 100 for each in found):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of percentages: give such as 1,2,5,10,20")
+    return found
+
+
+def policy_names(text: str) -> list[str]:
+    """For `type=`: names in POLICIES."""
+    names = text.split(",")
+    for name in names:
+        if name not in POLICIES:
+            raise argparse.ArgumentTypeError(f"no policy is called {name!r}; known: {', '.join(POLICIES)}")
+    return names
+
+
+class Curves:
+    """Replays of one trace, each done once."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self._done: dict[tuple[str, int], Replay] = {}
+
+    def blocks(self, capacity_pct: float) -> int:
+        return max(1, round(self.trace.num_unique * capacity_pct / 100))
+
+    def at(self, name: str, capacity_pct: float) -> Replay:
+        key = name, self.blocks(capacity_pct)
+        if key not in self._done:
+            made = POLICIES.load(name)(POLICIES.options(name, {}))
+            self._done[key] = replay(self.trace, made, key[1])
+        return self._done[key]
+
+    def optimum_pct(self, capacity_pct: float) -> float:
+        """Hit rate of the optimum over the whole trace, of the part that is counted."""
+        hits = optimal_hits([request.blocks for request in self.trace.requests], self.blocks(capacity_pct))
+        counted = sum(found for found, each in zip(hits, self.trace.requests, strict=True) if self.trace.counted(each))
+        return 100 * counted / self.trace.num_counted_blocks
+
+    def memory_saved_pct(self, name: str, capacity_pct: float) -> float:
+        """How much less memory gives a policy LRU's hit rate at a capacity, between capacities tried; below 0: none."""
+        wanted = self.at(BASELINE, capacity_pct).hit_pct
+        shares = [*BELOW, 1.0]
+        rates = np.maximum.accumulate([self.at(name, capacity_pct * share).hit_pct for share in shares])
+        if rates[-1] < wanted:
+            return 0.0
+        return 100 * (1 - float(np.interp(wanted, rates, shares)))
+
+
+def measure(trace: Trace, names: Sequence[str], capacities_pct: Sequence[float]) -> tuple[list[Row], dict[str, float]]:
+    """A row for each capacity and policy, and the figures of the default policy."""
+    curves, rows = Curves(trace), []
+    summary: dict[str, float] = {}
+    for capacity_pct in capacities_pct:
+        best_pct, base = curves.optimum_pct(capacity_pct), curves.at(BASELINE, capacity_pct)
+        rows.append(_row(capacity_pct, curves.blocks(capacity_pct), "optimum", best_pct))
+        for name in dict.fromkeys((BASELINE, *names)):
+            run = curves.at(name, capacity_pct)
+            row = _row(capacity_pct, curves.blocks(capacity_pct), name, run.hit_pct)
+            gap = best_pct - base.hit_pct
+            row["gap_closed_pct"] = 100 * (run.hit_pct - base.hit_pct) / gap if gap > 0 else 0.0
+            row["vs_lru_pts"] = run.hit_pct - base.hit_pct
+            row["memory_saved_pct"] = 0.0 if name == BASELINE else curves.memory_saved_pct(name, capacity_pct)
+            row["us_per_block"] = run.us_per_block
+            rows.append(row)
+            if name == DEFAULT:
+                summary[f"gap_closed_pct_{capacity_pct:g}"] = _number(row, "gap_closed_pct")
+                summary[f"memory_saved_pct_{capacity_pct:g}"] = _number(row, "memory_saved_pct")
+    own = [row for row in rows if row["policy"] == DEFAULT]
+    if own:
+        summary["worst_vs_lru_pts"] = min(_number(row, "vs_lru_pts") for row in own)
+        summary["us_per_block"] = max(_number(row, "us_per_block") for row in own)
+    return rows, summary
+
+
+def _row(capacity_pct: float, num_blocks: int, name: str, hit_pct: float) -> Row:
+    return {"capacity_pct": capacity_pct, "capacity_blocks": num_blocks, "policy": name, "hit_pct": hit_pct}
+
+
+def _number(row: Mapping[str, object], key: str) -> float:
+    value = row[key]
+    assert isinstance(value, int | float), f"{key} is {value!r}"
+    return float(value)
+
+
+def draw(trace: Trace, rows: Sequence[Row]) -> Figure:
+    """Hit rate over capacity: the room between LRU and the optimum, and what each policy makes of it."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        curves.setdefault(str(row["policy"]), []).append((_number(row, "capacity_pct"), _number(row, "hit_pct")))
+    for name, points in curves.items():
+        style = {"optimum": ("#30383F", "--", 1.5), BASELINE: ("#30383F", "-", 1.5), DEFAULT: ("#0B7A4B", "-", 2.5)}
+        color, line, width = style.get(name, (None, "-", 1.2))
+        axes.plot(*zip(*points, strict=True), line, color=color, linewidth=width, marker="o", markersize=4, label=name)
+    base, best = dict(curves[BASELINE]), dict(curves["optimum"])
+    axes.fill_between(list(base), list(base.values()), [best[each] for each in base], color="#30383F", alpha=0.06)
+    axes.set_xscale("log")
+    ticks = sorted(base)
+    axes.set_xticks(ticks, [f"{each:g}" for each in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("capacity, % of the trace's unique blocks")
+    axes.set_ylabel("hit rate, % of asked blocks")
+    axes.set_title(f"{trace.name}: last half of time", loc="left")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper left", frameon=False)
+    return figure
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench policies", description=__doc__)
+    parser.add_argument("--trace", metavar="FILE", type=Path, required=True, help="requests, one JSON object a line")
+    parser.add_argument(
+        "--capacity", metavar="PCT,…", type=capacities, default=[1.0, 2.0, 5.0, 10.0, 20.0], help="default: 1,2,5,10,20"
+    )
+    parser.add_argument("--policies", metavar="NAME,…", type=policy_names, default=list(POLICIES), help="default: all")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="the result; its plot lies beside it as .png")
+    options = parser.parse_args(argv)
+    try:
+        trace = read_trace(options.trace)
+    except (OSError, ConfigError) as error:
+        parser.error(str(error))
+    rows, summary = measure(trace, options.policies, options.capacity)
+    columns = ["capacity_pct", "policy", "hit_pct", "gap_closed_pct", "memory_saved_pct", "us_per_block"]
+    print_table(f"Policies on {trace.name}, last half of time", rows, columns)
+    for key, value in summary.items():
+        print(f"{key}: {value:.2f}")
+    if options.json:
+        write_json(options.json, "policies", stamp(), rows, dict(summary))
+        picture = options.json.with_suffix(".png")
+        draw(trace, rows).savefig(picture, dpi=120)
+        print(f"result: {options.json}, plot: {picture}")
+    return 0

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Return probability: blocks of conversations that are least likely to come back soon go first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore.api import Hint
+from kvstore.block import BlockId
+from kvstore.errors import ConfigError
+from kvstore.idmap import NO_ROW, Rows, longer
+from kvstore.policies.leaves import LeafPolicy
+from kvstore.policies.odds import CLOSED_CELL, NUM_LEVELS, Odds, cell_of
+from kvstore.policies.shadow import Shadow
+
+_NO_RECORD = -1
+_FIT_EVERY = 256
+_FEW_RETURNS = 30
+_NOTHING = (float("inf"), 0, -1)
+
+
+@dataclass(slots=True)
+class _Record:
+    """A request, as the next one of its conversation will find it."""
+
+    number: int
+    turn: int
+    start: int
+    """Blocks before the first that it added."""
+    length: int
+    floor: int
+    """Blocks before the first that its conversation added: they are others' as well."""
+    marks: tuple[BlockId, ...] = ()
+    followed: bool = False
+
+
+class ReturnsPolicy(LeafPolicy):
+    """Return probability: expected hits per second of residence, learned from the requests themselves.
+
+    Which request follows which is seen in the chains: one that uses the end of what an earlier one left is its
+    conversation's next turn. What requests are like (turn, blocks they add, length) says how likely they are followed,
+    and one distribution for all says after how long (`kvstore.policies.odds`); `Hint.turn` overrides the count. A
+    block is as its last request is, in one of sixteen LRU queues by likelihood; of the queues' lowest ends the one
+    whose further residence promises least goes first. `history` requests are remembered, evicted ones included.
+
+    Where a sample of its own says that LRU had more hits of late (`kvstore.policies.shadow`), and until some
+    conversations have returned, it goes by last use alone. Blocks of a conversation that was closed go before all.
+    Nothing is saved over a restart: it relearns, by LRU meanwhile.
+
+    The idea is that of "KVCache Cache in the Wild" (Wang et al., USENIX ATC 2025), which ranks blocks by the
+    probability of their reuse; the share that never returns makes it a cure model (Berkson and Gage, 1952).
+    """
+
+    name = "returns"
+    num_queues = NUM_LEVELS + 1  # the last is that of closed conversations
+
+    @dataclass(frozen=True, slots=True)
+    class Options:
+        """Settings.
+
+        Attributes:
+            history: requests remembered.
+        """
+
+        history: int = 8192
+
+        def __post_init__(self) -> None:
+            if not 64 <= self.history <= 1 << 20:
+                raise ConfigError(f"history is {self.history}: give 64 to 1048576 requests, such as 8192")
+
+    def __init__(self, options: object = None) -> None:
+        self._settings = options if isinstance(options, ReturnsPolicy.Options) else ReturnsPolicy.Options()
+        self._use_s: npt.NDArray[np.float64] = np.zeros(0)
+        """When each row was used last."""
+        self._cell: npt.NDArray[np.int16] = np.zeros(0, np.int16)
+        """What the request was like that used it last."""
+        super().__init__(options)
+        self._odds = Odds(self._settings.history)
+        self._records: list[_Record | None] = [None] * self._settings.history
+        self._marks: dict[BlockId, int] = {}
+        self._next = 0
+        self._now_s = 0.0
+        self._num_noted = 0
+        self._heads = [_NOTHING] * self.num_queues
+        self._shadow = Shadow(NUM_LEVELS)
+        self._by_odds = False
+
+    def _grow(self) -> None:
+        super()._grow()
+        if len(self._use_s) < len(self._key):
+            self._use_s, self._cell = longer(self._use_s, len(self._key)), longer(self._cell, len(self._key))
+            self._use_s_at = self._use_s.data
+
+    def _enter(self, rows: Rows, blocks: Sequence[BlockId], hint: Hint) -> None:
+        self._now_s = max(self._now_s, hint.time_s)
+        self._cell[rows] = cell_of(1, len(rows), len(rows))
+        self._queue[rows] = self._odds.level(cell_of(1, len(rows), len(rows)))
+        self._use_s[rows] = self._now_s
+        self._key[rows] = self._latest_keys(len(rows))
+
+    def _use(self, rows: Rows, fresh: npt.NDArray[np.bool_], blocks: Sequence[BlockId], hint: Hint) -> None:
+        self._now_s = max(self._now_s, hint.time_s)
+        known = rows[rows != NO_ROW]
+        cell = self._recognise(fresh, blocks, hint)
+        if hint.closed:
+            marked, cell = self._private(rows), CLOSED_CELL
+        else:
+            marked = known
+        if cell is not None:
+            self._cell[marked] = cell
+            self._queue[marked] = self._odds.level(cell)
+        asked_from = 0 if hint.asked else int(fresh.argmax()) if fresh.any() else len(blocks)
+        level = min(self._queue_at[known[-1]], NUM_LEVELS - 1)
+        self._shadow.use(blocks, asked_from, level, self._now_s, self._odds.worth)
+        self._use_s[known] = self._now_s
+        self._key[known] = self._latest_keys(len(known))
+
+    def _recognise(self, fresh: npt.NDArray[np.bool_], blocks: Sequence[BlockId], hint: Hint) -> int | None:
+        """Find the request that this one follows, or is; returns what it is like now, None if that is not known."""
+        at, found = self._deepest_mark(blocks)
+        record = self._records[found] if found != _NO_RECORD else None
+        if record is not None and at + 1 < (record.start + record.length) // 2:
+            record = None  # it shares a beginning with that one, and goes another way
+        adds = bool(fresh.any())
+        if not adds and (record is None or at < record.length - 2):
+            return None  # a part of what was there; what it goes on to add will tell
+        if record is None:
+            record = self._new_record(1, int(fresh.argmax()), int(fresh.argmax()))
+        elif hint.asked or fresh[at]:
+            if not record.followed:
+                record.followed = True
+                self._odds.returned(record.number, self._now_s)
+            record = self._new_record(record.turn + 1, at + 1, record.floor)
+        record.turn = hint.turn or record.turn
+        record.length = len(blocks)
+        cell = cell_of(record.turn, record.length - record.start, record.length)
+        self._mark(record, blocks)
+        self._odds.note(record.number, cell, self._now_s)
+        return cell
+
+    def _deepest_mark(self, blocks: Sequence[BlockId]) -> tuple[int, int]:
+        marks = self._marks
+        for at in range(len(blocks) - 1, -1, -1):
+            number = marks.get(blocks[at], _NO_RECORD)
+            if number != _NO_RECORD:
+                return at, number
+        return -1, _NO_RECORD
+
+    def _new_record(self, turn: int, start: int, floor: int) -> _Record:
+        number = self._next
+        self._next = (number + 1) % self._settings.history
+        old = self._records[number]
+        if old is not None:
+            self._unmark(old)
+        self._num_noted += 1
+        if self._num_noted % (_FIT_EVERY if self._num_noted >= 2 * _FIT_EVERY else _FIT_EVERY // 4) == 0:
+            self._learn()
+        record = self._records[number] = _Record(number, turn, start, start, floor)
+        return record
+
+    def _learn(self) -> None:
+        self._odds.fit(self._now_s)
+        self._queue[:] = self._odds.levels(self._cell)
+        self._rebuild()
+
+    def _unmark(self, record: _Record) -> None:
+        for mark in record.marks:
+            if self._marks.get(mark) == record.number:
+                del self._marks[mark]
+
+    def _mark(self, record: _Record, blocks: Sequence[BlockId]) -> None:
+        self._unmark(record)
+        start, last = record.start, len(blocks) - 1
+        places = {max(at, record.floor) for at in (start, (start + last + 1) // 2, last - 1, last)}
+        record.marks = tuple(blocks[at] for at in places if at <= last)
+        self._marks.update(dict.fromkeys(record.marks, record.number))
+
+    # -- order -------------------------------------------------------------------------------------------------
+
+    def _walk_begins(self) -> None:
+        self._shadow.resize(len(self))
+        self._by_odds = self._odds.num_returned >= _FEW_RETURNS and self._shadow.lead >= 0
+        self._changed.update(range(self.num_queues))
+
+    def _next_queue(self) -> int:
+        for queue in self._changed:
+            head = self._head(queue)
+            if head is None:
+                self._heads[queue] = _NOTHING
+            else:
+                key, row = head
+                closed = queue == NUM_LEVELS
+                age_s = self._now_s - self._use_s_at[row]
+                worth = -1.0 if closed else self._odds.worth(queue, age_s) if self._by_odds else 0.0
+                self._heads[queue] = (worth, key, queue)
+        self._changed.clear()
+        return min(self._heads)[2]
