@@ -9,6 +9,7 @@ stores; the host tiers serve heads, which must not look cold in Redis for it.
 from __future__ import annotations
 
 import argparse
+import heapq
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from rich.progress import Progress
 
 from bench.env import stamp
 from bench.report import print_table, write_json
+from kvstore.api import NO_HINT
 from kvstore.block import Chain, ModelId, Root
 from kvstore.config import StoreConfig
 from kvstore.layout import layout_of
@@ -27,6 +29,7 @@ from kvstore.tiers.redis import RedisTier
 from kvstore.tiers.valkey import EmbeddedServer
 from kvstore.wire import frame
 
+_DEADLINE_S = 30.0
 HELP = "two stores on one Redis replay a trace: hits by tier, and blocks left out of reach"
 
 # The smallest block there is: a trace names blocks, not tokens, and bytes are of no interest here.
@@ -104,6 +107,52 @@ def _serve(store: KVStore, chain: Chain) -> dict[str, int]:
     return hits
 
 
+def exact_lru(requests: Iterable[Sequence[int]], capacity_blocks: int) -> int:
+    """Hits of a cache that evicts block by block, the least recently used first and of one use the deepest."""
+    used: dict[int, tuple[int, int]] = {}
+    order: list[tuple[int, int, int]] = []
+    hits = 0
+    for time, hash_ids in enumerate(requests):
+        hits += next((at for at, block in enumerate(hash_ids) if block not in used), len(hash_ids))
+        for depth, block in enumerate(hash_ids):
+            used[block] = (time, -depth)
+            heapq.heappush(order, (time, -depth, block))
+        while len(used) > capacity_blocks:
+            at, depth, block = heapq.heappop(order)
+            if used.get(block) == (at, depth):  # not used again since
+                del used[block]
+    return hits
+
+
+def replay_tiers(requests: Iterable[Sequence[int]], capacity_bytes: int, progress: Progress) -> tuple[int, list[str]]:
+    """Hits of two tiers on one server that serve requests in turn, no host tier above them; and what is broken."""
+    requests = list(requests)
+    task = progress.add_task("Redis alone", total=len(requests))
+    layout, root, hits = layout_of(MODEL), Root(MODEL), 0
+    nothing = memoryview(bytes(layout.block_bytes))
+    with EmbeddedServer() as server:
+        options = RedisTier.Options(url=server.url, capacity_bytes=capacity_bytes, sweep_every_s=0)
+        tiers = [RedisTier(options), RedisTier(options)]
+        try:
+            for tier in tiers:
+                tier.open(layout)
+            for number, hash_ids in enumerate(requests):
+                tier = tiers[number % 2]
+                chain = chain_of(root, hash_ids)
+                keys = chain.part_keys(0, len(chain), layout.all_parts)
+                there = tier.contains(keys, _DEADLINE_S)
+                hits += next((at for at, present in enumerate(there) if not present), len(there))
+                tier.touch(keys, NO_HINT)
+                tier.settle(_DEADLINE_S)  # a trace has no pauses between requests, in which it would come about
+                meta = {block: chain.meta(index) for index, block in enumerate(chain.ids)}
+                tier.write(dict.fromkeys(keys, nothing), meta, _DEADLINE_S)
+                progress.advance(task)
+            return hits, tiers[0].check()
+        finally:
+            for tier in tiers:
+                tier.close()
+
+
 def _look(stores: Sequence[KVStore], tiers: Sequence[RedisTier], asked: int, hits: dict[str, int]) -> Outcome:
     for store, tier in zip(stores, tiers, strict=True):
         if not store.flush(120) or not tier.settle(60):
@@ -135,7 +184,16 @@ def main(argv: list[str]) -> int:
     host_blocks = max(int(distinct * options.host / 100), max(map(len, requests)))
     with Progress(transient=True) as progress:
         outcome = replay(requests, int(distinct * options.capacity / 100) * VALUE_BYTES, host_blocks, progress)
+        capacity_blocks = int(distinct * options.capacity / 100)
+        alone, broken = replay_tiers(requests, capacity_blocks * VALUE_BYTES, progress)
+    exact = exact_lru(requests, capacity_blocks)
+    asked = sum(map(len, requests))
     summary: dict[str, str | int | float | bool | None] = {
+        "exact_lru_hit_rate_pct": 100 * exact / asked,
+        "shared_hit_rate_pct": 100 * alone / asked,
+        "shared_lru_gap_pts": 100 * (exact - alone) / asked,
+        "unreachable_pct": 100 * outcome.out_of_reach / max(1, outcome.resident_blocks),
+        "unreachable_alone": sum("lacks its parent" in fault for fault in broken),
         "hit_rate_host_pct": 100 * outcome.hit_blocks["host"] / outcome.asked_blocks,
         "hit_rate_redis_pct": 100 * outcome.hit_blocks["redis"] / outcome.asked_blocks,
         "resident_blocks": outcome.resident_blocks,

@@ -24,7 +24,7 @@ from rich.progress import Progress
 
 from bench.env import stamp
 from bench.options import whole
-from bench.redis_ceiling import raw_get_s, raw_set_s
+from bench.redis_speed import NUM_TRANSPORTS, measure_redis
 from bench.report import print_table, write_json
 from kvstore.api import Store
 from kvstore.block import Chain, ModelId, Root
@@ -33,7 +33,6 @@ from kvstore.copying import copy_bytes
 from kvstore.layout import BlockLayout
 from kvstore.native import is_built
 from kvstore.store import KVStore
-from kvstore.tiers.redis import RedisTier
 from kvstore.transfer import PageCopier, PagedKV
 
 HELP = "bandwidth of each tier beside its ceiling, and the cost of a match"
@@ -252,76 +251,30 @@ def measure_host(bench: HostBench, repeats: int, tick: Callable[[], None]) -> di
     return {key: ceiling / bench.timings.median(arm) for key, arm in names.items()}
 
 
-def measure_redis(bench: HostBench, repeats: int, tick: Callable[[], None]) -> dict[str, float]:
-    """An embedded Valkey on a Unix socket: whole path through frame, checksum and promotion, beside bare sockets."""
-    timings = bench.timings
-    tier = RedisTier(RedisTier.Options(capacity_bytes=4 << 30))
-    assert tier.server is not None
-    total = bench.num_blocks * bench.layout.block_bytes
-    config = StoreConfig.load(
-        {
-            "host": {"capacity_bytes": total + (64 << 20)},
-            "mover": {"write": "through", "queue_bytes": 4 << 30},
-            "request": {"read_deadline_s": 30, "lookup_deadline_s": 5},
-        },
-        environ={},
-    )
-    blocks = [_bytes(row) for row in bench.whole]
-    with KVStore(config, tiers=[tier]) as store:
-        store.open(LLAMA_8B)
-        store.wait_ready()
-        for number in range(repeats + 1):
-            if number == 1:
-                for name in [name for name in timings.seconds if name.startswith(("redis", "raw"))]:
-                    del timings.seconds[name]
-            timings.seconds.setdefault("raw set", []).append(raw_set_s(tier.server.url, blocks))
-            timings.seconds.setdefault("raw get", []).append(raw_get_s(tier.server.url, blocks))
-            store.clear()
-            with store.save(bench.chain, 0, bench.num_blocks) as save:
-                for index in save.indices:
-                    view = save.views(index)[0]
-                    assert view is not None
-                    copy_bytes(view, blocks[index])
-                with timings.arm("redis save"):
-                    save.commit()
-                    assert store.flush(60)
-            store.drop_host()
-            with timings.arm("redis load"):
-                store.match(bench.chain, "bench", wait_s=10)
-                with store.load("bench") as load:
-                    tiers = [block.tier for block in load]
-            assert tiers == ["redis"] * bench.num_blocks, f"{len(tiers)} of {bench.num_blocks} blocks came"
-            tick()
-    return {
-        "redis_unix_save_ratio": timings.median("raw set") / timings.median("redis save"),
-        "redis_unix_load_ratio": timings.median("raw get") / timings.median("redis load"),
-    }
-
-
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench tiers", description=__doc__)
     parser.add_argument("--mib", type=whole(8, 65_536), default=512, help="KV to move in each arm (default: 512)")
     parser.add_argument("--repeats", type=whole(1, 10_000), default=9, help="rounds, arms alternating (default: 9)")
     parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=0)
+    parser.add_argument("--only-redis", action="store_true", help="leave the host tier out")
     parser.add_argument("--json", metavar="FILE", help="write {name, env, rows, summary}")
     options = parser.parse_args(argv)
     # Drawn between timings only: a refreshing thread takes the GIL and a core from what is timed.
     with Progress(transient=True, auto_refresh=False) as progress:
-        task = progress.add_task("tiers", total=options.repeats * 7 + 1)
+        total = 1 + options.repeats * 6 * (not options.only_redis) + (options.repeats + 1) * NUM_TRANSPORTS
+        task = progress.add_task("tiers", total=total)
 
         def tick() -> None:
             progress.update(task, advance=1, refresh=True)
 
-        with KVStore(host_config(0)) as store:
-            summary, rows = measure_match(store, max(20, options.repeats), options.seed)
+        summary: dict[str, float] = {}
+        rows: list[dict[str, object]] = []
+        if not options.only_redis:
+            summary, rows = host_figures(options, tick)
         tick()
-        with KVStore(host_config(options.mib << 20)) as store:
-            store.wait_ready()
-            bench = host_bench(store, options.mib << 20, options.seed)
-            summary |= measure_host(bench, options.repeats, tick)
-        summary |= measure_redis(bench, options.repeats, tick)
-    total = bench.num_blocks * bench.layout.block_bytes
-    rows = bandwidth_rows(bench.timings, total) + rows
+        redis_summary, redis_rows = measure_redis(LLAMA_8B, options.mib << 20, options.repeats, options.seed, tick)
+    summary |= redis_summary
+    rows += redis_rows
     summary["native_loops"] = float(is_built())
     print_table("Tiers", rows, ["arm", "GB/s p50", "GB/s best", "of ceiling", "ms p50", "ms p99", "ms max", "count"])
     for key, value in summary.items():
@@ -332,11 +285,23 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def host_figures(
+    options: argparse.Namespace, tick: Callable[[], None]
+) -> tuple[dict[str, float], list[dict[str, object]]]:
+    with KVStore(host_config(0)) as store:
+        summary, rows = measure_match(store, max(20, options.repeats), options.seed)
+    with KVStore(host_config(options.mib << 20)) as store:
+        store.wait_ready()
+        bench = host_bench(store, options.mib << 20, options.seed)
+        summary |= measure_host(bench, options.repeats, tick)
+    total = bench.num_blocks * bench.layout.block_bytes
+    return summary, bandwidth_rows(bench.timings, total) + rows
+
+
 def bandwidth_rows(timings: Timings, total: int) -> list[dict[str, object]]:
-    ceilings = {"redis save": "raw set", "redis load": "raw get"}
     rows: list[dict[str, object]] = []
     for arm, seconds in timings.seconds.items():
-        ceiling = arm if arm.startswith(("memcpy", "raw")) else ceilings.get(arm, "memcpy")
+        ceiling = arm if arm.startswith("memcpy") else "memcpy"
         rows.append(
             {
                 "arm": arm,

@@ -9,6 +9,7 @@ before heads, by an order that all writers share (`redis_accounting`).
     redis_names       which key, which score        redis_wire    RESP straight from and into memory
     redis_accounting  what is there, what goes      redis_pool    connections, breaker, error mapping
     redis_read        values into buffers           redis_write   values with their accounts, in order
+    redis_nodes       which node, talk to all       redis_cluster batches over the nodes of a Cluster
     redis_sweep       repair, and check             redis_upkeep  touches, ageing, sweeps in the background
     valkey            a server of our own, for url="embedded"
 """
@@ -16,7 +17,7 @@ before heads, by an order that all writers share (`redis_accounting`).
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import ClassVar
 
@@ -28,12 +29,14 @@ from kvstore.layout import BlockLayout
 from kvstore.stats import Stats
 from kvstore.tiers.base import Tier
 from kvstore.tiers.redis_accounting import Accounting
+from kvstore.tiers.redis_cluster import ClusterBatches
 from kvstore.tiers.redis_names import MAX_BUCKETS, Names
-from kvstore.tiers.redis_pool import Breaker, Connections
+from kvstore.tiers.redis_nodes import Nodes, Talk
+from kvstore.tiers.redis_nodes import Options as NodeOptions
 from kvstore.tiers.redis_read import Counts, Reader
 from kvstore.tiers.redis_sweep import Sweeper
 from kvstore.tiers.redis_upkeep import Upkeep
-from kvstore.tiers.redis_write import Writer
+from kvstore.tiers.redis_write import Item, SendItems, Writer
 from kvstore.tiers.valkey import EmbeddedServer
 
 EMBEDDED = "embedded"
@@ -44,7 +47,7 @@ _LONG_CALL_S = 60.0
 
 
 class RedisTier(Tier):
-    """Redis 7 or Valkey, one node. Each process has its own; any number of them share a server."""
+    """Redis 7 or Valkey, one node or a Cluster. Each process has its own; any number of them share a server."""
 
     @dataclass(frozen=True, slots=True)
     class Options:
@@ -52,17 +55,20 @@ class RedisTier(Tier):
 
         Attributes:
             url: redis://, rediss:// or unix://, as redis-py reads them (user, password, database, TLS files in
-                the query); `embedded` starts a server that lives as long as this process.
+                the query); `embedded` starts a server that lives as long as this process. For a Cluster
+                redis+cluster:// or rediss+cluster:// with some of its nodes: redis+cluster://host:port,host:port
             capacity_bytes: limit of what all stores on this server keep together; give all the same. 0 takes
                 80 % of the server's `maxmemory`, and where it has none, no limit (1 GiB for `embedded`).
-            num_buckets: how many ways a namespace is cut. Part of key names: stores that share must agree.
+            num_buckets: how many ways a namespace is cut, and over how many slots of a Cluster it is spread (64 or
+                more then). Part of key names: stores that share must agree.
             connections: for loads, and as many again for all else, so that loads never wait behind stores.
             codec: how values are written; whatever codec they name is read.
             ttl_s: backstop of the server: a value that nobody used and nobody evicted goes after this. Ageing
                 by score comes at half of it, tails first. 0 for neither.
             connect_timeout_s: for connecting and authenticating, within the call's deadline.
             call_timeout_s: deadline of calls that are given none, and of background work.
-            breaker_open_s: how long calls are refused at once after a failure, before one tries again.
+            breaker_open_s: how often a server that failed is tried in the background; calls are refused at once
+                meanwhile. With 0 every call tries.
             sweep_every_s: how often one of all stores repairs what crashes and expiry left; 0 for never. It looks
                 at every header: about 0.1 s for a thousand parts, in the background.
         """
@@ -97,20 +103,24 @@ class RedisTier(Tier):
         super().__init__(self.options)
         codec = CODECS.load(self.options.codec)()
         names = Names(self.options.num_buckets)
-        self._breaker = Breaker(self.options.breaker_open_s, self._note_state)
         # Refuse a bad URL before a server is started for nothing.
         self.server = EmbeddedServer() if self.options.url == EMBEDDED else None
         url = self.server.url if self.server else self.options.url
         capacity_bytes = self.options.capacity_bytes or (_EMBEDDED_CAPACITY_BYTES if self.server else 0)
-        self._loads = self._connections(url)
-        self._stores = self._connections(url)
+        self._nodes = Nodes(
+            url,
+            self.options.num_buckets,
+            NodeOptions(self.options.connections, self.options.connect_timeout_s, self.options.breaker_open_s),
+            self._note_state,
+        )
         self._names = names
         self._accounting = Accounting(names, capacity_bytes)
-        self._writer = Writer(self._accounting, codec, self.options.ttl_s)
+        self._writer = Writer(self._accounting, codec, self.options.ttl_s, by_stripe=self._nodes.is_cluster)
         self._reader = Reader(names)
+        self._cluster = ClusterBatches(self._nodes, names, self._reader) if self._nodes.is_cluster else None
         self._sweeper = Sweeper(self._accounting)
         self._upkeep = Upkeep(
-            self._stores,
+            self._nodes,
             self._accounting,
             self._sweeper,
             ttl_s=self.options.ttl_s,
@@ -118,10 +128,6 @@ class RedisTier(Tier):
             sweep_every_s=self.options.sweep_every_s,
         )
         self.bind(self.stats)
-
-    def _connections(self, url: str) -> Connections:
-        options = self.options
-        return Connections(url, options.connections, options.connect_timeout_s, self._breaker)
 
     def bind(self, stats: Stats) -> None:
         super().bind(stats)
@@ -136,7 +142,9 @@ class RedisTier(Tier):
         present: list[bool] = []
         if not keys:
             return present
-        with self._loads.lease(deadline) as wire:
+        if self._cluster is not None:
+            return self._cluster.contains(keys, deadline)
+        with self._nodes.of_stripe(0, deadline).loads.lease(deadline) as wire:
             # In steps: the server looks up what it has while the next commands are put together.
             for at in range(0, len(keys), _PRESENCE_BATCH):
                 wire.send([self._names.pipeline("EXISTS", keys[at : at + _PRESENCE_BATCH])], deadline)
@@ -153,7 +161,10 @@ class RedisTier(Tier):
         damaged: list[PartKey] = []
         counts = Counts()
         try:
-            with self._loads.lease(deadline) as wire:
+            if self._cluster is not None:
+                yield from self._cluster.read(into, deadline, damaged, counts)
+                return
+            with self._nodes.of_stripe(0, deadline).loads.lease(deadline) as wire:
                 yield from self._reader.read(wire, into, deadline, damaged, counts)
         finally:
             self._count(asdict(counts))
@@ -168,11 +179,18 @@ class RedisTier(Tier):
             return set()
         counts: dict[str, float] = {}
         try:
-            with self._stores.lease(deadline) as wire:
-                return self._writer.write(wire, parts, meta, deadline, counts)
+            with self._nodes.talk(deadline) as talk:
+                return self._writer.write(talk, parts, meta, deadline, counts, self._sender(talk, deadline))
         finally:
             self.stats.set(f"{self.name}.used_bytes", self._accounting.last_total_bytes)
             self._count(counts)
+
+    def _sender(self, talk: Talk, deadline: float) -> Callable[[Sequence[Item], SendItems], set[PartKey]]:
+        """Sends over the conversation's own wire, or over one to each node."""
+        cluster = self._cluster
+        if cluster is not None:
+            return lambda items, send: cluster.send(items, send, deadline)
+        return lambda items, send: send(talk.wire, items)
 
     def _count(self, counts: Mapping[str, float]) -> None:
         self.stats.add_all({f"{self.name}.{name}": amount for name, amount in counts.items() if amount})
@@ -186,19 +204,19 @@ class RedisTier(Tier):
     def remove(self, keys: Sequence[PartKey]) -> None:
         deadline = time.monotonic() + self.options.call_timeout_s
         if keys:
-            with self._stores.lease(deadline) as wire:
-                self._accounting.remove(wire, keys, deadline)
+            with self._nodes.talk(deadline) as talk:
+                self._accounting.remove(talk, keys, deadline)
 
     def clear(self, root: RootId | None) -> None:
         deadline = time.monotonic() + _LONG_CALL_S
-        with self._stores.lease(deadline) as wire:
-            self._sweeper.clear(wire, root, deadline)
+        with self._nodes.talk(deadline) as talk:
+            self._sweeper.clear(talk, root, deadline)
 
     def sweep(self) -> dict[str, int]:
         """Repair what crashes and expiry left: returns what was found, by kind. Costs a look at every header."""
         deadline = time.monotonic() + _LONG_CALL_S
-        with self._stores.lease(deadline) as wire:
-            return self._sweeper.sweep(wire, deadline)
+        with self._nodes.talk(deadline) as talk:
+            return self._sweeper.sweep(talk, deadline)
 
     def settle(self, deadline_s: float) -> bool:
         """Wait until touches and removals handed to the background are done; False if time ran out first."""
@@ -207,8 +225,8 @@ class RedisTier(Tier):
     def accounted_bytes(self) -> int:
         """What all stores keep on this server, by its own count."""
         deadline = time.monotonic() + self.options.call_timeout_s
-        with self._stores.lease(deadline) as wire:
-            return self._accounting.total_bytes(wire, deadline)
+        with self._nodes.talk(deadline) as talk:
+            return self._accounting.total_bytes(talk, deadline)
 
     def check(self) -> list[str]:
         """Broken invariants: accounts without values or the reverse, wrong sums, blocks without their parents.
@@ -216,12 +234,11 @@ class RedisTier(Tier):
         Meaningful while nobody writes.
         """
         deadline = time.monotonic() + _LONG_CALL_S
-        with self._stores.lease(deadline) as wire:
-            return self._sweeper.check(wire, deadline)
+        with self._nodes.talk(deadline) as talk:
+            return self._sweeper.check(talk, deadline)
 
     def close(self) -> None:
         self._upkeep.close()
-        self._loads.close()
-        self._stores.close()
+        self._nodes.close()
         if self.server is not None:
             self.server.close()

@@ -18,29 +18,31 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from kvstore.block import PartKey
-from kvstore.tiers.redis_names import EPOCH_S, REGISTRY, Bucket, Names
-from kvstore.tiers.redis_wire import ProtocolBroken, Reply, ReplyError, Wire, command
+from kvstore.tiers.redis_names import EPOCH_S, Bucket, Names, registry
+from kvstore.tiers.redis_nodes import Talk, many
+from kvstore.tiers.redis_wire import ProtocolBroken, command
 
 log = logging.getLogger("kvstore.tiers.redis")
 
 _COLDEST_PER_BUCKET = 256
 _EVICT_PER_CALL = 1000
-_TARGET_SHARE = 0.95
+_TARGET_SHARE = 0.99
+"""How full it is after an eviction: each gives room to the writes of a while, and empty room holds no hits."""
 _CLOCK_GOOD_FOR_S = 60.0
 _TOTAL_GOOD_FOR_S = 0.25
 
-# KEYS: registry, then order, sizes, total of each part. ARGV: tag, member, score, bytes of each part.
+# KEYS: registry, order, sizes, total of each part. ARGV: root, member, score, bytes of each part.
 _ACCOUNT = """
 for i = 0, #ARGV / 4 - 1 do
-  local order, sizes, total = KEYS[3 * i + 2], KEYS[3 * i + 3], KEYS[3 * i + 4]
-  local tag, member, score, size = ARGV[4 * i + 1], ARGV[4 * i + 2], ARGV[4 * i + 3], ARGV[4 * i + 4]
+  local roots, order, sizes, total = KEYS[4 * i + 1], KEYS[4 * i + 2], KEYS[4 * i + 3], KEYS[4 * i + 4]
+  local root, member, score, size = ARGV[4 * i + 1], ARGV[4 * i + 2], ARGV[4 * i + 3], ARGV[4 * i + 4]
   local old = redis.call('HGET', sizes, member)
   if old ~= size then
     redis.call('HSET', sizes, member, size)
     redis.call('INCRBY', total, size - (old or 0))
   end
   redis.call('ZADD', order, 'GT', score, member)
-  redis.call('SADD', KEYS[1], tag)
+  redis.call('SADD', roots, root)
 end
 return #ARGV / 4
 """
@@ -134,14 +136,18 @@ class Accounting:
 
     # ── server ─────────────────────────────────────────────────────────────────────────────────────────────
 
-    def facts(self, wire: Wire, deadline: float) -> Facts:
+    def facts(self, talk: Talk, deadline: float) -> Facts:
         if self._facts is None:
-            reply = _one(wire, command("INFO", "memory"), deadline)
-            text = reply.decode(errors="replace") if isinstance(reply, bytes) else ""
-            info = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-            limit = self._capacity_bytes or int(info.get("maxmemory", 0)) * 4 // 5
-            self._facts = Facts(limit, "libc" not in info.get("mem_allocator", "jemalloc"))
-            policy = info.get("maxmemory_policy", "noeviction")
+            limit, mem_allocator, policies = 0, "jemalloc", set()
+            for place in talk.places(deadline):
+                (reply,) = many(talk, [command("INFO", "memory")], deadline, place=place, partial=True)
+                text = reply.decode(errors="replace") if isinstance(reply, bytes) else ""
+                info = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+                limit += int(info.get("maxmemory", 0)) * 4 // 5
+                mem_allocator = info.get("mem_allocator", mem_allocator)
+                policies.add(info.get("maxmemory_policy", "noeviction"))
+            self._facts = Facts(self._capacity_bytes or limit, "libc" not in mem_allocator)
+            policy = ", ".join(sorted(policies))
             if policy != "noeviction":
                 log.warning(
                     "redis: maxmemory-policy is %s, which tears holes into chains; set it to noeviction, "
@@ -154,11 +160,11 @@ class Accounting:
         """What a value of `stored_bytes` costs the server's memory."""
         return size_class(stored_bytes) if facts.rounds_up else stored_bytes
 
-    def now_s(self, wire: Wire, deadline: float) -> float:
+    def now_s(self, talk: Talk, deadline: float) -> float:
         """The server's time on the scale of scores; asked for once a minute."""
         now = time.monotonic()
         if now - self._clock_read_at > _CLOCK_GOOD_FOR_S:
-            reply = _one(wire, command("TIME"), deadline)
+            (reply,) = many(talk, [command("TIME")], deadline)
             if not isinstance(reply, list) or len(reply) != 2:
                 raise ProtocolBroken("TIME did not give a time")
             seconds, micros = (int(part) for part in reply if isinstance(part, bytes))
@@ -170,12 +176,12 @@ class Accounting:
 
     def account(self, parts: Sequence[tuple[PartKey, float, int]]) -> bytes:
         """The command that accounts parts (key, score, bytes), for use inside a transaction with their SETs."""
-        keys: list[bytes | str] = [REGISTRY]
+        keys: list[bytes | str] = []
         values: list[bytes | str] = []
         for key, score, num_bytes in parts:
             bucket = self.names.bucket(key)
-            keys += (bucket.order, bucket.sizes, bucket.total)
-            values += (bucket.tag, self.names.member(key.block, key.part), repr(score), str(num_bytes))
+            keys += (bucket.registry, bucket.order, bucket.sizes, bucket.total)
+            values += (bucket.root, self.names.member(key.block, key.part), repr(score), str(num_bytes))
         return _eval(_ACCOUNT, keys, values)
 
     @property
@@ -189,15 +195,15 @@ class Accounting:
 
     # ── removing ───────────────────────────────────────────────────────────────────────────────────────────
 
-    def remove(self, wire: Wire, keys: Iterable[PartKey], deadline: float, *, only: str = "all") -> int:
+    def remove(self, talk: Talk, keys: Iterable[PartKey], deadline: float, *, only: str = "all") -> int:
         """Remove values with their accounts; `only="missing"` those accounts whose value is gone."""
         grouped: dict[Bucket, list[str]] = {}
         for key in keys:
             grouped.setdefault(self.names.bucket(key), []).append(self.names.member(key.block, key.part))
-        return self.remove_members(wire, grouped, deadline, only=only)
+        return self.remove_members(talk, grouped, deadline, only=only)
 
     def remove_members(
-        self, wire: Wire, grouped: dict[Bucket, list[str]], deadline: float, *, only: str = "all"
+        self, talk: Talk, grouped: dict[Bucket, list[str]], deadline: float, *, only: str = "all"
     ) -> int:
         """As `remove`, by bucket and member."""
         commands = []
@@ -206,11 +212,14 @@ class Accounting:
                 some = members[at : at + _EVICT_PER_CALL]
                 values = [bucket.values + member for member in some]
                 commands.append(_eval(_REMOVE, [bucket.order, bucket.sizes, bucket.total, *values], [only, *some]))
-        return sum(count for count, _ in self._removals(wire, commands, deadline))
+        return sum(count for count, _ in self._removals(talk, commands, deadline))
 
-    def _removals(self, wire: Wire, commands: Sequence[bytes], deadline: float) -> list[tuple[int, int]]:
+    def _removals(self, talk: Talk, commands: Sequence[bytes], deadline: float) -> list[tuple[int, int]]:
         results = []
-        for reply in many(wire, commands, deadline):
+        for reply in many(talk, commands, deadline, partial=True) if commands else []:
+            if reply is None:  # its node does not answer, or the slot is on its way to another
+                results.append((0, 0))
+                continue
             if not isinstance(reply, list) or len(reply) != 2:
                 raise ProtocolBroken("a removal did not say what it removed")
             count, num_bytes = reply
@@ -222,55 +231,62 @@ class Accounting:
 
     # ── evicting ───────────────────────────────────────────────────────────────────────────────────────────
 
-    def buckets(self, wire: Wire, deadline: float) -> list[Bucket]:
-        """Every bucket anyone wrote to."""
-        reply = _one(wire, command("SMEMBERS", REGISTRY), deadline)
-        tags = reply if isinstance(reply, list) else []
-        return sorted(Bucket(tag.decode()) for tag in tags if isinstance(tag, bytes))
+    def buckets(self, talk: Talk, deadline: float) -> list[Bucket]:
+        """Every bucket anyone wrote to, as far as nodes answer."""
+        stripes = self.names.stripes
+        replies = many(talk, [command("SMEMBERS", registry(stripe)) for stripe in stripes], deadline, partial=True)
+        return sorted(
+            Bucket(stripe, root.decode())
+            for stripe, roots in zip(stripes, replies, strict=True)
+            for root in (roots if isinstance(roots, list) else ())
+            if isinstance(root, bytes)
+        )
 
-    def total_bytes(self, wire: Wire, deadline: float) -> int:
+    def total_bytes(self, talk: Talk, deadline: float) -> int:
         """Accounted bytes over all buckets."""
-        commands = [command("GET", bucket.total) for bucket in self.buckets(wire, deadline)]
-        replies = many(wire, commands, deadline)
+        commands = [command("GET", bucket.total) for bucket in self.buckets(talk, deadline)]
+        replies = many(talk, commands, deadline, partial=True) if commands else []
         self._total_bytes = sum(int(reply) for reply in replies if isinstance(reply, bytes))
         self._total_read_at = time.monotonic()
         return self._total_bytes
 
-    def make_room(self, wire: Wire, num_bytes: int, deadline: float) -> tuple[int, int]:
+    def make_room(self, talk: Talk, num_bytes: int, deadline: float) -> tuple[int, int]:
         """Evict so that `num_bytes` more fit. Returns parts and bytes evicted, in this order."""
-        capacity_bytes = self.facts(wire, deadline).capacity_bytes
+        capacity_bytes = self.facts(talk, deadline).capacity_bytes
         crowded, self.crowded = self.crowded, False
         if not capacity_bytes and not crowded:
             return 0, 0
         stale = time.monotonic() - self._total_read_at > _TOTAL_GOOD_FOR_S
         if crowded or stale or self._total_bytes + num_bytes > capacity_bytes:
-            self.total_bytes(wire, deadline)
+            self.total_bytes(talk, deadline)
         limit_bytes = capacity_bytes or self._total_bytes
         if crowded:  # whatever the settings say, what is there now is too much
             limit_bytes = min(limit_bytes, self._total_bytes)
         if self._total_bytes + num_bytes <= limit_bytes:
             return 0, 0
-        return self.evict(wire, max(0, int(limit_bytes * _TARGET_SHARE) - num_bytes), deadline)
+        return self.evict(talk, max(0, int(limit_bytes * _TARGET_SHARE) - num_bytes), deadline)
 
-    def evict(self, wire: Wire, target_bytes: int, deadline: float) -> tuple[int, int]:
+    def evict(self, talk: Talk, target_bytes: int, deadline: float) -> tuple[int, int]:
         """Evict the coldest of all buckets, under one watermark, until at most `target_bytes` are left."""
         num_parts = num_bytes = 0
-        while (excess := self.total_bytes(wire, deadline) - target_bytes) > 0:
-            buckets = self.buckets(wire, deadline)
-            watermark = self._watermark(wire, buckets, excess, deadline)
+        while (excess := self.total_bytes(talk, deadline) - target_bytes) > 0:
+            buckets = self.buckets(talk, deadline)
+            watermark = self._watermark(talk, buckets, excess, deadline)
             if watermark is None:
                 break
-            parts, freed = self.evict_below(wire, buckets, watermark, deadline)
+            parts, freed = self.evict_below(talk, buckets, watermark, deadline)
             num_parts += parts
             num_bytes += freed
+            if not parts:
+                break  # used meanwhile, or on nodes that do not answer
         return num_parts, num_bytes
 
-    def _watermark(self, wire: Wire, buckets: Sequence[Bucket], excess: int, deadline: float) -> bytes | None:
+    def _watermark(self, talk: Talk, buckets: Sequence[Bucket], excess: int, deadline: float) -> bytes | None:
         """The score up to which `excess` bytes lie, as far as the coldest of each bucket let one see."""
         commands = [_eval(_COLDEST, [bucket.order, bucket.sizes], [str(_COLDEST_PER_BUCKET)]) for bucket in buckets]
         entries: list[tuple[float, bytes, int]] = []
         horizon = float("inf")
-        for reply in many(wire, commands, deadline):
+        for reply in many(talk, commands, deadline, partial=True) if commands else []:
             flat = [item for item in reply if isinstance(item, bytes)] if isinstance(reply, list) else []
             pairs = list(zip(flat[0::2], flat[1::2], strict=True))
             entries += ((float(score), score, int(size)) for score, size in pairs)
@@ -285,7 +301,7 @@ class Accounting:
             excess -= size
         return watermark
 
-    def evict_below(self, wire: Wire, buckets: Sequence[Bucket], watermark: bytes, deadline: float) -> tuple[int, int]:
+    def evict_below(self, talk: Talk, buckets: Sequence[Bucket], watermark: bytes, deadline: float) -> tuple[int, int]:
         """Evict whatever scores up to `watermark`. Returns parts and bytes. What was used meanwhile stays."""
         num_parts = num_bytes = 0
         pending = list(buckets)
@@ -298,7 +314,7 @@ class Accounting:
                 )
                 for bucket in pending
             ]
-            results = self._removals(wire, commands, deadline)
+            results = self._removals(talk, commands, deadline)
             num_parts += sum(count for count, _ in results)
             num_bytes += sum(freed for _, freed in results)
             pending = [bucket for bucket, (count, _) in zip(pending, results, strict=True) if count == _EVICT_PER_CALL]
@@ -307,23 +323,3 @@ class Accounting:
 
 def _eval(script: str, keys: Sequence[bytes | str], values: Sequence[bytes | str]) -> bytes:
     return command("EVAL", script, len(keys), *keys, *values)
-
-
-def many(wire: Wire, commands: Sequence[bytes], deadline: float) -> list[Reply]:
-    """Replies to a pipeline. Raises the first ReplyError once all replies are read."""
-    wire.send([b"".join(commands)], deadline)
-    replies: list[Reply] = []
-    error: ReplyError | None = None
-    for _ in commands:
-        reply = wire.reply(deadline)
-        if isinstance(reply, ReplyError):
-            error = error or reply
-        else:
-            replies.append(reply)
-    if error is not None:
-        raise error
-    return replies
-
-
-def _one(wire: Wire, request: bytes, deadline: float) -> Reply:
-    return many(wire, [request], deadline)[0]

@@ -21,7 +21,7 @@ import redis.exceptions
 import redis.retry
 
 from kvstore.errors import ConfigError, TierError, TierTimeout, TierUnavailable
-from kvstore.tiers.redis_wire import ProtocolBroken, ReplyError, Wire, stream_over
+from kvstore.tiers.redis_wire import ProtocolBroken, ReplyError, Wire, command, stream_over
 
 log = logging.getLogger("kvstore.tiers.redis")
 
@@ -52,11 +52,12 @@ def map_redis_errors() -> Iterator[None]:
 
 
 class Breaker:
-    """Closed while the server works; after a failure open for `open_s`, then one call tries it.
+    """Closed while the server works; open after a failure, until a probe finds it working again.
 
-    While open, and while that one call is under way, all others are refused at once. A refusal costs
-    microseconds, so a dead server costs its callers nothing but shorter hits. `changed` is told True when the
-    server is believed to work again, and False when not.
+    While open all calls are refused at once. A refusal costs microseconds, so a dead server costs its callers nothing
+    but shorter hits. `probe` is tried every `open_s` on a thread that lives as long as the breaker is open; with no
+    probe, or an `open_s` of 0, one call in `open_s` is let through to try. `changed` is told True when the server is
+    believed to work again, and False when not.
     """
 
     def __init__(self, open_s: float, changed: Callable[[bool], None] = lambda closed: None) -> None:
@@ -67,6 +68,9 @@ class Breaker:
         self._num_doubts = 0
         self._retry_at = 0.0
         self._last_error = ""
+        self._closed = threading.Event()
+        self.probe: Callable[[], None] | None = None
+        """Raises TierError where the server does not work. Must not ask this breaker."""
 
     def admit(self) -> None:
         """Raises TierUnavailable unless a call may be made now."""
@@ -74,9 +78,26 @@ class Breaker:
             return
         with self._lock:
             now = time.monotonic()
-            if now < self._retry_at:
+            if self._probes or now < self._retry_at:
                 raise TierUnavailable(TIER, f"not tried again yet after: {self._last_error}")
             self._retry_at = now + self._open_s  # this call is the probe; others wait for its outcome
+
+    @property
+    def _probes(self) -> bool:
+        return self.probe is not None and self._open_s > 0
+
+    def _keep_probing(self, probe: Callable[[], None]) -> None:
+        while self._failing and not self._closed.wait(self._open_s):
+            try:
+                probe()
+            except TierError as error:
+                self._last_error = str(error)
+            else:
+                self.succeeded()
+
+    def close(self) -> None:
+        """Probe no more."""
+        self._closed.set()
 
     def succeeded(self) -> None:
         self._num_doubts = 0
@@ -98,6 +119,10 @@ class Breaker:
                 self._failing = True
                 self._changed(False)
                 log.warning("redis: off until it answers again: %s", error)
+                if self.probe is not None and self._probes:
+                    thread = threading.Thread(target=self._keep_probing, args=(self.probe,), daemon=True)
+                    thread.name = "kvstore-redis-probe"
+                    thread.start()
 
     def doubted(self, error: TierError) -> None:
         """A short deadline passed in silence: the server may just be busy. A few of these in a row are a failure."""
@@ -109,7 +134,16 @@ class Breaker:
 class Connections:
     """Up to `limit` wires, made when needed, the most recently used first. Thread-safe."""
 
-    def __init__(self, url: str, limit: int, connect_timeout_s: float, breaker: Breaker) -> None:
+    def __init__(
+        self,
+        url: str,
+        limit: int,
+        connect_timeout_s: float,
+        breaker: Breaker,
+        address: tuple[str, int] | None = None,
+    ) -> None:
+        """`address` replaces host and port of the URL, for another node of the same Cluster."""
+        self._address = {"host": address[0], "port": address[1]} if address else {}
         try:
             # Only parses: nothing connects here.
             self._template = redis.ConnectionPool.from_url(url, protocol=2)
@@ -156,6 +190,19 @@ class Connections:
         self._breaker.succeeded()
         self._give_place(wire, in_order=wire.in_step())
 
+    def probe(self) -> None:
+        """Connect anew and see whether the server takes part. Raises TierError; leaves the breaker alone."""
+        deadline = time.monotonic() + self._connect_timeout_s
+        with map_redis_errors():
+            wire = self._connect(deadline)
+            try:
+                wire.send([command("PING")], deadline)
+                reply = wire.reply(deadline)
+            finally:
+                wire.close()
+            if isinstance(reply, ReplyError):  # LOADING, MASTERDOWN
+                raise reply
+
     def _take_place(self, deadline: float) -> None:
         with self._changed:
             if os.getpid() != self._owner:
@@ -193,6 +240,7 @@ class Connections:
         if limit_s <= 0:
             raise TimeoutError("the deadline passed before connecting")
         settings = dict(self._template.connection_kwargs)
+        settings |= self._address
         settings |= {
             "socket_connect_timeout": limit_s,
             "socket_timeout": limit_s,

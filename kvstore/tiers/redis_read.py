@@ -7,12 +7,13 @@ slower on two cores: each step lets the socket run dry, and a thread fetches all
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
 
 from kvstore.block import PartKey
 from kvstore.codecs import CODECS, Codec
 from kvstore.tiers.redis_names import Names
+from kvstore.tiers.redis_nodes import Redirection, redirection
 from kvstore.tiers.redis_wire import ReplyError, Wire
 from kvstore.wire import frame
 from kvstore.wire.frame import FrameError, Header
@@ -33,6 +34,10 @@ class Counts:
     missing_blocks: int = 0
     foreign_blocks: int = 0
     corrupt_blocks: int = 0
+
+    def add(self, other: Counts) -> None:
+        for item in fields(self):
+            setattr(self, item.name, getattr(self, item.name) + getattr(other, item.name))
 
 
 class _Missing(Exception):
@@ -88,12 +93,24 @@ class Reader:
         deadline: float,
         damaged: list[PartKey],
         counts: Counts,
+        moved: Callable[[PartKey, Redirection], None] | None = None,
     ) -> Iterator[PartKey]:
-        """As `Tier.read`, over a lent wire. Keys to remove go to `damaged`, numbers to `counts`."""
+        """As `Tier.read`, over a lent wire. Keys to remove go to `damaged`, numbers to `counts`.
+
+        `moved` is told of keys that lie on another node of a Cluster; they are not there for this read.
+        """
         ahead = _ReadAhead(self._names, wire, into)
         for position, (key, buffer) in enumerate(into.items()):
             ahead.keep_up(position, deadline)
-            if self._receive(wire, key, buffer.cast("B"), deadline, damaged, counts):
+            try:
+                arrived = self._receive(wire, key, buffer.cast("B"), deadline, damaged, counts)
+            except ReplyError as exc:
+                to = redirection(exc)
+                if moved is None or to is None:
+                    raise
+                moved(key, to)
+                continue
+            if arrived:
                 counts.read_blocks += 1
                 counts.read_bytes += len(buffer)
                 yield key

@@ -12,9 +12,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from kvstore.block import PartKey, RootId
-from kvstore.tiers.redis_accounting import Accounting, many
-from kvstore.tiers.redis_names import REGISTRY, STEP_S, Bucket, root_tag
-from kvstore.tiers.redis_wire import Reply, Wire, command
+from kvstore.tiers.redis_accounting import Accounting
+from kvstore.tiers.redis_names import STEP_S, Bucket, bucket_of, root_tag
+from kvstore.tiers.redis_nodes import Talk, many
+from kvstore.tiers.redis_wire import Reply, command
 from kvstore.wire import frame
 from kvstore.wire.frame import FrameError, Header
 
@@ -47,7 +48,7 @@ end
 return fixed
 """
 
-# KEYS: registry, order, total. ARGV: tag. A bucket without members is named no longer; its next write names it again.
+# KEYS: registry, order, total. ARGV: root. A bucket without members is named no longer; its next write names it again.
 _RETIRE = """
 if redis.call('EXISTS', KEYS[2]) == 1 then return 0 end
 redis.call('DEL', KEYS[3])
@@ -84,26 +85,26 @@ class Sweeper:
 
     # ── repair ─────────────────────────────────────────────────────────────────────────────────────────────
 
-    def sweep(self, wire: Wire, deadline: float) -> dict[str, int]:
+    def sweep(self, talk: Talk, deadline: float) -> dict[str, int]:
         """Repair until a pass finds nothing. Returns how much of each kind was found."""
-        found: dict[str, int] = {"strays": self._remove_strays(wire, deadline)}
+        found: dict[str, int] = {"strays": self._remove_strays(talk, deadline)}
         for _ in range(_MAX_PASSES):
-            changes = self._pass(wire, deadline)
+            changes = self._pass(talk, deadline)
             for name, count in changes.items():
                 found[name] = found.get(name, 0) + count
             if not any(changes.values()):
                 break
         found["recounted"] = 0
-        for bucket in self._accounting.buckets(wire, deadline):
+        for bucket in self._accounting.buckets(talk, deadline):
             recount = command("EVAL", _RECOUNT, 3, bucket.order, bucket.sizes, bucket.total)
-            retire = command("EVAL", _RETIRE, 3, REGISTRY, bucket.order, bucket.total, bucket.tag)
-            fixed, _ = many(wire, [recount, retire], deadline)
+            retire = command("EVAL", _RETIRE, 3, bucket.registry, bucket.order, bucket.total, bucket.root)
+            fixed, _ = many(talk, [recount, retire], deadline)
             found["recounted"] += fixed if isinstance(fixed, int) else 0
         return found
 
-    def _pass(self, wire: Wire, deadline: float) -> dict[str, int]:
+    def _pass(self, talk: Talk, deadline: float) -> dict[str, int]:
         changes = {"empty": 0, "orphans": 0, "damaged": 0, "lowered": 0}
-        for page in self._pages(wire, None, deadline):
+        for page in self._pages(talk, None, deadline):
             gone: set[PartKey] = set()
             doomed: dict[Bucket, list[str]] = {}
             empty: dict[Bucket, list[str]] = {}
@@ -123,70 +124,71 @@ class Sweeper:
                     score = repr(entry.parent_score - STEP_S)
                     lowered.append(command("ZADD", entry.bucket.order, "XX", "LT", score, entry.member))
             if empty:
-                changes["empty"] += self._accounting.remove_members(wire, empty, deadline, only="missing")
+                changes["empty"] += self._accounting.remove_members(talk, empty, deadline, only="missing")
             if doomed:
-                self._accounting.remove_members(wire, doomed, deadline)
+                self._accounting.remove_members(talk, doomed, deadline)
             if lowered:
-                many(wire, lowered, deadline)
+                many(talk, lowered, deadline)
                 changes["lowered"] += len(lowered)
         return changes
 
-    def _remove_strays(self, wire: Wire, deadline: float) -> int:
+    def _remove_strays(self, talk: Talk, deadline: float) -> int:
         """Values that no member speaks of: nobody would ever evict them."""
         strays: dict[Bucket, list[str]] = {}
-        for name in self._unaccounted(wire, deadline):
-            head, _, member = name.partition("}:v:")
-            strays.setdefault(Bucket(head.removeprefix("kvs1:{")), []).append(member)
-        return self._accounting.remove_members(wire, strays, deadline) if strays else 0
+        for name in self._unaccounted(talk, deadline):
+            found = bucket_of(name)
+            if found is not None:
+                strays.setdefault(found[0], []).append(found[1])
+        return self._accounting.remove_members(talk, strays, deadline) if strays else 0
 
-    def _unaccounted(self, wire: Wire, deadline: float) -> list[str]:
+    def _unaccounted(self, talk: Talk, deadline: float) -> list[str]:
         """Names of values without a member, by scanning all keys."""
-        unaccounted: list[str] = []
+        return [name for place in talk.places(deadline) for name in self._unaccounted_at(talk, place, deadline)]
+
+    def _unaccounted_at(self, talk: Talk, place: int, deadline: float) -> Iterator[str]:
         cursor = b"0"
         while True:
-            scan = command("SCAN", cursor, "MATCH", "kvs1:{*}:v:*", "COUNT", _PAGE)
-            (reply,) = many(wire, [scan], deadline)
+            scan = command("SCAN", cursor, "MATCH", "kvs1:{*}:*:v:*", "COUNT", _PAGE)
+            (reply,) = many(talk, [scan], deadline, place=place)
             if not isinstance(reply, list) or not isinstance(reply[1], list):
-                return unaccounted
+                return
             names = [name.decode(errors="replace") for name in reply[1] if isinstance(name, bytes)]
-            lookups = []
-            for name in names:
-                head, _, member = name.partition("}:v:")
-                lookups.append(command("ZSCORE", head + "}:z", member))
-            scores = many(wire, lookups, deadline) if lookups else []
-            unaccounted += (name for name, score in zip(names, scores, strict=True) if score is None)
+            found = [(name, at) for name in names if (at := bucket_of(name)) is not None]
+            lookups = [command("ZSCORE", bucket.order, member) for _, (bucket, member) in found]
+            scores = many(talk, lookups, deadline) if lookups else []
+            yield from (name for (name, _), score in zip(found, scores, strict=True) if score is None)
             cursor = reply[0] if isinstance(reply[0], bytes) else b"0"
             if cursor == b"0":
-                return unaccounted
+                return
 
     # ── looking ────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _pages(self, wire: Wire, root: RootId | None, deadline: float) -> Iterator[list[_Entry]]:
+    def _pages(self, talk: Talk, root: RootId | None, deadline: float) -> Iterator[list[_Entry]]:
         """All members with their headers and their parents' state, from the highest score down."""
         buckets = [
             bucket
-            for bucket in self._accounting.buckets(wire, deadline)
-            if root is None or bucket.tag.startswith(root_tag(root))
+            for bucket in self._accounting.buckets(talk, deadline)
+            if root is None or bucket.root == root_tag(root)
         ]
         descending = heapq.merge(
-            *(self._members(wire, bucket, deadline) for bucket in buckets), key=lambda entry: -entry.score
+            *(self._members(talk, bucket, deadline) for bucket in buckets), key=lambda entry: -entry.score
         )
         page: list[_Entry] = []
         for entry in descending:
             page.append(entry)
             if len(page) == _PAGE:
-                yield self._with_headers(wire, page, deadline)
+                yield self._with_headers(talk, page, deadline)
                 page = []
         if page:
-            yield self._with_headers(wire, page, deadline)
+            yield self._with_headers(talk, page, deadline)
 
-    def _members(self, wire: Wire, bucket: Bucket, deadline: float) -> Iterator[_Entry]:
+    def _members(self, talk: Talk, bucket: Bucket, deadline: float) -> Iterator[_Entry]:
         """Pages follow scores and not ranks, which shift while members come and go."""
         highest, num_ties = b"+inf", 0
         while True:
             window = ("WITHSCORES", "LIMIT", num_ties, _PAGE)
             query = command("ZREVRANGEBYSCORE", bucket.order, highest, "-inf", *window)
-            (reply,) = many(wire, [query], deadline)
+            (reply,) = many(talk, [query], deadline)
             flat = [item for item in reply if isinstance(item, bytes)] if isinstance(reply, list) else []
             for member, score in zip(flat[0::2], flat[1::2], strict=True):
                 yield _Entry(bucket, member.decode(), float(score))
@@ -196,13 +198,13 @@ class Sweeper:
             num_ties = flat[1::2].count(lowest) + (num_ties if lowest == highest else 0)
             highest = lowest
 
-    def _with_headers(self, wire: Wire, page: Sequence[_Entry], deadline: float) -> list[_Entry]:
+    def _with_headers(self, talk: Talk, page: Sequence[_Entry], deadline: float) -> list[_Entry]:
         values = [entry.bucket.values + entry.member for entry in page]
-        kinds = many(wire, [command("TYPE", value) for value in values], deadline)
+        kinds = many(talk, [command("TYPE", value) for value in values], deadline)
         strings = [value for value, kind in zip(values, kinds, strict=True) if kind == b"string"]
         lookups = [command("GETRANGE", value, 0, _HEAD_BYTES - 1) for value in strings]
         lookups += [command("STRLEN", value) for value in strings]
-        replies = many(wire, lookups, deadline)
+        replies = many(talk, lookups, deadline)
         heads, lengths = iter(replies[: len(strings)]), iter(replies[len(strings) :])
         entries = []
         for entry, kind in zip(page, kinds, strict=True):
@@ -213,9 +215,9 @@ class Sweeper:
                 if header is not None and self._names.member(header.key.block, header.key.part) != entry.member:
                     header = None
                 entries.append(replace(entry, header=header, there=True))
-        return self._with_parents(wire, entries, deadline)
+        return self._with_parents(talk, entries, deadline)
 
-    def _with_parents(self, wire: Wire, entries: Sequence[_Entry], deadline: float) -> list[_Entry]:
+    def _with_parents(self, talk: Talk, entries: Sequence[_Entry], deadline: float) -> list[_Entry]:
         parents = [parent for entry in entries if (parent := entry.parent) is not None]
         if not parents:
             return list(entries)
@@ -223,7 +225,7 @@ class Sweeper:
         for parent in parents:
             member = self._names.member(parent.block, parent.part)
             lookups.append(command("ZSCORE", self._names.bucket(parent).order, member))
-        replies = many(wire, lookups, deadline)
+        replies = many(talk, lookups, deadline)
         exists, scores = iter(replies[: len(parents)]), iter(replies[len(parents) :])
         result = []
         for entry in entries:
@@ -242,10 +244,10 @@ class Sweeper:
 
     # ── check and clear ────────────────────────────────────────────────────────────────────────────────────
 
-    def check(self, wire: Wire, deadline: float) -> list[str]:
+    def check(self, talk: Talk, deadline: float) -> list[str]:
         """Broken invariants in words; see `RedisTier.check`."""
-        problems = [f"{name} has no account" for name in self._unaccounted(wire, deadline)]
-        for page in self._pages(wire, None, deadline):
+        problems = [f"{name} has no account" for name in self._unaccounted(talk, deadline)]
+        for page in self._pages(talk, None, deadline):
             for entry in page:
                 where = f"{entry.bucket.values}{entry.member}"
                 if not entry.there:
@@ -256,13 +258,13 @@ class Sweeper:
                     problems.append(f"{where} lacks its parent")
                 elif entry.parent_score is not None and entry.parent_score <= entry.score:
                     problems.append(f"{where} scores above its parent")
-        for bucket in self._accounting.buckets(wire, deadline):
-            problems += self._check_sums(wire, bucket, deadline)
+        for bucket in self._accounting.buckets(talk, deadline):
+            problems += self._check_sums(talk, bucket, deadline)
         return problems
 
-    def _check_sums(self, wire: Wire, bucket: Bucket, deadline: float) -> list[str]:
+    def _check_sums(self, talk: Talk, bucket: Bucket, deadline: float) -> list[str]:
         members, sizes, total = many(
-            wire,
+            talk,
             [
                 command("ZRANGE", bucket.order, 0, -1),
                 command("HGETALL", bucket.sizes),
@@ -275,23 +277,23 @@ class Sweeper:
         by_member = dict(zip(flat[0::2], (_as_int(size) for size in flat[1::2]), strict=True))
         problems = []
         if named != set(by_member):
-            problems.append(f"{bucket.tag}: {len(named)} members are ordered and {len(by_member)} have sizes")
+            problems.append(f"{bucket.prefix}: {len(named)} members are ordered and {len(by_member)} have sizes")
         if sum(by_member.values()) != _as_int(total):
-            problems.append(f"{bucket.tag}: sizes sum to {sum(by_member.values())}, the count says {_as_int(total)}")
+            problems.append(f"{bucket.prefix}: sizes sum to {sum(by_member.values())}, the count says {_as_int(total)}")
         values = [bucket.values + member.decode() for member in by_member if isinstance(member, bytes)]
-        lengths = many(wire, [command("STRLEN", value) for value in values], deadline) if values else []
+        lengths = many(talk, [command("STRLEN", value) for value in values], deadline) if values else []
         for value, length, size in zip(values, lengths, by_member.values(), strict=True):
             if _as_int(length) > size:
                 problems.append(f"{value} has {_as_int(length)} bytes and {size} accounted")
         return problems
 
-    def clear(self, wire: Wire, root: RootId | None, deadline: float) -> None:
+    def clear(self, talk: Talk, root: RootId | None, deadline: float) -> None:
         """Remove everything of a namespace, or of all."""
-        for bucket in self._accounting.buckets(wire, deadline):
-            if root is None or bucket.tag.startswith(root_tag(root)):
-                self._accounting.evict_below(wire, [bucket], b"+inf", deadline)
+        for bucket in self._accounting.buckets(talk, deadline):
+            if root is None or bucket.root == root_tag(root):
+                self._accounting.evict_below(talk, [bucket], b"+inf", deadline)
         if root is None:
-            self._remove_strays(wire, deadline)
+            self._remove_strays(talk, deadline)
 
 
 def _header(head: Reply, length: Reply) -> Header | None:

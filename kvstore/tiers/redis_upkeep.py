@@ -16,11 +16,10 @@ from collections.abc import Sequence
 from kvstore.block import PartKey
 from kvstore.errors import TierError
 from kvstore.stats import Stats
-from kvstore.tiers.redis_accounting import Accounting, many
-from kvstore.tiers.redis_names import STEP_S, Bucket
-from kvstore.tiers.redis_pool import Connections
+from kvstore.tiers.redis_accounting import Accounting
+from kvstore.tiers.redis_nodes import Nodes, Talk, many
 from kvstore.tiers.redis_sweep import Sweeper
-from kvstore.tiers.redis_wire import Wire, command
+from kvstore.tiers.redis_wire import command
 
 log = logging.getLogger("kvstore.tiers.redis")
 
@@ -29,7 +28,7 @@ _MAX_DAMAGED = 65_536
 _MAX_REMEMBERED = 65_536
 _AGE_EVERY_S = 60.0
 _KEYS_PER_PIPELINE = 2048
-SWEEP_MARK = "kvs1:sweep"
+SWEEP_MARK = "kvs1:{000}:sweep"
 
 
 class Upkeep:
@@ -37,7 +36,7 @@ class Upkeep:
 
     def __init__(
         self,
-        connections: Connections,
+        nodes: Nodes,
         accounting: Accounting,
         sweeper: Sweeper,
         *,
@@ -46,7 +45,7 @@ class Upkeep:
         sweep_every_s: float,
     ) -> None:
         self.stats = Stats()
-        self._connections = connections
+        self._nodes = nodes
         self._accounting = accounting
         self._sweeper = sweeper
         self._ttl_s = ttl_s
@@ -135,43 +134,26 @@ class Upkeep:
         if sweep:
             self._sweep_at = now + self._sweep_every_s
         deadline = now + self._call_timeout_s
-        with self._connections.lease(deadline) as wire:
+        with self._nodes.talk(deadline) as talk:
             if damaged:
-                self._accounting.remove(wire, damaged, deadline)
+                self._accounting.remove(talk, damaged, deadline)
             if chains:
-                self._touch(wire, chains, deadline)
+                self._touch(talk, chains, deadline)
             if age:
-                self._age(wire, deadline)
+                self._age(talk, deadline)
         if sweep:
             self._sweep()
 
-    def _touch(self, wire: Wire, chains: Sequence[Sequence[PartKey]], deadline: float) -> None:
+    def _touch(self, talk: Talk, chains: Sequence[Sequence[PartKey]], deadline: float) -> None:
         """One time for all chains at hand: a head that several share is touched once, and stays above all tails."""
-        now_s = self._accounting.now_s(wire, deadline)
-        depths: dict[PartKey, int] = {}
-        for chain in chains:
-            depth = -1
-            block = b""
-            for key in chain:
-                if key.block != block:
-                    depth, block = depth + 1, key.block
-                depths[key] = depth
-        names = self._accounting.names
-        scores: dict[Bucket, list[str]] = {}
-        for key, depth in depths.items():
-            words = scores.setdefault(names.bucket(key), [])
-            words += (repr(now_s - depth * STEP_S), names.member(key.block, key.part))
-        many(
-            wire,
-            [command("ZADD", bucket.order, "XX", "GT", *words) for bucket, words in scores.items()],
-            deadline,
-        )
-        self.stats.add("redis.touched_blocks", len(depths))
+        now_s = self._accounting.now_s(talk, deadline)
+        many(talk, self._accounting.names.touches(chains, now_s), deadline, partial=True)
+        self.stats.add("redis.touched_blocks", sum(map(len, chains)))
         if self._ttl_s:
             for chain in chains:
-                self._refresh(wire, chain, deadline)
+                self._refresh(talk, chain, deadline)
 
-    def _refresh(self, wire: Wire, chain: Sequence[PartKey], deadline: float) -> None:
+    def _refresh(self, talk: Talk, chain: Sequence[PartKey], deadline: float) -> None:
         """Give the chain's values their full TTL again where half of it is used, parents first.
 
         Looked at no oftener than every eighth of the TTL for a chain: most touches stop here.
@@ -183,31 +165,31 @@ class Upkeep:
         names = self._accounting.names
         for at in range(0, len(chain), _KEYS_PER_PIPELINE):
             keys = chain[at : at + _KEYS_PER_PIPELINE]
-            left = many(wire, [command("TTL", names.value(key)) for key in keys], deadline)
+            left = many(talk, [command("TTL", names.value(key)) for key in keys], deadline)
             half = self._ttl_s / 2
             old = [key for key, ttl in zip(keys, left, strict=True) if isinstance(ttl, int) and 0 <= ttl < half]
             if old:
-                many(wire, [command("EXPIRE", names.value(key), self._ttl_s) for key in old], deadline)
+                many(talk, [command("EXPIRE", names.value(key), self._ttl_s) for key in old], deadline)
                 self.stats.add("redis.refreshed_ttls", len(old))
         self._ttl_seen_at[chain[-1]] = now
         if len(self._ttl_seen_at) > _MAX_REMEMBERED:
             self._ttl_seen_at.popitem(last=False)
 
-    def _age(self, wire: Wire, deadline: float) -> None:
+    def _age(self, talk: Talk, deadline: float) -> None:
         """Evict what nobody used for half the TTL, tails first, so that the TTL never has to."""
-        oldest = repr(self._accounting.now_s(wire, deadline) - self._ttl_s / 2).encode()
-        buckets = self._accounting.buckets(wire, deadline)
-        num_parts, num_bytes = self._accounting.evict_below(wire, buckets, oldest, deadline)
-        self.stats.set("redis.used_bytes", self._accounting.total_bytes(wire, deadline))
+        oldest = repr(self._accounting.now_s(talk, deadline) - self._ttl_s / 2).encode()
+        buckets = self._accounting.buckets(talk, deadline)
+        num_parts, num_bytes = self._accounting.evict_below(talk, buckets, oldest, deadline)
+        self.stats.set("redis.used_bytes", self._accounting.total_bytes(talk, deadline))
         if num_parts:
             self.stats.add_all({"redis.aged_blocks": num_parts, "redis.aged_bytes": num_bytes})
 
     def _sweep(self) -> None:
         """Sweep, unless another store on this server did within the interval."""
         deadline = time.monotonic() + max(self._call_timeout_s, self._sweep_every_s / 4)
-        with self._connections.lease(deadline) as wire:
+        with self._nodes.talk(deadline) as talk:
             mark = command("SET", SWEEP_MARK, "1", "NX", "EX", max(1, int(self._sweep_every_s * 0.9)))
-            if many(wire, [mark], deadline) != [b"OK"]:
+            if many(talk, [mark], deadline) != [b"OK"]:
                 return
-            found = self._sweeper.sweep(wire, deadline)
+            found = self._sweeper.sweep(talk, deadline)
         self.stats.add_all({f"redis.swept_{name}": float(count) for name, count in found.items()})

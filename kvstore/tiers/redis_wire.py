@@ -10,12 +10,13 @@ half-way, for whatever reason, closes it.
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import ssl
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 Buffer = bytes | bytearray | memoryview
@@ -41,7 +42,8 @@ class ProtocolBroken(Exception):
 class Stream(Protocol):
     """Blocking socket I/O under a deadline. Raises TimeoutError once it has passed."""
 
-    def send(self, buffers: list[Buffer], deadline: float) -> int: ...
+    def send(self, buffers: list[Buffer], deadline: float, meanwhile: Callable[[], bool] | None = None) -> int:
+        """Send some of `buffers`; while the other side is not ready, `meanwhile` may be called, see `Wire.send`."""
 
     def recv(self, view: memoryview, deadline: float, *, fill: bool) -> int: ...
 
@@ -49,6 +51,9 @@ class Stream(Protocol):
         """Open, and nothing waits to be read."""
 
     def close(self) -> None: ...
+
+    def shut_down(self) -> None:
+        """End the stream under whoever is reading from it."""
 
 
 def _remaining_s(deadline: float) -> float:
@@ -80,7 +85,14 @@ class PlainStream:
         packed = struct.pack("@ll", int(seconds), max(1, int(fraction * 1e6)))
         self._sock.setsockopt(socket.SOL_SOCKET, option, packed)
 
-    def send(self, buffers: list[Buffer], deadline: float) -> int:
+    def send(self, buffers: list[Buffer], deadline: float, meanwhile: Callable[[], bool] | None = None) -> int:
+        if meanwhile is not None:
+            try:
+                return self._sock.sendmsg(buffers, (), socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                _remaining_s(deadline)
+                if meanwhile():
+                    return 0
         self._limit(socket.SO_SNDTIMEO, deadline)
         try:
             return self._sock.sendmsg(buffers)
@@ -100,6 +112,9 @@ class PlainStream:
     def close(self) -> None:
         self._sock.close()
 
+    def shut_down(self) -> None:
+        _shut_down(self._sock)
+
 
 class TlsStream:
     """A TLS socket: no scatter I/O, no flags; OpenSSL copies anyway."""
@@ -107,7 +122,7 @@ class TlsStream:
     def __init__(self, sock: ssl.SSLSocket) -> None:
         self._sock = sock
 
-    def send(self, buffers: list[Buffer], deadline: float) -> int:
+    def send(self, buffers: list[Buffer], deadline: float, meanwhile: Callable[[], bool] | None = None) -> int:
         self._sock.settimeout(_remaining_s(deadline))
         self._sock.sendall(buffers[0])
         return len(buffers[0])
@@ -122,12 +137,20 @@ class TlsStream:
     def close(self) -> None:
         self._sock.close()
 
+    def shut_down(self) -> None:
+        _shut_down(self._sock)
+
 
 def _silent(sock: socket.socket) -> bool:
     """Neither bytes nor an end of stream wait on the descriptor itself."""
     poller = select.poll()
     poller.register(sock.fileno(), select.POLLIN)
     return not poller.poll(0)
+
+
+def _shut_down(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # the other side may have been first
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 def stream_over(sock: socket.socket) -> Stream:
@@ -152,13 +175,21 @@ class Wire:
     def close(self) -> None:
         self._stream.close()
 
+    def abort(self) -> None:
+        """From another thread: whoever waits here goes on at once, with an error."""
+        self._stream.shut_down()
+
     # ── sending ────────────────────────────────────────────────────────────────────────────────────────────
 
-    def send(self, buffers: Sequence[Buffer], deadline: float) -> None:
-        """Send all of `buffers` in order, without joining them. Raises TimeoutError or OSError."""
+    def send(self, buffers: Sequence[Buffer], deadline: float, meanwhile: Callable[[], bool] | None = None) -> None:
+        """Send all of `buffers` in order, without joining them. Raises TimeoutError or OSError.
+
+        `meanwhile` does a short piece of other work (microseconds) and says whether there was any left. It is called
+        while the server has not taken what was sent before, so it costs the conversation nothing.
+        """
         pending: list[Buffer] = [buffer for buffer in buffers if len(buffer)]
         while pending:
-            sent = self._stream.send(pending[:_MAX_IOVECS], deadline)
+            sent = self._stream.send(pending[:_MAX_IOVECS], deadline, meanwhile)
             num_done = 0
             while num_done < len(pending) and sent >= len(pending[num_done]):
                 sent -= len(pending[num_done])

@@ -298,7 +298,7 @@ def test_stores_waiting_for_a_hung_write_do_not_hold_up_loads(
     release = threading.Event()
 
     def hold() -> None:
-        with tier._stores.lease(time.monotonic() + 5):
+        with tier._nodes.talk(time.monotonic() + 5):
             held.set()
             release.wait(5)
 

@@ -1,0 +1,408 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a Redis that is slow, gone or lying costs: nothing but shorter hits.
+
+Three measurements: a host-tier hit while Redis is healthy, slow and stopped; the first request that meets a stopped
+Redis, and those after it; and a soak of random faults, in which every byte that is served is held against what was
+saved, every call against its deadline, and at the end every slot and every account is counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import random
+import signal
+import statistics
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import redis
+from rich.progress import Progress
+
+from bench.env import stamp
+from bench.options import whole
+from bench.redis_proxy import ERRORS, KINDS, Fault, FaultProxy
+from bench.report import print_table, write_json
+from kvstore.block import Chain, ModelId, Root
+from kvstore.config import StoreConfig
+from kvstore.copying import copy_bytes
+from kvstore.store import KVStore
+from kvstore.tiers.redis import RedisTier
+from kvstore.tiers.valkey import EmbeddedServer
+
+HELP = "a slow, stopped or lying Redis: what host hits pay, what the breaker lets through, a soak of random faults"
+
+log = logging.getLogger("bench.faults")
+
+MODEL = ModelId(
+    model="soak", revision="1", kv_dtype="bfloat16", num_layers=2, num_kv_heads=2, head_dim=32, block_tokens=16
+)
+"""Blocks of 8 KiB."""
+LARGE = ModelId(
+    model="hits", revision="1", kv_dtype="bfloat16", num_layers=4, num_kv_heads=2, head_dim=64, block_tokens=64
+)
+"""Blocks of 128 KiB."""
+SERVER_FAULTS = ("client kill", "flushall")
+_WORKERS = 4
+_LOOKUP_S = 0.15
+_READ_S = 0.2
+_WRITE_S = 0.2
+_SLACK_S = 0.1
+"""For threads that wait for a core; not for the code."""
+_NUM_CHAINS = 24
+
+
+def _config(lookup_s: float, read_s: float, write_s: float) -> StoreConfig:
+    return StoreConfig.load(
+        {
+            "host": {"capacity_bytes": 64 << 20, "prefault": True},
+            "mover": {"write": "through", "write_deadline_s": write_s, "flush_s": 1.0},
+            "request": {"lookup_deadline_s": lookup_s, "read_deadline_s": read_s},
+        },
+        environ={},
+    )
+
+
+def _bytes_of(chain: Chain, index: int, num_bytes: int) -> memoryview:
+    """Bytes that follow from the block's id, as KV follows from its tokens."""
+    return memoryview(random.Random(chain.ids[index]).randbytes(num_bytes))
+
+
+def _save(store: KVStore, chain: Chain, content: Sequence[memoryview]) -> None:
+    with store.save(chain, 0, len(content)) as save:
+        for index in save.indices:
+            view = save.views(index)[0]
+            assert view is not None
+            copy_bytes(view, content[index])
+        save.commit()
+
+
+# ── host hits and the breaker ───────────────────────────────────────────────────────────────────────────────────
+
+
+def measure_host_hits(rounds: int) -> dict[str, float]:
+    """Match and copy of 64 host blocks, with 8 more that only Redis could have, by the state Redis is in."""
+    rng = np.random.default_rng(0)
+    with EmbeddedServer() as server, FaultProxy(server.unix_url.removeprefix("unix://")) as proxy:
+        tier = RedisTier(RedisTier.Options(url=proxy.url, capacity_bytes=1 << 30, sweep_every_s=0))
+        with KVStore(_config(0.25, 5.0, 5.0), tiers=[tier]) as store:
+            layout = store.open(LARGE)
+            store.wait_ready()
+            whole_chain = Chain(Root(LARGE), rng.integers(0, 1000, 72 * LARGE.block_tokens))
+            content = [_bytes_of(whole_chain, index, layout.block_bytes) for index in range(64)]
+            _save(store, whole_chain, content)
+            store.flush(10)
+            into = [memoryview(bytearray(layout.block_bytes)) for _ in range(64)]
+            seconds: dict[str, list[float]] = {"healthy": [], "slow": [], "stopped": []}
+            for number in range(rounds + 1):
+                for state, times in seconds.items():
+                    proxy.delay_s = 0.2 if state == "slow" else 0.0
+                    if state == "stopped":
+                        os.kill(server.pid, signal.SIGSTOP)
+                    try:
+                        measured = [_host_hit_s(store, whole_chain, into) for _ in range(20)]
+                    finally:
+                        os.kill(server.pid, signal.SIGCONT)
+                    if number:
+                        times.append(statistics.median(measured))
+            if into[5] != content[5]:
+                raise RuntimeError("other bytes were served than were saved")
+    healthy = statistics.median(seconds["healthy"])
+    cost = {
+        state: statistics.median(each / base for each, base in zip(seconds[state], seconds["healthy"], strict=True))
+        for state in ("slow", "stopped")
+    }
+    return {
+        "host_hit_ms": 1e3 * healthy,
+        "host_hit_slow_pct": 100 * (cost["slow"] - 1),
+        "host_hit_stopped_pct": 100 * (cost["stopped"] - 1),
+        "host_hit_unaffected_pct": 100 * (max(cost.values()) - 1),
+    }
+
+
+def _host_hit_s(store: KVStore, chain: Chain, into: Sequence[memoryview]) -> float:
+    began = time.perf_counter()
+    store.match(chain, "hit")
+    with store.load("hit", len(into)) as load:
+        for block in load:
+            copy_bytes(into[block.index], block.views[0])
+        if not load.intact():
+            raise RuntimeError("a lease ran out")
+    return time.perf_counter() - began
+
+
+def measure_breaker(repeats: int) -> dict[str, float]:
+    """Requests that wait for Redis's answer while it is stopped: the first, and those after it, for 3 s each time."""
+    deadline_s = 0.25
+    first: list[float] = []
+    later: list[float] = []
+    back: list[float] = []
+    with EmbeddedServer() as server:
+        tier = RedisTier(RedisTier.Options(url=server.url, capacity_bytes=1 << 30, sweep_every_s=0))
+        with KVStore(_config(deadline_s, 5.0, 5.0), tiers=[tier]) as store:
+            store.open(LARGE)
+            chain = Chain(Root(LARGE), list(range(4 * LARGE.block_tokens)))
+            for _ in range(repeats):
+                _match_s(store, chain)
+                os.kill(server.pid, signal.SIGSTOP)
+                try:
+                    first.append(_match_s(store, chain))
+                    until = time.monotonic() + 3.0
+                    while time.monotonic() < until:
+                        later.append(_match_s(store, chain))
+                        time.sleep(0.002)
+                finally:
+                    os.kill(server.pid, signal.SIGCONT)
+                began = time.monotonic()
+                while not store.stats().get("redis.available") and time.monotonic() - began < 10:
+                    time.sleep(0.001)
+                back.append(time.monotonic() - began)
+    ordered = sorted(later)
+    return {
+        "breaker_deadline_ms": 1e3 * deadline_s,
+        "breaker_first_ms": 1e3 * max(first),
+        "breaker_open_ms": 1e3 * ordered[int(0.99 * len(ordered))],
+        "breaker_open_p50_ms": 1e3 * statistics.median(ordered),
+        "breaker_open_max_ms": 1e3 * ordered[-1],
+        "breaker_back_ms": 1e3 * max(back),
+        "breaker_requests": len(later),
+    }
+
+
+def _match_s(store: KVStore, chain: Chain) -> float:
+    began = time.perf_counter()
+    store.match(chain, "breaker", wait_s=10)
+    seconds = time.perf_counter() - began
+    store.forget("breaker")
+    return seconds
+
+
+# ── the soak ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Soak:
+    """What came of a soak. All but the first three must be zero, and `recovered` true."""
+
+    faults: Counter[str] = field(default_factory=Counter)
+    operations: int = 0
+    blocks_served: int = 0
+    wrong_bytes: int = 0
+    late_calls: int = 0
+    leaked_slots: int = 0
+    errors: list[str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
+    recovered: bool = True
+    slowest_s: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        return self.recovered and not (
+            self.wrong_bytes or self.late_calls or self.leaked_slots or self.errors or self.broken
+        )
+
+
+class _Worker:
+    """A store of its own, behind a proxy of its own, on the shared server."""
+
+    def __init__(self, server: EmbeddedServer, soak: Soak, lock: threading.Lock, seed: int) -> None:
+        self._soak = soak
+        self._lock = lock
+        self._rng = random.Random(seed)
+        self.proxy = FaultProxy(server.unix_url.removeprefix("unix://"))
+        options = RedisTier.Options(
+            url=self.proxy.url, capacity_bytes=4 << 20, sweep_every_s=0, breaker_open_s=0, call_timeout_s=_WRITE_S
+        )
+        self.tier = RedisTier(options)
+        self.store = KVStore(_config(_LOOKUP_S, _READ_S, _WRITE_S), tiers=[self.tier])
+        self._num_bytes = self.store.open(MODEL).block_bytes
+        self.store.wait_ready()
+        self._client = redis.Redis.from_url(server.unix_url)
+        # Chains that share heads, and that all workers share.
+        tokens = random.Random(7)
+        heads = [[tokens.randrange(1000) for _ in range(4 * MODEL.block_tokens)] for _ in range(4)]
+        self.chains = [
+            Chain(Root(MODEL), heads[number % 4] + [number] * (tokens.randrange(1, 12) * MODEL.block_tokens))
+            for number in range(_NUM_CHAINS)
+        ]
+        self.content = [
+            [_bytes_of(chain, index, self._num_bytes) for index in range(len(chain))] for chain in self.chains
+        ]
+
+    def run(self, wanted: int, tick: Callable[[], None]) -> None:
+        """Operations with a fault armed each, until `wanted` of them struck over all workers."""
+        try:
+            while True:
+                with self._lock:
+                    if sum(self._soak.faults.values()) >= wanted:
+                        return
+                self._one()
+                tick()
+        except Exception as error:  # a thread's top: whatever comes out here is what the soak looks for
+            log.exception("a worker of the soak failed")
+            with self._lock:
+                self._soak.errors.append(f"{type(error).__name__}: {error}")
+
+    def _one(self) -> None:
+        kind = self._rng.choice([*KINDS, *ERRORS, *SERVER_FAULTS])
+        at = self._rng.randrange(len(self.chains))
+        if kind in KINDS:
+            delay_s = self._rng.choice((0.01, 0.05, 0.3))
+            self.proxy.arm(Fault(kind, self._rng.randrange(24), self._rng.getrandbits(32), delay_s))
+        if self._rng.random() < 0.5:
+            self.write(at)
+        struck = self._load(at, kind)
+        self.proxy.arm(None)
+        with self._lock:
+            self._soak.operations += 1
+            self._soak.faults[kind] += struck or kind in SERVER_FAULTS
+
+    def write(self, at: int) -> None:
+        self.store.drop_host()
+        _save(self.store, self.chains[at], self.content[at])
+        began = time.monotonic()
+        # Two attempts, each a write and, before it, what the touches that wait take.
+        if not self.store.flush(10):
+            self._note_late(time.monotonic() - began, "flush")
+        self._note_late(time.monotonic() - began, "flush", limit_s=4 * _WRITE_S)
+
+    def _note_late(self, seconds: float, what: str, limit_s: float = 0.0) -> None:
+        with self._lock:
+            self._soak.slowest_s = max(self._soak.slowest_s, seconds)
+            if seconds > 1.1 * limit_s + _SLACK_S:
+                self._soak.late_calls += 1
+                self._soak.broken.append(f"{what} took {seconds:.3f} s, its limit is {limit_s:.3f} s")
+
+    def _load(self, at: int, kind: str) -> bool:
+        """Load what there is of a chain from Redis alone, and hold it against what was saved."""
+        chain, content = self.chains[at], self.content[at]
+        self.store.drop_host()
+        began = time.monotonic()
+        match = self.store.match(chain, "soak", wait_s=10)
+        self._note_late(time.monotonic() - began, "match", limit_s=_LOOKUP_S)
+        self._trouble(kind)
+        began = time.monotonic()
+        with self.store.load("soak") as load:
+            served = 0
+            for block in load:
+                if bytes(block.views[0]) != content[block.index] and load.intact():
+                    with self._lock:
+                        self._soak.wrong_bytes += 1
+                served += 1
+        self._note_late(time.monotonic() - began, "load", limit_s=_READ_S)
+        with self._lock:
+            self._soak.blocks_served += served
+        assert served <= match.num_blocks
+        return self.proxy.struck
+
+    def _trouble(self, kind: str) -> None:
+        with contextlib.suppress(redis.ConnectionError):  # another worker's kill meets our client, too
+            self._meddle(kind)
+
+    def _meddle(self, kind: str) -> None:
+        if kind == "client kill":
+            self._client.client_kill_filter(_type="normal", skipme=True)
+        elif kind == "flushall" and self._rng.random() < 0.5:
+            self._client.flushall()
+        elif kind == "flushall":  # most of the chain is there, its middle is not
+            for name in self._client.scan_iter("kvs1:*:v:*", count=100):
+                self._client.delete(name)
+                break
+
+    def settle(self) -> None:
+        """Faults are over: everything must work again, and nothing may be left over."""
+        self.proxy.arm(None)
+        soak = self._soak
+        for at, chain in enumerate(self.chains):
+            for _ in range(3):  # touches and retries of before may still be on their way
+                self.write(at)
+                self.store.drop_host()
+                found = self.store.match(chain, "settle", wait_s=10).num_blocks
+                with self.store.load("settle") as load:
+                    whole_again = [bytes(block.views[0]) for block in load] == self.content[at]
+                if whole_again:
+                    break
+            else:
+                soak.recovered = False
+                soak.broken.append(f"chain {at}: {found} of {len(chain)} blocks came after the faults")
+        self.store.drop_host()
+        self.store.flush(5)
+        self.tier.settle(5)
+        soak.broken += [fault for fault in self.store.check() if not _is_for_the_sweep(fault)]
+        left = self.store.stats()["host.used_bytes"]
+        if left:
+            soak.leaked_slots += int(left) // self._num_bytes or 1
+
+    def close(self) -> None:
+        self.store.close()
+        self.proxy.close()
+        self._client.close()
+
+
+def _is_for_the_sweep(fault: str) -> bool:
+    """What flipped replies and lost values leave behind until the next sweep, which `run_soak` makes and checks."""
+    return "kvs1:" in fault or fault[:16].strip("0123456789abcdef") == ""
+
+
+def run_soak(num_faults: int, seed: int, tick: Callable[[], None]) -> Soak:
+    """Random faults, `num_faults` of them that struck, over several stores on one server."""
+    soak, lock = Soak(), threading.Lock()
+    with EmbeddedServer() as server:
+        workers = [_Worker(server, soak, lock, seed + number) for number in range(_WORKERS)]
+        try:
+            threads = [threading.Thread(target=worker.run, args=(num_faults, tick)) for worker in workers]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            for worker in workers:
+                worker.settle()
+            workers[0].tier.sweep()
+            soak.broken += workers[0].tier.check()
+        finally:
+            for worker in workers:
+                worker.close()
+    return soak
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench faults", description=__doc__)
+    parser.add_argument("--faults", type=whole(1, 10_000_000), default=10_000, help="faults to strike (default: 10000)")
+    parser.add_argument("--rounds", type=whole(1, 1000), default=15, help="rounds of host hits (default: 15)")
+    parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=0)
+    parser.add_argument("--json", metavar="FILE", help="write {name, env, rows, summary}")
+    options = parser.parse_args(argv)
+    summary: dict[str, float] = measure_host_hits(options.rounds) | measure_breaker(3)
+    with Progress(transient=True, auto_refresh=False) as progress:
+        task = progress.add_task("operations", total=None)
+        began = time.monotonic()
+        soak = run_soak(options.faults, options.seed, lambda: progress.update(task, advance=1))
+    rows: list[dict[str, object]] = [{"fault": kind, "count": count} for kind, count in sorted(soak.faults.items())]
+    summary |= {
+        "fault_soak": float(sum(soak.faults.values())),
+        "fault_soak_s": time.monotonic() - began,
+        "fault_soak_blocks_served": soak.blocks_served,
+        "fault_soak_wrong_bytes": soak.wrong_bytes,
+        "fault_soak_late_calls": soak.late_calls,
+        "fault_soak_leaked_slots": soak.leaked_slots,
+        "fault_soak_errors": len(soak.errors),
+        "fault_soak_broken": len(soak.broken),
+        "fault_soak_recovered": float(soak.recovered),
+        "fault_soak_slowest_ms": 1e3 * soak.slowest_s,
+        **{f"fault_soak_{kind.replace(' ', '_')}": float(count) for kind, count in sorted(soak.faults.items())},
+    }
+    print_table("Faults that struck", rows, ["fault", "count"])
+    for key, value in summary.items():
+        print(f"{key:28} {value:.3f}")
+    for line in [*soak.errors, *soak.broken][:20]:
+        print(line)
+    if options.json:
+        write_json(options.json, "faults", stamp(), rows, summary)
+        print(f"written: {options.json}")
+    return 0 if soak.passed else 1

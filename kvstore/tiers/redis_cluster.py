@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches over the nodes of a Cluster: each node's keys over a connection of its own, all nodes at once.
+
+A node that fails makes its own keys absent, and the topology is asked for anew; only where no node answers does a
+call fail. A key that is elsewhere by now (MOVED) or for this once (ASK) is asked for there.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
+
+from kvstore.block import PartKey
+from kvstore.errors import TierError
+from kvstore.tiers.redis_names import Names
+from kvstore.tiers.redis_nodes import ASKING, ClusterTalk, Node, Nodes, Redirection
+from kvstore.tiers.redis_read import Counts, Reader
+from kvstore.tiers.redis_wire import ProtocolBroken, ReplyError, Wire, command
+from kvstore.tiers.redis_write import Item, SendItems
+
+
+class _Stopped(Exception):
+    """The reader gave up: its wires were shut down under the threads that read from them."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Moved:
+    key: PartKey
+    to: Redirection
+
+
+_Event = PartKey | _Moved | TierError | None
+"""What a node's thread reports, in the order of its keys; None at its end."""
+
+
+class _NodeRead:
+    """One node's share of a read, on a thread of its own."""
+
+    def __init__(self, node: Node, into: Mapping[PartKey, memoryview]) -> None:
+        self.node = node
+        self.into = into
+        self.events: SimpleQueue[_Event] = SimpleQueue()
+        self.damaged: list[PartKey] = []
+        self.counts = Counts()
+        self.stopped = threading.Event()
+        self._wire: Wire | None = None
+        self._lock = threading.Lock()
+        self.thread: threading.Thread | None = None
+        self._head: list[_Event] = []
+
+    def run(self, reader: Reader, deadline: float) -> None:
+        try:
+            with self.node.loads.lease(deadline) as wire:
+                try:
+                    self._adopt(wire)
+                    reading = reader.read(
+                        wire, self.into, deadline, self.damaged, self.counts, lambda key, to: self._say(_Moved(key, to))
+                    )
+                    for key in reading:
+                        self._say(key)
+                    self._adopt(None)
+                except (ProtocolBroken, OSError):
+                    if self.stopped.is_set():
+                        raise _Stopped from None
+                    raise
+        except _Stopped:
+            pass
+        except TierError as error:
+            self._say(error)
+        finally:
+            self._say(None)
+
+    def _say(self, event: _Event) -> None:
+        self.events.put(event)
+
+    def _adopt(self, wire: Wire | None) -> None:
+        with self._lock:
+            if self.stopped.is_set():
+                raise _Stopped
+            self._wire = wire
+
+    def stop(self) -> None:
+        """End the thread, wherever it is; it writes to no buffer any more once it is joined."""
+        self.stopped.set()
+        with self._lock:
+            if self._wire is not None:
+                self._wire.abort()
+
+    def outcome(self, key: PartKey) -> _Event:
+        """What became of `key`, the next one of this node: itself, where it moved, an error, or None for a miss."""
+        if not self._head:
+            self._head.append(self.events.get())
+        event = self._head[0]
+        if event == key or (isinstance(event, _Moved) and event.key == key):
+            self._head.clear()
+            return event
+        return event if isinstance(event, TierError) else None  # a later key, or the end: this one is not there
+
+
+class ClusterBatches:
+    """The batches of a tier over many nodes. Thread-safe."""
+
+    def __init__(self, nodes: Nodes, names: Names, reader: Reader) -> None:
+        self._nodes = nodes
+        self._names = names
+        self._reader = reader
+
+    def contains(self, keys: Sequence[PartKey], deadline: float) -> list[bool]:
+        present = [False] * len(keys)
+        elsewhere: list[int] = []
+
+        def ask(node: Node, positions: list[int]) -> None:
+            chosen = [keys[position] for position in positions]
+            with node.loads.lease(deadline) as wire:
+                wire.send([self._names.pipeline("EXISTS", chosen)], deadline)
+                try:
+                    flags = wire.flags(len(chosen), deadline)
+                except ReplyError:
+                    elsewhere.extend(positions)
+                    return
+            for position, flag in zip(positions, flags, strict=True):
+                present[position] = flag
+
+        self._on_each_node([self._names.stripe(key) for key in keys], ask, deadline)
+        if elsewhere:
+            self._nodes.suspect()
+            commands = [command("EXISTS", self._names.value(keys[position])) for position in elsewhere]
+            talk = ClusterTalk(self._nodes, len(self._names.stripes))
+            for position, reply in zip(elsewhere, talk.ask(commands, deadline), strict=True):
+                present[position] = reply == 1
+        return present
+
+    def _on_each_node(
+        self, stripes: Sequence[int], work: Callable[[Node, list[int]], None], deadline: float
+    ) -> list[TierError]:
+        """Run `work` for each node and its positions, at once; returns failures. Raises where all nodes failed."""
+        shares = self._nodes.split(stripes, deadline)
+        errors: list[TierError] = []
+
+        def run(node: Node, positions: list[int]) -> None:
+            try:
+                work(node, positions)
+            except TierError as error:
+                self._nodes.suspect()
+                errors.append(error)
+
+        threads = [threading.Thread(target=run, args=share, daemon=True) for share in shares.items()]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors and len(errors) == len(shares):
+            raise errors[0]
+        return errors
+
+    def send(self, items: Sequence[Item], send_items: SendItems, deadline: float) -> set[PartKey]:
+        """Send each node its items, in order; returns the keys that arrived."""
+        landed: set[PartKey] = set()
+        lock = threading.Lock()
+
+        def send(node: Node, positions: list[int]) -> None:
+            with node.stores.lease(deadline) as wire:
+                arrived = send_items(wire, [items[position] for position in positions])
+            with lock:
+                landed.update(arrived)
+
+        self._on_each_node([self._names.stripe(item[0]) for item in items], send, deadline)
+        if len(landed) < len(items):
+            self._nodes.suspect()
+        return landed
+
+    def read(
+        self, into: Mapping[PartKey, memoryview], deadline: float, damaged: list[PartKey], counts: Counts
+    ) -> Generator[PartKey, None, None]:
+        """As `Tier.read`: keys in mapping order, whichever node is ahead."""
+        keys = list(into)
+        shares = self._nodes.split([self._names.stripe(key) for key in keys], deadline)
+        reads: list[_NodeRead] = []
+        by_key: dict[PartKey, _NodeRead] = {}
+        for node, positions in shares.items():
+            share = _NodeRead(node, {keys[position]: into[keys[position]] for position in positions})
+            by_key |= dict.fromkeys(share.into, share)
+            reads.append(share)
+        try:
+            for share in reads:
+                share.thread = threading.Thread(target=share.run, args=(self._reader, deadline), daemon=True)
+                share.thread.start()
+            yield from self._in_order(keys, by_key, into, deadline, damaged, counts)
+        finally:
+            for share in reads:
+                share.stop()
+            for share in reads:
+                if share.thread is not None:
+                    share.thread.join()
+                damaged += share.damaged
+                counts.add(share.counts)
+
+    def _in_order(
+        self,
+        keys: Sequence[PartKey],
+        by_key: Mapping[PartKey, _NodeRead],
+        into: Mapping[PartKey, memoryview],
+        deadline: float,
+        damaged: list[PartKey],
+        counts: Counts,
+    ) -> Iterator[PartKey]:
+        for key in keys:
+            outcome = by_key[key].outcome(key)
+            if isinstance(outcome, TierError):
+                self._nodes.suspect()
+                raise outcome
+            if isinstance(outcome, _Moved):
+                yield from self._read_elsewhere(outcome, into[key], deadline, damaged, counts)
+            elif outcome is not None:
+                yield key
+
+    def _read_elsewhere(
+        self, moved: _Moved, buffer: memoryview, deadline: float, damaged: list[PartKey], counts: Counts
+    ) -> Iterator[PartKey]:
+        if not moved.to.asking:
+            self._nodes.learn(moved.to)
+        with self._nodes.at(moved.to.address).loads.lease(deadline) as wire:
+            if moved.to.asking:
+                wire.send([ASKING], deadline)
+                wire.reply(deadline)
+            # Moved again meanwhile: a miss.
+            yield from self._reader.read(wire, {moved.key: buffer}, deadline, damaged, counts, lambda key, to: None)

@@ -1,0 +1,350 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Cluster of three primaries and three replicas: spread, redirected, resharded, killed; never a wrong byte."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+
+import pytest
+from redis.crc import key_slot
+
+from kvstore.api import NO_HINT
+from kvstore.block import PartKey, Root
+from kvstore.errors import ConfigError, TierError, TierUnavailable
+from kvstore.service.doctor import Verdict, _redis
+from kvstore.tiers.redis import RedisTier
+from kvstore.tiers.redis_names import Names
+from kvstore.tiers.redis_nodes import stripe_of
+from kvstore.tiers.redis_wire import command
+from tests.redis.cluster import Cluster, until
+from tests.redis.conftest import SERVERS, MakeTier, binary_of
+from tests.redis.content import DEADLINE_S, Content
+
+NUM_STRIPES = 64
+
+
+@pytest.fixture(scope="module", params=SERVERS)
+def shared_cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    with Cluster(binary_of(request.param)) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster(shared_cluster: Cluster) -> Cluster:
+    """One that no test breaks for good, empty."""
+    shared_cluster.flush()
+    return shared_cluster
+
+
+@pytest.fixture(params=SERVERS)
+def own_cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    with Cluster(binary_of(request.param)) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def tier(cluster: Cluster, make_tier: MakeTier) -> RedisTier:
+    return make_tier(cluster.url, num_buckets=NUM_STRIPES)
+
+
+def slot_of(key: PartKey) -> int:
+    return int(key_slot(Names(NUM_STRIPES).value(key).encode()))
+
+
+def chain_on(cluster: Cluster, root: Root, num_blocks: int, node: int) -> tuple[Content, int]:
+    """A chain, and the slot of one of its blocks beyond the first that node `node` holds."""
+    content = Content(root, num_blocks)
+    third = 16_384 // 3
+    for key in content.keys[2:]:
+        if slot_of(key) // third == node:
+            return content, slot_of(key)
+    raise AssertionError("no block of the chain lies there")
+
+
+# ── spread ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_chain_is_spread_over_all_nodes_and_comes_back_in_order(
+    cluster: Cluster, tier: RedisTier, root: Root
+) -> None:
+    content = Content(root, 60)
+    assert content.write(tier) == set(content.keys)
+    assert all(node.client.dbsize() > 10 for node in cluster.nodes[:3])
+    assert tier.contains(content.keys, DEADLINE_S) == [True] * len(content.keys)
+    assert content.read(tier) == content.keys
+    tier.touch(content.keys, NO_HINT)
+    assert tier.settle(DEADLINE_S)
+    assert tier.stats.get("redis.touched_blocks") == len(content.keys)
+    tier.remove(content.keys[40:])
+    assert content.read(tier) == content.keys[:40]
+    tier.clear(root.id)
+    assert tier.accounted_bytes() == 0
+    assert content.read(tier) == []
+
+
+def test_large_blocks_of_several_nodes_arrive_in_order(cluster: Cluster, tier: RedisTier, root: Root) -> None:
+    content = Content(Root(replace(root.model, head_dim=4096)), 12)
+    tier.open(content.layout)
+    assert content.write(tier) == set(content.keys)
+    for _ in range(5):
+        assert content.read(tier) == content.keys
+
+
+def test_read_closed_early_stops_all_nodes_and_the_breaker_stays_closed(
+    cluster: Cluster, make_tier: MakeTier, root: Root
+) -> None:
+    tier = make_tier(cluster.url, num_buckets=NUM_STRIPES, breaker_open_s=60.0)
+    content = Content(Root(replace(root.model, head_dim=4096)), 12)
+    tier.open(content.layout)
+    content.write(tier)
+    for stop_after in (1, 3, 11):
+        into = content.buffers()
+        reading = tier.read(into, DEADLINE_S)
+        for _ in range(stop_after):
+            next(reading)
+        reading.close()  # type: ignore[attr-defined]
+        before = [bytes(buffer) for buffer in into.values()]
+        assert content.read(tier) == content.keys
+        assert [bytes(buffer) for buffer in into.values()] == before
+
+
+def test_watermark_holds_over_all_nodes_and_tails_go_before_heads(
+    cluster: Cluster, make_tier: MakeTier, root: Root
+) -> None:
+    tier = make_tier(cluster.url, num_buckets=NUM_STRIPES, capacity_bytes=500_000)
+    old, new = Content(root, 60), Content(root, 60, seed=1)
+    old.write(tier)
+    tier.touch(old.keys[:4], NO_HINT)
+    assert tier.settle(DEADLINE_S)
+    new.write(tier)
+    assert tier.accounted_bytes() <= 500_000
+    there = tier.contains(old.keys, DEADLINE_S)
+    assert there == sorted(there, reverse=True)
+    assert sum(there) < 60
+    assert tier.sweep()["strays"] == 0
+
+
+def test_several_tiers_writing_at_once_keep_one_set_of_books(cluster: Cluster, make_tier: MakeTier, root: Root) -> None:
+    tiers = [make_tier(cluster.url, num_buckets=NUM_STRIPES, capacity_bytes=400_000) for _ in range(3)]
+
+    def work(tier: RedisTier, seed: int) -> None:
+        rng = random.Random(seed)
+        for _ in range(15):
+            content = Content(root, rng.randrange(5, 40), seed=rng.randrange(6))
+            content.write(tier)
+            content.read(tier)
+
+    threads = [threading.Thread(target=work, args=(tier, number)) for number, tier in enumerate(tiers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    tiers[0].sweep()
+    assert tiers[0].check() == []
+
+
+def test_a_command_goes_where_its_hash_tag_says() -> None:
+    names = Names(NUM_STRIPES)
+    assert stripe_of(command("EVAL", "script", 1, "kvs1:{017}:ab:z")) == 17
+    assert stripe_of(command("TIME")) == 0
+    assert names.stripes == range(NUM_STRIPES)
+
+
+@pytest.mark.parametrize("url", ["redis+cluster://nowhere", "redis+cluster://:7000", "redis+cluster://a:1,b"])
+def test_cluster_urls_without_host_and_port_are_refused(url: str) -> None:
+    with pytest.raises(ConfigError, match="host:port"):
+        RedisTier(RedisTier.Options(url=url))
+
+
+# ── slots that move ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_slots_that_move_are_followed_before_during_and_after(
+    own_cluster: Cluster, make_tier: MakeTier, root: Root
+) -> None:
+    tier = make_tier(own_cluster.url, num_buckets=NUM_STRIPES)
+    content, slot = chain_on(own_cluster, root, 40, node=0)
+    content.write(tier)
+    own_cluster.begin_moving(slot, 0, 1)
+    assert content.read(tier) == content.keys
+    assert own_cluster.move_keys(slot, 0, 1, limit=2) == 2
+    assert all(tier.contains(content.keys, DEADLINE_S))
+    assert content.read(tier) == content.keys
+    own_cluster.move_keys(slot, 0, 1)
+    assert all(tier.contains(content.keys, DEADLINE_S))
+    assert content.read(tier) == content.keys
+    own_cluster.end_moving(slot, 0, 1)
+    assert content.read(tier) == content.keys
+    assert all(tier.contains(content.keys, DEADLINE_S))
+    tail = Content(root, 50)
+    assert len(tail.write(tier) | tail.write(tier)) == 50
+    assert tail.read(tier) == tail.keys
+
+
+def test_writes_while_slots_move_keep_the_books(own_cluster: Cluster, make_tier: MakeTier, root: Root) -> None:
+    tier = make_tier(own_cluster.url, num_buckets=NUM_STRIPES, capacity_bytes=600_000)
+    stop = threading.Event()
+    wrong: list[BaseException] = []
+
+    def work() -> None:
+        rng = random.Random(3)
+        try:
+            while not stop.is_set():
+                content = Content(root, rng.randrange(5, 40), seed=rng.randrange(5))
+                with suppress(TierError):
+                    content.write(tier)
+                with suppress(TierError):
+                    content.read(tier)
+        except BaseException as error:
+            wrong.append(error)
+            raise
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    slots = sorted({key_slot(b"{%03d}" % stripe) for stripe in range(NUM_STRIPES)})
+    third = 16_384 // 3
+    try:
+        for slot in [slot for slot in slots if slot < third][:8]:
+            own_cluster.begin_moving(slot, 0, 1)
+            while own_cluster.move_keys(slot, 0, 1, limit=3):
+                pass
+            own_cluster.end_moving(slot, 0, 1)
+    finally:
+        stop.set()
+        thread.join()
+    assert wrong == []
+    tier.sweep()
+    assert tier.check() == []
+
+
+# ── nodes that die ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_killed_primary_costs_its_keys_until_its_replica_took_over(
+    own_cluster: Cluster, make_tier: MakeTier, root: Root
+) -> None:
+    tier = make_tier(own_cluster.url, num_buckets=NUM_STRIPES, breaker_open_s=0.1)
+    content = Content(root, 60)
+    assert content.write(tier) == set(content.keys)
+    assert all(node.do("WAIT", 1, 5000) == 1 for node in own_cluster.nodes[:3])
+    own_cluster.kill_primary(0)
+    began = time.monotonic()
+    there = tier.contains(content.keys, DEADLINE_S)
+    assert time.monotonic() - began < DEADLINE_S
+    assert 0 < sum(there) < len(there)
+    with suppress(TierUnavailable):
+        content.read(tier)  # holds each block against what was written
+    own_cluster.wait_for_failover(0)
+
+    def works_again() -> bool:
+        with suppress(TierError):
+            return content.read(tier) == content.keys
+        return False
+
+    until(works_again)
+    longer = Content(root, 80)
+
+    def writes_again() -> bool:
+        with suppress(TierError):
+            return longer.write(tier) == set(longer.keys)
+        return False
+
+    until(writes_again)
+    assert tier.stats.get("redis.available") in (0, 1)
+
+
+def test_nodes_killed_one_after_the_other_under_load_never_give_a_wrong_byte(
+    own_cluster: Cluster, make_tier: MakeTier, root: Root
+) -> None:
+    tier = make_tier(own_cluster.url, num_buckets=NUM_STRIPES, breaker_open_s=0.1, capacity_bytes=1_000_000)
+    stop = threading.Event()
+    wrong: list[BaseException] = []
+    slowest: list[float] = []
+
+    def work(seed: int) -> None:
+        rng = random.Random(seed)
+        try:
+            while not stop.is_set():
+                content = Content(root, rng.randrange(5, 40), seed=rng.randrange(5))
+                for call in (lambda: content.write(tier), lambda: content.read(tier, 0.5)):  # noqa: B023
+                    began = time.monotonic()
+                    with suppress(TierError):
+                        call()
+                    slowest.append(time.monotonic() - began)
+        except BaseException as error:
+            wrong.append(error)
+            raise
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for number in (0, 1):
+            own_cluster.kill_primary(number)
+            own_cluster.wait_for_failover(number)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert wrong == []
+    assert max(slowest) < DEADLINE_S + 1
+    content = Content(root, 40)
+
+    def whole() -> bool:
+        with suppress(TierError):
+            tier.sweep()
+            content.write(tier)
+            return content.read(tier) == content.keys
+        return False
+
+    until(whole)
+    assert tier.check() == []
+
+
+def test_a_hung_node_costs_the_deadline_and_then_nothing(cluster: Cluster, make_tier: MakeTier, root: Root) -> None:
+    tier = make_tier(cluster.url, num_buckets=NUM_STRIPES, breaker_open_s=30.0, healthy=False)
+    content = Content(root, 40)
+    content.write(tier)
+    os.kill(cluster.nodes[2].process.pid, signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        there = tier.contains(content.keys, 0.3)
+        assert time.monotonic() - began < 0.6
+        assert 0 < sum(there) < len(there)
+        began = time.monotonic()
+        tier.contains(content.keys, 0.3)
+        assert time.monotonic() - began < 0.15
+    finally:
+        os.kill(cluster.nodes[2].process.pid, signal.SIGCONT)
+    until(lambda: b"cluster_state:ok" in cluster.nodes[2].do("CLUSTER INFO"))
+
+
+def test_a_cluster_that_is_not_there_is_an_error_and_not_a_hang(make_tier: MakeTier, root: Root) -> None:
+    tier = make_tier("redis+cluster://127.0.0.1:1", healthy=False, breaker_open_s=30.0)
+    keys = Content(root, 3).keys
+    for _ in range(2):
+        began = time.monotonic()
+        with pytest.raises(TierUnavailable):
+            tier.contains(keys, 1.0)
+        with pytest.raises(TierUnavailable):
+            Content(root, 3).write(tier)
+        assert time.monotonic() - began < 1.0
+
+
+def test_doctor_looks_at_every_primary_of_a_cluster(cluster: Cluster) -> None:
+    assert [finding.verdict for finding in _redis("redis", cluster.url, 100 << 20)] == [Verdict.OK, Verdict.OK]
+    cluster.nodes[1].do("CONFIG SET", "maxmemory", "20mb")
+    cluster.nodes[2].do("CONFIG SET", "maxmemory-policy", "allkeys-lru")
+    try:
+        names = {finding.name for finding in _redis("redis", cluster.url, 100 << 20) if finding.fix}
+        assert names == {"redis maxmemory", "redis maxmemory-policy"}
+    finally:
+        cluster.nodes[1].do("CONFIG SET", "maxmemory", "64mb")
+        cluster.nodes[2].do("CONFIG SET", "maxmemory-policy", "noeviction")

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings in `deploy/` are what `doctor` asks for, and a server starts with them."""
+
+from __future__ import annotations
+
+import subprocess
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+
+from kvstore.config import StoreConfig
+from kvstore.service.doctor import Verdict, _redis
+from kvstore.tiers.valkey import embedded_binary
+from tests.redis.cluster import free_ports, until
+from tests.redis.conftest import SERVERS, binary_of
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+
+
+@pytest.fixture(params=SERVERS)
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    (port,) = free_ports(1)
+    binary = binary_of(request.param) or embedded_binary()
+    with subprocess.Popen(
+        [binary, DEPLOY / "valkey.conf", "--port", str(port), "--bind", "127.0.0.1", "--dir", tmp_path],
+        stdout=subprocess.DEVNULL,
+    ) as server:
+        with redis.Redis(port=port) as client:
+            until(lambda: bool(client.ping()))
+        yield f"redis://127.0.0.1:{port}/0"
+        server.kill()
+
+
+def test_a_server_with_the_settings_of_deploy_is_well_set_up_for_doctor(url: str) -> None:
+    found = list(_redis("redis", url, 0))
+    assert [finding.verdict for finding in found] == [Verdict.OK, Verdict.OK]
+    assert "12.80 GiB of it for blocks" in found[1].detail
+    with redis.Redis.from_url(url) as client:
+        assert client.config_get("save")["save"] == ""
+
+
+def test_doctor_finds_each_setting_of_deploy_that_was_changed(url: str) -> None:
+    with redis.Redis.from_url(url) as client:
+        client.config_set("maxmemory", "1gb")
+        assert [f.verdict for f in _redis("redis", url, 1 << 30)] == [Verdict.OK, Verdict.PROBLEM]
+        client.config_set("maxmemory", "0")
+        assert [f.verdict for f in _redis("redis", url, 1 << 30)] == [Verdict.OK, Verdict.NOTE]
+        assert [f.verdict for f in _redis("redis", url, 0)] == [Verdict.OK, Verdict.PROBLEM]
+
+
+def test_the_settings_file_of_the_sidecar_is_accepted() -> None:
+    values = tomllib.loads((DEPLOY / "kvstore.toml").read_text())
+    config = StoreConfig.load(values, environ={})
+    assert "redis" in config.tiers
