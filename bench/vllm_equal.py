@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether a real vLLM engine says the same with the store as transformers does without: one row a feature.
 
-Each row is a scenario of ``tests.engines.vllm_runs`` in a process of its own: greedy tokens in fp32 compared, every
-stored block compared with recomputed KV, and a control whose stored bytes are spoiled and whose tokens must differ.
-The result is written after every row, so that a run that is cut short leaves what it had.
+Each row is a scenario of ``tests.engines.vllm_runs``: greedy tokens in fp32 compared, every stored block compared
+with recomputed KV, and a control whose stored bytes are wrong and whose tokens must differ. The row without the save
+boundary is a control itself: it must store KV that is not the tokens'. Results are written after every row, so that
+a run that is cut short leaves what it had.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
 import tempfile
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +20,10 @@ from bench.env import stamp
 from bench.report import print_table, write_json
 
 HELP = "does a real vLLM engine say the same with the store: one row a feature, each with a control"
-ROOT = Path(__file__).parent.parent
+WITHOUT_CLAMP = "ngram_without_clamp"
+CROSS_ENGINE = "smollm2"
 SCENARIOS = (
     "base",
-    "tp2",
-    "fp8",
-    "adapters",
-    "preemption",
-    "ngram",
-    "ngram_without_clamp",
-    "both_engines",
-    "through_sidecar",
-    "pp2",
-    "tenants",
     "chunks_64",
     "chunks_256",
     "without_prefix_cache",
@@ -41,52 +31,74 @@ SCENARIOS = (
     "pages_of_128",
     "blocks_of_64",
     "fine_grid",
+    "ngram",
+    WITHOUT_CLAMP,
+    "draft_model",
+    "medusa",
+    "adapters",
+    "fp8",
+    "preemption",
+    "tenants",
+    "aborts",
+    "tp2",
+    "pp2",
     "faults",
     "faults_beside_the_step",
-    "aborts",
+    "sidecar_killed",
+    "redis_tier",
+    "both_engines",
+    CROSS_ENGINE,
 )
 
 
 def main(argv: list[str]) -> int:
+    from tests.engines.runner import PYTHON, Runner
+
     parser = argparse.ArgumentParser(prog="python -m bench vllm_equal", description="Compare tokens and stored bytes.")
     parser.add_argument("scenarios", nargs="*", default=SCENARIOS, help="of tests.engines.vllm_runs (default: all)")
-    parser.add_argument("--python", type=Path, default=ROOT / ".venv-vllm/bin/python", help="a Python that has vLLM")
+    parser.add_argument("--python", type=Path, default=PYTHON, help="a Python that has vLLM")
     parser.add_argument("--json", type=Path, help="write the result here")
     asked = parser.parse_args(argv)
     if not asked.python.exists():
         parser.error(f"{asked.python} is not there: `make venv-vllm` installs vLLM")
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="vllm") as workdir:
+    with tempfile.TemporaryDirectory(prefix="vllm") as workdir, Runner(Path(workdir), asked.python) as runner:
         for scenario in asked.scenarios:
-            rows.append(_row(asked.python, scenario, workdir))
-            print(json.dumps(rows[-1]), flush=True)
+            rows.append(_row(runner, scenario))
+            print(f"{scenario}: {rows[-1]['equal']} in {rows[-1]['seconds']} s", flush=True)
             if asked.json:
-                write_json(asked.json, "vllm_equal", stamp(), rows, _summary(rows))
-    print_table("equal tokens", rows, ["scenario", "equal", "error", "control_differs", "seconds"])
+                write_json(asked.json, "vllm_equal", stamp(), rows, summarise(rows))
+    print_table("equal tokens", rows, ["scenario", "equal", "error", "control_differs", "added_s", "seconds"])
+    for name, value in summarise(rows).items():
+        print(f"{name:<24} {value}")
     return 0
 
 
-def _row(python: Path, scenario: str, workdir: str) -> dict[str, Any]:
+def _row(runner: Any, scenario: str) -> dict[str, Any]:
     began_s = time.monotonic()
-    done = subprocess.run(
-        [str(python), "-m", "tests.engines.vllm_runs", scenario, workdir],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("FACTS ")]
-    seconds = round(time.monotonic() - began_s, 1)
-    if not lines:
-        return {"scenario": scenario, "equal": None, "seconds": seconds, "failed": done.stderr[-500:]}
-    facts: dict[str, Any] = json.loads(lines[-1].removeprefix("FACTS "))
-    if "not_run" in facts:
-        return {"scenario": scenario, **facts, "equal": None, "seconds": seconds}
-    return {"scenario": scenario, **facts, "equal": _equal(facts), "seconds": seconds}
+    row: dict[str, Any] = {"scenario": scenario, "equal": None, "error": None, "control_differs": None, "added_s": None}
+    try:
+        facts = runner.run(scenario)
+    except RuntimeError as error:
+        facts = {"died": str(error)[-500:]}
+    row |= {"seconds": round(time.monotonic() - began_s, 1)} | facts
+    if "died" in facts or "not_run" in facts:
+        return row
+    row["equal"] = _equal(facts)
+    row["error"] = max(_values(facts, "error"), default=None)
+    controls = list(_values(facts, "control_differs"))
+    row["control_differs"] = all(controls) if controls else None
+    return row
 
 
-def _equal(facts: dict[str, Any]) -> bool:
+def _values(facts: Mapping[str, Any], name: str) -> Iterator[Any]:
+    """A fact of the engine, or of every engine of a fleet."""
+    for one in (facts, *(value for value in facts.values() if isinstance(value, dict))):
+        if isinstance(one.get(name), int | float):
+            yield one[name]
+
+
+def _equal(facts: Mapping[str, Any]) -> bool:
     """Whether every comparison of tokens held, in every engine of a fleet."""
     found = facts.get("equal", facts.get("same"))
     if found is None:
@@ -94,15 +106,19 @@ def _equal(facts: dict[str, Any]) -> bool:
     return all(found.values() if isinstance(found, dict) else found)
 
 
-def _summary(rows: list[dict[str, Any]]) -> dict[str, float]:
+def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What held, by name; a figure whose row did not run is None."""
+    by_name = {row["scenario"]: row for row in rows}
+    clamp, cross = by_name.get(WITHOUT_CLAMP, {}), by_name.get(CROSS_ENGINE, {})
+    late = [row["added_s"] / row["deadline_s"] for row in rows if row["added_s"] is not None]
     return {
         "num_rows": len(rows),
         "num_equal": sum(row["equal"] is True for row in rows),
-        "num_not_run": sum(row["equal"] is None for row in rows),
+        "num_different": sum(row["equal"] is False for row in rows),
+        "not_run": ", ".join(row["scenario"] for row in rows if row["equal"] is None),
+        "worst_error": max((row["error"] for row in rows if row["error"] and row is not clamp), default=None),
+        "error_without_save_boundary": clamp.get("error"),
+        "controls_that_did_not_differ": ", ".join(row["scenario"] for row in rows if row["control_differs"] is False),
+        "cross_engine_equal": cross.get("equal"),
+        "worst_added_delay_vs_deadline": max(late, default=None),
     }
-
-
-if __name__ == "__main__":
-    import sys
-
-    sys.exit(main(sys.argv[1:]))

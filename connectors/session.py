@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from kvstore.block import Chain
 from kvstore.device import DeviceOverlay
 
 _PENDING_POLL_S = 0.002
+_RENEW_S = 1.0
+"""Between renewals of an announcement; a mark lives for 2.5 s."""
 
 
 class EngineMemory(Protocol):
@@ -49,6 +52,33 @@ class Connection:
     """Longest wait of a request for an answer of lower tiers."""
 
 
+class KeptAnnouncement:
+    """An announcement that stays alive while a forward pass keeps the engine's thread busy."""
+
+    def __init__(
+        self, mark: Announcement, fail_open: FailOpen, predicted_s: float | None, *, every_s: float = _RENEW_S
+    ) -> None:
+        """`predicted_s`: what the pass will take; None where nobody knows."""
+        self._every_s = every_s
+        self._mark = mark
+        self._fail_open = fail_open
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
+        if predicted_s is None or predicted_s > every_s:
+            self._thread = threading.Thread(target=self._renew, name="kvstore-announce", daemon=True)
+            self._thread.start()
+
+    def _renew(self) -> None:
+        while not self._done.wait(self._every_s):
+            self._fail_open.call(self._mark.renew, None)
+
+    def withdraw(self) -> None:
+        self._done.set()
+        if self._thread is not None:
+            self._thread.join()  # a renewal after this would announce again
+        self._fail_open.call(self._mark.withdraw, None)
+
+
 class Session:
     """One request: what it reuses, and what it leaves behind.
 
@@ -79,7 +109,7 @@ class Session:
         self._request = request
         self._prompt_tokens = prompt_tokens
         self._hint = hint
-        self._announcement: Announcement | None = None
+        self._announcement: KeptAnnouncement | None = None
         self._on_device = 0  # leading blocks the overlay has
         self._in_store = 0  # leading blocks the store's host tier has
         self._refused = False
@@ -95,7 +125,15 @@ class Session:
         if num_blocks > on_device:
             self._save_to_device(num_blocks)
         self.load_s = time.monotonic() - began_s
+        self._note_saved(num_blocks)
         return num_blocks * self._chain.block_tokens
+
+    def _note_saved(self, num_blocks: int) -> None:
+        """Tell the store what it was good for."""
+        store = self._connection.store
+        saved_s = self._connection.cost.saved_s(num_blocks * self._chain.block_tokens, self.load_s)
+        if store is not None and saved_s and self.loaded_bytes:
+            self._connection.fail_open.call(lambda: store.note_saved(saved_s), None)
 
     def _load_from_device(self) -> int:
         overlay, cost = self._connection.overlay, self._connection.cost
@@ -167,9 +205,11 @@ class Session:
         """Say that what follows the first `num_tokens` tokens of the chain is being computed here."""
         store, start = self._connection.store, num_tokens // self._chain.block_tokens
         if store is not None and start < len(self._chain):
-            self._announcement = self._connection.fail_open.call(
-                lambda: store.announce(self._chain, start, len(self._chain)), None
-            )
+            fail_open, cost = self._connection.fail_open, self._connection.cost
+            mark = fail_open.call(lambda: store.announce(self._chain, start, len(self._chain)), None)
+            if mark is not None:
+                predicted_s = cost.prefill_s(self._prompt_tokens - num_tokens, num_tokens)
+                self._announcement = KeptAnnouncement(mark, fail_open, predicted_s)
 
     def computed(self, num_tokens: int) -> None:
         """The first `num_tokens` tokens of the chain ran through the model: save the blocks they fill."""
@@ -199,8 +239,6 @@ class Session:
             # Refused for room or for a missing parent: what comes after it would be refused as well.
             self._refused = save.num_refused > 0
         self._in_store = blocks.stop
-        if self._announcement is not None:
-            self._announcement.renew()
 
     def close(self) -> None:
         """Let go of everything. Idempotent."""
@@ -208,5 +246,5 @@ class Session:
         self._announcement = None
         if store is not None:
             if mark is not None:
-                self._connection.fail_open.call(mark.withdraw, None)
+                mark.withdraw()
             self._connection.fail_open.call(lambda: store.forget(self._request), None)

@@ -90,7 +90,7 @@ def _vllm_version() -> str:
 
 
 class EmbeddedStores:
-    """Stores that live in the engine's own process, by name, each closed by its last user."""
+    """Stores, or clients of one, that an engine's scheduler and worker share in one process; the last user closes."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -152,8 +152,22 @@ def _embedded(config: VllmConfig, settings: VllmSettings, role: KVConnectorRole)
     return _Link(store, _same, _same, lambda: EMBEDDED.give_back(name))
 
 
-def _sidecar(settings: VllmSettings) -> _Link:
-    client = kvstore.connect(settings.address, mapped=True, name="vllm")
+def _sidecar(config: VllmConfig, settings: VllmSettings, role: KVConnectorRole) -> _Link:
+    """A client of the sidecar. Where scheduler and worker are in one process they share it, and loads as they are:
+    the worker then copies what has come from lower tiers while the rest is on its way."""
+
+    def connect() -> Store:
+        return kvstore.connect(
+            settings.address, mapped=True, name="vllm", call_deadline_s=settings.call_deadline_ms / 1e3
+        )
+
+    name = f"{settings.address} {config.kv_transfer_config.engine_id}"
+    if config.parallel_config.world_size == 1:
+        client: Any = EMBEDDED.take(name, connect if role == KVConnectorRole.WORKER else None)
+        if client is not None:
+            adopt = lambda shared: client.adopt(shared) if isinstance(shared, bytes) else shared
+            return _Link(client, _same, adopt, lambda: EMBEDDED.give_back(name))
+    client = connect()
     return _Link(client, _share, lambda shared: client.adopt(cast(bytes, shared)), client.close)
 
 
@@ -203,7 +217,9 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if transfer.kv_load_failure_policy != "recompute":
             raise ConfigError('a load that fails must be computed: set "kv_load_failure_policy": "recompute"')
         self._link = (
-            _sidecar(self._settings) if self._settings.address else _embedded(vllm_config, self._settings, role)
+            _sidecar(vllm_config, self._settings, role)
+            if self._settings.address
+            else _embedded(vllm_config, self._settings, role)
         )
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None

@@ -30,7 +30,7 @@ Axes = tuple[tuple[int, int], ...]
 WriteKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
 """(keys, values [tokens, heads, dim], one layer's tensor, slot of each token): write them as the engine does."""
 
-_STAGE_BYTES = 16 << 20
+_STAGE_BYTES = 64 << 20
 """Blocks are handed to the write kernel so many bytes at a time. Its threads meet at a barrier after each call, which
 on a busy machine costs more than the copy: with one call a block and layer, 64 MiB took up to 1.4 s, mostly 30 ms."""
 _DIGIT = 8

@@ -28,6 +28,8 @@ class VllmSettings:
         part_layers, part_heads: the part grid; 0 takes the engine's own split over ranks.
         load_rule: `measured` loads where that is predicted to beat computing, `always` whatever is there.
         sync_load_ms: loads predicted to take less, all from the host tier, run before the step instead of beside it.
+        call_deadline_ms: longest wait for one answer of the sidecar; then it counts as away. One that hangs costs a
+            request this much twice, in the scheduler and in the worker, and the next ones nothing.
         match_deadline_ms: longest wait of a request for the answer of lower tiers.
         load_deadline_ms: after so long a load is reported as failed, from its first missing token on.
         pending_deadline_ms: longest wait for blocks that somebody else is computing; 0 never waits.
@@ -46,6 +48,7 @@ class VllmSettings:
     part_heads: int = 0
     load_rule: str = "measured"
     sync_load_ms: float = 20.0
+    call_deadline_ms: float = 500.0
     match_deadline_ms: float = 250.0
     load_deadline_ms: float = 5000.0
     pending_deadline_ms: float = 1000.0

@@ -31,6 +31,8 @@ from kvstore.block import Chain, ModelId, as_u32
 
 log = logging.getLogger("kvstore.connector.vllm")
 
+_IN_TIME = 0.9
+"""Share of a deadline after which waiting ends: that it has is noticed between steps, and takes effect in the next."""
 _UNSEEN_BYTES_PER_S = 2e9
 """What the first load is taken to run at, when it is decided whether the step can wait for it."""
 
@@ -194,7 +196,7 @@ class SchedulerSide:
 
     def _worth_waiting(self, tracked: _Tracked, match: Match, waited_s: float) -> bool:
         """Whether lower tiers may still answer in time, or somebody else finishes sooner than we would."""
-        if not match.settled and waited_s < self._settings.match_deadline_ms / 1e3:
+        if not match.settled and waited_s < self._settings.match_deadline_ms / 1e3 * _IN_TIME:
             return True
         if match.num_pending_blocks:
             limit_s = min(
@@ -263,7 +265,7 @@ class SchedulerSide:
             pages=tuple(pages),
             lease=None,
             in_step=tracked.in_step,
-            timeout_s=self._settings.load_deadline_ms / 1e3,
+            timeout_s=self._settings.load_deadline_ms / 1e3 * _IN_TIME,
         )
         self.figures.add("loads")
         self._announce(tracked)

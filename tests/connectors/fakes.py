@@ -135,6 +135,7 @@ class FakeStore:
         self.announced: list[tuple[int, int]] = []
         self.touched: list[int] = []
         self.live_announcements = 0
+        self.saved_s = 0.0
         self.open_loads: set[int] = set()
         self.num_pending = 0
         self._holds: dict[str, tuple[Chain, int]] = {}
@@ -209,6 +210,9 @@ class FakeStore:
         count = len(self.blocks)
         self.blocks.clear()
         return count
+
+    def note_saved(self, seconds: float) -> None:
+        self.saved_s += seconds
 
     def stats(self) -> Mapping[str, float]:
         return {"host.blocks": len(self.blocks)}

@@ -229,7 +229,7 @@ def test_blocks_overwritten_while_they_were_copied_are_computed_again(llama: Lla
     assert torch.equal(done.sequences, plain(llama, ids))
 
 
-@pytest.mark.parametrize("method", ["match", "load", "save", "announce", "renew", "forget", "touch", "all"])
+@pytest.mark.parametrize("method", ["match", "load", "save", "announce", "forget", "touch", "all"])
 def test_a_store_that_fails_costs_no_token(llama: LlamaForCausalLM, method: str) -> None:
     store = FakeStore()
     connector = connect(llama, store)
@@ -520,3 +520,14 @@ def test_real_weights_say_the_same_with_and_without_reuse(dtype: torch.dtype) ->
     assert torch.equal(cold.sequences, warm.sequences)
     if dtype == torch.float32:
         assert torch.equal(warm.sequences, plain(chat.model, ids, 24))
+
+
+def test_what_a_load_saved_is_reported_to_the_store(llama: LlamaForCausalLM) -> None:
+    store = FakeStore()
+    connector = connect(llama, store)
+    for _ in range(3):
+        connector.generate(prompt(160), max_new_tokens=1)
+    connector.cost.seen_prefill(160, 0, 100.0)  # computing is dear: what the next load takes is nothing beside it
+    before = store.saved_s
+    assert hits(connector.generate(prompt(160), max_new_tokens=1)) > 0
+    assert store.saved_s > before

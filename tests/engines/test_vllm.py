@@ -1,62 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The vLLM connector in a real vLLM engine, each scenario in a process of its own; see `vllm_runs`."""
+"""The vLLM connector in a real vLLM engine, each scenario in a fork of its own; see `vllm_runs`."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parent.parent.parent
-PYTHON = Path(os.environ.get("KVSTORE_VLLM_PYTHON") or ROOT / ".venv-vllm/bin/python")
+from tests.engines.runner import Runner, there_is_vllm
 
 pytestmark = [
     pytest.mark.engine,
     pytest.mark.slow,
-    pytest.mark.timeout(900),
     pytest.mark.skipif(
-        not PYTHON.exists(), reason="did NOT run: no vLLM here; `make venv-vllm` installs it in .venv-vllm (3.5 GB)"
+        not there_is_vllm(), reason="did NOT run: no vLLM here; `make venv-vllm` installs it in .venv-vllm (3.5 GB)"
     ),
 ]
 
 Run = Callable[[str], dict[str, Any]]
 
 
-@pytest.fixture(scope="session")
-def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("vllm")
-
-
-@pytest.fixture
-def run(workdir: Path) -> Run:
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     """Runs a scenario; returns what it saw."""
+    with Runner(tmp_path_factory.mktemp("vllm")) as runner:
+        yield runner.run
 
-    def go(scenario: str) -> dict[str, Any]:
-        done = subprocess.run(
-            [str(PYTHON), "-m", "tests.engines.vllm_runs", scenario, str(workdir)],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            timeout=840,
-            check=False,
-        )
-        lines = [line for line in done.stdout.splitlines() if line.startswith("FACTS ")]
-        assert lines, f"{scenario} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-        facts: dict[str, Any] = json.loads(lines[-1].removeprefix("FACTS "))
-        return facts
 
-    return go
+NOISE_S = 0.5
+"""How much longer a step may take by chance on a busy machine; the deadlines of the scenarios are 1 s and more."""
 
 
 def healthy(facts: dict[str, Any]) -> bool:
-    """Nothing is held and the store is sound."""
-    return facts["held"] == [] and facts["check"] == []
+    """Nothing is held, the store is sound, and on wrong bytes the answer was another."""
+    return facts["held"] == [] and facts["check"] == [] and facts["control_differs"] is True
 
 
 @pytest.mark.parametrize(
@@ -87,8 +65,9 @@ def test_a_second_turn_reuses_prompt_and_answer(run: Run, scenario: str, hits: l
     assert healthy(facts)
 
 
-def test_rejected_drafts_are_never_stored(run: Run) -> None:
-    facts = run("ngram")
+@pytest.mark.parametrize("scenario", ["ngram", "draft_model", "medusa"])
+def test_rejected_drafts_are_never_stored(run: Run, scenario: str) -> None:
+    facts = run(scenario)
     assert facts["drafted"] > facts["accepted"] > 0
     assert facts["equal"] == [True, True]
     assert facts["num_blocks"] == [11]
@@ -98,7 +77,9 @@ def test_rejected_drafts_are_never_stored(run: Run) -> None:
 
 
 def test_without_the_save_boundary_rejected_drafts_would_be_stored(run: Run) -> None:
-    assert run("ngram_without_clamp")["error"] > 1e-2
+    facts = run("ngram_without_clamp")
+    assert facts["num_blocks"] == [12]
+    assert facts["error"] > 1e-2
 
 
 def test_preempted_requests_come_back_from_the_store(run: Run) -> None:
@@ -117,6 +98,7 @@ def test_a_store_that_fails_changes_no_token_and_costs_its_deadline_at_most(run:
     failing = {"ends at 0", "ends at 4", "ends at 8", "breaks", "lies", "slow"}
     assert {name for name, count in facts["failed"].items() if count} == failing
     assert facts["asked"] >= 4
+    assert facts["added_s"] < facts["deadline_s"] + NOISE_S
     assert facts["error"] < 1e-4
     assert healthy(facts)
 
@@ -161,27 +143,50 @@ def test_fp8_pages_are_stored_as_bytes(run: Run) -> None:
     assert healthy(facts)
 
 
-def test_a_sidecar_may_be_killed_and_come_back_under_a_running_engine(run: Run) -> None:
-    facts = run("through_sidecar")
-    assert all(facts["equal"])
-    assert facts["hits"][:3] == [0, 288, 0]
-    assert facts["hits"][-1] == 288
+def test_a_sidecar_may_be_killed_at_any_time_and_come_back_under_a_running_engine(run: Run) -> None:
+    facts = run("sidecar_killed")
+    assert all(facts["equal"].values()), facts["equal"]
+    hits = facts["hits"]
+    assert [hits[name] for name in ("cold", "sound", "goes on")] == [0, 288, 288]
+    for how in ("in the step", "beside the steps"):
+        assert [hits[f"{when}, {how}"] for when in ("before", "gone", "back")] == [288, 0, 288]
+    assert facts["failed"] == 2  # the loads that it was killed in
+    assert facts["added_s"] < facts["deadline_s"] + NOISE_S
     assert facts["num_blocks"] == 11
     assert facts["error"] < 1e-4
+    assert facts["control_differs"]
+    assert facts["held"] == []
+
+
+def test_a_cold_replica_loads_from_redis_which_may_be_killed_in_the_middle(run: Run) -> None:
+    facts = run("redis_tier")
+    assert all(facts["equal"].values()), facts["equal"]
+    assert facts["hits"]["from Redis"] == 288
+    assert facts["loaded"]["host"] == 0
+    assert facts["loaded"]["redis"] > 0
+    assert facts["killed"] == {"acted": True, "failed": 1}
+    assert facts["added_s"] < facts["deadline_s"] + NOISE_S
+    assert facts["num_blocks"] == 11
+    assert facts["error"] < 1e-4
+    assert facts["control_hits"] == 288
+    assert facts["control_differs"]
     assert facts["held"] == []
 
 
 @pytest.mark.parametrize("scenario", ["tp2", "pp2"])
 def test_what_parallel_engines_save_a_single_one_loads_and_the_reverse(run: Run, scenario: str) -> None:
     facts = run(scenario)
-    assert facts["many saves"]["hits"] == [0]
+    assert facts["many saves"]["hits"] == [0, 0, 0]
     assert facts["one loads"]["hits"] == [288, 0]
-    assert facts["many loads"]["hits"] == [288, 288]
+    # The last two lack a part of one rank in block 4: one was deleted, the other damaged, which is seen when it loads.
+    assert facts["many loads"]["hits"][:3] == [288, 288, 128]
     for engine in facts.values():
         assert all(engine["equal"])
         assert engine["error"] < 1e-4
         assert set(engine["num_blocks"]) == {11}
         assert engine["held"] == []
+    assert facts["many loads"]["control_hits"] == 288
+    assert facts["many loads"]["control_differs"]
 
 
 def test_another_connector_interface_is_refused_in_one_sentence(run: Run) -> None:
@@ -190,11 +195,15 @@ def test_another_connector_interface_is_refused_in_one_sentence(run: Run) -> Non
     assert "tested are 0.32" in refused
 
 
-def test_vllm_and_transformers_load_what_the_other_saved(run: Run) -> None:
-    facts = run("both_engines")
+@pytest.mark.parametrize(("scenario", "hits", "error"), [("both_engines", 288, 1e-4), ("smollm2", 192, 5e-4)])
+def test_vllm_and_transformers_load_what_the_other_saved(run: Run, scenario: str, hits: int, error: float) -> None:
+    facts = run(scenario)
     assert facts["same_id"], facts
     assert facts["equal"] == [True, True]
-    assert facts["transformers_hits"] == 288
-    assert facts["vllm_hits"] == [288]
+    assert facts["transformers_hits"] == hits
+    assert facts["vllm_hits"] == [hits]
+    assert facts["error"] < error  # SmolLM2's keys reach 30
+    assert facts["num_distinct"] > 20
     assert facts["control_differs"]
+    assert facts["transformers_control_differs"]
     assert healthy(facts)

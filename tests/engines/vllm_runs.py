@@ -1,268 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs of a real vLLM engine, one scenario a process; prints what was seen as one line of JSON.
+"""Runs of a real vLLM engine, one scenario a fork, so that vLLM is imported once.
 
-    python -m tests.engines.vllm_runs SCENARIO WORKDIR
+    python -m tests.engines.vllm_runs WORKDIR
 
-Needs a Python with vLLM. The reference is Hugging Face transformers on the same weights: its greedy tokens, and its
-keys and values. A random model may stay "equal" on wrong bytes, so every run also compares what is stored with what
-transformers computes, and has a control whose stored bytes are spoiled on purpose and whose tokens must change.
+reads names of scenarios from its input, a line each, and answers each with `done NAME` when what was seen lies as
+JSON in WORKDIR/NAME.json (or, where the run died, what it said in WORKDIR/NAME.log). Needs a Python with vLLM.
+Every scenario compares greedy tokens and stored KV with transformers' and has a control whose stored bytes are
+wrong and whose tokens must differ; `vllm_support` has what that takes, `vllm_shared` what runs through a sidecar.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "0-1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-
 import torch
 
-import kvstore
-from bench.models import random_llama
 from connectors import vllm as connector_module
 from connectors import vllm_scheduler
-from kvstore.api import Match
-from kvstore.block import Chain, ModelId, Root
-from kvstore.config import StoreConfig
-from kvstore.errors import ConfigError, TierUnavailable
-from kvstore.store import KVStore
-from kvstore.transfer import to_tensor
-
-BLOCK = 32
-PROMPT, NEW = 300, 84  # together 12 blocks: the last token, which has no KV, ends a block
-Facts = dict[str, Any]
-
-
-# -- the model and its reference -------------------------------------------------------------------------------
-
-
-class Reference:
-    """A small random Llama on disk, and what transformers makes of it."""
-
-    def __init__(self, workdir: Path, dtype: torch.dtype = torch.float32) -> None:
-        self.directory = workdir / "llama"
-        self.model = random_llama(7, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=32, max_tokens=4096)
-        self.model.to(dtype)
-        if not self.directory.is_dir():
-            self.model.save_pretrained(self.directory)
-
-    def generate(self, prompt: Sequence[int], new: int) -> list[int]:
-        ids = torch.tensor([list(prompt)])
-        with torch.no_grad():
-            out = self.model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False
-            )
-        return [int(token) for token in out[0, len(prompt) :]]
-
-    def kv(self, tokens: Sequence[int]) -> torch.Tensor:
-        """[layers, kv, tokens, heads, dim] of a sequence."""
-        with torch.no_grad():
-            cache = self.model(torch.tensor([list(tokens)]), use_cache=True).past_key_values
-        return torch.stack(
-            [torch.stack([layer.keys[0].transpose(0, 1), layer.values[0].transpose(0, 1)]) for layer in cache.layers]
-        )
-
-
-def tokens_of(seed: int, count: int = PROMPT) -> list[int]:
-    """Random tokens in which pieces come again, so that n-grams find something to propose."""
-    generator = torch.Generator().manual_seed(seed)
-    piece = torch.randint(1, 250, (count // 3,), generator=generator)
-    return torch.cat([piece, piece, torch.randint(1, 250, (count - 2 * len(piece),), generator=generator)]).tolist()
-
-
-# -- the store, with faults ------------------------------------------------------------------------------------
-
-
-class FaultyStore(KVStore):
-    """The real store with faults on demand.
-
-    Attributes:
-        unsettled: matches that say, so many times, that lower tiers were not heard yet.
-        slow_s: how long each loaded block takes; ends_at: block at which loads end; breaks: loads raise.
-        lies: loads say that their bytes may have changed.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(StoreConfig.load({"host": {"capacity_bytes": "64MiB", "prefault": False}}, environ={}))
-        self.unsettled = 0
-        self.slow_s = 0.0
-        self.ends_at: int | None = None
-        self.breaks = False
-        self.lies = False
-        self.num_matches = 0
-
-    def match(self, *args: Any, **kwargs: Any) -> Match:
-        self.num_matches += 1
-        found = super().match(*args, **kwargs)
-        if self.unsettled:
-            self.unsettled -= 1
-            return Match(found.num_blocks, found.num_host_blocks, 0, False, found.tiers)
-        return found
-
-    def load(self, request: str, num_blocks: int | None = None, *, start: int = 0) -> Any:
-        if self.breaks:
-            raise TierUnavailable("test", "breaks")
-        return _FaultyLoad(self, super().load(request, num_blocks, start=start))
-
-
-class _FaultyLoad:
-    def __init__(self, store: FaultyStore, load: Any) -> None:
-        self._store, self._load = store, load
-
-    def __iter__(self) -> Iterator[Any]:
-        for block in self._load:
-            if block.index == self._store.ends_at:
-                return
-            time.sleep(self._store.slow_s)
-            yield block
-
-    def intact(self) -> bool:
-        return not self._store.lies and self._load.intact()
-
-    def close(self) -> None:
-        self._load.close()
-
-    def __enter__(self) -> _FaultyLoad:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-
-# -- the engine ------------------------------------------------------------------------------------------------
-
-
-class Engine:
-    """A vLLM engine in this process over a store that outlives it."""
-
-    def __init__(
-        self, directory: Path, store: FaultyStore | None, *, extra: Mapping[str, Any] | None = None, **options: Any
-    ):
-        from vllm import LLM
-
-        self.has_connector = store is not None or bool(extra)
-        place: dict[str, Any] = {}
-        if store is not None:
-            place = {"embedded": f"test-{id(store)}"}
-            connector_module.EMBEDDED.take(place["embedded"], lambda: store)
-        transfer = {
-            "kv_connector": "KVStoreConnector",
-            "kv_connector_module_path": "connectors.vllm",
-            "kv_role": "kv_both",
-            "kv_load_failure_policy": "recompute",
-            "kv_connector_extra_config": {
-                "block_tokens": BLOCK,
-                "load_rule": "always",
-                **place,
-                **(extra or {}),
-            },
-        }
-        settings = {
-            "dtype": "float32",
-            "block_size": 32,
-            "max_num_batched_tokens": 2048,
-            "kv_cache_memory_bytes": 32 << 20,
-            "max_num_seqs": 4,
-            "max_model_len": 2048,
-            "enforce_eager": True,
-            **options,
-        }
-        self.llm = LLM(
-            str(directory),
-            skip_tokenizer_init=True,
-            seed=0,
-            disable_log_stats=False,
-            kv_transfer_config=transfer if self.has_connector else None,
-            **settings,
-        )
-
-    def generate(
-        self, prompts: Sequence[Sequence[int]], new: int = NEW, **options: Any
-    ) -> tuple[list[list[int]], list[int]]:
-        """(new tokens, cached prompt tokens) of each prompt."""
-        from vllm import SamplingParams
-
-        lora = options.pop("lora_request", None)
-        params = SamplingParams(temperature=0, max_tokens=new, min_tokens=new, ignore_eos=True, detokenize=False)
-        inputs = [{"prompt_token_ids": list(prompt), **options} for prompt in prompts]
-        outs = self.llm.generate(inputs, params, use_tqdm=False, lora_request=lora)
-        return [list(out.outputs[0].token_ids) for out in outs], [int(out.num_cached_tokens) for out in outs]
-
-    def forget(self) -> None:
-        """Empty the engine's own prefix cache."""
-        assert self.llm.reset_prefix_cache()
-
-    def metric(self, name: str) -> float:
-        return sum(float(m.value) for m in self.llm.get_metrics() if m.name == name and hasattr(m, "value"))
-
-    @property
-    def connector(self) -> Any:
-        return self.llm.llm_engine.engine_core.engine_core.scheduler.connector
-
-    @property
-    def model_id(self) -> ModelId:
-        return self.connector.model_id
-
-    def close(self) -> list[str]:
-        """Stop the engine; what its scheduler's side still held."""
-        held = self.connector._scheduler.check() if self.has_connector else []
-        self.llm.llm_engine.engine_core.shutdown()
-        return held
-
-
-# -- looking into the store ------------------------------------------------------------------------------------
-
-
-def stored(store: Any, model: ModelId, tokens: Sequence[int], *, salt: bytes = b"") -> Iterator[tuple[int, Any]]:
-    """(index, block) of what the store holds of a sequence."""
-    chain = Chain(Root(model, salt=salt), list(tokens))
-    found = store.match(chain, "look")
-    with KVStore.load(store, "look", found.num_blocks) if isinstance(store, KVStore) else store.load("look") as load:
-        for block in load:
-            yield block.index, block
-
-
-def worst_error(store: Any, model: ModelId, reference: Reference, tokens: Sequence[int]) -> tuple[float, int]:
-    """(largest difference between stored and recomputed KV, number of blocks compared)."""
-    want = reference.kv(tokens)
-    worst, count, block_tokens = 0.0, 0, model.block_tokens
-    layout = store.open(model)
-    for index, block in stored(store, model, tokens):
-        for part, view in zip(layout.parts, block.views, strict=True):
-            has = to_tensor(view, part, want.dtype)
-            mine = want[
-                part.layers.start : part.layers.stop,
-                :,
-                index * block_tokens : (index + 1) * block_tokens,
-                part.heads.start : part.heads.stop,
-            ]
-            worst = max(worst, float((has - mine).abs().max()))
-        count += 1
-    return worst, count
-
-
-def spoil(store: KVStore, model: ModelId, tokens: Sequence[int]) -> None:
-    """Turn the bytes of stored blocks around: right sizes, wrong KV."""
-    layout = store.open(model)
-    for _, block in stored(store, model, tokens):
-        for slot, part in zip(block.slots, layout.parts, strict=True):
-            view = store.arena.view(slot, part.num_bytes)
-            view[:] = bytes(view)[::-1][:-2] + b"\x00\x00"
-            numbers = torch.frombuffer(view, dtype=torch.float32)
-            numbers.nan_to_num_(0.0, 0.0, 0.0).clamp_(-4, 4)
-
+from kvstore.errors import ConfigError
+from tests.engines import vllm_shared
+from tests.engines.vllm_support import (
+    BLOCK,
+    NEW,
+    Engine,
+    Facts,
+    FaultyStore,
+    Reference,
+    in_fork,
+    poison,
+    stored,
+    tokens_of,
+    worst_error,
+)
 
 # -- scenarios -------------------------------------------------------------------------------------------------
 
@@ -283,7 +58,7 @@ def turns(workdir: Path, **options: Any) -> Facts:
     engine.forget()
     second, second_hits = engine.generate([longer])
     error = max(error, worst_error(store, engine.model_id, reference, longer)[0])
-    spoil(store, engine.model_id, longer)
+    poison(store, engine.model_id, longer)
     engine.forget()
     control, _ = engine.generate([longer])
     return {
@@ -302,8 +77,41 @@ def turns(workdir: Path, **options: Any) -> Facts:
     }
 
 
-def speculation(workdir: Path, *, clamp: bool = True, **options: Any) -> Facts:
-    """Drafts by n-grams, many of them wrong, in answers that end on a block boundary.
+NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+
+
+def draft_model(workdir: Path) -> dict[str, Any]:
+    """A draft model that is often right: the model itself, with noise on its weights."""
+    directory = workdir / "draft"
+    model = Reference(workdir).model
+    generator = torch.Generator().manual_seed(3)
+    for weight in model.parameters():
+        weight += torch.randn(weight.shape, generator=generator) * weight.std() * 0.05
+    model.save_pretrained(directory)
+    return {"method": "draft_model", "model": str(directory), "num_speculative_tokens": 3}
+
+
+def medusa(workdir: Path) -> dict[str, Any]:
+    """Heads that propose what the model itself would say next: sometimes right where an answer repeats itself."""
+    from safetensors.torch import save_file
+
+    directory = workdir / "medusa"
+    directory.mkdir(exist_ok=True)
+    model = Reference(workdir).model
+    vocabulary, hidden = model.lm_head.weight.shape
+    weights = {}
+    for head in range(2):
+        weights[f"blocks.{head}.layers.0.weight"] = torch.zeros(hidden, hidden)
+        weights[f"lm_heads.{head}.weight"] = model.lm_head.weight.detach().clone()
+    save_file(weights, directory / "model.safetensors")
+    settings = {"architectures": ["MedusaModel"], "model_type": "medusa", "hidden_size": hidden, "num_heads": 2}
+    settings |= {"num_hidden_layers": 1, "vocab_size": vocabulary, "torch_dtype": "float32"}
+    (directory / "config.json").write_text(json.dumps(settings))
+    return {"method": "medusa", "model": str(directory), "num_speculative_tokens": 2}
+
+
+def speculation(workdir: Path, drafts: dict[str, Any], *, clamp: bool = True) -> Facts:
+    """Drafts, many of them wrong, in answers that end on a block boundary.
 
     Without `clamp` the connector stores every block whose tokens are known, as it would without the save boundary.
     """
@@ -311,11 +119,7 @@ def speculation(workdir: Path, *, clamp: bool = True, **options: Any) -> Facts:
     store = FaultyStore()
     if not clamp:
         vllm_scheduler.storable_finished = lambda computed, prompt, tokens, block: tokens // block
-    options.setdefault(
-        "speculative_config",
-        {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1},
-    )
-    engine = Engine(reference.directory, store, **options)
+    engine = Engine(reference.directory, store, speculative_config=drafts)
     prompts = [tokens_of(seed) for seed in range(10, 18)]
     wants = [reference.generate(prompt, NEW) for prompt in prompts]
     outs, _ = engine.generate(prompts)
@@ -323,25 +127,30 @@ def speculation(workdir: Path, *, clamp: bool = True, **options: Any) -> Facts:
         worst_error(store, engine.model_id, reference, [*prompt, *want])
         for prompt, want in zip(prompts, wants, strict=True)
     ]
-    engine.forget()
-    again, hits = engine.generate(prompts)
-    longer = [*prompts[0], *wants[0], *tokens_of(2, 50)]
-    engine.forget()
-    before, _ = engine.generate([longer])
-    spoil(store, engine.model_id, longer)
-    engine.forget()
-    control, _ = engine.generate([longer])
-    return {
-        "equal": [outs == wants, again == wants],
-        "hits": hits,
+    facts = {
         "error": max(error for error, _ in errors),
         "num_blocks": sorted({count for _, count in errors}),
         "drafted": engine.metric("vllm:spec_decode_num_draft_tokens"),
         "accepted": engine.metric("vllm:spec_decode_num_accepted_tokens"),
-        "control_differs": control != before,
-        "held": engine.close(),
-        "check": store.check(),
     }
+    if not clamp:
+        return {**facts, "equal": [outs == wants], "held": engine.close()}
+    engine.forget()
+    again, hits = engine.generate(prompts)
+    facts |= {"equal": [outs == wants, again == wants], "hits": hits}
+    longer = [*prompts[0], *wants[0], *tokens_of(2, 50)]
+    engine.forget()
+    before, _ = engine.generate([longer])
+    facts["control_differs"] = control(engine, store, longer, before[0])
+    return {**facts, "held": engine.close(), "check": store.check()}
+
+
+def control(engine: Engine, store: FaultyStore, prompt: Sequence[int], want: Sequence[int]) -> bool:
+    """Whether an answer on wrong bytes is another one, as it must be: else equal answers would prove nothing."""
+    poison(store, engine.model_id, prompt)
+    engine.forget()
+    outs, _ = engine.generate([prompt], len(want))
+    return outs[0] != list(want)
 
 
 def preemption(workdir: Path) -> Facts:
@@ -360,6 +169,7 @@ def preemption(workdir: Path) -> Facts:
         "preemptions": engine.metric("vllm:num_preemptions"),
         "loads": engine.connector._scheduler.figures.counts.get("loads", 0),
         "error": max(errors),
+        "control_differs": control(engine, store, prompts[0], wants[0]),
         "held": engine.close(),
         "check": store.check(),
     }
@@ -369,23 +179,24 @@ def faults(workdir: Path, sync_load_ms: float = 20.0) -> Facts:
     """A store that ends loads early, breaks, lies, answers late or never: the same tokens, within the deadline."""
     reference = Reference(workdir)
     store = FaultyStore()
-    extra = {"sync_load_ms": sync_load_ms, "load_deadline_ms": 2000, "match_deadline_ms": 100}
+    extra = {"sync_load_ms": sync_load_ms, "load_deadline_ms": 1000, "match_deadline_ms": 1000}
     engine = Engine(reference.directory, store, extra=extra)
     engine.connector._scheduler.fail_open.backoff_s = 0.0
     want: dict[int, list[int]] = {}
-    facts: Facts = {"equal": {}, "seconds": {}, "failed": {}}
+    facts: Facts = {"equal": {}, "ttft_s": {}, "failed": {}}
 
     def run(name: str, seed: int = 1) -> None:
         prompt = tokens_of(seed)
         want.setdefault(seed, reference.generate(prompt, NEW))
         engine.forget()
         failed = engine.connector._scheduler.figures.counts.get("failed_loads", 0)
-        began_s = time.monotonic()
         outs, _ = engine.generate([prompt])
-        facts["seconds"][name] = time.monotonic() - began_s
+        facts["ttft_s"][name] = engine.ttft_s
         facts["equal"][name] = outs[0] == want[seed]
         facts["failed"][name] = engine.connector._scheduler.figures.counts.get("failed_loads", 0) - failed
 
+    run("warm-up", 9)
+    run("computed", 2)
     run("cold")
     run("sound")
     for ends_at in (0, 4, 8):
@@ -403,13 +214,14 @@ def faults(workdir: Path, sync_load_ms: float = 20.0) -> Facts:
     store.unsettled = 1 << 30
     run("never answers")
     store.unsettled = 0
-    store.slow_s = 0.5
+    store.slow_s = 0.2
     run("slow")
     store.slow_s = 0.0
+    facts |= {"added_s": max(facts["ttft_s"].values()) - facts["ttft_s"]["computed"], "deadline_s": 1.0}
     prompt = [*tokens_of(1), *want[1], *tokens_of(2, 50)]
     error, count = worst_error(store, engine.model_id, reference, prompt)
-    facts |= {"error": error, "num_blocks": count, "held": engine.close(), "check": store.check()}
-    return facts
+    facts |= {"error": error, "num_blocks": count, "control_differs": control(engine, store, tokens_of(1), want[1])}
+    return {**facts, "held": engine.close(), "check": store.check()}
 
 
 def aborts(workdir: Path) -> Facts:
@@ -460,6 +272,7 @@ def aborts(workdir: Path) -> Facts:
         "blocks_before_the_first_token": early,
         "pages_back": back,
         "error": worst_error(store, engine.model_id, reference, [*prompt, *want])[0],
+        "control_differs": control(engine, store, prompt, want),
         "held": engine.close(),
         "check": store.check(),
     }
@@ -480,6 +293,7 @@ def tenants(workdir: Path) -> Facts:
         facts["hits"].append(hits[0])
     assert engine.llm.reset_prefix_cache(reset_connector=True)
     facts["blocks_after_reset"] = store.stats()["host.blocks"]
+    facts["control_differs"] = control(engine, store, prompt, want)
     return {**facts, "held": engine.close(), "check": store.check()}
 
 
@@ -524,6 +338,7 @@ def adapters(workdir: Path) -> Facts:
         facts["same"].append(outs[0] == first)
         facts["hits"].append(hits[0])
     facts["num_answers"] = len({tuple(first) for first in firsts.values()})
+    facts["control_differs"] = control(engine, store, prompt, firsts[""])
     return {**facts, "held": engine.close(), "check": store.check()}
 
 
@@ -563,31 +378,50 @@ def fp8(workdir: Path) -> Facts:
     }
 
 
-def both_engines(workdir: Path) -> Facts:
-    """What vLLM saved, transformers loads, and the reverse; once with the bytes spoiled."""
+def both_engines(
+    workdir: Path, directory: Path | None = None, prompts: tuple[list[int], list[int]] | None = None, new: int = NEW
+) -> Facts:
+    """What vLLM saved, transformers loads, and the reverse; once with wrong bytes."""
     from connectors.base import LoadRule
     from connectors.transformers import TransformersConnector
 
-    reference = Reference(workdir)
+    reference = Reference(workdir, directory)
     store = FaultyStore()
-    engine = Engine(reference.directory, store, extra={"revision": "r1"})
+    engine = Engine(reference.directory, store, extra={"revision": "r1"}, max_model_len=512)
     other = TransformersConnector(reference.model, store, revision="r1", block_tokens=BLOCK, load_rule=LoadRule.ALWAYS)
     facts: Facts = {"same_id": engine.model_id == other.model_id}
     if not facts["same_id"]:
         return {**facts, "ids": [str(engine.model_id), str(other.model_id)]}
-    one, two = tokens_of(1), tokens_of(40)
-    want = [reference.generate(prompt, NEW) for prompt in (one, two)]
-    engine.generate([one])
-    done = other.generate(torch.tensor([one]), max_new_tokens=NEW)
+    one, two = prompts or (tokens_of(1), tokens_of(40))
+    want = [reference.generate(prompt, new) for prompt in (one, two)]
+    engine.generate([one], new)
+    facts["error"], facts["num_blocks"] = worst_error(store, engine.model_id, reference, [*one, *want[0]])
+    done = other.generate(torch.tensor([one]), max_new_tokens=new)
     facts["transformers_hits"] = sum(done.hit_tokens.values())
-    facts["equal"] = [done.sequences[0, PROMPT:].tolist() == want[0]]
-    other.generate(torch.tensor([two]), max_new_tokens=NEW)
-    outs, facts["vllm_hits"] = engine.generate([two])
+    facts["equal"] = [done.sequences[0, len(one) :].tolist() == want[0]]
+    other.generate(torch.tensor([two]), max_new_tokens=new)
+    outs, facts["vllm_hits"] = engine.generate([two], new)
     facts["equal"].append(outs[0] == want[1])
-    spoil(store, engine.model_id, two)
+    facts["num_distinct"] = len({*want[0], *want[1]})
+    poison(store, engine.model_id, two)
     engine.forget()
-    facts["control_differs"] = engine.generate([two])[0] != outs
+    facts["control_differs"] = engine.generate([two], new)[0] != outs
+    done = other.generate(torch.tensor([two]), max_new_tokens=new)
+    facts["transformers_control_differs"] = done.sequences[0, len(two) :].tolist() != want[1]
     return {**facts, "held": engine.close(), "check": store.check()}
+
+
+def smollm2(workdir: Path) -> Facts:
+    """SmolLM2 and questions about two texts, saved by one engine and loaded by the other, both ways."""
+    from transformers import PreTrainedTokenizerFast
+
+    directory = workdir / "smollm2"
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+    notes = ["".join(f"Note {n}: box {n * k % 13} holds {n * k % 97} marbles.\n" for n in range(12)) for k in (7, 5)]
+    asked = [[{"role": "user", "content": f"{note}Tell a long story about these boxes."}] for note in notes]
+    one, two = (tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in asked)
+    facts = both_engines(workdir, directory, (list(one), list(two)), new=24)
+    return {**facts, "prompt_tokens": [len(one), len(two)]}
 
 
 def interface(workdir: Path) -> Facts:
@@ -604,120 +438,6 @@ def interface(workdir: Path) -> Facts:
     return {"refused": ""}
 
 
-# -- through a sidecar -----------------------------------------------------------------------------------------
-
-
-class Sidecar:
-    """`kvstore serve` in a process of its own."""
-
-    def __init__(self, workdir: Path, **settings: str) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix="kv", dir="/tmp")) / "s"
-        self.address = f"unix:{self.path}"
-        self.log = (workdir / "sidecar.log").open("ab")
-        self._settings = {"host.capacity_bytes": "128MiB", **settings}
-        self.start()
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "kvstore.service.cli", "serve", "--listen", self.address]
-        for key, value in self._settings.items():
-            command += ["--set", f"{key}={value}"]
-        self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log)
-        self.client = kvstore.connect(self.address, mapped=True, wait_s=30)
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    def close(self) -> None:
-        self.client.close()
-        self.process.terminate()
-        self.process.wait(20)
-        self.log.close()
-        shutil.rmtree(self.path.parent, ignore_errors=True)
-
-
-def through_sidecar(workdir: Path) -> Facts:
-    """The sidecar killed while an engine runs, and while a load is under way; and back again."""
-    reference = Reference(workdir)
-    sidecar = Sidecar(workdir)
-    engine = Engine(reference.directory, None, extra={"address": sidecar.address})
-    prompt = tokens_of(1)
-    want = reference.generate(prompt, NEW)
-    facts: Facts = {"equal": [], "hits": [], "seconds": []}
-
-    def run() -> None:
-        engine.forget()
-        began_s = time.monotonic()
-        outs, hits = engine.generate([prompt])
-        facts["seconds"].append(time.monotonic() - began_s)
-        facts["equal"].append(outs[0] == want)
-        facts["hits"].append(hits[0])
-
-    run()
-    run()
-    error, count = worst_error(sidecar.client, engine.model_id, reference, [*prompt, *want])
-    sidecar.client.close()
-    sidecar.kill()
-    run()
-    sidecar.start()
-    for _ in range(40):
-        run()
-        if facts["hits"][-1]:
-            break
-        time.sleep(0.25)
-    held = engine.close()
-    sidecar.close()
-    return {**facts, "error": error, "num_blocks": count, "held": held}
-
-
-def child(workdir: Path, options: Mapping[str, Any]) -> Facts:
-    """One engine of a fleet: its answers to some prompts, what it found, and what is stored then."""
-    reference = Reference(workdir)
-    extra = {"address": options["address"], "part_layers": 1, "part_heads": 1, **options.get("extra", {})}
-    engine = Engine(reference.directory, None, extra=extra, **options.get("engine", {}))
-    prompts = [tokens_of(seed) for seed in options["seeds"]]
-    wants = [reference.generate(prompt, NEW) for prompt in prompts]
-    facts: Facts = {"equal": [], "hits": []}
-    for prompt, want in zip(prompts, wants, strict=True):
-        outs, hits = engine.generate([prompt])
-        facts["equal"].append(outs[0] == want)
-        facts["hits"].append(hits[0])
-    client = kvstore.connect(options["address"], mapped=True)
-    errors = [worst_error(client, engine.model_id, reference, [*p, *w]) for p, w in zip(prompts, wants, strict=True)]
-    facts |= {"error": max(error for error, _ in errors), "num_blocks": [count for _, count in errors]}
-    client.close()
-    return {**facts, "held": engine.close()}
-
-
-def fleet(workdir: Path, *, parallel: Mapping[str, Any], environ: Mapping[str, str]) -> Facts:
-    """A prompt saved by a parallel engine and loaded by a single one, and the reverse."""
-    Reference(workdir)
-    sidecar = Sidecar(workdir)
-
-    def run(seeds: Sequence[int], *, many: bool) -> Facts:
-        options = {"address": sidecar.address, "seeds": list(seeds), "engine": dict(parallel) if many else {}}
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.engines.vllm_runs", "child", str(workdir), json.dumps(options)],
-            env={**os.environ, **(environ if many else {})},
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
-        line = next(line for line in done.stdout.splitlines() if line.startswith("FACTS "))
-        return dict(json.loads(line.removeprefix("FACTS ")))
-
-    try:
-        return {
-            "many saves": run([1], many=True),
-            "one loads": run([1, 2], many=False),
-            "many loads": run([2, 1], many=True),
-        }
-    finally:
-        sidecar.close()
-
-
-TP2 = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
-
 SCENARIOS: dict[str, Callable[[Path], Facts]] = {
     "base": turns,
     "chunks_64": lambda workdir: turns(workdir, max_num_batched_tokens=64),
@@ -727,8 +447,10 @@ SCENARIOS: dict[str, Callable[[Path], Facts]] = {
     "pages_of_128": lambda workdir: turns(workdir, block_size=128),
     "blocks_of_64": lambda workdir: turns(workdir, extra={"block_tokens": 64}),
     "fine_grid": lambda workdir: turns(workdir, extra={"part_layers": 1, "part_heads": 1}),
-    "ngram": speculation,
-    "ngram_without_clamp": lambda workdir: speculation(workdir, clamp=False),
+    "ngram": lambda workdir: speculation(workdir, NGRAM),
+    "ngram_without_clamp": lambda workdir: speculation(workdir, NGRAM, clamp=False),
+    "draft_model": lambda workdir: speculation(workdir, draft_model(workdir)),
+    "medusa": lambda workdir: speculation(workdir, medusa(workdir)),
     "preemption": preemption,
     "faults": faults,
     "faults_beside_the_step": lambda workdir: faults(workdir, 0.0),
@@ -737,26 +459,36 @@ SCENARIOS: dict[str, Callable[[Path], Facts]] = {
     "adapters": adapters,
     "fp8": fp8,
     "both_engines": both_engines,
+    "smollm2": smollm2,
     "interface": interface,
-    "through_sidecar": through_sidecar,
-    "tp2": lambda workdir: fleet(workdir, parallel={"tensor_parallel_size": 2}, environ=TP2),
-    "pp2": lambda workdir: fleet(
-        workdir,
-        parallel={
-            "pipeline_parallel_size": 2,
-            "enforce_eager": False,
-            "compilation_config": {"mode": 3, "backend": "eager"},
-        },
-        environ=TP2,
-    ),
+    **vllm_shared.SCENARIOS,
 }
 
 
+def _import_all() -> None:
+    """Everything an engine needs, before the first fork."""
+    import vllm.v1.worker.cpu_worker
+    from vllm import LLM, SamplingParams
+    from vllm.model_executor.models import llama
+
+    import connectors.transformers
+
+    for module in (LLM, SamplingParams, llama, vllm.v1.worker.cpu_worker, connectors.transformers):
+        assert module
+
+
 def main() -> None:
-    name, workdir = sys.argv[1], Path(sys.argv[2])
-    torch.set_grad_enabled(False)
-    facts = child(workdir, json.loads(sys.argv[3])) if name == "child" else SCENARIOS[name](workdir)
-    print("FACTS " + json.dumps(facts), flush=True)
+    workdir = Path(sys.argv[1])
+    _import_all()
+    for line in sys.stdin:
+        name = line.strip()
+        try:
+            facts = in_fork(partial(SCENARIOS[name], workdir), workdir / f"{name}.log")
+            (workdir / f"{name}.json").write_text(json.dumps(facts))
+        except RuntimeError as error:
+            with (workdir / f"{name}.log").open("a") as log:
+                log.write(f"{error}\n")
+        print(f"done {name}", flush=True)
 
 
 if __name__ == "__main__":

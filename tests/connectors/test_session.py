@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Announcements of an engine whose thread is busy computing what it announced."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from connectors.base import FailOpen
+from connectors.session import KeptAnnouncement
+from kvstore.errors import ServiceUnavailable
+from tests.waiting import wait_until
+
+
+class Mark:
+    """Counts what it is told; raises on renewal where `failing`."""
+
+    def __init__(self, *, failing: bool = False) -> None:
+        self.told: list[str] = []
+        self.failing = failing
+
+    def renew(self) -> None:
+        self.told.append("renew")
+        if self.failing:
+            raise ServiceUnavailable("away")
+
+    def withdraw(self) -> None:
+        self.told.append("withdraw")
+
+
+def test_an_announcement_is_renewed_until_it_is_withdrawn_and_never_after() -> None:
+    mark = Mark()
+    kept = KeptAnnouncement(mark, FailOpen(), 60.0, every_s=0.001)
+    wait_until(lambda: mark.told.count("renew") >= 3)
+    kept.withdraw()
+    assert mark.told[-1] == "withdraw"
+    assert mark.told.count("withdraw") == 1
+    assert "kvstore-announce" not in [thread.name for thread in threading.enumerate()]
+
+
+@pytest.mark.parametrize(("predicted_s", "threads"), [(0.1, 0), (0.3, 1), (None, 1)])
+def test_a_short_pass_costs_no_thread(predicted_s: float | None, threads: int) -> None:
+    kept = KeptAnnouncement(Mark(), FailOpen(), predicted_s, every_s=0.2)
+    assert [thread.name for thread in threading.enumerate()].count("kvstore-announce") == threads
+    kept.withdraw()
+
+
+def test_a_renewal_that_fails_is_a_failure_of_the_store_and_of_nothing_else() -> None:
+    mark, fail_open = Mark(failing=True), FailOpen(backoff_s=0.0)
+    kept = KeptAnnouncement(mark, fail_open, None, every_s=0.001)
+    wait_until(lambda: fail_open.num_failures >= 2)
+    kept.withdraw()
+    assert mark.told[-1] == "withdraw"

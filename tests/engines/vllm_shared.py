@@ -1,0 +1,425 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scenarios of `vllm_runs` through a sidecar and Redis: kills, cold replicas, engines of several ranks.
+
+Every process is real, and so are the kills. A relay stands between sidecar and Redis only where Redis must die in
+the middle of a reply.
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import redis
+
+import kvstore
+from kvstore.block import Chain, Root
+from kvstore.tiers.valkey import embedded_binary
+from tests.engines.vllm_support import (
+    NEW,
+    Engine,
+    Facts,
+    Reference,
+    in_fork,
+    poison,
+    tokens_of,
+    worst_error,
+)
+
+_FINE = {"part_layers": 1, "part_heads": 1}
+_HOLE = 4
+"""Block of which one part goes missing or is damaged."""
+
+
+# -- processes -------------------------------------------------------------------------------------------------
+
+
+class Process:
+    """A server in a process of its own, which may be killed and started again at the same address."""
+
+    def __init__(self, command: Sequence[str], log: Path) -> None:
+        self._command, self._log = list(command), log
+        self.start()
+
+    def start(self) -> None:
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(self._command, stdout=log, stderr=log)
+        deadline_s = time.monotonic() + 60
+        while not self.answers():
+            assert self._process.poll() is None, self._log.read_text()[-2000:]
+            assert time.monotonic() < deadline_s, f"{self._command} does not answer"
+            time.sleep(0.02)
+
+    def answers(self) -> bool:
+        raise NotImplementedError
+
+    def signal(self, number: int) -> None:
+        self._process.send_signal(number)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def stop(self) -> None:
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGCONT)
+            self._process.terminate()
+            self._process.wait(30)
+
+
+class Redis(Process):
+    """A Redis or Valkey on a Unix socket, that keeps nothing on disk."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / "redis"
+        command = [str(embedded_binary()), "--port", "0", "--unixsocket", str(self.path), "--save", ""]
+        super().__init__([*command, "--dir", str(directory)], directory / "redis.log")
+
+    def client(self) -> redis.Redis:
+        return redis.Redis(unix_socket_path=str(self.path))
+
+    def answers(self) -> bool:
+        try:
+            return bool(self.client().ping())
+        except redis.RedisError:
+            return False
+
+    def num_values(self) -> int:
+        return sum(1 for _ in self.client().scan_iter("kvs1:{*}:*:v:*"))
+
+    def wait_for(self, num_values: int) -> None:
+        deadline_s = time.monotonic() + 30
+        while self.num_values() < num_values:
+            assert time.monotonic() < deadline_s, f"{self.num_values()} of {num_values} values came down"
+            time.sleep(0.05)
+
+    def value_of(self, block: str, part: int) -> bytes:
+        (key,) = self.client().scan_iter(f"kvs1:{{*}}:*:v:{block}:{part:03d}")
+        return bytes(key)
+
+
+class Sidecar(Process):
+    """`kvstore serve`."""
+
+    def __init__(self, directory: Path, **settings: str) -> None:
+        self._directory = directory
+        self.address = f"unix:{directory}/s"
+        command = [sys.executable, "-m", "kvstore.service.cli", "serve", "--listen", self.address]
+        for key, value in {"host.capacity_bytes": "128MiB", **settings}.items():
+            command += ["--set", f"{key.replace('__', '.')}={value}"]
+        self._starts = 0
+        super().__init__(command, directory / "sidecar.log")
+
+    def start(self) -> None:
+        self._starts += 1
+        super().start()
+
+    def answers(self) -> bool:
+        log = self._directory / "sidecar.log"
+        return log.read_text().count("ready:") >= self._starts
+
+    def connect(self) -> Any:
+        return kvstore.connect(self.address, mapped=True, wait_s=30)
+
+
+class Relay:
+    """Passes bytes between two Unix sockets. Once armed it acts after so many bytes of replies, and hangs up."""
+
+    def __init__(self, at: Path, to: Path) -> None:
+        self._to = to
+        self._left: int | None = None
+        self._act: Callable[[], None] = lambda: None
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(at))
+        self._listener.listen(16)
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def arm(self, num_bytes: int, act: Callable[[], None]) -> None:
+        self._act, self._left = act, num_bytes
+
+    @property
+    def acted(self) -> bool:
+        return self._left is not None and self._left <= 0
+
+    def _accept(self) -> None:
+        while True:
+            near, _ = self._listener.accept()
+            far = socket.socket(socket.AF_UNIX)
+            try:
+                far.connect(str(self._to))
+            except OSError:
+                near.close()
+                continue
+            threading.Thread(target=self._pass, args=(near, far, False), daemon=True).start()
+            threading.Thread(target=self._pass, args=(far, near, True), daemon=True).start()
+
+    def _pass(self, source: socket.socket, target: socket.socket, replies: bool) -> None:
+        try:
+            while chunk := source.recv(16 << 10):
+                if replies and self._left is not None:
+                    before, self._left = self._left, self._left - len(chunk)
+                    if self._left <= 0:
+                        target.sendall(chunk[: max(0, before)])
+                        if before > 0:
+                            self._act()
+                        break
+                target.sendall(chunk)
+        except OSError:
+            pass
+        for end in (source, target):
+            try:
+                end.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+
+
+class Cut:
+    """A load in whose middle something happens."""
+
+    def __init__(self, load: Any, at: int, act: Callable[[], None]) -> None:
+        self._load, self._at, self._act = load, at, act
+
+    def __iter__(self) -> Iterator[Any]:
+        for block in self._load:
+            if block.index == self._at:
+                self._act()
+            yield block
+
+    def intact(self) -> bool:
+        return bool(self._load.intact())
+
+    def close(self) -> None:
+        self._load.close()
+
+    def __enter__(self) -> Cut:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+# -- one engine ------------------------------------------------------------------------------------------------
+
+
+class Watched:
+    """An engine through a sidecar whose requests are compared and timed, each served as if for the first time."""
+
+    def __init__(self, workdir: Path, address: str, **extra: object) -> None:
+        self.reference = Reference(workdir)
+        self.engine = Engine(self.reference.directory, None, extra={"address": address, **extra})
+        self.engine.connector._scheduler.fail_open.backoff_s = 0.05
+        self.facts: Facts = {"equal": {}, "hits": {}, "ttft_s": {}}
+        self._want: dict[int, list[int]] = {}
+
+    def run(self, name: str, seed: int = 1) -> int:
+        prompt = tokens_of(seed)
+        if seed not in self._want:
+            self._want[seed] = self.reference.generate(prompt, NEW)
+        self.engine.forget()
+        outs, hits = self.engine.generate([prompt])
+        self.facts["equal"][name] = outs[0] == self._want[seed]
+        self.facts["hits"][name] = hits[0]
+        self.facts["ttft_s"][name] = self.engine.ttft_s
+        return hits[0]
+
+    def run_until_hit(self, name: str, seed: int = 1) -> None:
+        for _ in range(80):
+            if self.run(name, seed):
+                return
+            time.sleep(0.1)
+
+    def full(self, seed: int) -> list[int]:
+        return [*tokens_of(seed), *self._want[seed]]
+
+    def cut(self, at: int, act: Callable[[], None]) -> None:
+        """Do something at block `at` of the next load."""
+        worker = self.engine.worker
+        adopt = worker._adopt
+
+        def once(shared: object) -> Any:
+            worker._adopt = adopt
+            return Cut(adopt(shared), at, act)
+
+        worker._adopt = once
+
+    def failed(self) -> float:
+        return float(self.engine.connector._scheduler.figures.counts.get("failed_loads", 0))
+
+    def added_s(self, baseline: str) -> float:
+        """The longest a request took beyond one that was computed."""
+        return max(self.facts["ttft_s"].values()) - float(self.facts["ttft_s"][baseline])
+
+
+def sidecar_killed(workdir: Path) -> Facts:
+    """The sidecar killed between requests, in the middle of loads, and stopped: in the step and beside the steps."""
+    with tempfile.TemporaryDirectory(prefix="kv", dir="/tmp") as name:
+        sidecar = Sidecar(Path(name))
+        watched = Watched(workdir, sidecar.address, load_deadline_ms=1000, call_deadline_ms=250)
+        watched.run("warm-up", 9)
+        watched.run("computed", 2)
+        watched.run("cold")
+        watched.run("sound")
+        with sidecar.connect() as client:
+            error, num_blocks = worst_error(client, watched.engine.model_id, watched.reference, watched.full(1))
+        for how, sync_load_ms in (("in the step", 20.0), ("beside the steps", 0.0)):
+            scheduler = watched.engine.connector._scheduler
+            scheduler._settings = replace(scheduler._settings, sync_load_ms=sync_load_ms)
+            watched.run_until_hit(f"before, {how}")
+            watched.cut(4, sidecar.kill)
+            watched.run(f"killed {how}")
+            watched.run(f"gone, {how}")
+            sidecar.start()
+            watched.run_until_hit(f"back, {how}")
+        sidecar.signal(signal.SIGSTOP)
+        watched.run("stopped")
+        sidecar.signal(signal.SIGCONT)
+        watched.run_until_hit("goes on")
+        with sidecar.connect() as client:
+            poison(client, watched.engine.model_id, tokens_of(1))
+        facts = dict(watched.facts, equal=dict(watched.facts["equal"]), ttft_s=dict(watched.facts["ttft_s"]))
+        facts |= {"added_s": watched.added_s("computed"), "deadline_s": 1.0, "failed": watched.failed()}
+        watched.run("control")
+        facts |= {"control_differs": not watched.facts["equal"]["control"], "error": error, "num_blocks": num_blocks}
+        facts["held"] = watched.engine.close()
+        sidecar.stop()
+        return facts
+
+
+def redis_tier(workdir: Path) -> Facts:
+    """A cold replica served by Redis; Redis killed in the middle of a load, and gone."""
+    with tempfile.TemporaryDirectory(prefix="kv", dir="/tmp") as name:
+        directory = Path(name)
+        server = Redis(directory)
+        relay = Relay(directory / "relay", server.path)
+        settings = {"tiers.redis.url": f"unix://{directory}/relay", "mover.write": "through"}
+        sidecar = Sidecar(directory, **settings)
+        watched = Watched(workdir, sidecar.address, load_deadline_ms=2000)
+        watched.run("warm-up", 9)
+        watched.run("computed", 2)
+        watched.run("cold")
+        server.wait_for(33)
+
+        def cold_replica() -> None:
+            sidecar.kill()
+            sidecar.start()
+            for _ in range(200):  # until the engine has found the new one
+                if watched.engine.connector._link.store.is_up:
+                    break
+                time.sleep(0.05)
+
+        cold_replica()
+        watched.run("from Redis")
+        loaded = {
+            tier: watched.engine.connector._scheduler.figures.counts.get(f"loaded_bytes.{tier}", 0)
+            for tier in ("host", "redis")
+        }
+        with sidecar.connect() as client:
+            error, num_blocks = worst_error(client, watched.engine.model_id, watched.reference, watched.full(1))
+        cold_replica()
+        before = watched.failed()
+        relay.arm(4 * 50_000, server.kill)  # a block is 48 KiB, so that is in the middle of the prefix
+        watched.run("killed")
+        killed = {"acted": relay.acted, "failed": watched.failed() - before}
+        watched.run("gone")
+        server.start()
+        relay.arm(1 << 60, lambda: None)
+        time.sleep(1.1)  # as long as the breaker is open
+        with sidecar.connect() as client:
+            client.clear()
+        watched.run("saved again")
+        server.wait_for(11)
+        cold_replica()
+        watched.run("from Redis again")
+        with sidecar.connect() as client:
+            poison(client, watched.engine.model_id, tokens_of(1))
+        server.wait_for(9)
+        cold_replica()
+        facts = dict(watched.facts, equal=dict(watched.facts["equal"]), ttft_s=dict(watched.facts["ttft_s"]))
+        facts |= {"added_s": watched.added_s("computed"), "deadline_s": 2.0, "loaded": loaded, "killed": killed}
+        watched.run("control")
+        facts |= {"control_differs": not watched.facts["equal"]["control"], "error": error, "num_blocks": num_blocks}
+        facts["control_hits"] = watched.facts["hits"]["control"]
+        facts["held"] = watched.engine.close()
+        sidecar.stop()
+        server.stop()
+        return facts
+
+
+# -- engines of several ranks ----------------------------------------------------------------------------------
+
+
+def member(
+    workdir: Path, address: str, seeds: Sequence[int], options: Mapping[str, Any], *, control: int | None = None
+) -> Facts:
+    """One engine of a fleet: its answers to some prompts, what it found, and what is stored then."""
+    reference = Reference(workdir)
+    engine = Engine(reference.directory, None, extra={"address": address, **_FINE}, **options)
+    wants = {seed: reference.generate(tokens_of(seed), NEW) for seed in seeds}
+    facts: Facts = {"equal": [], "hits": [], "blocks": {}}
+    for seed in seeds:
+        outs, hits = engine.generate([tokens_of(seed)])
+        facts["equal"].append(outs[0] == wants[seed])
+        facts["hits"].append(hits[0])
+        facts["blocks"][str(seed)] = Chain(Root(engine.model_id), tokens_of(seed)).ids[_HOLE].hex()
+    with kvstore.connect(address, mapped=True) as client:
+        errors = [worst_error(client, engine.model_id, reference, [*tokens_of(seed), *wants[seed]]) for seed in seeds]
+        facts |= {"error": max(error for error, _ in errors), "num_blocks": [count for _, count in errors]}
+        facts["num_parts"] = len(client.open(engine.model_id).parts)
+        if control is not None:
+            poison(client, engine.model_id, tokens_of(control))
+            engine.forget()
+            outs, hits = engine.generate([tokens_of(control)])
+            facts |= {"control_differs": outs[0] != wants[control], "control_hits": hits[0]}
+    return {**facts, "held": engine.close()}
+
+
+def fleet(workdir: Path, options: Mapping[str, Any]) -> Facts:
+    """What a parallel engine saves a single one loads, and the reverse; one part deleted, one damaged."""
+    Reference(workdir)
+    with tempfile.TemporaryDirectory(prefix="kv", dir="/tmp") as name:
+        directory = Path(name)
+        server = Redis(directory)
+        sidecar = Sidecar(directory, **{"tiers.redis.url": f"unix://{server.path}", "mover.write": "through"})
+        try:
+            saves = in_fork(lambda: member(workdir, sidecar.address, [1, 3, 4], options))
+            single = in_fork(lambda: member(workdir, sidecar.address, [1, 2], {}, control=None))
+            num_parts = int(saves["num_parts"])
+            server.wait_for(4 * 11 * num_parts)
+            last = num_parts - 1  # of the last rank, whether ranks hold heads or layers
+            client = server.client()
+            client.delete(server.value_of(saves["blocks"]["3"], last))
+            damaged = server.value_of(saves["blocks"]["4"], last)
+            value = bytearray(client.get(damaged))
+            value[-100] ^= 1
+            client.set(damaged, bytes(value))
+            sidecar.kill()
+            sidecar.start()
+            loads = in_fork(lambda: member(workdir, sidecar.address, [2, 1, 3, 4], options, control=1))
+            return {"many saves": saves, "one loads": single, "many loads": loads}
+        finally:
+            sidecar.stop()
+            server.stop()
+
+
+TP2 = {"tensor_parallel_size": 2}
+PP2 = {
+    "pipeline_parallel_size": 2,
+    "enforce_eager": False,
+    "compilation_config": {"mode": 3, "backend": "eager"},
+}
+
+SCENARIOS: dict[str, Callable[[Path], Facts]] = {
+    "sidecar_killed": sidecar_killed,
+    "redis_tier": redis_tier,
+    "tp2": lambda workdir: fleet(workdir, TP2),
+    "pp2": lambda workdir: fleet(workdir, PP2),
+}

@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What runs of a real vLLM engine stand on: a model with its reference, a store with faults, an engine, a fork.
+
+The reference is Hugging Face transformers on the same weights: its greedy tokens, and its keys and values. A random
+model may stay "equal" on wrong bytes, so stored blocks are compared with what transformers computes, and controls
+spoil them. Imported once by `vllm_runs`, which forks: nothing here may start a thread when it is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+# One thread and wherever there is room: at this model's size more threads only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "fork")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from bench.models import random_llama
+from connectors import vllm as connector_module
+from kvstore.api import Match
+from kvstore.block import Chain, ModelId, Root
+from kvstore.config import StoreConfig
+from kvstore.errors import TierUnavailable
+from kvstore.store import KVStore
+from kvstore.transfer import to_tensor
+
+BLOCK = 32
+PROMPT, NEW = 300, 84  # together 12 blocks: the last token, which has no KV, ends a block
+Facts = dict[str, Any]
+
+
+# -- the model and its reference -------------------------------------------------------------------------------
+
+
+class Reference:
+    """A model on disk, by default a small random Llama, and what transformers makes of it."""
+
+    def __init__(self, workdir: Path, directory: Path | None = None) -> None:
+        self.directory = directory or workdir / "llama"
+        if directory is not None:
+            self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
+            return
+        self.model = random_llama(7, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=32, max_tokens=4096)
+        if not self.directory.is_dir():
+            self.model.save_pretrained(self.directory)
+
+    def generate(self, prompt: Sequence[int], new: int) -> list[int]:
+        ids = torch.tensor([list(prompt)])
+        with torch.no_grad():
+            out = self.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new,
+                eos_token_id=None,
+                do_sample=False,
+            )
+        return [int(token) for token in out[0, len(prompt) :]]
+
+    def kv(self, tokens: Sequence[int]) -> torch.Tensor:
+        """[layers, kv, tokens, heads, dim] of a sequence."""
+        with torch.no_grad():
+            cache = self.model(torch.tensor([list(tokens)]), use_cache=True).past_key_values
+        return torch.stack(
+            [torch.stack([layer.keys[0].transpose(0, 1), layer.values[0].transpose(0, 1)]) for layer in cache.layers]
+        )
+
+
+def tokens_of(seed: int, count: int = PROMPT) -> list[int]:
+    """Random tokens in which pieces come again, so that n-grams find something to propose."""
+    generator = torch.Generator().manual_seed(seed)
+    piece = torch.randint(1, 250, (count // 3,), generator=generator)
+    return torch.cat([piece, piece, torch.randint(1, 250, (count - 2 * len(piece),), generator=generator)]).tolist()
+
+
+# -- the store, with faults ------------------------------------------------------------------------------------
+
+
+class FaultyStore(KVStore):
+    """The real store with faults on demand.
+
+    Attributes:
+        unsettled: matches that say, so many times, that lower tiers were not heard yet.
+        slow_s: how long each loaded block takes; ends_at: block at which loads end; breaks: loads raise.
+        lies: loads say that their bytes may have changed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(StoreConfig.load({"host": {"capacity_bytes": "64MiB", "prefault": False}}, environ={}))
+        self.unsettled = 0
+        self.slow_s = 0.0
+        self.ends_at: int | None = None
+        self.breaks = False
+        self.lies = False
+        self.num_matches = 0
+
+    def match(self, *args: Any, **kwargs: Any) -> Match:
+        self.num_matches += 1
+        found = super().match(*args, **kwargs)
+        if self.unsettled:
+            self.unsettled -= 1
+            return Match(found.num_blocks, found.num_host_blocks, 0, False, found.tiers)
+        return found
+
+    def load(self, request: str, num_blocks: int | None = None, *, start: int = 0) -> Any:
+        if self.breaks:
+            raise TierUnavailable("test", "breaks")
+        return _FaultyLoad(self, super().load(request, num_blocks, start=start))
+
+
+class _FaultyLoad:
+    def __init__(self, store: FaultyStore, load: Any) -> None:
+        self._store, self._load = store, load
+
+    def __iter__(self) -> Iterator[Any]:
+        for block in self._load:
+            if block.index == self._store.ends_at:
+                return
+            time.sleep(self._store.slow_s)
+            yield block
+
+    def intact(self) -> bool:
+        return not self._store.lies and self._load.intact()
+
+    def close(self) -> None:
+        self._load.close()
+
+    def __enter__(self) -> _FaultyLoad:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+# -- the engine ------------------------------------------------------------------------------------------------
+
+
+class Engine:
+    """A vLLM engine in this process over a store that outlives it."""
+
+    def __init__(
+        self, directory: Path, store: FaultyStore | None, *, extra: Mapping[str, Any] | None = None, **options: Any
+    ):
+        from vllm import LLM
+
+        self.has_connector = store is not None or bool(extra)
+        place: dict[str, Any] = {}
+        if store is not None:
+            place = {"embedded": f"test-{id(store)}"}
+            connector_module.EMBEDDED.take(place["embedded"], lambda: store)
+        transfer = {
+            "kv_connector": "KVStoreConnector",
+            "kv_connector_module_path": "connectors.vllm",
+            "kv_role": "kv_both",
+            "kv_load_failure_policy": "recompute",
+            "kv_connector_extra_config": {
+                "block_tokens": BLOCK,
+                "load_rule": "always",
+                **place,
+                **(extra or {}),
+            },
+        }
+        settings = {
+            "dtype": "float32",
+            "block_size": 32,
+            "max_num_batched_tokens": 2048,
+            "kv_cache_memory_bytes": 32 << 20,
+            "max_num_seqs": 4,
+            "max_model_len": 2048,
+            "enforce_eager": True,
+            **options,
+        }
+        self.llm = LLM(
+            str(directory),
+            skip_tokenizer_init=True,
+            seed=0,
+            disable_log_stats=False,
+            kv_transfer_config=transfer if self.has_connector else None,
+            **settings,
+        )
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], new: int = NEW, **options: Any
+    ) -> tuple[list[list[int]], list[int]]:
+        """(new tokens, cached prompt tokens) of each prompt."""
+        from vllm import SamplingParams
+
+        lora = options.pop("lora_request", None)
+        params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
+        inputs = [{"prompt_token_ids": list(prompt), **options} for prompt in prompts]
+        outs = self.llm.generate(inputs, params, use_tqdm=False, lora_request=lora)
+        self.settle()
+        self.ttft_s = max(float(out.metrics.first_token_latency) for out in outs)
+        return [list(out.outputs[0].token_ids) for out in outs], [int(out.num_cached_tokens) for out in outs]
+
+    def settle(self) -> None:
+        """Step until nothing is left of requests that ended: what is saved at their end is copied after it."""
+        for _ in range(2000):
+            if not self.scheduler.requests and not self.scheduler.has_finished_requests():
+                return
+            self.llm.llm_engine.engine_core.engine_core.step_fn()
+        raise AssertionError(f"the engine still holds {list(self.scheduler.requests)}")
+
+    def forget(self) -> None:
+        """Empty the engine's own prefix cache."""
+        assert self.llm.reset_prefix_cache()
+
+    def metric(self, name: str) -> float:
+        return sum(float(m.value) for m in self.llm.get_metrics() if m.name == name and hasattr(m, "value"))
+
+    @property
+    def scheduler(self) -> Any:
+        return self.llm.llm_engine.engine_core.engine_core.scheduler
+
+    @property
+    def connector(self) -> Any:
+        return self.scheduler.connector
+
+    @property
+    def worker(self) -> Any:
+        """The worker's side of the connector, where it is in this process."""
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        return get_kv_transfer_group()._worker
+
+    @property
+    def model_id(self) -> ModelId:
+        return self.connector.model_id
+
+    def close(self) -> list[str]:
+        """Stop the engine; what its scheduler's side still held."""
+        held = self.connector._scheduler.check() if self.has_connector else []
+        self.llm.llm_engine.engine_core.shutdown()
+        return held
+
+
+# -- a fork ----------------------------------------------------------------------------------------------------
+
+
+def in_fork(work: Callable[[], Facts], log: Path | None = None) -> Facts:
+    """What `work` returns, run in a fork: all is imported already, and no engine meets another's leavings.
+
+    `log` takes what it prints. Raises RuntimeError where it dies.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        answer = Path(directory) / "facts"
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                if log is not None:
+                    target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+                    os.dup2(target, 1)
+                    os.dup2(target, 2)
+                torch.set_grad_enabled(False)
+                answer.write_text(json.dumps(work()))
+                code = 0
+            except BaseException:  # noqa: BLE001  # a fork must not go on in its parent's place
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        _, status = os.waitpid(pid, 0)
+        if status:
+            raise RuntimeError(f"a run ended with {os.waitstatus_to_exitcode(status)}")
+        return dict(json.loads(answer.read_text()))
+
+
+# -- looking into the store ------------------------------------------------------------------------------------
+
+
+def stored(store: Any, model: ModelId, tokens: Sequence[int], *, salt: bytes = b"") -> Iterator[tuple[int, Any]]:
+    """(index, block) of what the store holds of a sequence."""
+    chain = Chain(Root(model, salt=salt), list(tokens))
+    found = store.match(chain, "look", wait_s=5)
+    with KVStore.load(store, "look", found.num_blocks) if isinstance(store, KVStore) else store.load("look") as load:
+        for block in load:
+            yield block.index, block
+
+
+def worst_error(store: Any, model: ModelId, reference: Reference, tokens: Sequence[int]) -> tuple[float, int]:
+    """(largest difference between stored and recomputed KV, number of blocks compared)."""
+    want = reference.kv(tokens)
+    worst, count, block_tokens = 0.0, 0, model.block_tokens
+    layout = store.open(model)
+    for index, block in stored(store, model, tokens):
+        for part, view in zip(layout.parts, block.views, strict=True):
+            has = to_tensor(view, part, want.dtype)
+            mine = want[
+                part.layers.start : part.layers.stop,
+                :,
+                index * block_tokens : (index + 1) * block_tokens,
+                part.heads.start : part.heads.stop,
+            ]
+            worst = max(worst, float((has - mine).abs().max()))
+        count += 1
+    return worst, count
+
+
+def poison(store: Any, model: ModelId, tokens: Sequence[int]) -> None:
+    """Store KV under these tokens that is not theirs: right sizes and sums, wrong numbers."""
+    store.open(model)
+    store.clear()
+    chain = Chain(Root(model), list(tokens))
+    generator = torch.Generator().manual_seed(99)
+    with store.save(chain, 0, len(chain)) as save:
+        for index in save.indices:
+            for view in save.views(index):
+                numbers = torch.randn(len(view) // 4, generator=generator)
+                view[:] = numbers.numpy().tobytes()
+        assert save.commit() == len(chain)
