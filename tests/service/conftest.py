@@ -20,6 +20,7 @@ from kvstore.service.client import SidecarStore, connect
 from kvstore.service.rights import Gate
 from kvstore.service.server import Server
 from kvstore.tiers.base import Tier
+from tests.waiting import eventually
 
 ROOT = Path(__file__).parent.parent.parent
 Sections = Mapping[str, Mapping[str, object]]
@@ -31,7 +32,9 @@ def config_of(directory: Path, num_blocks: int, sections: Sections) -> StoreConf
     """Settings of a server of so many one-page blocks, at a socket in `directory`."""
     values = {name: dict(section) for name, section in sections.items()}
     values["host"] = {"capacity_bytes": num_blocks * 4096, "prefault": False, **values.get("host", {})}
-    values["service"] = {"listen": f"unix:{directory}/kvstore.sock", **values.get("service", {})}
+    # Memory is so small here that one test has all of it at once.
+    service = {"listen": f"unix:{directory}/kvstore.sock", "max_session_share": 1.0}
+    values["service"] = {**service, **values.get("service", {})}
     return StoreConfig.load(values, environ={})
 
 
@@ -58,11 +61,16 @@ def start_server(directory: Path) -> Iterator[StartServer]:
     yield start
     for server in made:
         server.drain(5)
+        let_go = eventually(lambda server=server: not held_by(server))
         faults = server.check()
-        held = {name: value for name, value in server.stats().items() if name in HELD}
+        held = held_by(server)
         server.stop()
         assert faults == []
-        assert set(held.values()) <= {0}, held
+        assert let_go, held
+
+
+def held_by(server: Server) -> dict[str, float]:
+    return {name: value for name, value in server.stats().items() if name in HELD and value}
 
 
 HELD = ("host.pinned_blocks", "lease.live", "save.quarantined_slots")
@@ -81,6 +89,7 @@ class ServerProcess:
 
     def __init__(self, directory: Path, num_blocks: int = 64, **sections: dict[str, object]) -> None:
         self.address = f"unix:{directory}/kvstore.sock"
+        self.log = directory / "server.log"
         self._arguments = [str(directory), str(num_blocks), json.dumps(sections)]
         self._process: subprocess.Popen[str] | None = None
         self.start()
@@ -88,16 +97,24 @@ class ServerProcess:
     def start(self) -> None:
         """Start it, again after a `kill`."""
         command = [sys.executable, "-m", "tests.service.serving", *self._arguments]
-        self._process = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ}
-        )
+        with open(self.log, "a") as log:
+            self._process = subprocess.Popen(
+                command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+            )
         assert self._process.stdout is not None
-        assert self._process.stdout.readline().startswith("ready")
+        said = self._process.stdout.readline().split()
+        assert said[:1] == ["ready"], self.log.read_text()[-4000:]
+        self.tcp_address = said[-1]
 
     @property
     def pid(self) -> int:
         assert self._process is not None
         return self._process.pid
+
+    def faults(self) -> list[str]:
+        """Ends of the traces in its log: errors that nobody foresaw."""
+        traces = self.log.read_text().split("Traceback (most recent call last):\n")[1:]
+        return [next((line for line in trace.splitlines() if not line.startswith(" ")), "") for trace in traces]
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal; a stop is waited for, since it takes the process a moment."""
@@ -146,4 +163,4 @@ def start_process(directory: Path) -> Iterator[Callable[..., ServerProcess]]:
     yield start
     for process in made:
         process.signal(signal.SIGCONT) if process._process and process._process.poll() is None else None
-        assert process.stop() in (0, -signal.SIGKILL)
+        assert process.stop() in (0, -signal.SIGKILL), process.log.read_text()[-4000:]
