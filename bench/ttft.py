@@ -255,7 +255,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m bench ttft", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = made.add_argument
-    add("--engine", choices=list(ENGINES), default=defaults.engine)
+    add("--engine", choices=list(ENGINES), default=defaults.engine, help="or vllm: see `python -m bench vllm --help`")
     add("--users", type=whole(1, 64), default=defaults.users, help="chats (default: %(default)s)")
     add("--turns", type=whole(2, 64), default=defaults.turns, help="requests a chat (default: %(default)s)")
     add("--documents", type=whole(1, 64), default=defaults.documents, help="shared documents (default: %(default)s)")
@@ -299,7 +299,19 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def engine_option() -> argparse.ArgumentParser:
+    """`--engine` alone: what else may be said depends on it."""
+    made = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    made.add_argument("--engine")
+    return made
+
+
 def main(argv: list[str]) -> int:
+    known, rest = engine_option().parse_known_args(argv)
+    if known.engine == "vllm":  # an engine of its own, in a Python of its own, with other arms
+        from bench import vllm
+
+        return vllm.main(rest)
     options = vars(parser().parse_args(argv))
     json, html = options.pop("json"), options.pop("html")
     if html is None and json is not None:

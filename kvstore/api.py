@@ -19,6 +19,19 @@ DEVICE_TIER = "device"
 HOST_TIER = "host"
 
 
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """How long a range of a prompt's tokens should stay: `priority` 0 to 100 for `duration_s`, None for any time.
+
+    `stop` is the first token after the range, None for the chain's end.
+    """
+
+    start: int
+    stop: int | None
+    priority: int
+    duration_s: float | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hint:
     """What a connector knows about a request and an eviction policy may use. All of it is optional.
@@ -28,9 +41,11 @@ class Hint:
         turn: 1 for the first.
         prompt_tokens, new_blocks: length of the prompt, and how many of its blocks nobody had.
         priority: 0 (drop first) to 100; 50 for ordinary.
-        ttl_s: keep at least this long if possible, then drop first.
-        closed: the conversation ended; its private blocks will not come back.
-        time_s: the store's clock; the store fills it in.
+        retention: priorities of ranges of tokens; of two that overlap the later counts.
+        ttl_s: keep at least this long if possible, then drop first (policy `priority`).
+        closed: the conversation ended; its private blocks will not come back (policies `returns`, `priority`).
+        time_s: the store's clock; asked: a request began with this use, False where one adds to what it computed.
+            block_tokens: tokens a block. The store fills these in.
     """
 
     conversation: str = ""
@@ -38,9 +53,12 @@ class Hint:
     prompt_tokens: int = 0
     new_blocks: int = 0
     priority: int = 50
+    retention: tuple[Retention, ...] = ()
     ttl_s: float | None = None
     closed: bool = False
     time_s: float = 0.0
+    asked: bool = False
+    block_tokens: int = 0
 
 
 NO_HINT = Hint()
@@ -196,6 +214,12 @@ class Store(Protocol):
 
     def clear(self, root: RootId | None = None) -> int:
         """Remove every block under `root`, or of all roots, from every tier; returns how many left the host."""
+
+    def note_saved(self, seconds: float) -> None:
+        """A request's first token came so much sooner because of a load, as its connector reckons. For metrics.
+
+        Raises ConfigError for what is no time.
+        """
 
     def stats(self) -> Mapping[str, float]:
         """Counters and gauges by dotted name, such as `host.hits` (blocks) and `redis.read_bytes`."""

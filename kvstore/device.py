@@ -136,7 +136,7 @@ class DeviceOverlay:
         rows = self._pool.pin_leading(chain.ids, 1, chain.root.id)
         self._num_hits += len(rows)
         self._num_missed += len(chain) - len(rows)
-        self.touch(chain, len(rows), hint=hint)
+        self.touch(chain, len(rows), hint=replace(hint, asked=True))
         return DeviceRun(self._pool, self._memory, rows)
 
     def save(
@@ -162,14 +162,17 @@ class DeviceOverlay:
                 copy_into(start + item.position, self._memory[item.slots[0]])
                 done += 1
         finally:
-            published = self._pool.publish(reserved[:done], replace(hint, time_s=self._clock.now_s()))
+            published = self._pool.publish(reserved[:done], self._filled_in(hint))
             self._pool.abort(reserved[done:])
         self.touch(chain, stop, hint=hint)
         return len(published)
 
     def touch(self, chain: Chain, num_blocks: int, *, hint: Hint = NO_HINT) -> None:
         """Say that the first `num_blocks` were used."""
-        self._pool.touch(chain.ids, num_blocks, replace(hint, time_s=self._clock.now_s()))
+        self._pool.touch(chain.ids, num_blocks, self._filled_in(hint))
+
+    def _filled_in(self, hint: Hint) -> Hint:
+        return replace(hint, time_s=self._clock.now_s(), block_tokens=self.layout.model.block_tokens)
 
     def clear(self) -> int:
         """Drop every block that is not pinned. Returns how many stopped being matchable."""

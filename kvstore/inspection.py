@@ -42,8 +42,8 @@ def inspect(
 ) -> list[BlockInfo]:
     """What `pool` knows of each block; one of a root that `may_see` denies looks like one that is not there."""
     infos: list[BlockInfo] = []
-    for block, known in zip(ids, pool.describe(ids), strict=True):
-        if known is None or not may_see(known.root):
+    for block, known in zip(ids, pool.describe(ids, may_see), strict=True):
+        if known is None:
             infos.append(BlockInfo(block))
             continue
         infos.append(

@@ -29,8 +29,10 @@ from kvstore.stats import Stats
 from kvstore.tiers.base import Tier
 from kvstore.tiers.host import HostTier
 
-_BATCH_BYTES = 16 << 20
-"""Small enough that the consumer's copy of one batch overlaps the fetch of the next."""
+_BATCH_BYTES = 128 << 20
+"""Asked of a tier at once. Between two batches its connection stands idle; blocks are handed out as they arrive."""
+_GROUP_BYTES = 1 << 20
+"""Small blocks become resident, and are handed out, so many bytes at a time: what each costs is paid once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,23 +255,36 @@ class BlockLoad:
         filling = {start + item.position: item for item in reserved}
         missing = {start + item.position: len(item.parts) for item in reserved}
         pinned: dict[int, int] = {}
+        arrived: list[int] = []
         at = self._hand_out(tier, start, stop, filling, pinned)
+        index, waiting_bytes = start, 0
         try:
             with closing(self._reading(tier, self._slots_by_key(start, reserved))) as reading:
                 for key in reading:
-                    index = plan.chain.ids.index(key.block, start, stop)
+                    index = plan.chain.ids.index(key.block, index, stop)  # they come in order
+                    waiting_bytes += plan.layout.parts[key.part].num_bytes
                     missing[index] -= 1
                     if missing[index] == 0:
-                        # Pinned from the moment it is published: a full arena could evict it before the hand-out.
-                        for item in pool.publish([filling.pop(index)], plan.hint, pins=1):
-                            pinned[index] = item.row
-                        at = self._hand_out(tier, at, stop, filling, pinned)
-                    if self._closed or index > at:
+                        arrived.append(index)
+                        if waiting_bytes >= _GROUP_BYTES:
+                            self._publish(arrived, filling, pinned)
+                            arrived, waiting_bytes = [], 0
+                            at = self._hand_out(tier, at, stop, filling, pinned)
+                    if self._closed or (not arrived and index > at):
                         break  # a hole: what follows it is of no use
+            self._publish(arrived, filling, pinned)
+            at = self._hand_out(tier, at, stop, filling, pinned)
         finally:
             pool.abort(list(filling.values()))
             pool.unpin(np.array(list(pinned.values()), np.int64))
         return at == stop
+
+    def _publish(self, indices: Sequence[int], filling: dict[int, Reservation], pinned: dict[int, int]) -> None:
+        """Make blocks resident; pinned from that moment on: a full arena could evict them before the hand-out."""
+        if indices:
+            items = {filling[index].row: index for index in indices}
+            for item in self._host.pool.publish([filling.pop(index) for index in indices], self._plan.hint, pins=1):
+                pinned[items[item.row]] = item.row
 
     def _slots_by_key(self, start: int, reserved: list[Reservation]) -> dict[PartKey, memoryview]:
         chain, layout = self._plan.chain, self._plan.layout
@@ -286,26 +301,30 @@ class BlockLoad:
 
         Waits for blocks that somebody else is filling, and stops at one that did not become resident.
         """
-        plan = self._plan
+        chain = self._plan.chain
         while at < stop and at not in filling and not self._closed:
-            # Pinned anew where this load published it, too: others may still be writing other parts of it.
-            row = self._pin_when_filled(plan.chain.ids[at])
-            if row is None:
+            until = at + 1
+            while until < stop and until not in filling:
+                until += 1
+            # Pinned anew where this load published them, too: others may still be writing other parts of them.
+            rows = self._pin_when_filled(chain.ids[at:until])
+            if not rows:
                 return at
-            if at in pinned:
-                self._host.pool.unpin(np.array([pinned.pop(at)], np.int64))
-            self._leases.extend(self._lease, [row])
-            self._deliver(self._block(at, tier.name, row))
-            at += 1
+            given_up = [pinned.pop(index) for index in range(at, at + len(rows)) if index in pinned]
+            self._host.pool.unpin(np.array(given_up, np.int64))
+            self._leases.extend(self._lease, rows)
+            self._deliver([self._block(at + number, tier.name, row) for number, row in enumerate(rows)])
+            at += len(rows)
         return at
 
-    def _pin_when_filled(self, block: BlockId) -> int | None:
+    def _pin_when_filled(self, blocks: Sequence[BlockId]) -> list[int]:
+        """Pin those of consecutive blocks that lead and are there, having waited for the first to be filled."""
         plan, pool = self._plan, self._host.pool
         need = part_mask(plan.layout, plan.parts)
         with pool.changed:
-            pool.changed.wait_for(lambda: not pool.is_filling(block, need), timeout=plan.read_deadline_s)
-            rows = pool.pin_leading([block], need, plan.chain.root.id)
-        return int(rows[0]) if len(rows) else None
+            pool.changed.wait_for(lambda: not pool.is_filling(blocks[0], need), timeout=plan.read_deadline_s)
+            rows: list[int] = pool.pin_leading(blocks, need, plan.chain.root.id).tolist()
+        return rows
 
     def _retire(self) -> None:
         """Take back the views of blocks that were passed: who kept one is refused rather than shown other bytes."""
@@ -343,7 +362,7 @@ class BlockLoad:
         if len(list(self._reading(tier, into))) != len(into):
             return False
         views = tuple(view.toreadonly() for view in into.values())
-        self._deliver(ReadyBlock(index, tier.name, views, slots))
+        self._deliver([ReadyBlock(index, tier.name, views, slots)])
         return True
 
     def _acquire_window(self) -> tuple[int, ...] | None:
@@ -372,7 +391,7 @@ class BlockLoad:
                 {f"{tier.name}.read_bytes": num_bytes, f"{tier.name}.read_s": self._plan.now_s() - began_s}
             )
 
-    def _deliver(self, block: ReadyBlock) -> None:
+    def _deliver(self, blocks: Sequence[ReadyBlock]) -> None:
         with self._moved:
-            self._ready[block.index] = block
+            self._ready.update((block.index, block) for block in blocks)
             self._moved.notify_all()

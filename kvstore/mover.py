@@ -27,7 +27,7 @@ from kvstore.tiers.host import HostTier
 
 log = logging.getLogger("kvstore.mover")
 
-_BATCH_BYTES = 32 << 20
+_BATCH_BYTES = 64 << 20
 _IDLE_S = 0.05
 _MAX_TOUCHES = 1024
 _EVICT_AHEAD_SHARE = 0.1
@@ -55,7 +55,7 @@ class MoverOptions:
         write: when blocks go to lower tiers: through, on_reuse or on_evict.
         write_bytes_per_s: budget; 0 for none.
         queue_bytes: blocks waiting to go down; more are dropped.
-        write_deadline_s: for one batch of at most 32 MiB.
+        write_deadline_s: for one batch of at most 64 MiB.
         flush_s: how long `close` waits for the queue.
     """
 

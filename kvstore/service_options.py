@@ -68,6 +68,7 @@ class ServiceOptions:
         secret_file: cluster secret that keys all block ids, the same on all hosts. Readable by its owner only.
         metrics_listen: `host:port` of the Prometheus endpoint `/metrics`, which asks for no token; empty for none.
         max_sessions: clients at once.
+        max_session_share: of the host's memory, that the holds, loads and saves of one client may keep from eviction.
         max_streams: open Load, Read, Write, Session and Watch calls at once; each has a thread.
         drain_s: how long a stopping server lets clients finish and writes go down.
         pin_memory: lock the arena in memory (mlock), so that it cannot be swapped out.
@@ -86,6 +87,7 @@ class ServiceOptions:
     secret_file: str = ""
     metrics_listen: str = ""
     max_sessions: int = 1024
+    max_session_share: float = 0.9
     max_streams: int = 256
     drain_s: float = 10.0
     pin_memory: bool = False
@@ -110,6 +112,9 @@ class ServiceOptions:
         for name, least in (("max_sessions", 1), ("max_streams", 1), ("drain_s", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"service.{name} is {getattr(self, name)}: it must be at least {least}")
+
+        if not 0 < self.max_session_share <= 1:
+            raise ConfigError(f"service.max_session_share is {self.max_session_share}: give more than 0, and at most 1")
 
     @property
     def unix_path(self) -> Path | None:

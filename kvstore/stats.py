@@ -7,6 +7,18 @@ import threading
 from collections import defaultdict
 from collections.abc import Mapping
 
+from kvstore.errors import ConfigError
+
+MAX_SAVED_S = 1e6
+"""Of time to first token, at once: more is no time but a mistake."""
+
+
+def saved_seconds(seconds: float) -> float:
+    """`seconds` that a load saved. Raises ConfigError for what is no time."""
+    if not 0 <= seconds <= MAX_SAVED_S:
+        raise ConfigError(f"seconds saved are {seconds}: give 0 to {MAX_SAVED_S:g}")
+    return seconds
+
 
 class Stats:
     """Named numbers. Names are dotted: the tier or part first, then what was counted, with its unit."""

@@ -62,7 +62,7 @@ def test_a_wrong_setting_is_one_clear_sentence(values: dict[str, object], words:
 
 def test_an_unknown_policy_is_named_at_start_with_the_known_ones() -> None:
     config = StoreConfig.load({"host": {"capacity_bytes": 4096, "policy": "magic"}}, environ={})
-    with pytest.raises(ConfigError, match="unknown policy 'magic': use one of lru"):
+    with pytest.raises(ConfigError, match="unknown policy 'magic': use one of arc, lru, "):
         KVStore(config)
 
 

@@ -119,7 +119,7 @@ SEEN_BY_CLIENTS = (
     "kvstore.copying",
     "kvstore.mapping",
     "kvstore.service_options",
-    *(f"kvstore.service.{name}" for name in ("buffers", "bulk", "door", "handlers", "handshake", "status")),
+    *(f"kvstore.service.{name}" for name in ("buffers", "bulk", "handlers", "handshake", "knock", "lane", "status")),
 )
 
 RULES: dict[str, Rule] = {
@@ -129,7 +129,10 @@ RULES: dict[str, Rule] = {
     "kvstore.policies": Rule(1, (*SEEN_BY_POLICIES, "kvstore.policies.base"), never=POLICY_NEVER),
     "kvstore.policies.base": Rule(1, SEEN_BY_POLICIES, never=POLICY_NEVER),
     "kvstore.policies.*": Rule(
-        1, (*SEEN_BY_POLICIES, "kvstore.policies.base"), library_of_its_own=True, never=POLICY_NEVER
+        1,
+        (*SEEN_BY_POLICIES, *(f"kvstore.policies.{name}" for name in ("base", "leaves", "odds", "shadow"))),
+        library_of_its_own=True,
+        never=POLICY_NEVER,
     ),
     "kvstore.codecs": Rule(1, (*FOUNDATIONS, "kvstore.codecs.base"), never=CODEC_NEVER),
     "kvstore.codecs.base": Rule(1, FOUNDATIONS, never=CODEC_NEVER),
@@ -169,6 +172,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(MESSAGES, Rule(5, MESSAGES, ("grpc", "google"))),
     "kvstore.service": Rule(5),
     "kvstore.service.admin": SERVICE,
+    "kvstore.service.ahead": Rule(5),
     "kvstore.service.buffers": Rule(5, ("kvstore.memory",)),
     "kvstore.service.bulk": Rule(5, (*FOUNDATIONS, *MESSAGES, "kvstore.copying"), ("google", "xxhash")),
     "kvstore.service.claim": Rule(5, FOUNDATIONS),
@@ -177,12 +181,21 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(CLIENT, Rule(5, (*FOUNDATIONS, *MESSAGES, *CLIENT, *SEEN_BY_CLIENTS), ("grpc", "google"))),
     "kvstore.service.chains": Rule(5, (*FOUNDATIONS, *MESSAGES, "kvstore.service.status"), ("grpc",)),
     **dict.fromkeys(
-        [f"kvstore.service.{name}" for name in ("calls", "care", "requests", "saves", "servicer", "sessions", "watch")],
+        [
+            f"kvstore.service.{name}"
+            for name in ("budget", "calls", "care", "requests", "saves", "servicer", "sessions", "watch")
+        ],
         SERVICE,
     ),
     "kvstore.service.doctor": replace(SERVICE, libraries=(*SERVICE.libraries, "redis")),
     "kvstore.service.door": Rule(5, (*FOUNDATIONS, "kvstore.service.claim")),
-    "kvstore.service.handlers": Rule(5, MESSAGES, ("grpc", "google")),
+    "kvstore.service.handlers": Rule(5, (*FOUNDATIONS, *MESSAGES, "kvstore.service.status"), ("grpc", "google")),
+    "kvstore.service.knock": Rule(5, (*FOUNDATIONS, "kvstore.service.door")),
+    "kvstore.service.lane": Rule(
+        5,
+        (*FOUNDATIONS, *(f"kvstore.service.{name}" for name in ("handlers", "handshake", "knock", "status"))),
+        ("grpc", "google"),
+    ),
     "kvstore.service.logs": Rule(5),
     "kvstore.service.metrics": replace(SERVICE, libraries=(*SERVICE.libraries, "prometheus_client")),
     "kvstore.service.peer": Rule(
@@ -199,6 +212,7 @@ RULES: dict[str, Rule] = {
     "kvstore.service.rights": SERVICE,
     "kvstore.service.handshake": Rule(5, (*FOUNDATIONS, *MESSAGES), ("google",)),
     "kvstore.service.server": replace(SERVICE, modules=(*SERVICE.modules, "kvstore", "kvstore.tiers.base")),
+    "kvstore.service.spans": Rule(5),
     "kvstore.service.streams": SERVICE,
     "kvstore.service.status": Rule(5, (*FOUNDATIONS, *MESSAGES), ("grpc", "google")),
     "kvstore.service.top": replace(SERVICE, libraries=(*SERVICE.libraries, "rich")),

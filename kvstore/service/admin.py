@@ -18,9 +18,9 @@ from typing import Any, Self, TypeVar
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from kvstore.block import FORMAT_VERSION, Chain
+from kvstore.block import FORMAT_VERSION, Chain, ModelId
 from kvstore.errors import ConfigError, KVStoreError, ProtocolError, ServiceUnavailable
-from kvstore.service.handshake import MAX_MESSAGE_BYTES, PROTOCOL_VERSIONS, hash_vector, model_message
+from kvstore.service.handshake import MAX_MESSAGE_BYTES, PROTOCOL_VERSIONS, hash_vector, model_message, model_of
 from kvstore.service.status import UnknownSession, error_of, is_transport
 from kvstore.service_options import default_address, socket_path
 from kvstore.wire import kvstore_pb2 as pb
@@ -107,6 +107,10 @@ class Admin:
         """Counters, gauges, settings in effect, clients."""
         reply: pb.StatsReply = self._call(self._stub.Stats, lambda session: pb.StatsRequest(session=session))
         return reply
+
+    def models(self) -> tuple[ModelId, ...]:
+        """Models that the server has open, as far as this client may know."""
+        return tuple(map(model_of, self.stats().models))
 
     def check(self) -> list[str]:
         """Broken invariants of the store."""

@@ -20,6 +20,13 @@ Request = TypeVar("Request", contravariant=True)
 Reply = TypeVar("Reply", covariant=True)
 
 
+class Timed(Protocol):
+    """What a method may ask about its call, however it came. A `grpc.ServicerContext` is one."""
+
+    def time_remaining(self) -> float | None:
+        """Seconds until nobody waits for the answer; None where that was not said."""
+
+
 class Unary(Protocol[Request, Reply]):
     def __call__(self, request: Request, context: grpc.ServicerContext) -> Reply: ...
 
@@ -49,21 +56,33 @@ class Calls:
         self._streams = threading.BoundedSemaphore(max_streams)
         self._max_streams = max_streams
 
-    def unary(self, name: str, method: Callable[[Any, grpc.ServicerContext], Reply]) -> Unary[Any, Reply]:
+    def unary(self, name: str, method: Callable[[Any, Any], Reply]) -> Unary[Any, Reply]:
         """A handler that answers once."""
 
+        observed = self.observed(name, method)
+
         def call(request: Any, context: grpc.ServicerContext) -> Reply:
-            began_s = time.perf_counter()
             try:
                 _refuse_late(context)
+                return observed(request, context)
+            except KVStoreError as error:
+                abort_with(context, error)
+
+        return call
+
+    def observed(self, name: str, method: Callable[[Any, Timed], Reply]) -> Callable[[Any, Timed], Reply]:
+        """`method`, with its time taken; whatever it raises becomes a KVStoreError."""
+
+        def call(request: Any, context: Timed) -> Reply:
+            began_s = time.perf_counter()
+            try:
                 reply = method(request, context)
             except Exception as error:  # noqa: BLE001 a thread's top
                 failure = _failure(name, error)
                 self._observer.observe(name, time.perf_counter() - began_s, code_of(failure).name)
-            else:
-                self._observer.observe(name, time.perf_counter() - began_s)
-                return reply
-            return abort_with(context, failure)
+                raise failure from None
+            self._observer.observe(name, time.perf_counter() - began_s)
+            return reply
 
         return call
 
@@ -118,7 +137,6 @@ def _refuse_late(context: grpc.ServicerContext) -> None:
         raise ServiceUnavailable("the deadline passed before the call began")
 
 
-def remaining_s(context: grpc.ServicerContext) -> float | None:
+def remaining_s(context: Timed) -> float | None:
     """Seconds until the call's deadline; None where it has none."""
-    left_s: float | None = context.time_remaining()
-    return left_s
+    return context.time_remaining()

@@ -6,12 +6,16 @@ What belongs to others looks like what is not there; counters of all, settings, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
 from kvstore.block import DIGEST_BYTES, RootId
 from kvstore.clock import Clock
 from kvstore.config import StoreConfig
 from kvstore.errors import AccessDenied, ConfigError
 from kvstore.inspection import BlockInfo
 from kvstore.service.chains import split_ids
+from kvstore.service.handshake import model_message
 from kvstore.service.sessions import Session, SessionBook
 from kvstore.service.streams import RootBook
 from kvstore.store import KVStore
@@ -39,6 +43,8 @@ class Care:
         return {
             **self._store.stats(),
             "service.sessions": len(self._sessions),
+            "service.over_share": self._sessions.num_over_share,
+            "ttft.saved_s": self._sessions.ttft_saved_s,
             "save.quarantined_slots": self._sessions.quarantine.num_slots,
         }
 
@@ -50,11 +56,13 @@ class Care:
                     "session.loads": float(len(session.loads)),
                     "session.saves": float(len(session.saves)),
                 }
-            return pb.StatsReply(values=mine)
+                opened = [layout.model for layout in session.models]
+            return pb.StatsReply(values=mine, models=map(model_message, opened))
         settings = [
             pb.Setting(key=key, value=str(value), source=source) for key, value, source in self._config.explain()
         ]
-        return pb.StatsReply(values=self.values(), settings=settings, clients=self._clients())
+        models = map(model_message, self._store.models)
+        return pb.StatsReply(values=self.values(), settings=settings, clients=self._clients(), models=models)
 
     def _clients(self) -> list[pb.Client]:
         now_s = self._clock.now_s()
@@ -80,6 +88,8 @@ class Care:
             return (rights.salts is None and rights.models is None) or self._roots.allows(rights, root)
 
         infos = self._store.inspect(ids[:_MAX_INFOS], may_see)
+        if chain is not None:
+            infos = _along(infos, self._store.locate(chain.first(len(infos))))
         return pb.InspectReply(blocks=map(_message, infos), num_left_out=max(0, len(ids) - _MAX_INFOS))
 
     def clear(self, session: Session, request: pb.ClearRequest) -> pb.ClearReply:
@@ -112,6 +122,14 @@ class Care:
         if not session.rights.admin:
             raise AccessDenied("only an admin checks the store")
         return pb.CheckReply(faults=self._store.check())
+
+
+def _along(infos: list[BlockInfo], located: Mapping[str, Sequence[bool]]) -> list[BlockInfo]:
+    """Blocks of a chain from its first on, with what lower tiers say of them now."""
+    return [
+        replace(info, depth=at, tiers=tuple(name for name, there in located.items() if there[at]))
+        for at, info in enumerate(infos)
+    ]
 
 
 def _message(info: BlockInfo) -> pb.BlockInfo:

@@ -10,6 +10,7 @@ import json
 import signal
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -46,7 +47,9 @@ Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, such as mover.write=through.")
 ]
 RedisUrl = Annotated[str, typer.Option(help="Shared Redis or Valkey. (tiers.redis.url)")]
-Model = Annotated[str, typer.Option("--model", help="JSON or TOML file with the fields of ModelId.")]
+Model = Annotated[
+    str, typer.Option("--model", help="JSON or TOML file with the fields of ModelId; else the one that is open.")
+]
 Tokenizer = Annotated[str, typer.Option("--tokenizer", help="For text: a name or path, as transformers takes it.")]
 Salt = Annotated[str, typer.Option("--salt", help="Tenant salt, as text or hex:….")]
 Adapter = Annotated[str, typer.Option("--adapter", help="Content digest of a LoRA adapter, in hex.")]
@@ -206,12 +209,19 @@ def show_top(
     address: Address = "",
     once: Annotated[bool, typer.Option("--once", help="Print one frame and end.")] = False,
     every: Annotated[float, typer.Option(min=0.1, max=60, metavar="SECONDS", help="Time between frames.")] = 1.0,
+    as_json: Json = False,
 ) -> None:
     """Watch the server work: occupancy, hit rates, GB/s, leases, clients. Press q to end.
 
     Example:  kvstore top --every 0.5
+
+    With --json, a line an interval:  kvstore top --json | jq '.per_second["match.requests"]'
     """
     with Admin(Target.of(address), name="kvstore top") as admin:
+        if as_json:
+            for line in top.follow(admin, once=once, every_s=every):
+                print(json.dumps(line), flush=True)
+            return
         top.run(admin, once=once, every_s=every)
 
 
@@ -230,18 +240,19 @@ def inspect(
 ) -> None:
     """Show which blocks of a prompt are there, where, and what holds them.
 
-    Example:  kvstore inspect prompt.txt --tokenizer Qwen/Qwen3-8B --model model.toml
+    Example:  kvstore inspect prompt.txt --tokenizer Qwen/Qwen3-8B
     """
     block = as_hash(prompt)
-    chain = None
-    if block is None:
-        chain = read_prompt(prompt, _namespace(model, salt, adapter, secret_file), tokenizer)
+    namespace = _namespace(model, salt, adapter, secret_file)
     with Admin(Target.of(address)) as admin:
-        blocks = admin.inspect(block or b"") if chain is None else admin.inspect_chain(chain)
+        if block is not None:
+            blocks = admin.inspect(block)
+        else:
+            blocks = admin.inspect_chain(read_prompt(prompt, _with_open(namespace, admin), tokenizer))
     if as_json:
         _print_json([_block(info) for info in blocks])
     else:
-        _console().print(_blocks_table(blocks))
+        _console().print(_blocks_table(blocks, along=block is None))
 
 
 def _namespace(model: str, salt: str, adapter: str, secret_file: str) -> Namespace:
@@ -251,6 +262,11 @@ def _namespace(model: str, salt: str, adapter: str, secret_file: str) -> Namespa
     except ValueError:
         raise ConfigError("--adapter, and --salt after hex:, take hex digits") from None
     return Namespace(model=model, salt=salt_bytes, adapter=adapter_bytes, secret=read_secret_file(secret_file))
+
+
+def _with_open(namespace: Namespace, admin: Admin) -> Namespace:
+    """With the models that the server has open, where none was named."""
+    return namespace if namespace.model else replace(namespace, open_models=admin.models())
 
 
 def _block(info: pb.BlockInfo) -> dict[str, object]:
@@ -272,7 +288,8 @@ def _tokens(packed: bytes) -> list[int]:
     return memoryview(packed).cast("I").tolist() if sys.byteorder == "little" else []
 
 
-def _blocks_table(blocks: Iterable[pb.BlockInfo]) -> Table:
+def _blocks_table(blocks: Iterable[pb.BlockInfo], *, along: bool) -> Table:
+    """`along`: the blocks are a chain's, so that where each stands is known of those that are not there as well."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("block", justify="right")
     for name in ("id", "where"):
@@ -285,7 +302,7 @@ def _blocks_table(blocks: Iterable[pb.BlockInfo]) -> Table:
         where = [*(["host"] if info.resident and "host" not in info.tiers else []), *info.tiers]
         num_there += bool(where)
         table.add_row(
-            str(info.depth) if where or info.depth else "–",
+            str(info.depth) if where or along else "–",
             info.id.hex(),
             Text(", ".join(where)) if where else Text("not here", "dim"),
             str(info.ready_parts.bit_count()) if info.resident else "–",
@@ -383,10 +400,11 @@ def warm(
 ) -> None:
     """Bring a prompt's blocks from lower tiers into host memory, ahead of the requests that need them.
 
-    Example:  kvstore warm system-prompt.txt --tokenizer Qwen/Qwen3-8B --model model.toml
+    Example:  kvstore warm system-prompt.txt --tokenizer Qwen/Qwen3-8B
     """
-    chain = read_prompt(prompt, _namespace(model, salt, adapter, secret_file), tokenizer)
+    namespace = _namespace(model, salt, adapter, secret_file)
     with Admin(Target.of(address)) as admin:
+        chain = read_prompt(prompt, _with_open(namespace, admin), tokenizer)
         reply = admin.warm(chain, timeout)
     if as_json:
         _print_json({"blocks": len(chain), "host_blocks": reply.num_host_blocks, "promoted": reply.num_promoted})

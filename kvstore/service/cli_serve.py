@@ -24,7 +24,7 @@ from kvstore.config import StoreConfig
 from kvstore.errors import ConfigError
 from kvstore.service.logs import set_up_logging
 from kvstore.service.metrics import MetricsEndpoint
-from kvstore.service.preflight import Needs, preflight
+from kvstore.service.preflight import Needs, lift_file_limit, preflight
 from kvstore.service.rights import Gate
 from kvstore.service.top import size
 
@@ -68,8 +68,12 @@ def look_ahead(config: StoreConfig) -> None:
     """Raise ConfigError, in one line, where this host lacks what the settings need; warn where it will be slower."""
     options = config.service
     needs = Needs(
-        capacity_bytes=config.host.capacity_bytes, pin_memory=options.pin_memory, huge_pages=config.host.huge_pages
+        capacity_bytes=config.host.capacity_bytes,
+        pin_memory=options.pin_memory,
+        huge_pages=config.host.huge_pages,
+        max_sessions=options.max_sessions,
     )
+    lift_file_limit(options.max_sessions)
     for found in preflight(needs):
         if found.ok:
             continue

@@ -88,16 +88,17 @@ class SidecarStore:
         wait_s: float = 0.0,
     ) -> Match:
         cells = _cells(chain, parts)
+        connection = None
         try:
-            connection = self._link.up()
+            connection = up = self._link.up()
             reply = self._link.about(
-                connection,
+                up,
                 chain,
                 lambda delta, _: self._link.call(
-                    connection,
-                    connection.stub.Match,
+                    up,
+                    up.stub.Match,
                     pb.MatchRequest(
-                        session=connection.session,
+                        session=up.session,
                         request=request,
                         chain=delta,
                         hint=_hint(hint),
@@ -108,6 +109,8 @@ class SidecarStore:
                 ),
             )
         except Down:
+            if connection is not None:
+                self._link.ended(connection, request=request)  # it may have begun
             self._remember(request, _Matched(None, chain, cells, _MISS))
             return _MISS
         match = Match(
@@ -274,6 +277,10 @@ class SidecarStore:
             return reply.num_blocks
         except Down:
             return 0
+
+    def note_saved(self, seconds: float) -> None:
+        """Goes to the server with the next beat."""
+        self._link.note_saved(seconds)
 
     def stats(self) -> Mapping[str, float]:
         """The server's counters and gauges, and this client's own (`client.…`)."""

@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from enum import Enum
 from importlib.metadata import version
 from typing import Any
+from urllib.parse import urlsplit
 
 from kvstore import native
 from kvstore.block import FORMAT_VERSION, hash_chain
 from kvstore.config import StoreConfig
 from kvstore.errors import AccessDenied, KVStoreError, ServiceUnavailable
 from kvstore.service.admin import Admin, Target
-from kvstore.service.door import knock
+from kvstore.service.knock import knock
 from kvstore.service.preflight import Needs, preflight
 from kvstore.service.rights import Gate, read_secret
 from kvstore.service_options import socket_path
@@ -32,6 +33,7 @@ _LEAST_VERSION = {"redis": (7, 0), "valkey": (7, 2)}
 _PROBES = 20
 _SLOW_RPC_S = 0.01
 _HIDDEN = "***"
+_CLUSTER = "+cluster://"
 
 
 class Verdict(Enum):
@@ -202,50 +204,92 @@ def _redis_servers(config: StoreConfig, settings: dict[str, str]) -> Iterator[Fi
         elif _HIDDEN in url:
             yield _note(name, f"the server uses {url}, with a password we do not have", "give doctor the same --config")
         elif url:
-            yield from _redis(name, url, capped=getattr(config.tiers.get(name), "capacity_bytes", 0) > 0)
+            yield from _redis(name, url, int(getattr(config.tiers.get(name), "capacity_bytes", 0)))
     if not urls:
         yield _note("redis", "no lower tier is configured: blocks are kept on this host only")
 
 
-def _redis(name: str, url: str, *, capped: bool) -> Iterator[Finding]:
+def _redis(name: str, url: str, capacity_bytes: int) -> Iterator[Finding]:
     import redis  # half a second, which no other command is to pay
 
     try:
-        with redis.Redis.from_url(
-            url, socket_connect_timeout=_REDIS_TIMEOUT_S, socket_timeout=_REDIS_TIMEOUT_S
-        ) as client:
-            began_s = time.perf_counter()
-            client.ping()
-            took_s = time.perf_counter() - began_s
-            info: dict[str, Any] = {**client.info("server"), **client.info("memory")}
-    except (redis.RedisError, OSError, ValueError) as error:
+        began_s = time.perf_counter()
+        primaries = _primaries(url)
+        took_s = time.perf_counter() - began_s
+    except (redis.RedisError, redis.exceptions.RedisClusterException, OSError, ValueError) as error:
         yield _problem(name, f"does not answer: {error}", f"check tiers.{name}.url, the network, user and password")
         return
-    kind = "valkey" if "valkey_version" in info else "redis"
-    number = str(info.get("valkey_version", info.get("redis_version", "0")))
-    least = _LEAST_VERSION[kind]
-    if tuple(int(part) for part in number.split(".")[:2] if part.isdigit()) < least:
-        yield _problem(name, f"{kind} {number}", f"use {kind} {least[0]}.{least[1]} or later")
+    number_of = f", {len(primaries)} primaries" if len(primaries) > 1 else ""
+    for info in primaries:
+        kind = "valkey" if "valkey_version" in info else "redis"
+        number = str(info.get("valkey_version", info.get("redis_version", "0")))
+        least = _LEAST_VERSION[kind]
+        if tuple(int(part) for part in number.split(".")[:2] if part.isdigit()) < least:
+            yield _problem(name, f"{kind} {number}", f"use {kind} {least[0]}.{least[1]} or later")
+            break
     else:
-        yield _ok(name, f"{kind} {number}, answers in {1e3 * took_s:.1f} ms")
-    policy = str(info.get("maxmemory_policy", "noeviction"))
-    if policy != "noeviction":
+        yield _ok(name, f"{kind} {number}{number_of}, answers in {1e3 * took_s:.1f} ms")
+    policy = next((each for info in primaries if (each := str(info.get("maxmemory_policy"))) != "noeviction"), None)
+    if policy is not None:
         yield _problem(
             f"{name} maxmemory-policy",
             f"{policy}: the server itself tears holes into chains",
             "CONFIG SET maxmemory-policy noeviction (kvstore evicts by itself, tails first)",
         )
-    limit, total = int(info.get("maxmemory", 0)), int(info.get("total_system_memory", 0))
-    if limit:
-        yield _ok(f"{name} maxmemory", f"{limit / 2**30:.2f} GiB")
-    elif capped:
-        yield _ok(f"{name} maxmemory", f"none, but tiers.{name}.capacity_bytes is set")
-    else:
-        yield _problem(
-            f"{name} maxmemory",
-            "has no limit: the server grows until its host is out of memory",
-            f"CONFIG SET maxmemory {total * 3 // 4 >> 20 or 4096}mb, or set tiers.{name}.capacity_bytes",
+    yield _maxmemory(name, primaries, capacity_bytes)
+
+
+def _primaries(url: str) -> list[dict[str, Any]]:
+    """What a server says about itself, or each primary of a Cluster."""
+    import redis
+
+    limits = {"socket_connect_timeout": _REDIS_TIMEOUT_S, "socket_timeout": _REDIS_TIMEOUT_S}
+    if _CLUSTER not in url:
+        with redis.Redis.from_url(url, **limits) as client:
+            return [{**client.info("server"), **client.info("memory")}]
+    # redis-py takes one node of a Cluster, and asks it for the others.
+    first = urlsplit(url.replace(_CLUSTER, "://"))
+    cluster = redis.RedisCluster.from_url(first._replace(netloc=first.netloc.partition(",")[0]).geturl(), **limits)
+    try:
+        nodes = cluster.get_primaries()  # type: ignore[no-untyped-call]
+        return [
+            {**cluster.info("server", target_nodes=node), **cluster.info("memory", target_nodes=node)} for node in nodes
+        ]
+    finally:
+        cluster.close()
+
+
+def _maxmemory(name: str, primaries: list[dict[str, Any]], capacity_bytes: int) -> Finding:
+    """Room for what is accounted, and a quarter more: connections, hashes and sets, and what the allocator rounds up.
+
+    A value of a power of two and its header fall into the next size class of jemalloc, a quarter above; the tier counts
+    that where the server uses jemalloc.
+    """
+    where = f"{name} maxmemory"
+    limits = [int(info.get("maxmemory", 0)) for info in primaries]
+    least_bytes = capacity_bytes * 5 // 4 // len(primaries)
+    if all(limits) and min(limits) >= least_bytes:
+        budget = f"{(capacity_bytes or sum(limits) * 4 // 5) / 2**30:.2f} GiB of it for blocks"
+        return _ok(where, f"{sum(limits) / 2**30:.2f} GiB, {budget}")
+    if all(limits):
+        return _problem(
+            where,
+            f"{min(limits) / 2**20:.0f} MiB a node is less than 1.25 times its share of tiers.{name}.capacity_bytes "
+            f"({capacity_bytes / 2**20:.0f} MiB in all): writes are refused before blocks are evicted",
+            f"CONFIG SET maxmemory {-(-least_bytes >> 20) + 1}mb, or leave capacity_bytes out (80 % of maxmemory)",
         )
+    if capacity_bytes:
+        return _note(
+            where,
+            f"none; tiers.{name}.capacity_bytes is set, but what other clients write is not bounded",
+            f"CONFIG SET maxmemory {(least_bytes >> 20) + 1}mb (1.25 times capacity_bytes)",
+        )
+    total = int(primaries[0].get("total_system_memory", 0))
+    return _problem(
+        where,
+        "has no limit: the server grows until its host is out of memory",
+        f"CONFIG SET maxmemory {total * 3 // 4 >> 20 or 4096}mb, or set tiers.{name}.capacity_bytes",
+    )
 
 
 # ---- memory ----
@@ -255,7 +299,12 @@ def _memory(config: StoreConfig, running: bool) -> Iterator[Finding]:
     """What the host must have; a server that runs has its memory already."""
     options = config.service
     capacity_bytes = 0 if running else config.host.capacity_bytes
-    needs = Needs(capacity_bytes=capacity_bytes, pin_memory=options.pin_memory, huge_pages=config.host.huge_pages)
+    needs = Needs(
+        capacity_bytes=capacity_bytes,
+        pin_memory=options.pin_memory,
+        huge_pages=config.host.huge_pages,
+        max_sessions=options.max_sessions,
+    )
     for found in preflight(needs):
         detail = found.available if found.required == "0 B" else f"{found.available} (required: {found.required})"
         if found.ok:

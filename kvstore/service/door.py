@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The door: a Unix socket beside the service's own that hands out the arena, which gRPC cannot do.
 
-A client connects and is told at once: a header, and with it the descriptors of the arena's memory and of its
-generation words. The ticket in the header goes into `Open`, so that the service knows which process a session
-belongs to, and learns from a pidfd when that process is dead.
+A client connects and is told at once: a header, and with it the descriptors of the arena's memory, of its generation
+words, and of a lane (`kvstore.service.lane`). The ticket in the header goes into `Open`, so that the service knows
+which process a session belongs to, and learns from a pidfd when that process is dead.
 
 Invariants
 1. Only users who are let in get descriptors; a refusal says why.
@@ -33,7 +33,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from kvstore.errors import AccessDenied, ConfigError, ProtocolError, ServiceUnavailable
+from kvstore.errors import ConfigError
 from kvstore.service.claim import ClaimedSocket, group_id
 
 log = logging.getLogger("kvstore.service.door")
@@ -43,13 +43,12 @@ VERSION = 1
 TICKET_S = 10.0
 """How long a ticket waits to be redeemed."""
 
-_HEADER = struct.Struct("<8sHHQ16s16s")
+HEADER = struct.Struct("<8sHHQ16s16s")
 """Magic, version, status, arena bytes, boot id, ticket. A refusal goes on with its reason in UTF-8."""
-_OPEN, _DENIED, _BUSY = 0, 1, 2
-_MAX_MESSAGE = 1024
+OPEN, DENIED, BUSY = 0, 1, 2
+MAX_MESSAGE = 1024
 _REST_S = 0.1
-_CREDENTIALS = struct.Struct("iII")
-_TIMEVAL = struct.Struct("@ll")
+CREDENTIALS = struct.Struct("iII")
 _SO_PEERGROUPS = 59
 _SO_PEERPIDFD = 77  # Linux 6.5
 
@@ -80,6 +79,7 @@ class _Passage:
     pidfd: int
     ticket: bytes
     deadline_s: float
+    lane: socket.socket | None
     redeemed: bool = False
 
 
@@ -112,7 +112,7 @@ class Door:
         if len(boot_id) != 16:
             raise ConfigError(f"boot id has {len(boot_id)} bytes: it must have 16")
         self.path = door_path(path)
-        self._descriptors = array.array("i", [memory_fd, generation_fd]).tobytes()
+        self._descriptors = (memory_fd, generation_fd)
         self._capacity_bytes = capacity_bytes
         self._boot_id = boot_id
         self._on_exit = on_exit
@@ -150,6 +150,15 @@ class Door:
             del self._tickets[passage.ticket]
             passage.redeemed = True
             return passage.peer
+
+    def take_lane(self, peer: Peer) -> socket.socket | None:
+        """The server's end of a peer's lane, once: the caller's to close. None where it is dead, or it was taken."""
+        with self._lock:
+            passage = self._passages.get(peer.number)
+            if passage is None:
+                return None
+            lane, passage.lane = passage.lane, None
+            return lane
 
     def alive(self, peer: Peer) -> bool:
         """Whether the peer is still watched: `on_exit` was not called for it, and it was not forgotten."""
@@ -245,44 +254,51 @@ class Door:
 
     def _admit(self, connection: socket.socket) -> None:
         """Check who it is, note it, hand out; in this order, so that nobody holds the arena unnoted."""
-        pid, uid, gid = _CREDENTIALS.unpack(
-            connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        pid, uid, gid = CREDENTIALS.unpack(
+            connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
         )
         if uid not in self._uids and not (self._let_group and self._gid in _groups(connection, gid)):
-            self._refuse(connection, _DENIED, f"user {uid} may not map this arena: name it in service.allowed_uids")
+            self._refuse(connection, DENIED, f"user {uid} may not map this arena: name it in service.allowed_uids")
             return
         if len(self._passages) >= self._max_peers:
-            self._refuse(connection, _BUSY, f"{self._max_peers} processes have the arena already, which is the limit")
+            self._refuse(connection, BUSY, f"{self._max_peers} processes have the arena already, which is the limit")
             return
         pidfd = _pidfd(connection, pid)
         if pidfd is None:
             self._refuse(
                 connection,
-                _DENIED,
+                DENIED,
                 "your process cannot be watched from here: share the PID namespace, or use Linux 6.5",
             )
             return
-        passage = self._note(pid, uid, pidfd)
-        header = _HEADER.pack(MAGIC, VERSION, _OPEN, self._capacity_bytes, self._boot_id, passage.ticket)
         try:
-            connection.sendmsg([header], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, self._descriptors)])
+            ours, theirs = socket.socketpair()
         except OSError:
-            with self._lock:
-                self._drop(passage.peer.number)
+            os.close(pidfd)
             raise
+        passage = self._note(pid, uid, pidfd, ours)
+        header = HEADER.pack(MAGIC, VERSION, OPEN, self._capacity_bytes, self._boot_id, passage.ticket)
+        descriptors = array.array("i", [*self._descriptors, theirs.fileno()]).tobytes()
+        with theirs:
+            try:
+                connection.sendmsg([header], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors)])
+            except OSError:
+                with self._lock:
+                    self._drop(passage.peer.number)
+                raise
 
-    def _note(self, pid: int, uid: int, pidfd: int) -> _Passage:
+    def _note(self, pid: int, uid: int, pidfd: int, lane: socket.socket) -> _Passage:
         with self._lock:
             self._number += 1
             peer = Peer(self._number, pid, uid)
-            passage = _Passage(peer, pidfd, secrets.token_bytes(16), time.monotonic() + TICKET_S)
+            passage = _Passage(peer, pidfd, secrets.token_bytes(16), time.monotonic() + TICKET_S, lane)
             self._passages[peer.number] = self._tickets[passage.ticket] = passage
             self._selector.register(pidfd, selectors.EVENT_READ, peer.number)
         return passage
 
     def _refuse(self, connection: socket.socket, status: int, reason: str) -> None:
         log.info("the door refused a client: %s", reason)
-        header = _HEADER.pack(MAGIC, VERSION, status, 0, self._boot_id, bytes(16))
+        header = HEADER.pack(MAGIC, VERSION, status, 0, self._boot_id, bytes(16))
         connection.sendmsg([header + reason.encode()])
 
     def _ended(self, number: int) -> None:
@@ -305,6 +321,8 @@ class Door:
             self._tickets.pop(passage.ticket, None)
             self._selector.unregister(passage.pidfd)
             os.close(passage.pidfd)
+            if passage.lane is not None:
+                passage.lane.close()
 
 
 # -- who is there ----------------------------------------------------------------------------------------------
@@ -314,7 +332,7 @@ def _groups(connection: socket.socket, gid: int) -> set[int]:
     """Groups the peer was in when it connected."""
     found = array.array("I")
     try:
-        found.frombytes(connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _MAX_MESSAGE))
+        found.frombytes(connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, MAX_MESSAGE))
     except OSError:  # an older kernel, or more groups than Python lets one ask for
         pass
     return {gid, *found}
@@ -336,119 +354,3 @@ def _pidfd(connection: socket.socket, pid: int) -> int | None:
         os.close(fd)
         raise ConnectionResetError(errno.ECONNRESET, "it hung up before it was known")
     return fd
-
-
-# -- the client's side -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """What the door gave. Both descriptors are the caller's to close: `close`, or leaving the context.
-
-    Attributes:
-        memory_fd, generation_fd, capacity_bytes: for `kvstore.mapping.ArenaMapping`.
-        boot_id: changes with every start of the service.
-        ticket: for `Open`, once.
-    """
-
-    memory_fd: int
-    generation_fd: int
-    capacity_bytes: int
-    boot_id: bytes
-    ticket: bytes
-
-    def close(self) -> None:
-        """Close both descriptors. Maps made of them stay. Call it once."""
-        os.close(self.memory_fd)
-        os.close(self.generation_fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-def knock(path: str | Path, timeout_s: float) -> Opened:
-    """Ask the service at the Unix socket `path` for its arena.
-
-    Raises ServiceUnavailable where nobody is there, answers within `timeout_s`, or has room; AccessDenied where the
-    door does not let this user in, or is a stranger's (neither this user's, nor root's, nor of the user who owns the
-    directory); ProtocolError where the other side is no door, or one of another version.
-    """
-    place, until_s = door_path(path), time.monotonic() + timeout_s
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
-        try:
-            _limit(connection, socket.SO_SNDTIMEO, timeout_s)
-            connection.connect(place)
-            _trust(connection, place)
-            _limit(connection, socket.SO_RCVTIMEO, until_s - time.monotonic())
-            message, ancillary, flags, _ = connection.recvmsg(
-                _MAX_MESSAGE, socket.CMSG_SPACE(4 * array.array("i").itemsize), socket.MSG_CMSG_CLOEXEC
-            )
-        except PermissionError as error:
-            raise AccessDenied(
-                f"user {os.geteuid()} may not connect to {place}: run as the service's user, or set service.group"
-            ) from error
-        except BlockingIOError as error:
-            raise ServiceUnavailable(f"no answer at {place} within {timeout_s} s") from error
-        except OSError as error:
-            raise ServiceUnavailable(
-                f"no service at {place} ({error.strerror}): start it with kvstore serve"
-            ) from error
-    fds = _received(ancillary)
-    try:
-        return _opened(place, message, fds, bool(flags & socket.MSG_CTRUNC))
-    except BaseException:
-        for fd in fds:
-            os.close(fd)
-        raise
-
-
-def _limit(connection: socket.socket, option: int, seconds: float) -> None:
-    """Let the kernel end a call: a non-blocking connect would fail at once where the backlog is full."""
-    micros = max(1, int(seconds * 1e6))
-    connection.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(*divmod(micros, 1_000_000)))
-
-
-def _trust(connection: socket.socket, place: str) -> None:
-    """Refuse a service of a user who has no say over the place: anyone could have come first to a name in /tmp."""
-    _, uid, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
-    if uid not in (os.geteuid(), 0, os.stat(os.path.dirname(place) or ".").st_uid):
-        raise AccessDenied(
-            f"the service at {place} runs as user {uid}, whom this user does not trust: have it listen in a directory "
-            "that the service's user owns"
-        )
-
-
-def _received(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
-    fds = array.array("i")
-    for level, kind, data in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds.frombytes(data[: len(data) // fds.itemsize * fds.itemsize])
-    return fds.tolist()
-
-
-def _opened(place: str, message: bytes, fds: list[int], truncated: bool) -> Opened:
-    """What a door's message says. Raises what it refuses."""
-    if not message:
-        raise ServiceUnavailable(f"the service at {place} hung up: it is stopping, or out of descriptors")
-    if message[: len(MAGIC)] != MAGIC or len(message) < _HEADER.size:
-        raise ProtocolError(
-            f"what answers at {place} is no door: it sent {message[:16]!r}, a door begins with {MAGIC!r}"
-        )
-    _, version, status, capacity_bytes, boot_id, ticket = _HEADER.unpack_from(message)
-    if version != VERSION:
-        raise ProtocolError(
-            f"the door at {place} speaks version {version}, this client {VERSION}: upgrade the older one"
-        )
-    reason = message[_HEADER.size :].decode(errors="replace")
-    if status == _BUSY:
-        raise ServiceUnavailable(f"the door at {place} is full: {reason}")
-    if status != _OPEN:
-        raise AccessDenied(f"the door at {place} refused: {reason}")
-    if truncated or len(fds) != 2:
-        raise ProtocolError(f"the door at {place} gave {len(fds)} descriptors for 2: is this process out of them?")
-    return Opened(fds[0], fds[1], capacity_bytes, boot_id, ticket)

@@ -32,9 +32,10 @@ from kvstore.errors import ConfigError, KVStoreError, ProtocolError, ServiceUnav
 from kvstore.layout import BlockLayout, layout_of
 from kvstore.service.connection import Connection, LinkOptions, open_channel
 from kvstore.service.handshake import PROTOCOL_VERSIONS, hash_vector, model_message
+from kvstore.service.lane import LaneStub
 from kvstore.service.plane import DataPlane, Down
 from kvstore.service.status import UnknownChain, UnknownSession, error_of, is_transport
-from kvstore.stats import Stats
+from kvstore.stats import MAX_SAVED_S, Stats, saved_seconds
 from kvstore.wire import kvstore_pb2 as pb
 from kvstore.wire.kvstore_pb2_grpc import KVStoreStub
 
@@ -72,6 +73,7 @@ class Link:
         self._drowsy = False
         self._num_quiet = 0
         self._waits = False
+        self._saved_s = 0.0
         self._said_down = False
         self._unmap_from_s = 0.0
         self._refusal: KVStoreError | None = None
@@ -134,6 +136,7 @@ class Link:
         carries_ended: bool = True,
     ) -> Reply:
         """One call, with what is done with on board. Raises Down where nothing came of it, else the server's error."""
+        self.check_process()
         ended = connection.done.take() if carries_ended else None
         if ended is not None:
             request.ended.CopyFrom(ended)
@@ -142,13 +145,28 @@ class Link:
         except grpc.RpcError as failure:
             connection.done.put_back(ended)
             raise self.failed(connection, failure) from None
+        except ValueError:  # what gRPC raises on a channel that the link has closed since
+            raise Down from None
 
     def stream(self, connection: Connection, method: Callable[..., Any], request: Any) -> Replies:
         """A call with many replies, with what is done with on board."""
+        self.check_process()
         ended = connection.done.take()
         if ended is not None:
             request.ended.CopyFrom(ended)
         return Replies(self, connection, method(request), ended)
+
+    def note_saved(self, seconds: float) -> None:
+        """Raises ConfigError."""
+        seconds = saved_seconds(seconds)
+        with self._lock:
+            self._saved_s += seconds
+
+    def _take_saved(self) -> float:
+        with self._lock:
+            seconds = min(self._saved_s, MAX_SAVED_S)
+            self._saved_s -= seconds
+        return seconds
 
     def ended(self, connection: Connection, *, load: int = 0, save: int = 0, request: str = "") -> None:
         """The client is done with a load, a save (nobody of this process writes to its slots), or a match's hold."""
@@ -347,8 +365,11 @@ class Link:
         options = self.options
         plane = self._make_plane(options.call_deadline_s)
         channel = open_channel(options)
+        connection = None
         try:
-            stub = KVStoreStub(channel)  # type: ignore[no-untyped-call]
+            stub: Any = KVStoreStub(channel)  # type: ignore[no-untyped-call]
+            if plane.lane is not None:
+                stub = LaneStub(stub, plane.lane)
             request = pb.OpenRequest(
                 protocol_versions=PROTOCOL_VERSIONS,
                 format_version=FORMAT_VERSION,
@@ -372,6 +393,8 @@ class Link:
                 self._reopen(connection, model)
             self._begin_session(connection)
         except BaseException:
+            if connection is not None:
+                self._leave(connection)
             plane.close()
             channel.close()
             raise
@@ -395,10 +418,17 @@ class Link:
             notices = None
             while not connection.lost.wait(0 if notices is None else every_s):
                 live = np.array(list(connection.live_loads), "<u8").tobytes()
-                yield pb.Beat(session=connection.session, live_leases=live, highest_lease=connection.highest_lease)
+                yield pb.Beat(
+                    session=connection.session,
+                    live_leases=live,
+                    highest_lease=connection.highest_lease,
+                    ttft_saved_s=self._take_saved(),
+                )
                 notices = notices or begun.get()
                 try:
-                    next(notices)
+                    notice = next(notices)
+                    if notice.prefaulted:
+                        connection.plane.prefaulted()
                 except (grpc.RpcError, StopIteration):
                     return
 

@@ -9,6 +9,9 @@ Invariants
 
 from __future__ import annotations
 
+import contextlib
+import os
+import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +23,8 @@ import numpy.typing as npt
 
 from kvstore.errors import KVStoreError, LeaseError, LeaseExpired, MappingClosed, ProtocolError
 from kvstore.mapping import ArenaMapping
-from kvstore.service.door import knock
+from kvstore.service.knock import knock
+from kvstore.service.lane import Lane
 from kvstore.service.plane import Cells, Down
 from kvstore.wire import kvstore_pb2 as pb
 
@@ -41,7 +45,12 @@ class MappedPlane:
         with knock(path, timeout_s) as opened:
             self.ticket = opened.ticket
             self.boot_id = opened.boot_id
-            self.mapping = ArenaMapping(opened.memory_fd, opened.generation_fd, opened.capacity_bytes)
+            self.mapping = ArenaMapping(opened.memory_fd, opened.generation_fd, opened.capacity_bytes, populate=False)
+            self.lane = Lane(socket.socket(fileno=os.dup(opened.lane_fd)))
+
+    def prefaulted(self) -> None:
+        with contextlib.suppress(MappingClosed):
+            self.mapping.populate()
 
     def load(self, link: Link, connection: Connection, request: pb.LoadRequest, cells: Cells) -> MappedLoad:
         return MappedLoad(link, connection, request, cells, self.mapping)
@@ -50,6 +59,7 @@ class MappedPlane:
         return MappedSave(_SaveLease(link, connection, lease), self.mapping, cells.sizes, reply)
 
     def close(self) -> bool:
+        self.lane.close()
         return self.mapping.close()
 
 
@@ -125,17 +135,26 @@ class MappedLoad:
         self._passed = 0
         self._closed = False
         self._replies: Replies | None = None
-        if request.HasField("contents") or cells.num_parts * (request.num_blocks - request.start) > _MAX_SLOTS:
+        connection.live_loads.add(self._lease)  # before the server has it: a beat in between must not end it
+        try:
+            reply = self._begin(request)
+        except BaseException:
+            connection.live_loads.discard(self._lease)
+            raise
+        self.num_blocks = reply.num_blocks
+        self._first = reply.first
+        self._take(reply)
+
+    def _begin(self, request: pb.LoadRequest) -> pb.LoadReply:
+        link, connection = self._link, self._connection
+        if request.HasField("contents") or self._cells.num_parts * (request.num_blocks - request.start) > _MAX_SLOTS:
             self._replies = link.stream(connection, connection.stub.Load, request)
             reply = self._next()
             if reply is None:
                 raise ProtocolError("a load had no reply")
-        else:
-            reply = link.call(connection, connection.stub.LoadHost, request)
-        self.num_blocks = reply.num_blocks
-        self._first = reply.first
-        self._take(reply)
-        connection.live_loads.add(self._lease)
+            return reply
+        answered: pb.LoadReply = link.call(connection, connection.stub.LoadHost, request)
+        return answered
 
     def _next(self) -> pb.LoadReply | None:
         """The next reply; None at the end. Raises Down, or the server's error."""

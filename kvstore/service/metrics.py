@@ -28,6 +28,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from kvstore.errors import ConfigError
+from kvstore.service.spans import recorder
 from kvstore.service_options import host_and_port
 
 Snapshot = Callable[[], Mapping[str, float]]
@@ -52,6 +53,7 @@ class Latencies:
         self._lock = threading.Lock()
         self._calls: defaultdict[str, _Calls] = defaultdict(lambda: _Calls([0] * (len(BOUNDS_S) + 1)))
         self._failures: defaultdict[tuple[str, str], int] = defaultdict(int)
+        self._record = recorder()
 
     def observe(self, rpc: str, seconds: float, failure: str = "") -> None:
         """Count a call; `failure` names its status code where it failed."""
@@ -62,6 +64,8 @@ class Latencies:
             calls.total_s += seconds
             if failure:
                 self._failures[rpc, failure] += 1
+        if self._record is not None:
+            self._record(rpc, seconds, failure)
 
     def measure(self, rpc: str) -> Measured:
         """A context manager that observes what runs inside it; an exception counts under its class's name."""
@@ -167,6 +171,9 @@ _OTHERS = {
     "mover.restored_blocks": _Name("mover_restored_blocks", "Blocks written again because a tier had lost them."),
     "mover.errors": _Name("mover_errors", "Demotions ended by a bug."),
     "service.sessions": _Name("clients", "Clients with a session now.", counter=False),
+    "service.over_share": _Name(
+        "over_share", "Matches and saves answered with less, because their client kept its share of the memory already."
+    ),
     "service.streams": _Name("streams", "Streaming calls open now.", counter=False),
     "ttft.saved_s": _Name("ttft_saved_seconds", "Time to first token that connectors report as saved."),
 }

@@ -199,6 +199,10 @@ class _NoPlane:
 
     ticket = b""
     boot_id = b""
+    lane = None
+
+    def prefaulted(self) -> None:
+        pass
 
     def load(self, link: Link, connection: Connection, request: pb.LoadRequest, cells: Cells) -> Load:
         raise ConfigError("a peer is read by hash: it has no loads")

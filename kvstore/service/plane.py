@@ -19,6 +19,7 @@ from kvstore.wire import kvstore_pb2 as pb
 
 if TYPE_CHECKING:
     from kvstore.service.connection import Connection
+    from kvstore.service.lane import Lane
     from kvstore.service.link import Link
 
 
@@ -49,10 +50,17 @@ class DataPlane(Protocol):
     Attributes:
         ticket: for Open; empty without a mapping.
         boot_id: of the server that the ticket is for; empty where any will do.
+        lane: the short way for small calls; None without a mapping.
     """
 
     ticket: bytes
     boot_id: bytes
+
+    @property
+    def lane(self) -> Lane | None: ...
+
+    def prefaulted(self) -> None:
+        """The server has touched all memory of its arena: it may be mapped whole, at little cost. Told often."""
 
     def load(self, link: Link, connection: Connection, request: pb.LoadRequest, cells: Cells) -> Load:
         """Begin a load. `request.lease` is set; whoever takes it ends it through `link.done`.

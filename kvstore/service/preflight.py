@@ -26,6 +26,10 @@ _SO_PEERPIDFD = 77
 _SHMEM_HUGE = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
 _ROOM_BYTES = 256 << 20
 """Beside the arena: the process, its index, buffers."""
+_FILES_A_CLIENT = 3
+"""Its connection, its pidfd, and the socket it came by."""
+_ROOM_FILES = 256
+"""Beside clients: the arena, listeners, pools of lower tiers, admins, log files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +60,13 @@ class Needs:
         capacity_bytes: of the arena. 0 where it runs already, so that memory is not asked for a second time.
         pin_memory: it is going to be locked in memory.
         huge_pages: it is to come from the reserved 2 MiB pages.
+        max_sessions: clients at once; 0 where that is not asked.
     """
 
     capacity_bytes: int
     pin_memory: bool = False
     huge_pages: bool = False
+    max_sessions: int = 0
 
 
 def _read(path: str) -> str | None:
@@ -73,6 +79,25 @@ def _read(path: str) -> str | None:
 def _memlock_bytes() -> int | None:
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     return None if soft == resource.RLIM_INFINITY else soft
+
+
+def _max_files() -> int | None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return None if hard == resource.RLIM_INFINITY else hard
+
+
+def lift_file_limit(max_sessions: int) -> None:
+    """Raise this process's soft limit of open files to what so many clients take, as far as the hard one allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _files_for(max_sessions)
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _files_for(max_sessions: int) -> int:
+    return _FILES_A_CLIENT * max_sessions + _ROOM_FILES
 
 
 def _can_seal() -> bool:
@@ -114,6 +139,7 @@ class Host:
     Attributes:
         read: text of a file, None where it cannot be read.
         memlock_bytes: soft RLIMIT_MEMLOCK, None for no limit.
+        max_files: hard RLIMIT_NOFILE, None for no limit: `lift_file_limit` raises the soft one.
         can_seal: whether memfds can be sealed as the arena needs.
         can_watch: "peer", "pid" or "": see `_can_watch`.
         kernel: release of the kernel.
@@ -121,6 +147,7 @@ class Host:
 
     read: Callable[[str], str | None] = _read
     memlock_bytes: Callable[[], int | None] = _memlock_bytes
+    max_files: Callable[[], int | None] = _max_files
     can_seal: Callable[[], bool] = _can_seal
     can_watch: Callable[[], str] = _can_watch
     kernel: str = field(default_factory=lambda: os.uname().release)
@@ -137,6 +164,8 @@ def preflight(needs: Needs, host: Host | None = None) -> list[Finding]:
     findings.append(_cgroup(needs.capacity_bytes, host))
     if needs.pin_memory:
         findings.append(_memlock(needs.capacity_bytes, host))
+    if needs.max_sessions:
+        findings.append(_open_files(needs.max_sessions, host))
     if not needs.huge_pages:
         findings.append(_transparent_huge_pages(host))
     return findings
@@ -253,6 +282,21 @@ def _memlock(capacity_bytes: int, host: Host) -> Finding:
         "for a container; or turn service.pin_memory off"
     )
     return Finding(name, ok, _size(capacity_bytes), _size(limit), "" if ok else fix)
+
+
+def _open_files(max_sessions: int, host: Host) -> Finding:
+    """Without them the last clients find no room; the others are served."""
+    name, need, limit = "open files limit", _files_for(max_sessions), host.max_files()
+    required = f"{need} for {max_sessions} clients"
+    if limit is None:
+        return Finding(name, True, required, "no limit", needed=False)
+    ok = need <= limit
+    fits = max(1, (limit - _ROOM_FILES) // _FILES_A_CLIENT)
+    fix = (
+        f"set LimitNOFILE={need} in the systemd unit, nofile in /etc/security/limits.conf, or --ulimit nofile={need} "
+        f"for a container; or lower service.max_sessions to {fits}"
+    )
+    return Finding(name, ok, required, str(limit), "" if ok else fix, needed=False)
 
 
 # -- kernel ----------------------------------------------------------------------------------------------------

@@ -26,15 +26,27 @@ class Namespace:
         model: path of a JSON or TOML file with the fields of `kvstore.block.ModelId`.
         salt, adapter: as in `kvstore.block.Root`.
         secret: the cluster's secret, where it has one.
+        open_models: of the server: where `model` is empty and there is one of these, it is meant.
     """
 
     model: str
     salt: bytes = b""
     adapter: bytes = b""
     secret: bytes = b""
+    open_models: tuple[ModelId, ...] = ()
 
     def root(self) -> Root:
-        return Root(read_model(self.model), adapter=self.adapter, salt=self.salt, secret=self.secret)
+        return Root(self._model(), adapter=self.adapter, salt=self.salt, secret=self.secret)
+
+    def _model(self) -> ModelId:
+        if self.model or not self.open_models:
+            return read_model(self.model)
+        if len(self.open_models) > 1:
+            names = ", ".join(sorted({model.model for model in self.open_models}))
+            raise ConfigError(
+                f"the server has {len(self.open_models)} models open ({names}): say which by --model FILE"
+            )
+        return self.open_models[0]
 
 
 def as_hash(text: str) -> bytes | None:

@@ -14,10 +14,10 @@ Invariants
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -50,10 +50,14 @@ class RemotePlane:
 
     ticket = b""
     boot_id = b""
+    lane = None
 
     def __init__(self, buffers: Buffers, stats: Stats) -> None:
         self._buffers = buffers
         self._stats = stats
+
+    def prefaulted(self) -> None:
+        pass
 
     def load(self, link: Link, connection: Connection, request: pb.LoadRequest, cells: Cells) -> RemoteLoad:
         options = link.options
@@ -64,7 +68,7 @@ class RemotePlane:
         def failed(error: Exception) -> Exception:
             if isinstance(error, grpc.RpcError):
                 return link.failed(connection, error)
-            self._stats.add("client.failures.corrupt")
+            self._stats.add(f"client.failures.{'no_memory' if isinstance(error, NoMemory) else 'corrupt'}")
             return ProtocolError(str(error))
 
         load = RemoteLoad(
@@ -103,6 +107,10 @@ class RemotePlane:
     def close(self) -> bool:
         """Memory here is the client's own: views of it stay good."""
         return True
+
+
+class NoMemory(Misfit):
+    """All memory for bytes that come is in use."""
 
 
 @contextmanager
@@ -169,8 +177,11 @@ class RemoteLoad:
         self.num_blocks = 0
         self.refusal: Exception | None = None
         """Why there was no first reply."""
-        self._moved = threading.Condition()
-        self._arrived: deque[bytes] = deque()
+        # As in `kvstore.service.ahead`: queues in C, since a condition takes as long as placing a message.
+        self._arrived: SimpleQueue[bytes | None] = SimpleQueue()
+        self._room: SimpleQueue[bool] = SimpleQueue()
+        for _ in range(_MESSAGES_AHEAD):
+            self._room.put(True)
         self._error: Exception | None = None
         self._received = False
         self._wants_more = True
@@ -192,31 +203,28 @@ class RemoteLoad:
     def _receive(self) -> None:
         """Messages off the wire, a few ahead: gRPC takes as long over one as it takes to verify and place another."""
         try:
-            while self._wants_more:
-                message = next(self._stream)
-                with self._moved:
-                    self._moved.wait_for(lambda: len(self._arrived) < _MESSAGES_AHEAD or not self._wants_more)
-                    self._arrived.append(message)
-                    self._moved.notify_all()
+            while self._room.get() and self._wants_more:
+                self._arrived.put(next(self._stream))
         except StopIteration:
             pass
         except grpc.RpcError as error:
             self._error = error
         finally:
-            with self._moved:
-                self._received = True
-                self._moved.notify_all()
+            self._received = True
+            self._arrived.put(None)
 
     # -- consumer ----------------------------------------------------------------------------------------------
 
     def _message(self, limit_s: float) -> bytes | None:
         """The next message; None at the end. Raises grpc.RpcError where there is none within `limit_s`, or any more."""
-        with self._moved:
-            if not self._moved.wait_for(lambda: self._arrived or self._received, limit_s):
-                raise Stalled(f"no byte for {limit_s:g} s")
-            if self._arrived:
-                self._moved.notify_all()
-                return self._arrived.popleft()
+        try:
+            message = self._arrived.get(timeout=limit_s)
+        except Empty:
+            raise Stalled(f"no byte for {limit_s:g} s") from None
+        if message is not None:
+            self._room.put(True)
+            return message
+        self._arrived.put(None)  # for whoever asks again
         if self._error is not None:
             raise self._error
         return None
@@ -237,7 +245,7 @@ class RemoteLoad:
             rented = self._buffers.rent(max(2, _WINDOW_BYTES // self._block_bytes), self._block_bytes)
         self._rented = rented
         if rented.num_blocks < min(2, head.num_blocks):
-            raise Misfit(f"no memory for two blocks of {self._block_bytes} bytes: all of the client's is in use")
+            raise NoMemory(f"no memory for two blocks of {self._block_bytes} bytes: all of the client's is in use")
         self.num_blocks = head.num_blocks
 
     def __iter__(self) -> Iterator[RemoteBlock]:
@@ -288,9 +296,8 @@ class RemoteLoad:
         return not self._closed
 
     def _stop(self) -> None:
-        with self._moved:
-            self._wants_more = False
-            self._moved.notify_all()
+        self._wants_more = False
+        self._room.put(True)
         if not self._received:
             self._stream.cancel()
 

@@ -18,11 +18,15 @@ import numpy.typing as npt
 
 from kvstore.api import HOST_TIER, NO_HINT, Hint
 from kvstore.block import Root
+from kvstore.clock import Clock
 from kvstore.errors import AccessDenied, CapacityError, ConfigError, LeaseExpired, ProtocolError, UnknownLease
+from kvstore.layout import BlockLayout, layout_of
+from kvstore.save import BlockSave
+from kvstore.service.budget import PinBudget
 from kvstore.service.chains import ServedChain
 from kvstore.service.handshake import model_of
 from kvstore.service.saves import ServedSave
-from kvstore.service.sessions import MAX_LEASES, MAX_MARKS, ServedLoad, Session, SessionBook
+from kvstore.service.sessions import MAX_LEASES, MAX_MARKS, Held, ServedLoad, Session, SessionBook
 from kvstore.service.status import UnknownSession
 from kvstore.service.streams import RootBook
 from kvstore.store import KVStore
@@ -44,8 +48,12 @@ _MAX_WAITING = 16
 class Requests:
     """Serves the calls of requests over one store. Thread-safe."""
 
-    def __init__(self, store: KVStore, sessions: SessionBook, secret: bytes) -> None:
+    def __init__(self, store: KVStore, sessions: SessionBook, secret: bytes, clock: Clock) -> None:
         self._store = store
+        options = store.config
+        limit_bytes = int(options.host.capacity_bytes * options.service.max_session_share)
+        self._budget = PinBudget(limit_bytes, sessions.note_over_share, clock.now_s)
+        self._clock = clock
         self._sessions = sessions
         self._secret = secret
         self.roots = RootBook()
@@ -103,28 +111,34 @@ class Requests:
     def match(self, session: Session, request: pb.MatchRequest, remaining_s: float | None) -> pb.MatchReply:
         name = _name(request.request)
         chain = session.chains.resolve(request.chain)
+        parts = _parts(request.parts)
         wait_s = request.wait_ms / 1000
         if remaining_s is not None:
             wait_s = min(wait_s, remaining_s)
+        until_s = self._clock.now_s() + wait_s + self._store.config.request.hold_s
         waits = wait_s > 0 and self._waiting.acquire(blocking=False)
         try:
             match = self._store.match(
                 chain,
                 session.key(name),
                 hint=_hint(request),
-                parts=_parts(request.parts),
+                parts=parts,
                 wait_s=wait_s if waits else 0.0,
             )
         finally:
             if waits:
                 self._waiting.release()
+        held = Held(chain, match.num_host_blocks, _block_bytes(layout_of(chain.root.model), parts), until_s)
         try:
-            crowded_out = session.add_hold(name, chain, match.num_host_blocks)
+            crowded_out = session.add_hold(name, held)
         except BaseException:
             self._store.forget(session.key(name))
             raise
         if crowded_out is not None:
             self._store.forget(session.key(crowded_out))
+        if not self._budget.allows(session, name):
+            self._store.forget(session.key(name))
+            return pb.MatchReply(settled=True)
         return pb.MatchReply(
             num_blocks=match.num_blocks,
             num_host_blocks=match.num_host_blocks,
@@ -169,9 +183,10 @@ class Requests:
         """Make a lease of a request's hold. Raises UnknownLease where it has none."""
         name = _name(request.request)
         with session.lock:
-            chain, num_host = session.holds.pop(name, (None, 0))
-        if chain is None:
+            held = session.holds.pop(name, None)
+        if held is None:
             raise UnknownLease(f"request {name!r} has no hold: call match first")
+        chain, num_host, block_bytes, _ = held
         contents = None
         stop = num_host
         if request.contents.tokens:
@@ -186,7 +201,7 @@ class Requests:
             load = self._store.load(session.key(name), stop, start=request.start)
             if not load.intact():
                 raise LeaseExpired(f"the hold of request {name!r} ran out: match again")
-            served = ServedLoad(load, chain, contents)
+            served = ServedLoad(load, Held(chain, stop, block_bytes), contents)
             session.add_load(request.lease, served)
         except BaseException:
             if load is not None:
@@ -254,18 +269,22 @@ class Requests:
             )
         chain.describe(contents)
         try:
-            save = self._store.save(chain, request.start, request.stop, parts=cells, hint=_hint(request))
+            with session.saving:
+                return self._save(session, request, chain, layout)
         finally:
             chain.undescribe(contents)
+
+    def _save(self, session: Session, request: pb.SaveRequest, chain: ServedChain, layout: BlockLayout) -> pb.SaveReply:
+        save, num_refused, block_bytes = self._save_within(session, request, chain, layout)
         slots = [slot for index in save.indices for slot in save.slots(index)]
         offsets = np.array([ABSENT if slot is None else slot for slot in slots], "<u8")
         if not session.mapped:
             offsets[offsets != ABSENT] = 0
         indices = np.array(save.indices, "<u4")
-        reply = pb.SaveReply(indices=indices.tobytes(), offsets=offsets.tobytes(), num_refused=save.num_refused)
+        reply = pb.SaveReply(indices=indices.tobytes(), offsets=offsets.tobytes(), num_refused=num_refused)
         if not save.indices:
             return reply
-        served = ServedSave(save, session, reply)
+        served = ServedSave(save, session, reply, block_bytes)
         try:
             there = session.add_save(request.lease, served)
         except BaseException:
@@ -274,6 +293,22 @@ class Requests:
         if there is not served:  # both calls of it ran at once
             save.abort()
         return there.reply
+
+    def _save_within(
+        self, session: Session, request: pb.SaveRequest, chain: ServedChain, layout: BlockLayout
+    ) -> tuple[BlockSave, int, int]:
+        """A save of what the session may pin, how many blocks were refused, and the bytes of each."""
+        start, stop, cells, hint = request.start, request.stop, _parts(request.parts), _hint(request)
+        save = self._store.save(chain, start, stop, parts=cells, hint=hint)
+        block_bytes = _block_bytes(layout, cells)
+        num_wanted = len(save.indices)
+        num_allowed = self._budget.room_to_save(session, num_wanted * block_bytes) // block_bytes
+        if num_allowed == num_wanted:
+            return save, save.num_refused, block_bytes
+        end = save.indices[num_allowed]
+        save.abort()
+        save = self._store.save(chain, start, end, parts=cells, hint=hint)
+        return save, stop - end, block_bytes
 
     def commit(self, session: Session, request: pb.CommitRequest) -> pb.CommitReply:
         served = session.save_of(request.lease)
@@ -335,6 +370,10 @@ def numbers(packed: bytes, name: str, kind: str) -> list[int]:
         raise ConfigError(f"{name} has {len(packed)} bytes: give a multiple of {size}")
     found: list[int] = np.frombuffer(packed, kind).tolist()
     return found
+
+
+def _block_bytes(layout: BlockLayout, parts: list[int] | None) -> int:
+    return layout.block_bytes if parts is None else sum(layout.parts[part].num_bytes for part in parts)
 
 
 def _name(request: str) -> str:

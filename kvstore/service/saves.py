@@ -28,17 +28,16 @@ class ServedSave:
 
     Attributes:
         reply: what Save answered; a repeated call gets it again.
-        uploading: held by the one Write that is under way.
         uploading: held by the one Write that is under way: no other may publish what it is filling.
     """
 
-    def __init__(self, save: BlockSave, owner: Session, reply: pb.SaveReply) -> None:
+    def __init__(self, save: BlockSave, owner: Session, reply: pb.SaveReply, block_bytes: int) -> None:
         self.reply = reply
         self._save = save
+        self._block_bytes = block_bytes
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._writers: set[int] = {owner.number}
-        self.uploading = threading.Lock()
         self._published: dict[int, bool] = {}
         self._num_filling = 0
         self._ended = False
@@ -49,6 +48,11 @@ class ServedSave:
         """Whether nothing of it is open."""
         with self._lock:
             return self._ended or not self._save.num_open
+
+    @property
+    def open_bytes(self) -> int:
+        """What its open blocks take, as if all of their asked parts were wanted."""
+        return self._save.num_open * self._block_bytes
 
     def commit(self, indices: Sequence[int]) -> list[int]:
         """Publish; returns those of `indices` that are matchable through this save. Raises LeaseError."""

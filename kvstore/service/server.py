@@ -7,7 +7,6 @@ of threads of which streams may hold some and never all (`kvstore.service.calls`
 
 from __future__ import annotations
 
-import grp
 import logging
 import os
 import secrets
@@ -25,9 +24,10 @@ from grpc_reflection.v1alpha import reflection
 import kvstore
 from kvstore.clock import Clock, MonotonicClock
 from kvstore.config import StoreConfig
-from kvstore.errors import ConfigError
+from kvstore.errors import CapacityError, ConfigError, MappingClosed
 from kvstore.service.calls import Calls
 from kvstore.service.care import Care
+from kvstore.service.claim import group_id
 from kvstore.service.door import Door, Peer
 from kvstore.service.handlers import SEND_AHEAD, add_to_server
 from kvstore.service.handshake import MAX_MESSAGE_BYTES
@@ -126,6 +126,20 @@ class Server:
             self._store.close()
             raise
         self._started = True
+        if options.pin_memory:
+            threading.Thread(target=self._pin, name="kvstore-pin", daemon=True).start()
+
+    def _pin(self) -> None:
+        """Lock the arena once it is populated. The preflight has seen that the limit allows it."""
+        self._store.wait_ready(None)
+        try:
+            self._store.arena.pin()
+        except CapacityError as error:
+            log.error("%s", error)
+        except MappingClosed:  # the server stopped before
+            pass
+        else:
+            log.info("the arena is locked in memory")
 
     def _open_door(self, options: ServiceOptions) -> None:
         if options.unix_path is None:
@@ -147,7 +161,7 @@ class Server:
         self._executor = ThreadPoolExecutor(_UNARY_THREADS + options.max_streams, thread_name_prefix="kvstore-call")
         self._grpc = grpc.server(self._executor, options=_OPTIONS)
         calls = Calls(self.latencies, options.max_streams)
-        requests = Requests(self._store, self._sessions, secret)
+        requests = Requests(self._store, self._sessions, secret, self._clock)
         self._care = Care(self._store, self._sessions, requests.roots, self._config, self._clock)
         request = self._config.request
         self._servicer = Servicer(
@@ -178,7 +192,11 @@ class Server:
             before = os.umask(0o177)  # nobody may connect before owner and mode are right
             try:
                 self._bind(f"unix:{path}", None)
-                _give_to_group(path, options.group)
+                os.chmod(path, 0o600)
+                gid = group_id(options.group)
+                if gid is not None:
+                    os.chown(path, -1, gid)
+                    os.chmod(path, 0o660)
             finally:
                 os.umask(before)
             self._addresses.append(f"unix:{path}")
@@ -202,11 +220,12 @@ class Server:
     # -- serving -----------------------------------------------------------------------------------------------
 
     def _process_died(self, peer: Peer) -> None:
-        self._sessions.process_died(peer)
+        self._servicer.process_died(peer)
 
     def _forget_peer(self, peer: Peer) -> None:
         if self._door is not None:
             self._door.forget(peer)
+            self._servicer.lanes.finish(peer)
 
     def stats(self) -> dict[str, float]:
         """Counters and gauges, as an admin sees them."""
@@ -273,18 +292,6 @@ class Server:
     def _close_door(self) -> None:
         if self._door is not None:
             self._door.close()
-
-
-def _give_to_group(path: Path, group: str) -> None:
-    if not group:
-        os.chmod(path, 0o600)
-        return
-    try:
-        number = int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
-    except KeyError:
-        raise ConfigError(f"service.group is {group!r}: there is no such group on this host") from None
-    os.chown(path, -1, number)
-    os.chmod(path, 0o660)
 
 
 def _credentials(options: ServiceOptions) -> grpc.ServerCredentials | None:

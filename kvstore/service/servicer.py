@@ -18,11 +18,14 @@ import numpy as np
 from kvstore.block import FORMAT_VERSION
 from kvstore.errors import AccessDenied, ConfigError, ProtocolError, ServiceUnavailable
 from kvstore.service import streams
-from kvstore.service.calls import Calls, remaining_s
+from kvstore.service.ahead import ahead
+from kvstore.service.calls import Calls, Timed, remaining_s
 from kvstore.service.care import Care
 from kvstore.service.chains import ChainCache
 from kvstore.service.door import Door, Peer
+from kvstore.service.handlers import messages_of, read
 from kvstore.service.handshake import MAX_MESSAGE_BYTES, common_version, hash_vector
+from kvstore.service.lane import METHODS, LaneCall, Lanes, Method
 from kvstore.service.requests import Requests, numbers
 from kvstore.service.rights import Gate
 from kvstore.service.sessions import Session, SessionBook
@@ -39,6 +42,8 @@ _UNARY = (
 )
 _STREAMS = ("Session", "Load", "Read", "Fetch", "Watch")
 _UPLOADS = ("Write",)
+_AHEAD = 3
+"""Messages made before they are sent: a copy and a checksum of the next go on while gRPC has the last."""
 _STALL_S = 30.0
 """How long a stream of bytes may stand still before its client is given up."""
 
@@ -82,10 +87,24 @@ class Servicer(KVStoreServicer):
         self._watch_room = Watch(store.events, requests.roots, identity.boot_id)
         for name in _UNARY:
             setattr(self, name, calls.unary(name, getattr(self, f"_{name.lower()}")))
+        self.lanes = Lanes({name: self._by_lane(name, calls) for name in METHODS})
         for name in _STREAMS:
             setattr(self, name, calls.stream(name, getattr(self, f"_{name.lower()}")))
         for name in _UPLOADS:
             setattr(self, name, calls.upload(name, getattr(self, f"_{name.lower()}")))
+
+    def _by_lane(self, name: str, calls: Calls) -> Method:
+        kind, _ = messages_of(name)
+        method = calls.observed(name, getattr(self, f"_{name.lower()}"))
+
+        def answer(message: bytes, call: LaneCall) -> bytes:
+            request = read(kind, message)
+            if self._sessions.get(request.session).peer is not call.peer:
+                raise AccessDenied("the session is another process's: open one of your own")
+            reply: bytes = method(request, call).SerializeToString()
+            return reply
+
+        return answer
 
     # -- sessions ----------------------------------------------------------------------------------------------
 
@@ -105,18 +124,27 @@ class Servicer(KVStoreServicer):
         if len(request.client_name.encode()) > _MAX_NAME_BYTES:
             raise ConfigError(f"client_name has {len(request.client_name)} characters: at most {_MAX_NAME_BYTES} bytes")
         peer = self._redeem(request.ticket)
-        rights = self._gate.rights_of(
-            request.token,
-            uid=None if peer is None else peer.uid,
-            certificate_name=_certificate_name(context),
-            local=context.peer().startswith("unix:"),
-        )
-        session = self._sessions.open(
-            name=request.client_name, pid=request.pid if peer is None else peer.pid, peer=peer, rights=rights
-        )
+        try:
+            rights = self._gate.rights_of(
+                request.token,
+                uid=None if peer is None else peer.uid,
+                certificate_name=_certificate_name(context),
+                local=context.peer().startswith("unix:"),
+            )
+            session = self._sessions.open(
+                name=request.client_name, pid=request.pid if peer is None else peer.pid, peer=peer, rights=rights
+            )
+        except BaseException:
+            if peer is not None and self._door is not None:
+                self._door.forget(peer)  # a passage that led nowhere
+            raise
         session.chains = ChainCache(lambda message: self._requests.root_of(session, message))
-        if peer is not None and self._door is not None and not self._door.alive(peer):
-            self._sessions.process_died(peer)
+        if peer is not None and self._door is not None:
+            lane = self._door.take_lane(peer)
+            if lane is not None:
+                self.lanes.begin(peer, lane)
+            if not self._door.alive(peer):
+                self.process_died(peer)
         if request.previous_session:
             self._end_previous(request.previous_session, session)
         return pb.OpenReply(
@@ -129,6 +157,11 @@ class Servicer(KVStoreServicer):
             max_message_bytes=MAX_MESSAGE_BYTES,
             engine_key=session.engine_key,
         )
+
+    def process_died(self, peer: Peer) -> None:
+        """Everything of a dead process ends."""
+        self._sessions.process_died(peer)
+        self.lanes.finish(peer)
 
     def _redeem(self, ticket: bytes) -> Peer | None:
         if not ticket:
@@ -144,7 +177,7 @@ class Servicer(KVStoreServicer):
             if session.id == session_id and session.rights == successor.rights:
                 self._sessions.leave(session)
 
-    def _openmodel(self, request: pb.OpenModelRequest, context: grpc.ServicerContext) -> pb.OpenModelReply:
+    def _openmodel(self, request: pb.OpenModelRequest, context: Timed) -> pb.OpenModelReply:
         self._refuse_while_draining()
         return self._requests.open_model(self._sessions.get(request.session), request)
 
@@ -181,7 +214,7 @@ class Servicer(KVStoreServicer):
             )
         return session
 
-    def _release(self, request: pb.ReleaseRequest, context: grpc.ServicerContext) -> pb.Empty:
+    def _release(self, request: pb.ReleaseRequest, context: Timed) -> pb.Empty:
         session = self._known(request.session, request.ended)
         if request.window_of:
             self._requests.passed(session, request.window_of, request.passed)
@@ -193,34 +226,34 @@ class Servicer(KVStoreServicer):
 
     # -- a request's life --------------------------------------------------------------------------------------
 
-    def _match(self, request: pb.MatchRequest, context: grpc.ServicerContext) -> pb.MatchReply:
+    def _match(self, request: pb.MatchRequest, context: Timed) -> pb.MatchReply:
         session = self._known(request.session, request.ended)
         self._refuse_while_draining()
         return self._requests.match(session, request, remaining_s(context) if request.wait_ms else None)
 
-    def _announce(self, request: pb.AnnounceRequest, context: grpc.ServicerContext) -> pb.Empty:
+    def _announce(self, request: pb.AnnounceRequest, context: Timed) -> pb.Empty:
         self._requests.announce(self._known(request.session, request.ended), request)
         return _NOTHING
 
     def _load(self, request: pb.LoadRequest, context: grpc.ServicerContext) -> Iterator[pb.LoadReply]:
         return self._requests.load(self._known(request.session, request.ended), request)
 
-    def _loadhost(self, request: pb.LoadRequest, context: grpc.ServicerContext) -> pb.LoadReply:
+    def _loadhost(self, request: pb.LoadRequest, context: Timed) -> pb.LoadReply:
         return self._requests.load_host(self._known(request.session, request.ended), request)
 
-    def _save(self, request: pb.SaveRequest, context: grpc.ServicerContext) -> pb.SaveReply:
+    def _save(self, request: pb.SaveRequest, context: Timed) -> pb.SaveReply:
         session = self._known(request.session, request.ended)
         self._refuse_while_draining()
         return self._requests.save(session, request)
 
-    def _commit(self, request: pb.CommitRequest, context: grpc.ServicerContext) -> pb.CommitReply:
+    def _commit(self, request: pb.CommitRequest, context: Timed) -> pb.CommitReply:
         return self._requests.commit(self._known(request.session, request.ended), request)
 
-    def _join(self, request: pb.JoinRequest, context: grpc.ServicerContext) -> pb.Empty:
+    def _join(self, request: pb.JoinRequest, context: Timed) -> pb.Empty:
         self._requests.join(self._sessions.get(request.session), request)
         return _NOTHING
 
-    def _touch(self, request: pb.TouchRequest, context: grpc.ServicerContext) -> pb.Empty:
+    def _touch(self, request: pb.TouchRequest, context: Timed) -> pb.Empty:
         self._requests.touch(self._known(request.session, request.ended), request)
         return _NOTHING
 
@@ -230,7 +263,7 @@ class Servicer(KVStoreServicer):
         session = self._known(request.session, request.ended)
         load = self._requests.begin_load(session, request).load
         try:
-            yield from self._stalls.sending(streams.read(load), context.cancel)
+            yield from self._stalls.sending(ahead(streams.read(load), _AHEAD), context.cancel)
         finally:
             self._sessions.end_loads(session, [request.lease])
 
@@ -251,7 +284,7 @@ class Servicer(KVStoreServicer):
     def _fetch(self, request: pb.PeekRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
         rights = self._sessions.get(request.session).rights
         messages = streams.fetch(self._store, self._requests.roots, rights, request)
-        return self._stalls.sending(messages, context.cancel)
+        return self._stalls.sending(ahead(messages, _AHEAD), context.cancel)
 
     def end_streams(self) -> None:
         """Let streams that wait for nothing but time return: the server stops."""
@@ -261,6 +294,7 @@ class Servicer(KVStoreServicer):
 
     def close(self) -> None:
         """Stop the threads. No call is served any more."""
+        self.lanes.close()
         self._watch_room.close()
         self._stalls.close()
 

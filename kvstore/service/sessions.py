@@ -14,12 +14,14 @@ Invariants
 
 from __future__ import annotations
 
+import math
 import secrets
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from kvstore.block import Root
 from kvstore.clock import Clock
@@ -32,6 +34,7 @@ from kvstore.service.door import Peer
 from kvstore.service.rights import Rights
 from kvstore.service.saves import Quarantine, ServedSave
 from kvstore.service.status import UnknownSession
+from kvstore.stats import MAX_SAVED_S
 from kvstore.wire import kvstore_pb2 as pb
 
 MAX_HOLDS = 65_536
@@ -42,6 +45,22 @@ _MAX_FINISHED = 1_024
 STREAM_GRACE_S = 5.0
 """A client without a mapping may be without its Session stream for this long."""
 _STALL_S = 2.0
+"""Of one beat: a client's slip must not spoil the sum for good."""
+
+
+class Held(NamedTuple):
+    """Leading blocks of a chain that a match, or a load, keeps pinned."""
+
+    chain: ServedChain
+    num_blocks: int
+    block_bytes: int
+    """Of the parts asked."""
+    until_s: float = math.inf
+    """When it lapses by itself."""
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_blocks * self.block_bytes
 
 
 @dataclass(slots=True, eq=False)
@@ -49,14 +68,14 @@ class ServedLoad:
     """A load of a client, with what it keeps described meanwhile."""
 
     load: BlockLoad
-    chain: ServedChain
+    held: Held
     contents: Contents | None
 
     def close(self) -> None:
         """May wait for a fetch under way."""
         self.load.close()
         if self.contents is not None:
-            self.chain.undescribe(self.contents)
+            self.held.chain.undescribe(self.contents)
 
 
 @dataclass(slots=True, eq=False)
@@ -66,7 +85,8 @@ class Session:
     Attributes:
         id, engine_key: capabilities, 16 random bytes each. number: for the store's request keys.
         peer: the process, where it passed the door.
-        holds: chain and host blocks of each match that may be loaded, oldest first.
+        holds: what each match that may be loaded keeps, oldest first.
+        pinned_bound: bytes that it pins, at most (`kvstore.service.budget`).
     """
 
     id: bytes
@@ -80,11 +100,15 @@ class Session:
     last_seen_s: float
     chains: ChainCache = field(init=False)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    saving: threading.Lock = field(default_factory=threading.Lock)
+    """Held from reserving a save's slots until the save is registered. Taken before `lock`."""
     ended: bool = False
     num_streams: int = 0
+    had_stream: bool = False
+    pinned_bound: int = 0
     models: list[BlockLayout] = field(default_factory=list)
     roots: dict[tuple[int, bytes, bytes], Root] = field(default_factory=dict)
-    holds: OrderedDict[str, tuple[ServedChain, int]] = field(default_factory=OrderedDict)
+    holds: OrderedDict[str, Held] = field(default_factory=OrderedDict)
     loads: dict[int, ServedLoad] = field(default_factory=dict)
     saves: dict[int, ServedSave] = field(default_factory=dict)
     finished: OrderedDict[int, ServedSave] = field(default_factory=OrderedDict)
@@ -113,6 +137,7 @@ class Session:
         with self.lock:
             self._admit(number, self.loads)
             self.loads[number] = load
+            self.pinned_bound += load.held.num_bytes
 
     def add_save(self, number: int, save: ServedSave) -> ServedSave:
         """Register; returns the one that is there where an earlier call of that number has done so."""
@@ -124,13 +149,13 @@ class Session:
             self.saves[number] = save
             return save
 
-    def add_hold(self, request: str, chain: ServedChain, num_host_blocks: int) -> str | None:
+    def add_hold(self, request: str, held: Held) -> str | None:
         """Note what a match left; returns a request to forget for it, where there are too many."""
         with self.lock:
             if self.ended:
                 raise UnknownSession("the session has ended")
             self.holds.pop(request, None)
-            self.holds[request] = (chain, num_host_blocks)
+            self.holds[request] = held
             return self.holds.popitem(last=False)[0] if len(self.holds) > MAX_HOLDS else None
 
     def repeated_save(self, number: int) -> ServedSave | None:
@@ -189,6 +214,10 @@ class SessionBook:
         quarantine: Quarantine,
     ) -> None:
         self.quarantine = quarantine
+        self.num_over_share = 0
+        """Matches and saves that were answered with less, because their session pinned its share already."""
+        self.ttft_saved_s = 0.0
+        """Time to first token that clients report as saved."""
         self._clock = clock
         self._lease_s = lease_s
         self._max_sessions = max_sessions
@@ -241,11 +270,17 @@ class SessionBook:
     def __len__(self) -> int:
         return len(self._sessions)
 
+    def note_over_share(self) -> None:
+        """A session came to its share of the memory."""
+        with self._lock:
+            self.num_over_share += 1
+
     # -- staying -----------------------------------------------------------------------------------------------
 
     def begin_stream(self, session: Session) -> None:
         with session.lock:
             session.num_streams += 1
+            session.had_stream = True
 
     def end_stream(self, session: Session) -> None:
         with session.lock:
@@ -255,6 +290,11 @@ class SessionBook:
     def beat(self, session: Session, beat: pb.Beat, live: frozenset[int]) -> None:
         """Renew read leases that the client still has; end those it does not know of."""
         session.last_seen_s = self._clock.now_s()
+        if beat.ttft_saved_s:
+            if not 0 <= beat.ttft_saved_s <= MAX_SAVED_S:
+                raise ConfigError(f"ttft_saved_s is {beat.ttft_saved_s}: give seconds, at most {MAX_SAVED_S:g} a beat")
+            with self._lock:
+                self.ttft_saved_s += beat.ttft_saved_s
         with session.lock:
             loads = list(session.loads.items())
         gone = []
@@ -357,10 +397,12 @@ class SessionBook:
                     silent_s = min(self._lease_s, STREAM_GRACE_S) if not session.mapped else self._lease_s
                 if now_s - session.last_seen_s <= silent_s:
                     continue
-                if session.mapped:
+                if not session.mapped:
+                    self._end(session)
+                elif session.had_stream or session.saves or session.joined:
                     self._fence(session)
                 else:
-                    self._end(session)
+                    self.leave(session)  # its client never had the answer to its Open, and has opened another
 
     def close(self) -> None:
         """End every session; the server has stopped."""

@@ -67,11 +67,15 @@ def code_of(error: KVStoreError) -> grpc.StatusCode:
     return next(CODES[kind] for kind in type(error).__mro__ if kind in CODES)
 
 
+def name_of(error: KVStoreError) -> str:
+    """The class that a client raises for `error`: its own, or the nearest above it that has a row."""
+    return next(kind for kind in type(error).__mro__ if kind in CODES).__name__
+
+
 def abort_with(context: grpc.ServicerContext, error: KVStoreError) -> NoReturn:
     """End a call with the status of `error`."""
-    kind = next(kind for kind in type(error).__mro__ if kind in CODES)
-    context.set_trailing_metadata(((ERROR_KEY, kind.__name__),))
-    context.abort(CODES[kind], str(error))
+    context.set_trailing_metadata(((ERROR_KEY, name_of(error)),))
+    context.abort(code_of(error), str(error))
     raise AssertionError("abort returned")
 
 
@@ -79,14 +83,14 @@ def error_of(failure: grpc.RpcError) -> KVStoreError:
     """The error that a failed call stands for."""
     # Every RpcError that a call raises is a grpc.Call as well; the stubs of grpc do not say so.
     code, details = failure.code(), failure.details() or ""
-    kind = _BY_NAME.get(_name_of(failure)) or _BY_CODE.get(code, KVStoreError)
+    kind = _BY_NAME.get(_name_in(failure)) or _BY_CODE.get(code, KVStoreError)
     if issubclass(kind, TierError):
         tier, _, message = details.partition(": ")
         return kind(tier, message)
     return kind(details or code.name)
 
 
-def _name_of(failure: grpc.RpcError) -> str:
+def _name_in(failure: grpc.RpcError) -> str:
     """The class that our own servers name; empty from others."""
     metadata: Iterable[tuple[str, str | bytes]] = failure.trailing_metadata() or ()  # type: ignore[assignment]
     return next((str(value) for key, value in metadata if key == ERROR_KEY), "")
@@ -95,4 +99,4 @@ def _name_of(failure: grpc.RpcError) -> str:
 def is_transport(failure: grpc.RpcError) -> bool:
     """Whether gRPC itself failed the call: no answer, or none in time."""
     lost = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
-    return not _name_of(failure) and failure.code() in lost
+    return not _name_in(failure) and failure.code() in lost

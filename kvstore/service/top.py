@@ -113,7 +113,7 @@ def _requests(now: Sample, before: Sample | None) -> Table:
         ("queue down", size(values.get("mover.queued_bytes", 0))),
     ]
     table.add_row(*(_labelled(label, text) for label, text in gauges))
-    if "ttft.saved_s" in values:
+    if values.get("ttft.saved_s"):
         table.add_row(_labelled("TTFT saved", f"{values['ttft.saved_s']:,.1f} s"))
     return table
 
@@ -237,6 +237,27 @@ def run(admin: Admin, *, once: bool, every_s: float, console: Console | None = N
             except KVStoreError as error:
                 fault = f"figures are {duration(time.monotonic() - now.time_s)} old: {error}"
             live.update(draw(server_of(admin), now, before, fault), refresh=True)
+
+
+def follow(admin: Admin, *, once: bool, every_s: float) -> Iterator[dict[str, object]]:
+    """For scripts: each interval's values, and by how much each grew a second; one interval, or without an end."""
+    server, before = server_of(admin), look(admin)
+    while True:
+        time.sleep(every_s)
+        now = look(admin)
+        length_s = now.time_s - before.time_s
+        grown = {key: (value - before.values.get(key, 0.0)) / length_s for key, value in sorted(now.values.items())}
+        yield {
+            "address": server.address,
+            "boot_id": server.boot_id,
+            "seconds": length_s,
+            "clients": len(now.clients),
+            "values": dict(sorted(now.values.items())),
+            "per_second": grown,
+        }
+        if once:
+            return
+        before = now
 
 
 @contextlib.contextmanager

@@ -71,6 +71,32 @@ def checksum(payload: Buffer) -> int:
     return xxhash.xxh3_64_intdigest(payload)
 
 
+class Checksum:
+    """The checksum of a payload, taken in pieces."""
+
+    _PIECE_BYTES = 256 << 10
+
+    def __init__(self, payload: memoryview) -> None:
+        self._payload = payload
+        self._at = 0
+        self._hash = xxhash.xxh3_64()
+
+    def step(self) -> bool:
+        """Hash a piece, some tens of microseconds of work; False where nothing was left."""
+        piece = self._payload[self._at : self._at + self._PIECE_BYTES]
+        self._hash.update(piece)
+        self._at += len(piece)
+        return len(piece) > 0
+
+    def value(self) -> int:
+        """`checksum` of the whole payload: hashes what is left."""
+        if not self._at:
+            return checksum(self._payload)
+        self._hash.update(self._payload[self._at :])
+        self._at = len(self._payload)
+        return self._hash.intdigest()
+
+
 def header_bytes(num_tokens: int, extra_bytes: int) -> int:
     """Length of a header with so many tokens and so much extra."""
     return MIN_HEADER_BYTES + 4 * num_tokens + extra_bytes

@@ -102,16 +102,18 @@ class OpenModelReply(_message.Message):
     def __init__(self, model: _Optional[int] = ..., part_bytes: _Optional[bytes] = ...) -> None: ...
 
 class Beat(_message.Message):
-    __slots__ = ("session", "live_leases", "highest_lease", "bye")
+    __slots__ = ("session", "live_leases", "highest_lease", "bye", "ttft_saved_s")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     LIVE_LEASES_FIELD_NUMBER: _ClassVar[int]
     HIGHEST_LEASE_FIELD_NUMBER: _ClassVar[int]
     BYE_FIELD_NUMBER: _ClassVar[int]
+    TTFT_SAVED_S_FIELD_NUMBER: _ClassVar[int]
     session: bytes
     live_leases: bytes
     highest_lease: int
     bye: bool
-    def __init__(self, session: _Optional[bytes] = ..., live_leases: _Optional[bytes] = ..., highest_lease: _Optional[int] = ..., bye: _Optional[bool] = ...) -> None: ...
+    ttft_saved_s: float
+    def __init__(self, session: _Optional[bytes] = ..., live_leases: _Optional[bytes] = ..., highest_lease: _Optional[int] = ..., bye: _Optional[bool] = ..., ttft_saved_s: _Optional[float] = ...) -> None: ...
 
 class Notice(_message.Message):
     __slots__ = ("draining", "prefaulted")
@@ -534,7 +536,7 @@ class StatsRequest(_message.Message):
     def __init__(self, session: _Optional[bytes] = ..., ended: _Optional[_Union[Ended, _Mapping]] = ...) -> None: ...
 
 class StatsReply(_message.Message):
-    __slots__ = ("values", "settings", "clients")
+    __slots__ = ("values", "settings", "clients", "models")
     class ValuesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -545,10 +547,12 @@ class StatsReply(_message.Message):
     VALUES_FIELD_NUMBER: _ClassVar[int]
     SETTINGS_FIELD_NUMBER: _ClassVar[int]
     CLIENTS_FIELD_NUMBER: _ClassVar[int]
+    MODELS_FIELD_NUMBER: _ClassVar[int]
     values: _containers.ScalarMap[str, float]
     settings: _containers.RepeatedCompositeFieldContainer[Setting]
     clients: _containers.RepeatedCompositeFieldContainer[Client]
-    def __init__(self, values: _Optional[_Mapping[str, float]] = ..., settings: _Optional[_Iterable[_Union[Setting, _Mapping]]] = ..., clients: _Optional[_Iterable[_Union[Client, _Mapping]]] = ...) -> None: ...
+    models: _containers.RepeatedCompositeFieldContainer[Model]
+    def __init__(self, values: _Optional[_Mapping[str, float]] = ..., settings: _Optional[_Iterable[_Union[Setting, _Mapping]]] = ..., clients: _Optional[_Iterable[_Union[Client, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class Setting(_message.Message):
     __slots__ = ("key", "value", "source")

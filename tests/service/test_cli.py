@@ -30,6 +30,7 @@ from kvstore.service.cli_serve import notify, read_config
 from kvstore.service.handshake import model_message
 from kvstore.wire import kvstore_pb2 as pb
 from kvstore.wire.kvstore_pb2_grpc import KVStoreStub
+from tests.waiting import eventually
 
 KVSTORE = (sys.executable, "-m", "kvstore.service.cli")
 START_S = 30.0
@@ -50,15 +51,6 @@ def run(*words: str, **more: str) -> subprocess.CompletedProcess[str]:
         env=environment(**more),
         stdin=subprocess.DEVNULL,
     )
-
-
-def eventually(check: Callable[[], bool], limit_s: float = 10.0) -> bool:
-    deadline = time.monotonic() + limit_s
-    while not check():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 class Serving:
@@ -271,7 +263,7 @@ def test_metrics_are_served_beside_it(serve: MakeServing) -> None:
         (["status", "--address", "nonsense"], "'nonsense': give unix:PATH or host:port"),
         (["clear", "--root", "1f"], "--root is '1f': give the 64 hex digits"),
         (["inspect", "[1]", "--salt", "hex:x"], "take hex digits"),
-        (["warm", "[1]"], "give --model FILE"),
+        (["warm", "[1]", "--address", "unix:/nowhere/k.sock"], "no server answers at unix:/nowhere/k.sock: start one"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(words: list[str], says: str) -> None:
@@ -356,6 +348,15 @@ def test_clear_asks_before_it_empties_everything(serve: MakeServing) -> None:
     assert refused.returncode == 2
     assert "say --yes" in refused.stderr
     assert json.loads(server.ask("clear", "--yes", "--json").stdout) == {"blocks": 0}
+
+
+def test_top_prints_an_interval_for_scripts(serve: MakeServing) -> None:
+    server = serve()
+    line = json.loads(server.ask("top", "--json", "--once", "--every", "0.1").stdout)
+    assert line["clients"] == 1, "itself"
+    assert line["values"]["host.capacity_bytes"] > 0
+    assert line["per_second"]["host.capacity_bytes"] == 0
+    assert 0.1 <= line["seconds"] < 5
 
 
 def test_top_prints_a_frame_for_a_pipe_and_a_screen_that_q_ends_for_a_terminal(serve: MakeServing) -> None:

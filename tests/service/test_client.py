@@ -19,12 +19,12 @@ from kvstore.block import Chain, Root
 from kvstore.errors import AccessDenied, ConfigError, LeaseError, ProtocolError, ServiceUnavailable
 from kvstore.service import handshake
 from kvstore.service.client import SidecarStore, connect
-from kvstore.service.mapped import MappedLoad, MappedSave
+from kvstore.service.mapped import MappedLoad, MappedPlane, MappedSave
 from kvstore.service.server import Server
 from tests.conftest import chain_of, content, load_all, save_all
 from tests.fakes import DictTier
 from tests.service.conftest import ServerProcess, StartServer
-from tests.test_conformance import wait_until
+from tests.waiting import wait_until
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -264,6 +264,7 @@ def test_a_forked_child_is_refused_and_the_parent_goes_on(client: SidecarStore, 
     chain = chain_of(root, 3)
     save_all(client, chain)
     client.match(chain, "r")
+    save = client.save(chain_of(root, 2, seed=5), 0, 2)
     calls: dict[str, Callable[[], object]] = {
         "match": lambda: client.match(chain, "r"),
         "load": lambda: client.load("r"),
@@ -272,10 +273,12 @@ def test_a_forked_child_is_refused_and_the_parent_goes_on(client: SidecarStore, 
         "stats": lambda: client.stats(),
         "check": lambda: client.check(),
         "open": lambda: client.open(root.model),
+        "commit": lambda: save.commit(),
     }
     for name, call in calls.items():
         assert "inherited by its forked child" in in_a_fork(call), name
     assert in_a_fork(client.close) == "None"
+    save.abort()
     with client.load("r") as load:
         assert [block.index for block in load] == [0, 1, 2]
         assert load.intact()
@@ -428,3 +431,28 @@ def test_access_denied_is_an_error_and_no_miss(start_server: StartServer, direct
         assert save_all(store, chain_of(Root(root.model, salt=b"mine"), 2)) == 2
         with pytest.raises(AccessDenied, match="no right to the namespace of model 'tiny' and salt b'yours'"):
             store.match(chain_of(Root(root.model, salt=b"yours"), 2), "r")
+
+
+# -- memory ----------------------------------------------------------------------------------------------------
+
+
+def test_a_client_populates_its_map_only_once_the_server_has(start_server: StartServer) -> None:
+    late = threading.Event()
+    server = start_server(request={"lease_s": 0.2})
+    server._servicer._store.wait_ready = lambda _: late.is_set()  # type: ignore[method-assign]
+    with connect(server.address, call_deadline_s=5.0) as store:
+        plane = store._link.up().plane
+        assert isinstance(plane, MappedPlane)
+        time.sleep(0.3)  # some beats
+        assert not plane.mapping.wait_populated(0)
+        late.set()
+        wait_until(lambda: plane.mapping.wait_populated(0))
+
+
+def test_an_arena_is_locked_in_memory_where_that_is_asked_for(start_server: StartServer) -> None:
+    def locked_kib() -> int:
+        return int(Path("/proc/self/status").read_text().partition("VmLck:")[2].split()[0])
+
+    before = locked_kib()
+    start_server(1024, service={"pin_memory": True})
+    wait_until(lambda: locked_kib() >= before + 4096)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,6 +92,14 @@ def test_a_redis_that_is_set_up_well_is_ok_and_one_without_a_limit_is_not(
     with redis.Redis.from_url(valkey.url) as client:
         client.config_set("maxmemory", "64mb")
     assert problems(findings_of(tmp_path, values)) == {"socket", "server"}
+    values["tiers"] = {"redis": {"url": valkey.url, "capacity_bytes": "60MiB"}}
+    found = findings_of(tmp_path, values)
+    assert "less than 1.25 times" in found["redis maxmemory"].detail
+    fix = re.search(r"maxmemory (\d+)mb", found["redis maxmemory"].fix)
+    assert fix is not None
+    with redis.Redis.from_url(valkey.url) as client:
+        client.config_set("maxmemory", fix[0].split()[1])
+    assert findings_of(tmp_path, values)["redis maxmemory"].verdict is Verdict.OK
     with redis.Redis.from_url(valkey.url) as client:
         client.config_set("maxmemory-policy", "allkeys-lru")
     found = findings_of(tmp_path, values)

@@ -24,7 +24,9 @@ from kvstore.arena import Arena
 from kvstore.errors import AccessDenied, ConfigError, ProtocolError, ServiceUnavailable
 from kvstore.mapping import ArenaMapping
 from kvstore.service import door as door_module
-from kvstore.service.door import Door, Peer, knock
+from kvstore.service.door import Door, Peer
+from kvstore.service.knock import knock
+from tests.waiting import eventually
 
 BOOT = bytes(range(16))
 TIMEOUT_S = 10.0
@@ -32,7 +34,7 @@ TIMEOUT_S = 10.0
 CLIENT = """
 import os, sys
 from kvstore.mapping import ArenaMapping
-from kvstore.service.door import knock
+from kvstore.service.knock import knock
 
 with knock(sys.argv[1], 10.0) as opened:
     mapping = ArenaMapping(opened.memory_fd, opened.generation_fd, opened.capacity_bytes)
@@ -123,13 +125,6 @@ def client(path: str, *, script: str = CLIENT) -> Iterator[tuple[subprocess.Pope
         finally:
             process.stdin.close()
             process.kill()
-
-
-def eventually(what: Callable[[], bool]) -> bool:
-    until_s = time.monotonic() + TIMEOUT_S
-    while not what() and time.monotonic() < until_s:
-        time.sleep(0.005)
-    return what()
 
 
 # -- what is handed out ----------------------------------------------------------------------------------------
@@ -285,7 +280,7 @@ def test_two_hundred_clients_that_are_killed_leave_nothing(door: Door, path: str
     """Forked, since starting an interpreter each would take a minute; the door cannot tell the difference."""
     script = (
         "import os, sys\n"
-        "from kvstore.service.door import knock\n"
+        "from kvstore.service.knock import knock\n"
         "for _ in range(200):\n"
         "    ours, theirs = os.pipe()\n"
         "    child = os.fork()\n"
@@ -318,7 +313,7 @@ def test_two_hundred_clients_that_are_killed_leave_nothing(door: Door, path: str
 AS_ANOTHER_USER = """
 import os, sys
 from kvstore.errors import KVStoreError
-from kvstore.service.door import knock
+from kvstore.service.knock import knock
 {become}
 try:
     knock(sys.argv[1], 10.0)
@@ -575,7 +570,7 @@ def answering(path: str, message: bytes, num_fds: int) -> Iterator[None]:
 
 
 def header(*, magic: bytes = door_module.MAGIC, version: int = door_module.VERSION) -> bytes:
-    return door_module._HEADER.pack(magic, version, 0, 4096, BOOT, bytes(16))
+    return door_module.HEADER.pack(magic, version, 0, 4096, BOOT, bytes(16))
 
 
 @pytest.mark.parametrize(
@@ -585,10 +580,10 @@ def header(*, magic: bytes = door_module.MAGIC, version: int = door_module.VERSI
         (header()[:20], 2, "is no door"),
         (b"x", 0, "is no door"),
         (header(version=7), 2, "speaks version 7, this client 1"),
-        (header(), 0, "gave 0 descriptors for 2"),
-        (header(), 1, "gave 1 descriptors for 2"),
-        (header(), 3, "gave 3 descriptors for 2"),
-        (header(), 9, "descriptors for 2"),
+        (header(), 0, "gave 0 descriptors for 3"),
+        (header(), 1, "gave 1 descriptors for 3"),
+        (header(), 2, "gave 2 descriptors for 3"),
+        (header(), 9, "descriptors for 3"),
     ],
 )
 def test_what_is_no_door_is_refused_and_its_descriptors_closed(

@@ -22,7 +22,7 @@ from kvstore.service.server import Server
 from tests.conftest import chain_of, content, load_all, save_all
 from tests.service.conftest import ROOT, ServerProcess, StartServer
 from tests.service.victims import MODEL
-from tests.test_conformance import wait_until
+from tests.waiting import wait_until
 
 SHARED = chain_of(Root(MODEL), 8, seed=0)
 
@@ -137,6 +137,25 @@ def test_slots_of_a_stopped_client_are_fenced_and_a_late_write_harms_nobody(
         wait_until(lambda: server.stats()["save.quarantined_slots"] == 0)
         assert server.check() == []
         assert save_all(store, chain, 4) == 4
+
+
+def test_a_client_that_goes_on_writing_long_after_its_save_ended_harms_nobody(start_server: StartServer) -> None:
+    server = start_server(24, request={"lease_s": 1.0})
+    with connect(server.address, call_deadline_s=5.0) as store:
+        store.open(MODEL)
+        victim = Victim(server.address, "scribble", 9)
+        assert victim.said() == "under way"
+        victim.process.send_signal(signal.SIGSTOP)
+        wait_until(lambda: server.stats()["save.quarantined_slots"] == 8)
+        victim.process.send_signal(signal.SIGCONT)  # it writes again, to slots that are nobody's by now
+        chain = chain_of(Root(MODEL), 16, seed=9)
+        assert save_what_fits(store, chain) == 16
+        for turn in range(50):
+            assert load_all(store, chain, request=str(turn)) == ["host"] * 16
+        assert server.stats()["save.quarantined_slots"] == 8, "it lives"
+        victim.kill()
+        wait_until(lambda: server.stats()["save.quarantined_slots"] == 0)
+        assert server.check() == []
 
 
 def save_what_fits(store: SidecarStore, chain: Chain) -> int:

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
 
-from kvstore.service.preflight import Finding, Host, Needs, preflight
+from kvstore.service.preflight import Finding, Host, Needs, lift_file_limit, preflight
 
 GIB = 1 << 30
 MEMINFO = """MemTotal:       65536000 kB
@@ -34,12 +35,18 @@ HEALTHY: Mapping[str, str] = {
 
 
 def host(
-    files: Mapping[str, str] | None = None, *, memlock: int | None = None, kernel: str = "6.8.0", watch: str = "peer"
+    files: Mapping[str, str] | None = None,
+    *,
+    memlock: int | None = None,
+    max_files: int | None = None,
+    kernel: str = "6.8.0",
+    watch: str = "peer",
 ) -> Host:
     """A healthy host with some of its files replaced."""
     return Host(
         read={**HEALTHY, **(files or {})}.get,
         memlock_bytes=lambda: memlock,
+        max_files=lambda: max_files,
         can_seal=lambda: True,
         can_watch=lambda: watch,
         kernel=kernel,
@@ -53,9 +60,9 @@ def finding(name: str, needs: Needs, on: Host) -> Finding:
 
 
 def test_a_healthy_host_is_ok_throughout() -> None:
-    found = preflight(Needs(capacity_bytes=8 * GIB, pin_memory=True), host())
+    found = preflight(Needs(capacity_bytes=8 * GIB, pin_memory=True, max_sessions=1024), host())
     assert [each.name for each in found if not each.ok] == []
-    assert len({each.name for each in found}) == len(found) == 6
+    assert len({each.name for each in found}) == len(found) == 7
 
 
 def test_this_host_can_share_and_watch() -> None:
@@ -195,3 +202,27 @@ def test_a_kernel_that_cannot_seal_or_watch_is_named() -> None:
     by_id = finding("watching clients", Needs(capacity_bytes=GIB), host(watch="pid"))
     assert by_id.ok
     assert "share the PID namespace" in by_id.available
+
+
+def test_too_few_open_files_are_said_with_how_many_clients_they_are_enough_for() -> None:
+    needs = Needs(capacity_bytes=GIB, max_sessions=1024)
+    found = finding("open files limit", needs, host(max_files=1024))
+    assert (found.required, found.available, found.needed) == ("3328 for 1024 clients", "1024", False)
+    assert "LimitNOFILE=3328" in found.fix
+    assert found.fix.endswith("lower service.max_sessions to 256")
+    assert finding("open files limit", replace(needs, max_sessions=256), host(max_files=1024)).ok
+    assert finding("open files limit", needs, host(max_files=None)).ok
+
+
+def test_the_soft_limit_of_open_files_is_lifted_as_far_as_the_hard_one_allows() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (512, before[1]))
+        lift_file_limit(100)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (556, before[1])
+        lift_file_limit(1)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (556, before[1]), "never lowered"
+        lift_file_limit(1 << 40)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (before[1], before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

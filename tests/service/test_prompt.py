@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,13 @@ def test_without_a_model_the_error_says_what_to_give() -> None:
         read_prompt("[1]", Namespace(model=""))
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         read_prompt("[1]", Namespace(model="/nowhere/model.json"))
+
+
+def test_without_a_model_the_only_one_that_is_open_is_meant(model: ModelId) -> None:
+    assert read_prompt(json.dumps(TOKENS), Namespace(model="", open_models=(model,))).root == Root(model)
+    two = (model, replace(model, model="other"))
+    with pytest.raises(ConfigError, match=r"the server has 2 models open \(other, tiny\): say which by --model FILE"):
+        read_prompt(json.dumps(TOKENS), Namespace(model="", open_models=two))
 
 
 def test_only_64_hex_digits_are_a_hash() -> None:

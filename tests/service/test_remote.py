@@ -34,6 +34,7 @@ from kvstore.wire import kvstore_pb2 as pb
 from tests.conftest import chain_of, content, load_all, save_all
 from tests.redis.content import Content
 from tests.service.peers import PeerWithContent
+from tests.waiting import wait_until
 
 BIG = ModelId(
     model="big", revision="1", kv_dtype="float32", num_layers=4, num_kv_heads=4, head_dim=64, block_tokens=256
@@ -106,15 +107,7 @@ def client(served: Served) -> Iterator[SidecarStore]:
         store.clear()
         yield store
         assert store.check() == []
-        wait_for(lambda: store.stats()["host.pinned_blocks"] == 0)
-
-
-def wait_for(condition: object, limit_s: float = 10.0) -> None:
-    assert callable(condition)
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about in time"
-        time.sleep(0.02)
+        wait_until(lambda: store.stats()["host.pinned_blocks"] == 0)
 
 
 def save_big(store: SidecarStore, chain: Chain) -> int:
@@ -166,7 +159,7 @@ def test_what_is_not_committed_is_given_back(client: SidecarStore) -> None:
         assert save.commit(0, 1) == 2
         with pytest.raises(LeaseError, match="not open"):
             save.commit(0)
-    wait_for(lambda: list(client.save(chain, 0, 4).indices) == [2, 3])
+    wait_until(lambda: list(client.save(chain, 0, 4).indices) == [2, 3])
     assert matched(client, chain) == 2
 
 
@@ -212,7 +205,7 @@ def test_save_larger_than_the_clients_memory_is_refused_from_where_it_ends(serve
         with client.save(chain, 0, 12) as save:
             assert list(save.indices) == list(range(8))
             assert save.num_refused == 4
-        wait_for(lambda: len(client.save(chain, 0, 2).indices) == 2)
+        wait_until(lambda: len(client.save(chain, 0, 2).indices) == 2)
 
 
 def test_load_that_is_closed_early_returns_its_lease(client: SidecarStore) -> None:
@@ -222,7 +215,7 @@ def test_load_that_is_closed_early_returns_its_lease(client: SidecarStore) -> No
     client.match(chain, "r")
     with client.load("r") as load:
         assert next(iter(load)).index == 0
-    wait_for(lambda: client.stats()["host.pinned_blocks"] == 0)
+    wait_until(lambda: client.stats()["host.pinned_blocks"] == 0)
 
 
 def test_reader_that_takes_nothing_makes_the_server_hold_little(client: SidecarStore, served: Served) -> None:
@@ -336,7 +329,7 @@ def test_client_killed_mid_upload_leaves_nothing_half_written(served: Served) ->
             with watcher.save(chain, 0, 8) as save:
                 return len(save.indices) >= 6
 
-        wait_for(free, 20)
+        wait_until(free, 20)
         assert watcher.check() == []
 
 
@@ -539,7 +532,7 @@ def test_two_sidecars_read_from_each_other(tmp_path: Path) -> None:
             return load_all(store, chain)  # type: ignore[arg-type]
 
         # The first sidecar came up before its peer: it connects by itself.
-        wait_for(lambda: found(here, yours) == 4)
+        wait_until(lambda: found(here, yours) == 4)
         assert tiers(there, mine) == ["remote"] * 4
         assert tiers(here, yours) == ["remote"] * 4
         # A block that neither has is asked for once, not in circles.
@@ -585,7 +578,7 @@ def test_store_starts_without_its_peer_and_finds_it_later(tmp_path: Path) -> Non
         with serving(tmp_path, "late") as server, kvstore.connect(server.address) as warm:
             warm.open(BIG)
             save_big(warm, chain)
-            wait_for(lambda: found(cold, chain) == 3)
+            wait_until(lambda: found(cold, chain) == 3)
             assert load_all(cold, chain) == ["remote"] * 3
 
 
@@ -605,7 +598,7 @@ def test_restarted_peer_is_read_again(tmp_path: Path) -> None:
         with serving(tmp_path, "s") as again, kvstore.connect(again.address) as warm:
             warm.open(BIG)
             save_big(warm, chain)
-            wait_for(lambda: found(cold, chain) == 3)
+            wait_until(lambda: found(cold, chain) == 3)
             assert load_all(cold, chain) == ["remote"] * 3
 
 

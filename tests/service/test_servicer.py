@@ -15,15 +15,15 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvstore.block import FORMAT_VERSION, Chain, ModelId, Root
-from kvstore.service.door import knock
 from kvstore.service.handshake import hash_vector, model_message
+from kvstore.service.knock import knock
 from kvstore.service.server import Server
 from kvstore.wire import kvstore_pb2 as pb
 from kvstore.wire.kvstore_pb2_grpc import KVStoreStub
 from tests.conftest import chain_of
-from tests.fakes import FakeClock
+from tests.fakes import DictTier, FakeClock
 from tests.service.conftest import StartServer
-from tests.test_conformance import wait_until
+from tests.waiting import wait_until
 
 
 @dataclass
@@ -484,6 +484,28 @@ def test_counters_settings_and_clients_are_for_admins(tenants: dict[str, Any]) -
     assert admin.stub.Check(pb.CheckRequest(session=admin.session)).faults == []
 
 
+def test_models_are_told_to_those_who_opened_them_and_to_admins(
+    tenants: dict[str, Any], make_peer: Callable[..., Peer], model: ModelId
+) -> None:
+    admin, fresh = tenants["admin"], tenants["server"]
+    other = replace(model, model="other")
+    admin.stub.OpenModel(pb.OpenModelRequest(session=admin.session, model=model_message(other), digest=other.digest()))
+    told = [peer.stub.Stats(pb.StatsRequest(session=peer.session)).models for peer in (tenants["alice"], admin)]
+    assert [[each.model for each in models] for models in told] == [["tiny"], ["tiny", "other"]]
+    assert fresh.check() == []
+
+
+def test_time_that_clients_saved_is_summed_and_nonsense_refused(tenants: dict[str, Any]) -> None:
+    alice, server = tenants["alice"], tenants["server"]
+    beats = [pb.Beat(session=alice.session, ttft_saved_s=saved_s) for saved_s in (1.5, 0.0, 0.25)]
+    list(alice.stub.Session(iter(beats)))
+    assert server.stats()["ttft.saved_s"] == 1.75
+    for wrong in (-1.0, float("nan"), float("inf"), 1e9):
+        beat = pb.Beat(session=alice.session, ttft_saved_s=wrong)
+        refused(grpc.StatusCode.INVALID_ARGUMENT, lambda: alice.stub.Session(iter([beat])))  # noqa: B023
+    assert server.stats()["ttft.saved_s"] == 1.75
+
+
 def test_a_tenant_keeps_within_its_quota_and_others_have_theirs(tenants: dict[str, Any], model: ModelId) -> None:
     alice, bob = tenants["alice"], tenants["bob"]
     assert len(alice.save(chain_of(Root(model, salt=b"alice"), 6)).indices) == 4 * 4, "16 KiB are four blocks"
@@ -540,6 +562,85 @@ class Told:
         return {event.root for event in self.events}
 
 
+# -- shares ----------------------------------------------------------------------------------------------------
+
+
+def test_a_client_keeps_no_more_from_eviction_than_its_share(
+    start_server: StartServer, make_peer: Callable[..., Peer], model: ModelId
+) -> None:
+    server = start_server(64, service={"max_session_share": 0.5})
+    greedy, other = make_peer(server), make_peer(server)
+    chains = [chain_of(Root(model), 8, seed=seed) for seed in range(8)]
+    for lease, chain in enumerate(chains, start=1):
+        greedy.save(chain, lease)
+        greedy.commit(lease, *range(8))
+    found = [greedy.match(greedy.whole(chain, at + 1), f"r{at}").num_blocks for at, chain in enumerate(chains)]
+    assert found == [8, 8, 8, 8, 0, 0, 0, 0], "what it may not hold is not there"
+    for lease in (101, 102):
+        greedy.stub.LoadHost(pb.LoadRequest(session=greedy.session, request=f"r{lease - 101}", lease=lease))
+    assert greedy.match(greedy.whole(chains[5], 6), "r5").num_blocks == 0, "a load counts as its hold did"
+    again = greedy.match(greedy.whole(chains[3], 4), "again")
+    assert again.num_blocks == 8, "what two of its holds share counts once"
+    assert server.stats()["host.pinned_blocks"] == 32
+    assert len(other.save(chain_of(Root(model), 16, seed=50)).indices) == 16 * 4, "the rest is for others"
+    refused = greedy.save(chain_of(Root(model), 8, seed=51), 200)
+    assert (refused.indices, refused.num_refused) == (b"", 8)
+    greedy.end(requests=["r2"], loads=[101])
+    part = greedy.save(chain_of(Root(model), 18, seed=51), 201)
+    assert (len(part.indices), part.num_refused) == (16 * 4, 2), "two chains of eight have gone"
+    assert server.stats()["service.over_share"] == 7
+    greedy.end(requests=["r3", "again"], loads=[102], saves=[201])
+    other.end(saves=[1])
+
+
+def test_holds_that_lapsed_do_not_count_against_a_share(
+    start_server: StartServer, make_peer: Callable[..., Peer], model: ModelId
+) -> None:
+    clock = FakeClock()
+    server = start_server(64, clock=clock, service={"max_session_share": 0.25})
+    peer = make_peer(server)
+    chain = chain_of(Root(model), 8, seed=1)
+    peer.save(chain)
+    peer.commit(1, *range(8))
+    for turn in range(6):
+        other = chain_of(Root(model), 8, seed=2 + turn)
+        assert len(peer.save(other, 2 + turn).indices) == 8 * 4, "nothing is held any more"
+        peer.commit(2 + turn, *range(8))
+        assert peer.match(peer.whole(other, 2 + turn), f"forgotten {turn}").num_blocks == 8
+        clock.time_s += 3600
+    peer.end(requests=[f"forgotten {turn}" for turn in range(6)])
+
+
+# -- sessions that came to nothing -----------------------------------------------------------------------------
+
+
+def test_an_open_that_is_refused_leaves_no_passage(start_server: StartServer, make_peer: Callable[..., Peer]) -> None:
+    server = start_server(service={"max_sessions": 1})
+    make_peer(server, mapped=False)  # has a session, and no passage
+    assert server._door is not None
+    for _ in range(3):
+        with pytest.raises(grpc.RpcError):
+            make_peer(server)
+        assert server._door.num_peers == 0
+
+
+def test_a_session_whose_client_never_learnt_of_it_ends(
+    start_server: StartServer, make_peer: Callable[..., Peer]
+) -> None:
+    clock = FakeClock()
+    server = start_server(clock=clock, request={"lease_s": 2.0})
+    make_peer(server)
+    assert len(server.sessions) == 1
+    clock.time_s += 1
+    assert len(server.sessions) == 1
+    for _ in range(20):  # in steps that do not look like a server that stood still
+        clock.time_s += 1
+        threading.Event().wait(0.6 if len(server.sessions) else 0)
+    assert len(server.sessions) == 0
+    assert server._door is not None
+    assert server._door.num_peers == 0
+
+
 # -- watching, looking in --------------------------------------------------------------------------------------
 
 
@@ -585,10 +686,31 @@ def test_blocks_are_inspected_by_hash_and_along_a_chain(peer: Peer, root: Root) 
     peer.commit(1, 0, 1)
     by_hash = peer.stub.Inspect(pb.InspectRequest(session=peer.session, ids=b"".join(chain.ids))).blocks
     along = peer.stub.Inspect(pb.InspectRequest(session=peer.session, chain=peer.whole(chain))).blocks
-    assert list(by_hash) == list(along)
+    assert list(by_hash)[:2] == list(along)[:2]
+    assert [block.depth for block in along] == [0, 1, 2], "its place is known though nothing is there"
     assert [block.resident for block in along] == [True, True, False]
     assert along[1].parent == chain.ids[0]
     peer.end(saves=[1])
+
+
+def test_blocks_along_a_chain_are_looked_for_in_lower_tiers_as_well(
+    start_server: StartServer, make_peer: Callable[..., Peer], root: Root
+) -> None:
+    tier = DictTier()
+    server = start_server(tiers=[tier], mover={"write": "through"})
+    peer, chain = make_peer(server), chain_of(root, 4)
+    peer.save(chain, stop=3)
+    peer.commit(1, 0, 1, 2)
+    assert server.flush(5)
+    server.drop_host()
+    along = peer.stub.Inspect(pb.InspectRequest(session=peer.session, chain=peer.whole(chain))).blocks
+    assert [(block.depth, block.resident, list(block.tiers)) for block in along] == [
+        (0, False, [tier.name]),
+        (1, False, [tier.name]),
+        (2, False, [tier.name]),
+        (3, False, []),
+    ]
+    assert "match.requests" not in server.stats(), "looking is no use"
 
 
 def test_offsets_are_not_told_to_a_client_without_a_mapping(

@@ -34,6 +34,15 @@ def main(address: str, what: str, seed: str) -> None:
                     view[:] = content(chain, index, 0, 4096)
                     print("about to commit", flush=True)
                     save.commit(index)
+            case "scribble":
+                save = store.save(chain, 0, 8)
+                views = [save.views(index)[0] for index in save.indices]
+                print("under way", flush=True)
+                while True:
+                    for view in views:
+                        assert view is not None
+                        view[:] = b"\xff" * len(view)
+                    time.sleep(0.001)
             case "load":
                 store.match(chain_of(Root(MODEL), 8, seed=0), "r")
                 blocks = iter(store.load("r"))

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a client reaches a server: TCP with TLS from end to end, and the Unix sockets as other users find them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvstore.block import ModelId, Root
+from kvstore.errors import AccessDenied, KVStoreError, ServiceUnavailable
+from kvstore.service.client import connect
+from kvstore.service.knock import knock
+from tests.conftest import chain_of, load_all, save_all
+from tests.service.certificates import Authority
+from tests.service.conftest import ROOT, ServerProcess
+
+TOKEN = "alice-alice-alice"
+TOKENS = f"""
+[[client]]
+token = "{TOKEN}"
+salts = ["alice"]
+[[client]]
+certificate = "engine"
+admin = true
+"""
+
+
+# -- TCP -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("ca"), "ours")
+
+
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("other-ca"), "theirs")
+
+
+@pytest.fixture
+def process(start_process: Callable[..., ServerProcess], directory: Path, authority: Authority) -> ServerProcess:
+    """A server over TCP that wants a certificate of ours, and looks at tokens."""
+    tokens = directory / "tokens.toml"
+    tokens.write_text(TOKENS)
+    tokens.chmod(0o600)
+    signed = authority.sign("server")
+    return start_process(
+        service={
+            "listen_tcp": "127.0.0.1:0",
+            "tls_cert": str(signed.cert),
+            "tls_key": str(signed.key),
+            "client_ca": str(authority.cert),
+            "tokens_file": str(tokens),
+        }
+    )
+
+
+def credentials(
+    trusts: Authority, signed_by: Authority | None, *, name: str = "engine", token: str = ""
+) -> dict[str, Any]:
+    shown = signed_by.sign(name) if signed_by is not None else None
+    return {
+        "tls_ca": str(trusts.cert),
+        "tls_cert": "" if shown is None else str(shown.cert),
+        "tls_key": "" if shown is None else str(shown.key),
+        "token": token,
+        "call_deadline_s": 10.0,
+        "wait_s": 1.0,
+    }
+
+
+def test_blocks_come_and_go_over_tls_with_a_certificate_and_a_token(
+    process: ServerProcess, authority: Authority, model: ModelId
+) -> None:
+    hers = chain_of(Root(model, salt=b"alice"), 6)
+    with connect(process.tcp_address, **credentials(authority, authority, token=TOKEN)) as alice:
+        alice.open(model)
+        assert save_all(alice, hers) == 6
+        assert load_all(alice, hers) == ["host"] * 6
+        with pytest.raises(AccessDenied, match="no right to the namespace"):
+            alice.match(chain_of(Root(model), 2), "r")
+    with connect(process.tcp_address, **credentials(authority, authority)) as engine:
+        engine.open(model)
+        assert load_all(engine, hers) == ["host"] * 6, "its certificate has rights of its own"
+        assert engine.check() == []
+
+
+@pytest.mark.parametrize(
+    ("name", "token", "words"),
+    [
+        ("engine", "wrong-wrong-wrong", "access token is not known"),
+        ("somebody", "", "certificate 'somebody' has no rights"),
+    ],
+)
+def test_a_wrong_token_or_name_is_refused_and_said(
+    process: ServerProcess, authority: Authority, name: str, token: str, words: str
+) -> None:
+    with pytest.raises(AccessDenied, match=words):
+        connect(process.tcp_address, **credentials(authority, authority, name=name, token=token))
+
+
+@pytest.mark.parametrize("case", ["we trust another", "signed by another", "no certificate", "no TLS"])
+def test_a_connection_that_tls_refuses_is_no_server_and_soon_given_up(
+    process: ServerProcess, authority: Authority, stranger: Authority, case: str
+) -> None:
+    shown = {
+        "we trust another": credentials(stranger, authority, token=TOKEN),
+        "signed by another": credentials(authority, stranger, token=TOKEN),
+        "no certificate": credentials(authority, None, token=TOKEN),
+        "no TLS": {"token": TOKEN, "call_deadline_s": 10.0, "wait_s": 1.0},
+    }[case]
+    began_s = time.monotonic()
+    with pytest.raises(ServiceUnavailable, match="no server answers at"):
+        connect(process.tcp_address, **shown)
+    assert time.monotonic() - began_s < 8
+
+
+def test_plain_tcp_does_not_start() -> None:
+    tried = subprocess.run(
+        [sys.executable, "-m", "kvstore.service.cli", "serve", "--listen", "127.0.0.1:0", "--host-capacity", "16MiB"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert tried.returncode == 2
+    assert "service listens on 127.0.0.1:0 without TLS: set service.tls_cert" in tried.stderr
+
+
+# -- Unix sockets, and other users -----------------------------------------------------------------------------
+
+GROUP, MEMBER, OTHER_MEMBER, OUTSIDER = 54_320, 54_321, 54_322, 54_323
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+
+
+@pytest.fixture
+def open_directory() -> Iterator[Path]:
+    """One that every user may look into, which those of pytest are not."""
+    with tempfile.TemporaryDirectory(prefix="kvstore-test-") as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
+
+
+@pytest.fixture
+def serve_for(open_directory: Path) -> Iterator[Callable[..., ServerProcess]]:
+    made: list[ServerProcess] = []
+
+    def serve(**service: object) -> ServerProcess:
+        made.append(ServerProcess(open_directory, service=service))
+        return made[-1]
+
+    yield serve
+    for process in made:
+        assert process.stop() == 0
+
+
+def knock_as(uid: int, groups: list[int], path: str) -> str:
+    """What the door says to a process of that user: "open", or the error."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            os.setgroups(groups)
+            os.setgid(uid)
+            os.setuid(uid)
+            with knock(path, 5.0) as passed:
+                said = "open" if passed.capacity_bytes else "empty"
+        except KVStoreError as error:
+            said = f"{type(error).__name__}: {error}"
+        except BaseException as error:  # noqa: BLE001 the child's top
+            said = repr(error)
+        os.write(writer, said.encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as result:
+        said = result.read()
+    os.waitpid(child, 0)
+    return said
+
+
+def modes(directory: Path) -> set[tuple[int, int]]:
+    """Mode and group of the service's socket and the door's."""
+    found = [os.stat(directory / name) for name in ("kvstore.sock", "kvstore.sock.door")]
+    return {(each.st_mode & 0o777, each.st_gid) for each in found}
+
+
+@needs_root
+def test_without_a_group_the_sockets_are_this_users_alone(
+    serve_for: Callable[..., ServerProcess], open_directory: Path
+) -> None:
+    serve_for()
+    path = str(open_directory / "kvstore.sock")
+    assert modes(open_directory) == {(0o600, os.getegid())}
+    assert knock_as(OUTSIDER, [GROUP], path).startswith(f"AccessDenied: user {OUTSIDER} may not connect to")
+
+
+@needs_root
+def test_with_a_group_its_members_come_in_and_nobody_else(
+    serve_for: Callable[..., ServerProcess], open_directory: Path
+) -> None:
+    serve_for(group=str(GROUP))
+    path = str(open_directory / "kvstore.sock")
+    assert modes(open_directory) == {(0o660, GROUP)}
+    assert knock_as(MEMBER, [GROUP], path) == "open"
+    assert knock_as(OUTSIDER, [], path).startswith(f"AccessDenied: user {OUTSIDER} may not connect to")
+
+
+@needs_root
+def test_listed_users_alone_map_the_arena_though_the_group_may_use_the_socket(
+    serve_for: Callable[..., ServerProcess], open_directory: Path
+) -> None:
+    serve_for(group=str(GROUP), allowed_uids=[MEMBER])
+    path = str(open_directory / "kvstore.sock")
+    assert knock_as(MEMBER, [GROUP], path) == "open"
+    refused = knock_as(OTHER_MEMBER, [GROUP], path)
+    assert refused.endswith(f"user {OTHER_MEMBER} may not map this arena: name it in service.allowed_uids")
