@@ -4,7 +4,9 @@
 vLLM registers one tensor a layer with axes (page, head, token, channel), the channels being K then V. On a GPU that
 is what memory holds, in whichever order, and strides describe it: `kvstore.transfer` copies it. On a CPU each
 page is packed in an order that its attention kernel likes, and differs by instruction set. The order is found by
-letting the engine's own write kernel write known values, reduced to strides, and tried on random data.
+letting the engine's own write kernel write known values, reduced to strides, and tried on random data. Copies then
+go by strides in both directions, a call for all layers of a block. Loading through the kernel itself costs a second
+copy, into the tensors it takes, and its threads meet at a barrier a layer, for which a busy machine waits long.
 
 Invariants: nothing below a load's first token is written; bytes are never converted.
 """
@@ -13,15 +15,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from kvstore.copying import Shape, copy_places
 from kvstore.errors import ConfigError
-from kvstore.layout import BlockLayout
+from kvstore.layout import BlockLayout, PartLayout
 from kvstore.transfer import PageCopier, PagedKV, SlotViews, to_tensor
 
 Axes = tuple[tuple[int, int], ...]
@@ -30,9 +33,6 @@ Axes = tuple[tuple[int, int], ...]
 WriteKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
 """(keys, values [tokens, heads, dim], one layer's tensor, slot of each token): write them as the engine does."""
 
-_STAGE_BYTES = 64 << 20
-"""Blocks are handed to the write kernel so many bytes at a time. Its threads meet at a barrier after each call, which
-on a busy machine costs more than the copy: with one call a block and layer, 64 MiB took up to 1.4 s, mostly 30 ms."""
 _DIGIT = 8
 """Values the probe writes lie below it: exact in every dtype, fp8 included."""
 
@@ -50,18 +50,8 @@ class EnginePages(Protocol):
     def gather(self, pages: Sequence[int], index: int, views: SlotViews) -> None:
         """Copy block `index` out into slots, one a part, None where it is there already."""
 
-    def writer(self, pages: Sequence[int], first_token: int) -> PageWriter:
-        """For one load, whose tokens below `first_token` are left out."""
-
-
-class PageWriter(Protocol):
-    """Copies a load's blocks in, in order. What was written is in place only as far as `flush` or `write` say."""
-
-    def write(self, index: int, views: Sequence[memoryview]) -> int:
-        """Take block `index`; the views may change afterwards. Returns how many blocks are in place by now."""
-
-    def flush(self) -> int:
-        """Put everything in place; returns how many blocks that makes."""
+    def scatter(self, pages: Sequence[int], index: int, views: Sequence[memoryview], first_token: int) -> None:
+        """Copy block `index` in, without the sequence's tokens below `first_token`."""
 
 
 class StridedPages:
@@ -79,18 +69,13 @@ class StridedPages:
     def gather(self, pages: Sequence[int], index: int, views: SlotViews) -> None:
         self._copier.gather(pages, [(index, views)])
 
-    def writer(self, pages: Sequence[int], first_token: int) -> PageWriter:
-        return _AtOnce(lambda index, views: self._scatter(pages, index, views, first_token))
-
-    def _scatter(self, pages: Sequence[int], index: int, views: SlotViews, first_token: int) -> None:
+    def scatter(self, pages: Sequence[int], index: int, views: Sequence[memoryview], first_token: int) -> None:
         layout = self._copier.layout
         first = index * layout.model.block_tokens
         if first_token <= first:
             self._copier.scatter(pages, [(index, views)])
             return
         for part, view in zip(self.parts, views, strict=True):  # at most one block a load is cut
-            if view is None:
-                continue
             cell = layout.parts[part]
             held = to_tensor(view, cell, self._paged.dtype).to(self._paged.device)
             heads = slice(cell.heads.start - self._heads.start, cell.heads.stop - self._heads.start)
@@ -99,22 +84,6 @@ class StridedPages:
                 for layer in cell.layers:
                     for kv, plane in enumerate(self._paged.planes[layer - self._layers.start]):
                         plane[page, at, heads] = held[layer - cell.layers.start, kv, token - first]
-
-
-class _AtOnce:
-    """A writer that keeps nothing back."""
-
-    def __init__(self, scatter: Callable[[int, SlotViews], None]) -> None:
-        self._scatter = scatter
-        self._count = 0
-
-    def write(self, index: int, views: Sequence[memoryview]) -> int:
-        self._scatter(index, views)
-        self._count += 1
-        return self._count
-
-    def flush(self) -> int:
-        return self._count
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,40 +182,24 @@ def _walk(axes: Axes) -> torch.Tensor:
     return total
 
 
-class _Staged:
-    """A writer that gathers blocks in a stage and hands them to the kernel together."""
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """How keys or values of one cell's piece of a page are copied: between where they begin on either side."""
 
-    def __init__(self, owner: PackedPages, pages: Sequence[int], first_token: int) -> None:
-        self._owner, self._pages, self._first_token = owner, pages, first_token
-        self._stage: torch.Tensor | None = None
-        self._first = 0  # index of the stage's first block
-        self._held = 0
-        self._count = 0
-
-    def write(self, index: int, views: Sequence[memoryview]) -> int:
-        if self._stage is None:
-            self._stage = self._owner.take_stage()
-        if not self._held:
-            self._first = index
-        self._owner.put(self._stage, self._held * self._owner.block_tokens, index, views)
-        self._held += 1
-        return self.flush() if self._held == self._owner.stage_blocks else self._count
-
-    def flush(self) -> int:
-        if self._stage is not None:
-            first = self._first * self._owner.block_tokens
-            skip = max(0, self._first_token - first)
-            self._owner.write_stage(self._stage, self._pages, first, skip, self._held * self._owner.block_tokens)
-            self._count += self._held
-            self._owner.give_back(self._stage)
-            self._stage, self._held = None, 0
-        return self._count
+    token_axes: Axes
+    into_page: Shape
+    into_slot: Shape
+    page_offset: int
+    """Bytes from a page's start to the keys or values of the cell's first head."""
+    slot_offset: int
+    """Bytes from a slot's start to the keys or values of its first layer."""
 
 
-def _raw(tensor: torch.Tensor) -> npt.NDArray[np.unsignedinteger[npt.NBitBase]]:
-    """A tensor's bytes in numpy, which knows no bfloat16."""
-    size = tensor.element_size()
-    return tensor.view({1: torch.uint8, 2: torch.uint16, 4: torch.uint32}[size]).numpy()
+def _facing(axes: Axes, size: int, held_step: int) -> list[tuple[int, int, int]]:
+    """(size, step in a page, step in a slot) of each axis over the first `size` indices, in elements."""
+    sizes = [size // math.prod(count for count, _ in axes[1:]), *(count for count, _ in axes[1:])]
+    held = [held_step * math.prod(sizes[at + 1 :]) for at in range(len(sizes))]
+    return [(count, step, in_slot) for count, (_, step), in_slot in zip(sizes, axes, held, strict=True)]
 
 
 class PackedPages:
@@ -273,7 +226,6 @@ class PackedPages:
         model = layout.model
         self.parts = layout.parts_covering(layers, heads)
         self._layout, self._tensors, self._layers, self._heads = layout, tensors, layers, heads
-        self._write = write
         self.order = probe_order(write, tensors[0], model.head_dim, key_dtype)
         self.page_tokens = int(tensors[0].shape[2])
         self._piece = min(self.page_tokens, model.block_tokens)
@@ -282,107 +234,87 @@ class PackedPages:
                 f"block_tokens is {model.block_tokens}, the engine's pages hold {self.page_tokens} tokens: one must "
                 f"divide the other, in steps of {self.order.token_step}"
             )
-        self._by_kernel = tensors[0].dtype == key_dtype
-        block_bytes = sum(layout.parts[part].num_bytes for part in self.parts)
-        self._stage_blocks = max(1, _STAGE_BYTES // block_bytes)
-        self._stages: list[torch.Tensor] = []
+        if any(tensor.stride() != tensors[0].stride() for tensor in tensors):
+            raise ConfigError("the engine's layers have different strides, which is not known here")
         self._dtype = tensors[0].dtype
-        self._planes = [self._planes_of(tensor) for tensor in tensors]
-        self._try(key_dtype)
+        self._addresses = [tensor.data_ptr() for tensor in tensors]
+        self._pieces = [[self._plan(layout.parts[part], kv) for kv in (0, 1)] for part in self.parts]
+        self._try(write, key_dtype)
 
     def gather(self, pages: Sequence[int], index: int, views: SlotViews) -> None:
         self._copy(pages, index, views, index * self._layout.model.block_tokens, to_slots=True)
 
-    def writer(self, pages: Sequence[int], first_token: int) -> PageWriter:
-        if self._by_kernel:
-            return _Staged(self, pages, first_token)
-        return _AtOnce(lambda index, views: self._copy(pages, index, views, first_token, to_slots=False))
+    def scatter(self, pages: Sequence[int], index: int, views: Sequence[memoryview], first_token: int) -> None:
+        self._copy(pages, index, views, first_token, to_slots=False)
 
-    def take_stage(self) -> torch.Tensor:
-        """Keys and values of some blocks side by side, [layers, kv, tokens, heads, dim]; give it back."""
-        try:
-            return self._stages.pop()
-        except IndexError:
-            model = self._layout.model
-            tokens = self._stage_blocks * model.block_tokens
-            return torch.zeros(len(self._layers), 2, tokens, len(self._heads), model.head_dim, dtype=self._dtype)
-
-    def give_back(self, stage: torch.Tensor) -> None:
-        self._stages.append(stage)
-
-    def put(self, stage: torch.Tensor, at: int, index: int, views: Sequence[memoryview]) -> None:
-        """Copy block `index` into a stage at token `at`. In numpy: torch would share it out among threads."""
-        tokens = self._layout.model.block_tokens
-        into = _raw(stage)
-        for part, view in zip(self.parts, views, strict=True):
-            cell = self._layout.parts[part]
-            layers = slice(cell.layers.start - self._layers.start, cell.layers.stop - self._layers.start)
-            heads = slice(cell.heads.start - self._heads.start, cell.heads.stop - self._heads.start)
-            into[layers, :, at : at + tokens, heads] = _raw(to_tensor(view, cell, self._dtype))
-
-    def write_stage(self, stage: torch.Tensor, pages: Sequence[int], first: int, skip: int, stop: int) -> None:
-        """Have the kernel write a stage's tokens `skip` … `stop`, whose first one is the sequence's token `first`."""
-        tokens = np.arange(first + skip, first + stop)
-        table = np.asarray(pages, np.int64)
-        slots = torch.from_numpy(table[tokens // self.page_tokens] * self.page_tokens + tokens % self.page_tokens)
-        for layer, tensor in enumerate(self._tensors):
-            self._write(stage[layer, 0, skip:stop], stage[layer, 1, skip:stop], tensor, slots)
-
-    @property
-    def stage_blocks(self) -> int:
-        return self._stage_blocks
-
-    @property
-    def block_tokens(self) -> int:
-        return self._layout.model.block_tokens
-
-    def _planes_of(self, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values as views with axes (page, head, token axes …, channel axes …)."""
-        order, steps = self.order, tensor.stride()
-        planes = []
-        for token, dim, offset in ((order.k_token, order.k_dim, 0), (order.v_token, order.v_dim, order.v_offset)):
-            sizes = (*tensor.shape[:2], *(size for size, _ in (*token, *dim)))
-            strides = (steps[0], steps[1], *(step for _, step in (*token, *dim)))
-            planes.append(tensor.as_strided(sizes, strides, tensor.storage_offset() + offset))
-        return planes[0], planes[1]
+    def _plan(self, cell: PartLayout, kv: int) -> _Piece:
+        model, order, item = self._layout.model, self.order, self._dtype.itemsize
+        token, dim, offset = (
+            (order.k_token, order.k_dim, 0) if kv == 0 else (order.v_token, order.v_dim, order.v_offset)
+        )
+        head_step = self._tensors[0].stride(1)
+        held_token_step = len(cell.heads) * model.head_dim
+        axes = [
+            (len(cell.heads), head_step, model.head_dim),
+            *_facing(token, self._piece, held_token_step),
+            *_facing(dim, model.head_dim, 1),
+        ]
+        into_page = Shape.of([(size, step * item, held * item) for size, step, held in axes], item)
+        return _Piece(
+            token_axes=token,
+            into_page=into_page,
+            into_slot=into_page.turned(),
+            page_offset=((cell.heads.start - self._heads.start) * head_step + offset) * item,
+            slot_offset=kv * model.block_tokens * held_token_step * item,
+        )
 
     def _copy(self, pages: Sequence[int], index: int, views: SlotViews, first_token: int, *, to_slots: bool) -> None:
         block_tokens = self._layout.model.block_tokens
         first = index * block_tokens
-        for part, view in zip(self.parts, views, strict=True):
+        tokens = range(max(first, first_token), first + block_tokens, self._piece)
+        for part, view, pieces in zip(self.parts, views, self._pieces, strict=True):
             if view is None:
                 continue
             cell = self._layout.parts[part]
-            held = to_tensor(view, cell, self._dtype)
-            heads = slice(cell.heads.start - self._heads.start, cell.heads.stop - self._heads.start)
-            for token in range(max(first, first_token), first + block_tokens, self._piece):
-                page, at = int(pages[token // self.page_tokens]), token % self.page_tokens
-                block = held[:, :, token - first : token - first + self._piece]
-                for number, layer in enumerate(cell.layers):
-                    for kv, plane in enumerate(self._planes[layer - self._layers.start]):
-                        mine, theirs = self._facing(block[number, kv], plane[page, heads], kv, at)
-                        mine.copy_(theirs) if to_slots else theirs.copy_(mine)
+            if view.nbytes != cell.num_bytes or (to_slots and view.readonly):
+                raise ValueError(f"block {index}: a slot of {view.nbytes} bytes for a part of {cell.num_bytes}")
+            slot = np.frombuffer(view, np.uint8).ctypes.data
+            for piece in pieces:
+                held, engine = self._places(pages, cell, piece, tokens, first)
+                held = [slot + at for at in held]
+                if to_slots:
+                    copy_places(held, engine, piece.into_slot)
+                else:
+                    copy_places(engine, held, piece.into_page)
 
-    def _facing(self, block: torch.Tensor, plane: torch.Tensor, kv: int, at: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A piece of a slot `[tokens, heads, dim]` and of a page, both as (head, token axes …, channel axes …)."""
-        token, dim = (self.order.k_token, self.order.k_dim) if kv == 0 else (self.order.v_token, self.order.v_dim)
-        inner = math.prod(size for size, _ in token[1:])
-        sizes = [len(block) // inner, *(size for size, _ in token[1:])]
-        mine = block.unflatten(2, [size for size, _ in dim]).unflatten(0, sizes)  # type: ignore[no-untyped-call]
-        return mine.movedim(len(sizes), 0), plane[:, at // inner : at // inner + sizes[0]]
+    def _places(
+        self, pages: Sequence[int], cell: PartLayout, piece: _Piece, tokens: range, first: int
+    ) -> tuple[list[int], list[int]]:
+        """Where the pieces that begin at `tokens` lie: (bytes from the slot's start, addresses in the engine's)."""
+        tensor, item = self._tensors[0], self._dtype.itemsize
+        token_bytes = len(cell.heads) * self._layout.model.head_dim * item
+        layer_bytes = 2 * self._layout.model.block_tokens * token_bytes
+        (_, step), *inner = piece.token_axes
+        per_step = math.prod(size for size, _ in inner)
+        held, engine = [], []
+        for token in tokens:
+            page, at = int(pages[token // self.page_tokens]), token % self.page_tokens
+            if not 0 <= page < len(tensor):
+                raise ValueError(f"page {page} is outside the engine's {len(tensor)} pages")
+            in_page = (page * tensor.stride(0) + at // per_step * step) * item + piece.page_offset
+            for number, layer in enumerate(cell.layers):
+                held.append(piece.slot_offset + number * layer_bytes + (token - first) * token_bytes)
+                engine.append(self._addresses[layer - self._layers.start] + in_page)
+        return held, engine
 
-    def _try(self, key_dtype: torch.dtype) -> None:
+    def _try(self, write: WriteKernel, key_dtype: torch.dtype) -> None:
         """What the kernel writes must be what strides read, and what loading writes what the kernel would."""
         model = self._layout.model
-        trial = PackedPages.__new__(PackedPages)
-        trial._layout, trial._layers, trial._heads = self._layout, self._layers, self._heads
-        trial._write, trial.order, trial.parts = self._write, self.order, self.parts
-        trial.page_tokens, trial._piece, trial._dtype = self.page_tokens, self._piece, self._dtype
-        trial._by_kernel, trial._stage_blocks, trial._stages = self._by_kernel, 1, []
+        trial = copy(self)
         num_pages = 2 + model.block_tokens // self._piece
         shape = (num_pages, *self._tensors[0].shape[1:])
         trial._tensors = [torch.zeros(shape, dtype=self._dtype) for _ in self._layers]
-        trial._planes = [trial._planes_of(tensor) for tensor in trial._tensors]
+        trial._addresses = [tensor.data_ptr() for tensor in trial._tensors]
         pages = list(range(num_pages - 1, 0, -1))
         slots = torch.tensor(
             [pages[t // self.page_tokens] * self.page_tokens + t % self.page_tokens for t in range(model.block_tokens)]
@@ -392,7 +324,7 @@ class PackedPages:
             len(self._layers), 2, model.block_tokens, len(self._heads), model.head_dim, generator=generator
         ).to(key_dtype)
         for tensor, (keys, values) in zip(trial._tensors, wrote, strict=True):
-            self._write(keys, values, tensor, slots)
+            write(keys, values, tensor, slots)
         cells = [self._layout.parts[part] for part in self.parts]
         held = [memoryview(bytearray(cell.num_bytes)) for cell in cells]
         trial.gather(pages, 0, held)
@@ -410,8 +342,6 @@ class PackedPages:
                 raise ConfigError("the engine's pages do not hold what its kernel wrote, in the order found")
         for tensor in trial._tensors:
             tensor.zero_()
-        writer = trial.writer(pages, 0)
-        writer.write(0, held)
-        writer.flush()
+        trial.scatter(pages, 0, held, 0)
         if not all(torch.equal(a, b) for a, b in zip(trial._tensors, want, strict=True)):
             raise ConfigError("blocks loaded into the engine's pages are not what its kernel would have written")

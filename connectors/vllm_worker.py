@@ -111,7 +111,6 @@ class WorkerSide:
         if order.lease is None:
             return True
         at, then_s = order.start, self._now_s()
-        writer = self._pages.writer(order.pages, order.first_token)
         with self._adopt(order.lease) as load:
             for block in load:
                 if block.index != at or at >= order.stop:
@@ -121,18 +120,13 @@ class WorkerSide:
                         return load.intact()
                     # A match is over all parts, so that a hit is one on every rank; this rank copies its own.
                     views = [block.views[part] for part in self._pages.parts]
-                    job.stop = order.start + writer.write(at, views)
-                at += 1
+                    self._pages.scatter(order.pages, at, views, order.first_token)
+                    at += 1
+                    job.stop = at
                 now_s = self._now_s()
                 job.seconds[block.tier] = job.seconds.get(block.tier, 0.0) + now_s - then_s
                 job.num_blocks[block.tier] = job.num_blocks.get(block.tier, 0) + 1
                 then_s = now_s
-            with job.lock:
-                if job.cancelled:
-                    return True
-                job.stop = order.start + writer.flush()
-            if at > order.start:
-                job.seconds[block.tier] += self._now_s() - then_s
             return load.intact()
 
     def _note(self, job: _Job) -> None:

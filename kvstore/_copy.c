@@ -11,6 +11,11 @@
  * loses a tenth; two or four pages interleaved as libc does falls to 0.25 where source and destination differ by a
  * few lines modulo a page.
  *
+ * Engines on CPUs keep keys turned, [channel][token] where a block has [token][channel]. Such a copy, of single
+ * elements that follow each other along one axis on one side and along another on the other, goes in tiles: each
+ * writes whole lines of the destination. As shares of a memmove on the same processor: into pages 0.7 for elements of
+ * four bytes and 0.8 for two, out of them 0.5 and 0.7; with ordinary stores 0.5; element by element 0.25 and 0.15.
+ *
  * Loaded with ctypes, which releases the GIL; not a CPython module and needs no Python header.
  */
 #include <stddef.h>
@@ -74,33 +79,183 @@ __attribute__((target("avx2"))) static void copy_avx2(char *to, const char *from
 
 static copy_fn *row_copy(void) { return __builtin_cpu_supports("avx2") ? copy_avx2 : copy_sse2; }
 static void copies_done(void) { _mm_sfence(); }
+
+/* Eight rows of eight elements of four bytes, turned: half a line of each of eight destination rows. */
+__attribute__((target("avx2"))) static inline void turn_8x8_of_4(char (*to)[LINE], int at, const char *from, int64_t step)
+{
+    __m256 row[8], pair[8], quad[8];
+    for (int i = 0; i < 8; i++)
+        row[i] = _mm256_loadu_ps((const float *)(from + i * step));
+    for (int i = 0; i < 8; i += 2) {
+        pair[i] = _mm256_unpacklo_ps(row[i], row[i + 1]);
+        pair[i + 1] = _mm256_unpackhi_ps(row[i], row[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        quad[i] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0x44);
+        quad[i + 1] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0xEE);
+        quad[i + 2] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0x44);
+        quad[i + 3] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0xEE);
+    }
+    for (int i = 0; i < 4; i++) {
+        _mm256_store_ps((float *)(to[i] + at), _mm256_permute2f128_ps(quad[i], quad[i + 4], 0x20));
+        _mm256_store_ps((float *)(to[i + 4] + at), _mm256_permute2f128_ps(quad[i], quad[i + 4], 0x31));
+    }
+}
+
+/* The same of two bytes: a quarter of each line. */
+static inline void turn_8x8_of_2(char (*to)[LINE], int at, const char *from, int64_t step)
+{
+    __m128i row[8], pair[8], quad[8];
+    for (int i = 0; i < 8; i++)
+        row[i] = _mm_loadu_si128((const __m128i *)(from + i * step));
+    for (int i = 0; i < 8; i += 2) {
+        pair[i] = _mm_unpacklo_epi16(row[i], row[i + 1]);
+        pair[i + 1] = _mm_unpackhi_epi16(row[i], row[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        quad[i] = _mm_unpacklo_epi32(pair[i], pair[i + 2]);
+        quad[i + 1] = _mm_unpackhi_epi32(pair[i], pair[i + 2]);
+        quad[i + 2] = _mm_unpacklo_epi32(pair[i + 1], pair[i + 3]);
+        quad[i + 3] = _mm_unpackhi_epi32(pair[i + 1], pair[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        _mm_store_si128((__m128i *)(to[2 * i] + at), _mm_unpacklo_epi64(quad[i], quad[i + 4]));
+        _mm_store_si128((__m128i *)(to[2 * i + 1] + at), _mm_unpackhi_epi64(quad[i], quad[i + 4]));
+    }
+}
+
+static int turns_by_vector(size_t item_bytes, const char *to, int64_t to_step)
+{
+    int whole_lines = !(((uintptr_t)to | (uintptr_t)to_step) & (LINE - 1));
+    return whole_lines && (item_bytes == 2 || item_bytes == 4) && __builtin_cpu_supports("avx2");
+}
+
+/* The part of `turn` that is whole tiles: a line each of eight rows of the destination. A tile is put together in
+ * the cache and streamed out line by line: half lines streamed to eight rows in turn ran at half the rate. */
+__attribute__((target("avx2"))) static void turn_tiles(char *to, const char *from, int64_t lines, int64_t rows_of_8,
+                                                       int64_t to_step, int64_t from_step, int item_bytes)
+{
+    char tile[8][LINE] __attribute__((aligned(LINE)));
+    int64_t line_items = LINE / item_bytes;
+    for (int64_t line = 0; line < lines; line++)
+        for (int64_t eight = 0; eight < rows_of_8; eight++) {
+            const char *source = from + line * line_items * from_step + eight * 8 * item_bytes;
+            char *row = to + eight * 8 * to_step + line * LINE;
+            for (int at = 0; at < LINE; at += 8 * item_bytes, source += 8 * from_step) {
+                if (item_bytes == 4)
+                    turn_8x8_of_4(tile, at, source, from_step);
+                else
+                    turn_8x8_of_2(tile, at, source, from_step);
+            }
+            for (int i = 0; i < 8; i++, row += to_step) {
+                _mm256_stream_si256((__m256i *)row, _mm256_load_si256((const __m256i *)tile[i]));
+                _mm256_stream_si256((__m256i *)(row + 32), _mm256_load_si256((const __m256i *)(tile[i] + 32)));
+            }
+        }
+}
 #else
 static copy_fn *row_copy(void) { return copy_plain; }
 static void copies_done(void) {}
+enum { LINE = 64 };
+static int turns_by_vector(size_t item_bytes, const char *to, int64_t to_step) { return 0; }
+static void turn_tiles(char *to, const char *from, int64_t lines, int64_t rows_of_8, int64_t to_step,
+                       int64_t from_step, int item_bytes)
+{
+}
 #endif
 
 enum { SHORT_ROW = 256 };
 
-static void copy_axes(copy_fn *copy, char *to, const char *from, int num_axes, const int64_t *sizes,
-                      const int64_t *to_steps, const int64_t *from_steps, size_t row_bytes)
+/* A rectangle of single elements: `across` of them follow each other at the destination, `down` at the source. */
+typedef struct {
+    int64_t across, down, to_step, from_step;
+} rectangle;
+
+#define TURN_PLAIN(item_bytes)                                                                         \
+    for (int64_t left = 0; left < area.across; left += TILE)                                           \
+        for (int64_t row = 0; row < area.down; row++)                                                  \
+            for (int64_t at = left; at < area.across && at < left + TILE; at++)                        \
+                memcpy(to + row * area.to_step + at * item_bytes, from + at * area.from_step + row * item_bytes, item_bytes)
+
+static void turn_plain(char *to, const char *from, rectangle area, size_t item_bytes)
+{
+    enum { TILE = 16 };
+    switch (item_bytes) { /* so that each element's copy is one instruction, not a call */
+    case 1: TURN_PLAIN(1); break;
+    case 2: TURN_PLAIN(2); break;
+    case 4: TURN_PLAIN(4); break;
+    default: TURN_PLAIN(8);
+    }
+}
+
+static void turn(char *to, const char *from, rectangle area, size_t item_bytes)
+{
+    rectangle rest = area;
+    if (turns_by_vector(item_bytes, to, area.to_step)) {
+        int64_t lines = area.across * (int64_t)item_bytes / LINE, rows_of_8 = area.down / 8;
+        int64_t across = lines * LINE / (int64_t)item_bytes, down = rows_of_8 * 8;
+        turn_tiles(to, from, lines, rows_of_8, area.to_step, area.from_step, (int)item_bytes);
+        rest.across = across, rest.down = area.down - down;
+        turn_plain(to + down * area.to_step, from + down * (int64_t)item_bytes, rest, item_bytes);
+        rest.across = area.across - across, rest.down = area.down;
+        to += across * (int64_t)item_bytes, from += across * area.from_step;
+    }
+    turn_plain(to, from, rest, item_bytes);
+}
+
+typedef struct {
+    copy_fn *copy;
+    size_t row_bytes;
+    int turned;
+    rectangle area;
+} leaf;
+
+static void copy_axes(const leaf *each, char *to, const char *from, int num_axes, const int64_t *sizes,
+                      const int64_t *to_steps, const int64_t *from_steps)
 {
     if (num_axes == 0) {
-        copy(to, from, row_bytes);
+        if (each->turned)
+            turn(to, from, each->area, each->row_bytes);
+        else
+            each->copy(to, from, each->row_bytes);
         return;
     }
     for (int64_t at = 0; at < sizes[0]; at++)
-        copy_axes(copy, to + at * to_steps[0], from + at * from_steps[0], num_axes - 1, sizes + 1, to_steps + 1,
-                  from_steps + 1, row_bytes);
+        copy_axes(each, to + at * to_steps[0], from + at * from_steps[0], num_axes - 1, sizes + 1, to_steps + 1,
+                  from_steps + 1);
 }
 
-/* For each of num_places pairs of addresses, copy rows of row_bytes over num_axes axes; steps are in bytes.
- * Sources and destinations must not overlap. */
+/* The axis along which rows follow each other without gaps; -1 for none. */
+static int dense_axis(int num_axes, const int64_t *steps, size_t row_bytes)
+{
+    for (int at = num_axes - 1; at >= 0; at--)
+        if (steps[at] == (int64_t)row_bytes)
+            return at;
+    return -1;
+}
+
+/* For each of num_places pairs of addresses, copy rows of row_bytes over num_axes axes, at most 8; steps are in
+ * bytes. Sources and destinations must not overlap. */
 void kvstore_copy(size_t num_places, char *const *to, const char *const *from, int num_axes, const int64_t *sizes,
                   const int64_t *to_steps, const int64_t *from_steps, size_t row_bytes)
 {
-    copy_fn *copy = row_bytes < SHORT_ROW ? copy_plain : row_copy();
+    leaf each = {row_bytes < SHORT_ROW ? copy_plain : row_copy(), row_bytes, 0, {0, 0, 0, 0}};
+    int64_t outer[3][8];
+    int across = dense_axis(num_axes, to_steps, row_bytes), down = dense_axis(num_axes, from_steps, row_bytes);
+    each.turned = across >= 0 && down >= 0 && across != down && (row_bytes == 1 || row_bytes == 2 || row_bytes == 4 || row_bytes == 8);
+    if (each.turned) {
+        rectangle area = {sizes[across], sizes[down], to_steps[down], from_steps[across]};
+        int kept = 0;
+        each.area = area;
+        for (int at = 0; at < num_axes; at++)
+            if (at != across && at != down) {
+                outer[0][kept] = sizes[at], outer[1][kept] = to_steps[at], outer[2][kept] = from_steps[at];
+                kept++;
+            }
+        num_axes = kept, sizes = outer[0], to_steps = outer[1], from_steps = outer[2];
+    }
     for (size_t at = 0; at < num_places; at++)
-        copy_axes(copy, to[at], from[at], num_axes, sizes, to_steps, from_steps, row_bytes);
+        copy_axes(&each, to[at], from[at], num_axes, sizes, to_steps, from_steps);
     copies_done();
 }
 

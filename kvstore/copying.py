@@ -3,7 +3,8 @@
 
 Measured on two cores of an AMD EPYC, 512 MiB in blocks of 8 MiB, as a share of one libc memmove of 512 MiB:
 libc memmove a block 0.6–0.7, numpy assignment the same, here 1.0–1.1; 32 KiB rows in random order 0.9–1.0 here,
-0.6 by numpy. The gain is the destination that need not be read first; see `_copy.c`.
+0.6 by numpy. The gain is the destination that need not be read first; see `_copy.c`. Copies that turn elements
+about, [channel][token] from [token][channel], run in tiles at 0.5–0.8; by numpy at 0.15–0.3.
 """
 
 from __future__ import annotations

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore.copying import MIN_BYTES, assign, copy_bytes
+from kvstore.copying import MIN_BYTES, Shape, assign, copy_bytes, copy_places
 from kvstore.native import is_built
 
 
@@ -44,6 +45,38 @@ def test_strided_axes_copy_like_numpy(row: int, flip: bool) -> None:
     wanted[...] = source
     assign(target, source)
     assert np.array_equal(into, expected)
+
+
+@given(
+    item=st.sampled_from([np.uint8, np.uint16, np.uint32, np.uint64]),
+    across=st.integers(1, 80),
+    down=st.integers(1, 40),
+    shift=st.sampled_from([0, 64, 1, 8]),
+    gap=st.sampled_from([0, 64, 3]),
+)
+@settings(max_examples=300, deadline=None)
+def test_turned_elements_copy_like_numpy_and_nothing_beyond(
+    item: type[np.unsignedinteger[npt.NBitBase]], across: int, down: int, shift: int, gap: int
+) -> None:
+    """[heads, down, across] from [across, heads, down]: elements in a row here are far apart there."""
+    num_heads = 2
+    size = np.dtype(item).itemsize
+    rng = np.random.default_rng(across * down)
+    source = rng.integers(1, 200, (across, num_heads, down)).astype(item)
+    memory = np.zeros(num_heads * down * (across + gap) * size + 1024, np.uint8)
+    start = -memory.ctypes.data % 64 + shift * size
+    whole = memory[start : start + num_heads * down * (across + gap) * size].view(item)
+    into = whole.reshape(num_heads, down, across + gap)[:, :, :across]
+    expected = memory.copy()
+    wanted = expected[start : start + num_heads * down * (across + gap) * size].view(item)
+    wanted.reshape(num_heads, down, across + gap)[:, :, :across] = source.transpose(1, 2, 0)
+    axes = list(zip(into.shape, into.strides, source.transpose(1, 2, 0).strides, strict=True))
+    shape = Shape.of(axes, size)
+    copy_places([into.ctypes.data], [source.ctypes.data], shape)
+    assert np.array_equal(memory, expected)
+    back = np.zeros_like(source)
+    copy_places([back.ctypes.data], [into.ctypes.data], shape.turned())
+    assert np.array_equal(back, source)
 
 
 def test_arrays_that_differ_are_refused() -> None:

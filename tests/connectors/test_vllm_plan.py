@@ -81,32 +81,9 @@ class FakePages:
         assert len(pages) * self.page_tokens >= (index + 1) * BLOCK
         self.read.append(index)
 
-    def writer(self, pages: Sequence[int], first_token: int) -> FakeWriter:
-        return FakeWriter(self, first_token)
-
-
-@dataclass
-class FakeWriter:
-    """Keeps the last block back, as a writer may."""
-
-    pages: FakePages
-    first_token: int
-    held: list[int] = field(default_factory=list)
-    count: int = 0
-
-    def write(self, index: int, views: Any) -> int:
-        assert len(views) == len(self.pages.parts)
-        self.held.append(index)
-        if len(self.held) > 1:
-            self.pages.written.append((self.held.pop(0), self.first_token))
-            self.count += 1
-        return self.count
-
-    def flush(self) -> int:
-        self.pages.written += [(index, self.first_token) for index in self.held]
-        self.count += len(self.held)
-        self.held = []
-        return self.count
+    def scatter(self, pages: Sequence[int], index: int, views: Any, first_token: int) -> None:
+        assert len(views) == len(self.parts)
+        self.written.append((index, first_token))
 
 
 class Bench:
