@@ -229,6 +229,7 @@ RULES: dict[str, Rule] = {
     "connectors.trtllm": Rule(6, (*PUBLIC, "connectors.base"), ("torch", "tensorrt_llm")),
     # The store and its configuration are loaded where it is kept in the engine's own process.
     "connectors.vllm": Rule(6, (*PUBLIC, "connectors.vllm_*", "kvstore.config", "kvstore.store"), ("torch", "vllm")),
+    "connectors.vllm_pages": Rule(6, (*PUBLIC, "kvstore.copying"), ("torch",)),
     "connectors.vllm_*": Rule(6, (*PUBLIC, "connectors.base", "connectors.vllm_*"), ("torch", "vllm")),
     "connectors.*": Rule(6, (*PUBLIC, "connectors.base"), ("torch",), library_of_its_own=True),
     # 7: what nothing imports
