@@ -27,11 +27,13 @@ class LentBlock:
     Attributes:
         number: position among the ids asked for.
         views: read-only bytes of the asked parts, in the order asked.
+        slots: where in the arena they begin.
         meta: what its hash was taken of.
     """
 
     number: int
     views: tuple[memoryview, ...]
+    slots: tuple[int, ...]
     meta: BlockMeta
 
 
@@ -77,10 +79,13 @@ class Loan:
                 return
             _, layout = self._host.pool.place_of(row)
             views = self._host.views(row, layout, self._parts)
+            slots = self._host.pool.slots_of(row)
             meta = self._host.pool.meta_of(row)
             if not self.intact():  # asked after looking: the row may be another block's by now
                 return
-            yield LentBlock(number, tuple(map(memoryview.toreadonly, views)), meta)
+            yield LentBlock(
+                number, tuple(map(memoryview.toreadonly, views)), tuple(slots[part] for part in self._parts), meta
+            )
 
     def intact(self) -> bool:
         """True while nothing handed out can have been overwritten."""

@@ -172,7 +172,6 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(MESSAGES, Rule(5, MESSAGES, ("grpc", "google"))),
     "kvstore.service": Rule(5),
     "kvstore.service.admin": SERVICE,
-    "kvstore.service.ahead": Rule(5),
     "kvstore.service.buffers": Rule(5, ("kvstore.memory",)),
     "kvstore.service.bulk": Rule(5, (*FOUNDATIONS, *MESSAGES, "kvstore.copying"), ("google", "xxhash")),
     "kvstore.service.claim": Rule(5, FOUNDATIONS),
@@ -214,6 +213,7 @@ RULES: dict[str, Rule] = {
     "kvstore.service.server": replace(SERVICE, modules=(*SERVICE.modules, "kvstore", "kvstore.tiers.base")),
     "kvstore.service.spans": Rule(5),
     "kvstore.service.streams": SERVICE,
+    "kvstore.service.sums": Rule(5, ("kvstore.arena",)),
     "kvstore.service.status": Rule(5, (*FOUNDATIONS, *MESSAGES), ("grpc", "google")),
     "kvstore.service.top": replace(SERVICE, libraries=(*SERVICE.libraries, "rich")),
     # 6: engines

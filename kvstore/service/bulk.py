@@ -132,11 +132,20 @@ class Packer(Generic[Head]):
         self._tier = ""
 
     def add(
-        self, index: int, part: int, view: memoryview, *, tier: str = "", meta: pb.Meta | None = None
+        self,
+        index: int,
+        part: int,
+        view: memoryview,
+        *,
+        tier: str = "",
+        meta: pb.Meta | None = None,
+        known: int | None = None,
+        taken: Callable[[int], object] | None = None,
     ) -> Iterator[bytes]:
         """Messages that became full with part `part` of block `index`. `meta` goes with a block's first part.
 
-        `index` and `part` follow what was added before, or begin anew after a gap.
+        `index` and `part` follow what was added before, or begin anew after a gap. `known` is the part's checksum;
+        where it is not known, it is taken, and `taken` is told.
         """
         if self._pieces and (self._tier != tier or self._next != (index, part)):
             yield self._message()
@@ -155,9 +164,13 @@ class Packer(Generic[Head]):
             self._pieces.append(piece)
             self._num_bytes += len(piece)
             at += len(piece)
-            running.update(piece)
+            if known is None:
+                running.update(piece)
             if at == len(view):
-                self._checksums.append(running.intdigest())
+                checksum = running.intdigest() if known is None else known
+                self._checksums.append(checksum)
+                if known is None and taken is not None:
+                    taken(checksum)
             if self._num_bytes == MESSAGE_BYTES:
                 yield self._message()
         self._next = (index, part + 1)
@@ -193,10 +206,11 @@ class Packer(Generic[Head]):
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    """A part all of whose bytes came. `good`: they are those that were sent."""
+    """A part all of whose bytes came, with the checksum they have. `good`: they are those that were sent."""
 
     index: int
     part: int
+    checksum: int
     good: bool
     ends_block: bool
 
@@ -268,7 +282,7 @@ class Unpacker:
         _copy(self._views[part][offset:], piece)
         ends_block = part + 1 == len(self._views)
         self._at = None if ends_block else (index, part + 1, 0)
-        return Arrived(index, part, found == expected, ends_block)
+        return Arrived(index, part, found, found == expected, ends_block)
 
     @staticmethod
     def _sums(packed: bytes) -> Iterator[int]:

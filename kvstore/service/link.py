@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 import queue
 import random
@@ -517,7 +518,7 @@ class Link:
 
 
 class Replies:
-    """The replies of a call, each under a deadline. Not thread-safe."""
+    """The replies of a call, each under a deadline from when it is asked for. Not thread-safe."""
 
     def __init__(self, link: Link, connection: Connection, call: Any, ended: pb.Ended | None) -> None:
         self._link = link
@@ -526,6 +527,7 @@ class Replies:
         self._ended = ended
         self._begun = False
         self._stalled = False
+        self._cancelled = False
         self._watched = link.watch(self._stall, link.options.call_deadline_s)
 
     def _stall(self) -> None:
@@ -535,12 +537,16 @@ class Replies:
 
     def next(self) -> Any:
         """The next reply; None at the end. Raises Down, or the server's error."""
+        options = self._link.options
+        self._link.progressed(self._watched, options.progress_s if self._begun else options.call_deadline_s)
         try:
             reply = next(self._call, None)
         except grpc.RpcError as failure:
             self._link.unwatch(self._watched)
             self._connection.done.put_back(self._ended)
             self._ended = None
+            if self._cancelled:
+                raise Down from None
             if self._stalled:
                 raise self._link.stalled(self._connection, begun=self._begun) from None
             raise self._link.failed(self._connection, failure) from None
@@ -549,10 +555,11 @@ class Replies:
         if reply is None:
             self._link.unwatch(self._watched)
         else:
-            self._link.progressed(self._watched, self._link.options.progress_s)
+            self._link.progressed(self._watched, math.inf)  # how long the caller takes says nothing of the server
         return reply
 
     def cancel(self) -> None:
-        """Want no more."""
+        """Want no more. Another thread may be waiting for a reply: it gets Down."""
+        self._cancelled = True
         self._link.unwatch(self._watched)
         self._call.cancel()

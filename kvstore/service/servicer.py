@@ -18,7 +18,6 @@ import numpy as np
 from kvstore.block import FORMAT_VERSION
 from kvstore.errors import AccessDenied, ConfigError, ProtocolError, ServiceUnavailable
 from kvstore.service import streams
-from kvstore.service.ahead import ahead
 from kvstore.service.calls import Calls, Timed, remaining_s
 from kvstore.service.care import Care
 from kvstore.service.chains import ChainCache
@@ -29,6 +28,7 @@ from kvstore.service.lane import METHODS, LaneCall, Lanes, Method
 from kvstore.service.requests import Requests, numbers
 from kvstore.service.rights import Gate
 from kvstore.service.sessions import Session, SessionBook
+from kvstore.service.sums import Sums
 from kvstore.service.watch import Watch
 from kvstore.store import KVStore
 from kvstore.wire import kvstore_pb2 as pb
@@ -42,8 +42,6 @@ _UNARY = (
 )
 _STREAMS = ("Session", "Load", "Read", "Fetch", "Watch")
 _UPLOADS = ("Write",)
-_AHEAD = 3
-"""Messages made before they are sent: a copy and a checksum of the next go on while gRPC has the last."""
 _STALL_S = 30.0
 """How long a stream of bytes may stand still before its client is given up."""
 
@@ -84,6 +82,7 @@ class Servicer(KVStoreServicer):
         self._prefaulted = False
         self._beating: set[grpc.ServicerContext] = set()
         self._stalls = streams.StallWatch(_STALL_S)
+        self._sums = Sums(store.arena)
         self._watch_room = Watch(store.events, requests.roots, identity.boot_id)
         for name in _UNARY:
             setattr(self, name, calls.unary(name, getattr(self, f"_{name.lower()}")))
@@ -263,7 +262,7 @@ class Servicer(KVStoreServicer):
         session = self._known(request.session, request.ended)
         load = self._requests.begin_load(session, request).load
         try:
-            yield from self._stalls.sending(ahead(streams.read(load), _AHEAD), context.cancel)
+            yield from self._stalls.sending(streams.read(load, self._sums), context.cancel)
         finally:
             self._sessions.end_loads(session, [request.lease])
 
@@ -272,7 +271,7 @@ class Servicer(KVStoreServicer):
         session_id, lease = streams.begin_write(messages)
         session = self._sessions.get(session_id)
         served = session.save_of(lease)
-        published = streams.write(served, messages)
+        published = streams.write(served, messages, self._sums)
         if served.is_done:
             session.finish(lease)
         return pb.WriteReply(published=np.array(published, "<u4").tobytes())
@@ -283,8 +282,8 @@ class Servicer(KVStoreServicer):
 
     def _fetch(self, request: pb.PeekRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
         rights = self._sessions.get(request.session).rights
-        messages = streams.fetch(self._store, self._requests.roots, rights, request)
-        return self._stalls.sending(ahead(messages, _AHEAD), context.cancel)
+        messages = streams.fetch(self._store, self._requests.roots, rights, request, self._sums)
+        return self._stalls.sending(messages, context.cancel)
 
     def end_streams(self) -> None:
         """Let streams that wait for nothing but time return: the server stops."""

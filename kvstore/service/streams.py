@@ -21,6 +21,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -34,6 +35,7 @@ from kvstore.loan import Loan
 from kvstore.save import BlockSave
 from kvstore.service.bulk import Misfit, Packer, Unpacker, decode, encode
 from kvstore.service.rights import Rights
+from kvstore.service.sums import Sums
 from kvstore.store import KVStore
 from kvstore.wire import kvstore_pb2 as pb
 
@@ -44,7 +46,7 @@ _MAX_ROOTS = 65_536
 # ---- Read ----
 
 
-def read(load: BlockLoad) -> Iterator[bytes]:
+def read(load: BlockLoad, sums: Sums) -> Iterator[bytes]:
     """ReadReply messages of a load, at most 1 MiB each. The caller ends the load's lease.
 
     Ends early where a block turns out to be missing, or the lease ran out: a shorter hit.
@@ -54,8 +56,11 @@ def read(load: BlockLoad) -> Iterator[bytes]:
     for block in load:
         if not load.renew():
             return
-        for part, view in enumerate(block.views):
-            for message in packer.add(block.index, part, view, tier=block.tier):
+        in_host = block.tier == HOST_TIER  # others may lie in a window, whose slots are used again
+        for part, (view, slot) in enumerate(zip(block.views, block.slots, strict=True)):
+            known = sums.of(slot) if in_host else None
+            taken = partial(_tell, sums, slot, load) if in_host else None
+            for message in packer.add(block.index, part, view, tier=block.tier, known=known, taken=taken):
                 if not load.intact():
                     return
                 yield message
@@ -67,6 +72,11 @@ def read(load: BlockLoad) -> Iterator[bytes]:
         if not load.intact():
             return
     yield from packer.rest()
+
+
+def _tell(sums: Sums, slot: int, pinned: BlockLoad | Loan, checksum: int) -> None:
+    if pinned.intact():  # otherwise it may be that of half a block, or of another
+        sums.tell(slot, checksum)
 
 
 # ---- Write ----
@@ -95,7 +105,7 @@ def begin_write(messages: Iterator[bytes]) -> tuple[bytes, int]:
     return head.session, head.lease
 
 
-def write(save: OpenSave, messages: Iterator[bytes]) -> list[int]:
+def write(save: OpenSave, messages: Iterator[bytes], sums: Sums) -> list[int]:
     """Put the data of WriteRequest messages into slots; returns the blocks that were published, each once whole.
 
     Raises ConfigError for data that is not what comes next, UnknownLease where the save ended meanwhile. Blocks that
@@ -104,14 +114,14 @@ def write(save: OpenSave, messages: Iterator[bytes]) -> list[int]:
     if not save.uploading.acquire(blocking=False):
         raise ConfigError("another Write of this lease is under way: send one after the other")
     try:
-        return list(_filled(save, messages))
+        return list(_filled(save, messages, sums))
     except Misfit as error:
         raise ConfigError(str(error)) from error
     finally:
         save.uploading.release()
 
 
-def _filled(save: OpenSave, messages: Iterator[bytes]) -> Iterator[int]:
+def _filled(save: OpenSave, messages: Iterator[bytes], sums: Sums) -> Iterator[int]:
     """Blocks as they are published."""
     wanted = _Wanted()
     unpacker = Unpacker(wanted.views_of, wanted.following)
@@ -122,6 +132,7 @@ def _filled(save: OpenSave, messages: Iterator[bytes]) -> Iterator[int]:
             for arrived in unpacker.take(head, data):
                 if not arrived.good:
                     raise Misfit(f"part {arrived.part} of block {arrived.index} does not have its checksum")
+                sums.tell(wanted.slot_of(arrived.index, arrived.part), arrived.checksum)
                 if arrived.ends_block:
                     yield from save.commit([arrived.index])
     if unpacker.in_block:
@@ -141,6 +152,11 @@ class _Wanted:
         except LeaseError as error:
             raise Misfit(str(error)) from error
         return [view.cast("B") for view in views if view is not None]
+
+    def slot_of(self, index: int, part: int) -> int:
+        """Where the view that is number `part` of those of an open block begins."""
+        assert self.save is not None
+        return [slot for slot in self.save.slots(index) if slot is not None][part]
 
     def following(self, index: int) -> int:
         assert self.save is not None
@@ -213,23 +229,26 @@ def peek(store: KVStore, roots: RootBook, rights: Rights, request: pb.PeekReques
     return pb.PeekReply(present=there.astype(np.uint8).tobytes())
 
 
-def fetch(store: KVStore, roots: RootBook, rights: Rights, request: pb.PeekRequest) -> Iterator[bytes]:
+def fetch(store: KVStore, roots: RootBook, rights: Rights, request: pb.PeekRequest, sums: Sums) -> Iterator[bytes]:
     """ReadReply messages of those blocks that lie in the host with all asked parts. Raises ConfigError."""
     asked = _Asked.of(request)
     if not roots.allows(rights, asked.root):
         return iter((encode(pb.ReadReply(), ()),))
-    return _lent(store.lend(asked.root, asked.blocks, asked.parts))
+    return _lent(store.lend(asked.root, asked.blocks, asked.parts), sums)
 
 
-def _lent(loan: Loan) -> Iterator[bytes]:
+def _lent(loan: Loan, sums: Sums) -> Iterator[bytes]:
     with loan:
         yield encode(pb.ReadReply(num_blocks=loan.num_blocks), ())
         packer = Packer(pb.ReadReply)
         for block in loan:
             what = block.meta
             meta: pb.Meta | None = pb.Meta(parent=what.parent, depth=what.depth, tokens=what.tokens, extra=what.extra)
-            for part, view in enumerate(block.views):
-                for message in packer.add(block.number, part, view, tier=HOST_TIER, meta=meta):
+            for part, (view, slot) in enumerate(zip(block.views, block.slots, strict=True)):
+                known, taken = sums.of(slot), partial(_tell, sums, slot, loan)
+                for message in packer.add(
+                    block.number, part, view, tier=HOST_TIER, meta=meta, known=known, taken=taken
+                ):
                     if not loan.intact():
                         return
                     yield message

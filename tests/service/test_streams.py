@@ -21,6 +21,7 @@ from kvstore.save import BlockSave
 from kvstore.service import streams
 from kvstore.service.bulk import MESSAGE_BYTES, Arrived, Misfit, Packer, Unpacker, checksum, decode, encode
 from kvstore.service.rights import FULL, Rights
+from kvstore.service.sums import Sums
 from kvstore.store import KVStore
 from kvstore.wire import kvstore_pb2 as pb
 from tests.conftest import MakeStore, chain_of, content, save_all
@@ -249,7 +250,7 @@ def test_read_gives_every_block_of_a_load(store: KVStore, root: Root) -> None:
     save_all(store, chain)
     store.match(chain, "r")
     with store.load("r") as load:
-        found = received(list(streams.read(load)), 4096)
+        found = received(list(streams.read(load, Sums(store.arena))), 4096)
     assert found == {index: content(chain, index, 0, 4096) for index in range(20)}
 
 
@@ -259,7 +260,7 @@ def test_read_holds_no_more_than_the_message_it_gives(store: KVStore, root: Root
     save_all(store, chain)
     store.match(chain, "r")
     with store.load("r") as load:
-        reading = streams.read(load)
+        reading = streams.read(load, Sums(store.arena))
         assert decode(pb.ReadReply, next(reading))[0].num_blocks == 20
         assert store.stats()["host.pinned_blocks"] == 20
         reading.close()  # type: ignore[attr-defined]
@@ -277,11 +278,67 @@ def test_read_stops_where_the_lease_ran_out(make_store: MakeStore, root: Root) -
     save_all(store, chain)
     store.match(chain, "r")
     load = store.load("r")
-    reading = streams.read(load)
+    reading = streams.read(load, Sums(store.arena))
     next(reading)
     next(reading)
     load.close()  # as a session's end would
     assert list(reading) == []
+
+
+def damage(store: KVStore, chain: Chain, index: int) -> None:
+    """Flip a byte of a block in the arena, behind everybody's back."""
+    store.match(chain, "damage")
+    with store.load("damage") as load:
+        slot = next(block.slots[0] for block in load if block.index == index)
+    store.arena.view(slot, 4096)[7] ^= 1
+
+
+def read_all(store: KVStore, chain: Chain, sums: Sums) -> dict[int, bytes]:
+    store.match(chain, "r")
+    with store.load("r") as load:
+        return received(list(streams.read(load, sums)), 4096)
+
+
+@pytest.mark.parametrize("first", ["uploaded", "read"])
+def test_what_happens_to_a_block_after_its_checksum_was_taken_is_noticed(
+    store: KVStore, root: Root, first: str
+) -> None:
+    chain, sums = chain_of(root, 6), Sums(store.arena)
+    if first == "uploaded":
+        with store.save(chain, 0, 6) as save:
+            streams.write(HeldSave(save), iter(written(chain, range(6))), sums)
+    else:
+        save_all(store, chain)
+        read_all(store, chain, sums)
+    damage(store, chain, 3)
+    assert set(read_all(store, chain, sums)) == {0, 1, 2, 4, 5}
+
+
+def test_a_slot_that_is_used_again_has_a_new_checksum(store: KVStore, root: Root) -> None:
+    sums = Sums(store.arena, max_sums=70)
+    for seed in range(4):
+        chain = chain_of(root, 40, seed=seed)
+        save_all(store, chain)
+        assert read_all(store, chain, sums) == {index: content(chain, index, 0, 4096) for index in range(40)}
+        store.clear()
+
+
+def test_a_checksum_taken_while_the_lease_ran_out_is_not_kept(make_store: MakeStore, root: Root) -> None:
+    store = make_store(64)
+    chain = chain_of(root, 1)
+    save_all(store, chain)
+    store.match(chain, "r")
+    load = store.load("r")
+    slot = next(iter(load)).slots[0]
+
+    class Ending(Sums):
+        def of(self, slot: int) -> int | None:
+            load.close()  # before the checksum is taken: the slot may be anybody's by then
+            return super().of(slot)
+
+    sums = Ending(store.arena)
+    list(streams.read(load, sums))
+    assert Sums.of(sums, slot) is None
 
 
 # ---- Write ----
@@ -320,7 +377,7 @@ def test_write_publishes_each_block_that_came_whole(store: KVStore, root: Root) 
     with store.save(chain, 0, 6) as save:
         messages = iter(written(chain, [0, 1, 2, 3, 4, 5], head=True))
         assert streams.begin_write(messages) == (b"s", 4)
-        assert streams.write(HeldSave(save), messages) == [0, 1, 2, 3, 4, 5]
+        assert streams.write(HeldSave(save), messages, Sums(store.arena)) == [0, 1, 2, 3, 4, 5]
     store.match(chain, "r")
     with store.load("r") as load:
         assert [bytes(block.views[0]) for block in load] == [content(chain, index, 0, 4096) for index in range(6)]
@@ -330,8 +387,8 @@ def test_several_writes_fill_one_save(store: KVStore, root: Root) -> None:
     chain = chain_of(root, 6)
     with store.save(chain, 0, 6) as save:
         held = HeldSave(save)
-        assert streams.write(held, iter(written(chain, [0, 1]))) == [0, 1]
-        assert streams.write(held, iter(written(chain, [2, 5]))) == [2]  # 5 lacks its parent
+        assert streams.write(held, iter(written(chain, [0, 1])), Sums(store.arena)) == [0, 1]
+        assert streams.write(held, iter(written(chain, [2, 5])), Sums(store.arena)) == [2]  # 5 lacks its parent
     assert store.match(chain, "r").num_blocks == 3
     store.forget("r")
 
@@ -364,7 +421,7 @@ def test_write_that_does_not_fit_leaves_nothing_half_written_behind(
 ) -> None:
     chain = chain_of(root, 2)
     with store.save(chain, 0, 2) as save, pytest.raises(ConfigError):
-        streams.write(HeldSave(save), iter(spoil(written(chain, [0, 1]))))
+        streams.write(HeldSave(save), iter(spoil(written(chain, [0, 1]))), Sums(store.arena))
     assert store.match(chain, "r").num_blocks == visible
     store.forget("r")
 
@@ -382,7 +439,7 @@ def test_write_to_a_save_that_ended_touches_no_slot(store: KVStore, root: Root) 
         yield from written(chain, [0, 1, 2, 3])
 
     with pytest.raises(UnknownLease):
-        streams.write(held, messages())
+        streams.write(held, messages(), Sums(store.arena))
     assert [bytes(view or b"") for view in views] == before
 
 
@@ -394,11 +451,11 @@ def test_two_writes_of_one_save_at_once_are_refused(store: KVStore, root: Root) 
 
         def messages() -> Iterator[bytes]:
             with pytest.raises(ConfigError, match="another Write"):
-                streams.write(held, iter(written(chain, [0])))
+                streams.write(held, iter(written(chain, [0])), Sums(store.arena))
             refused.append("yes")
             yield from written(chain, [0, 1])
 
-        assert streams.write(held, messages()) == [0, 1]
+        assert streams.write(held, messages(), Sums(store.arena)) == [0, 1]
         assert refused == ["yes"]
 
 
@@ -435,7 +492,7 @@ def test_fetch_gives_blocks_in_the_order_asked_with_what_they_hash_to(
     chain = chain_of(root, 6)
     save_all(store, chain)
     ids = [chain.ids[4], os.urandom(32), chain.ids[1], chain.ids[2]]
-    first, *messages = streams.fetch(store, roots, FULL, peeked(root.id, ids))
+    first, *messages = streams.fetch(store, roots, FULL, peeked(root.id, ids), Sums(store.arena))
     assert decode(pb.ReadReply, first)[0].num_blocks == 3
     into = {number: [memoryview(bytearray(4096))] for number in (0, 2, 3)}
     unpacker = Unpacker(into.__getitem__, lambda number: number + 1)
@@ -462,7 +519,7 @@ def test_peer_without_rights_sees_what_it_would_see_of_nothing(
     asked = Root(root.model, salt=b"mine") if case == "another root" else root
     book.learn(Root(root.model, salt=b"mine"))
     assert not any(streams.peek(store, book, rights, peeked(asked.id, chain.ids)).present)
-    messages = list(streams.fetch(store, book, rights, peeked(asked.id, chain.ids)))
+    messages = list(streams.fetch(store, book, rights, peeked(asked.id, chain.ids), Sums(store.arena)))
     assert messages == [encode(pb.ReadReply(), ())]
 
 
@@ -479,9 +536,10 @@ def test_peer_without_rights_sees_what_it_would_see_of_nothing(
     ids=["root", "ids", "no parts", "parts twice", "part 64", "too many"],
 )
 def test_malformed_peek_is_refused(store: KVStore, request_: pb.PeekRequest) -> None:
-    for ask in (streams.peek, streams.fetch):
-        with pytest.raises(ConfigError):
-            ask(store, streams.RootBook(), FULL, request_)
+    with pytest.raises(ConfigError):
+        streams.peek(store, streams.RootBook(), FULL, request_)
+    with pytest.raises(ConfigError):
+        streams.fetch(store, streams.RootBook(), FULL, request_, Sums(store.arena))
 
 
 def test_peek_for_use_keeps_a_chain_warm(make_store: MakeStore, root: Root, roots: streams.RootBook) -> None:
@@ -559,7 +617,7 @@ def test_parts_of_a_model_go_where_the_layout_says(make_store: MakeStore) -> Non
     store.match(chain, "r", parts=[2, 0])
     size = layout_of(model).parts[0].num_bytes
     with store.load("r") as load:
-        messages = list(streams.read(load))
+        messages = list(streams.read(load, Sums(store.arena)))
     into = [[memoryview(bytearray(size)) for _ in range(2)] for _ in range(5)]
     assert all(each.good for each in unpacked(messages[1:], into))
     assert [[bytes(view) for view in views] for views in into] == [
