@@ -27,6 +27,8 @@ from tests.redis.cluster import Cluster, until
 from tests.redis.conftest import SERVERS, MakeTier, binary_of
 from tests.redis.content import DEADLINE_S, Content
 
+pytestmark = pytest.mark.slow  # six servers that agree on who they are
+
 NUM_STRIPES = 64
 
 

@@ -32,6 +32,8 @@ from kvstore.wire import kvstore_pb2 as pb
 from kvstore.wire.kvstore_pb2_grpc import KVStoreStub
 from tests.waiting import eventually
 
+pytestmark = pytest.mark.slow  # a process a command
+
 KVSTORE = (sys.executable, "-m", "kvstore.service.cli")
 START_S = 30.0
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")

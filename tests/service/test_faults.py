@@ -24,6 +24,8 @@ from tests.service.conftest import ROOT, ServerProcess, StartServer
 from tests.service.victims import MODEL
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.slow  # processes that are killed and started again
+
 SHARED = chain_of(Root(MODEL), 8, seed=0)
 
 
@@ -82,7 +84,6 @@ def test_a_client_killed_in_mid_work_leaves_nothing_behind(server: Server, store
     assert load_all(store, chain) == ["host"] * 8
 
 
-@pytest.mark.slow
 def test_two_hundred_clients_killed_at_any_moment_leave_nothing_behind(server: Server, store: SidecarStore) -> None:
     rng = random.Random(5)
     used = server.stats()["host.used_bytes"]

@@ -244,6 +244,7 @@ def resident_bytes(pid: int) -> int:
     raise AssertionError("no RssAnon")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 def test_server_that_dies_mid_stream_is_a_shorter_hit(tmp_path: Path, number: signal.Signals) -> None:
     with serving(tmp_path, "s") as server, kvstore.connect(server.address, mapped=False) as client:
@@ -287,6 +288,7 @@ def test_save_to_a_server_that_was_killed_publishes_nothing_and_does_not_wait(tm
             assert time.monotonic() - began < 2
 
 
+@pytest.mark.slow
 def test_client_killed_mid_upload_leaves_nothing_half_written(served: Served) -> None:
     """Its session ends a moment after its stream; what it had reserved and not sent whole is free again."""
     script = (
@@ -501,6 +503,7 @@ def test_cold_sidecar_serves_what_its_peer_has(client: SidecarStore, served: Ser
         assert load_all(cold, chain) == ["host"] * 6
 
 
+@pytest.mark.slow
 def test_two_sidecars_read_from_each_other(tmp_path: Path) -> None:
     one, other = f"unix:{tmp_path}/one", f"unix:{tmp_path}/other"
     with (
@@ -528,6 +531,7 @@ def test_two_sidecars_read_from_each_other(tmp_path: Path) -> None:
         assert here.check() == there.check() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 def test_peer_that_dies_mid_stream_is_a_shorter_hit(tmp_path: Path, number: signal.Signals) -> None:
     with (
@@ -557,6 +561,7 @@ def test_peer_that_dies_mid_stream_is_a_shorter_hit(tmp_path: Path, number: sign
         assert time.monotonic() - began < 2
 
 
+@pytest.mark.slow
 def test_store_starts_without_its_peer_and_finds_it_later(tmp_path: Path) -> None:
     address = f"unix:{tmp_path}/late"
     with reading_from(address) as cold:
@@ -569,6 +574,7 @@ def test_store_starts_without_its_peer_and_finds_it_later(tmp_path: Path) -> Non
             assert load_all(cold, chain) == ["remote"] * 3
 
 
+@pytest.mark.slow
 def test_restarted_peer_is_read_again(tmp_path: Path) -> None:
     chain = chain_of(Root(BIG), 3)
     with contextlib.ExitStack() as stack:
