@@ -125,9 +125,9 @@ class CostModel:
         rate = self._rates.get(tier)
         return 0.0 if rate is None else num_blocks * self.block_bytes / rate
 
-    def saved_s(self, num_tokens: int, load_s: float) -> float:
-        """Seconds that loading the first tokens of a prompt, which took `load_s`, saved over computing them."""
-        return max(0.0, (self.prefill_s(num_tokens, 0) or 0.0) - load_s)
+    def saved_s(self, num_tokens: int, load_s: float, *, past_tokens: int = 0) -> float:
+        """Seconds that loading tokens after `past_tokens`, which took `load_s`, saved over computing them."""
+        return max(0.0, (self.prefill_s(num_tokens, past_tokens) or 0.0) - load_s)
 
     def plan_load(self, match: Match, prompt_tokens: int, *, start: int = 0) -> int:
         """How many leading blocks to load: fewest seconds to the first token, by what is known.

@@ -390,6 +390,7 @@ class SchedulerSide:
             if loading.report.num_ranks >= self._num_ranks:
                 del self._loading[request_id]
                 self._note_load(request_id, loading.report, stop=loading.stop)
+                self._note_saved(loading, loading.report)
                 self.fail_open.call(loading.load.close, None)
         for request_id, block in report.unsaved.items():
             tracked = self._tracked.get(request_id)
@@ -410,6 +411,14 @@ class SchedulerSide:
         if tracked is not None:
             tracked.gave_up = tracked.gave_up or failed
             tracked.num_saved = min(tracked.num_saved, done.stop) if failed else tracked.num_saved
+
+    def _note_saved(self, loading: _Loading, done: LoadReport) -> None:
+        """Tell the store what a load was good for."""
+        past = loading.start * self._block_tokens
+        num_tokens = done.stop * self._block_tokens - past
+        saved_s = self.cost.saved_s(num_tokens, sum(done.seconds.values()), past_tokens=past) if num_tokens > 0 else 0.0
+        if saved_s:
+            self.fail_open.call(lambda: self._store.note_saved(saved_s), None)
 
     def _note_step(self, step: Scheduled) -> None:
         """Remember a step of one request's prefill: its time tells what computing costs."""

@@ -450,6 +450,23 @@ def test_a_lease_is_released_when_the_last_rank_has_reported() -> None:
     bench.close()
 
 
+def test_the_store_is_told_what_a_load_saved() -> None:
+    bench = Bench()
+    bench.fill(tokens(100))
+    bench.report()
+    bench.side.cost.seen_prefill(64, 0, 2.0)
+    request = FakeRequest("r", tokens(120))
+    bench.side.match(request, 0)
+    bench.side.allocated(request, bench.pages_for(request), 96)
+    bench.side.reported(Report({"r": LoadReport(6, 1, {"host": 0.25}, {"host": 10})}))
+    predicted = bench.side.cost.prefill_s(6 * BLOCK, 0)
+    assert predicted is not None
+    assert bench.store.saved_s == pytest.approx(predicted - 0.25)
+    assert bench.store.saved_s > 1
+    bench.side.ended(request, bench.pages_for(request))
+    bench.close()
+
+
 def test_reports_of_ranks_join_to_what_all_of_them_have() -> None:
     one = Report({"r": LoadReport(6, 1, {"host": 1.0}, {"host": 10})}, {"s": 4}, {"saved_blocks": 2})
     two = Report({"r": LoadReport(5, 1, {"host": 2.0}, {"host": 10})}, {"s": 3, "t": 1}, {"saved_blocks": 1})
