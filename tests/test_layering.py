@@ -208,6 +208,7 @@ RULES: dict[str, Rule] = {
     ),
     "kvstore.service.preflight": Rule(5, FOUNDATIONS),
     "kvstore.service.prompt": Rule(5, FOUNDATIONS, ("transformers",)),
+    "kvstore.service.replies": SERVICE,
     "kvstore.service.rights": SERVICE,
     "kvstore.service.handshake": Rule(5, (*FOUNDATIONS, *MESSAGES), ("google",)),
     "kvstore.service.server": replace(SERVICE, modules=(*SERVICE.modules, "kvstore", "kvstore.tiers.base")),

@@ -4,19 +4,24 @@
 from __future__ import annotations
 
 import itertools
+import os
+import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import grpc
 import numpy as np
 
-from kvstore.block import Chain, ModelId
-from kvstore.errors import ConfigError
+from kvstore.block import FORMAT_VERSION, Chain, ModelId
+from kvstore.errors import ConfigError, ServiceUnavailable
 from kvstore.service.handlers import SEND_AHEAD
-from kvstore.service.handshake import MAX_MESSAGE_BYTES
+from kvstore.service.handshake import MAX_MESSAGE_BYTES, PROTOCOL_VERSIONS, hash_vector
+from kvstore.service.lane import LaneStub
 from kvstore.service.plane import DataPlane
+from kvstore.service.status import error_of
 from kvstore.wire import kvstore_pb2 as pb
 from kvstore.wire.kvstore_pb2_grpc import KVStoreStub
 
@@ -159,6 +164,78 @@ class Connection:
         known = self.chains.get(chain)
         if known is not None:
             known.num_blocks = max(known.num_blocks, num_blocks)
+
+    def begin_beats(self, take_saved: Callable[[], float], ended: Callable[[], None]) -> None:
+        """Open the stream of beats. It runs on a thread of gRPC's, which reads the notices as well.
+
+        `take_saved` gives seconds to report, `ended` is called when the stream ends.
+        """
+        every_s = max(0.05, min(1.0, self.opened.lease_s / 4))
+        begun: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+        def beats() -> Iterator[pb.Beat]:
+            notices = None
+            while not self.lost.wait(0 if notices is None else every_s):
+                live = np.array(list(self.live_loads), "<u8").tobytes()
+                yield pb.Beat(
+                    session=self.session,
+                    live_leases=live,
+                    highest_lease=self.highest_lease,
+                    ttft_saved_s=take_saved(),
+                )
+                notices = notices or begun.get()
+                try:
+                    notice = next(notices)
+                    if notice.prefaulted:
+                        self.plane.prefaulted()
+                except (grpc.RpcError, StopIteration):
+                    return
+
+        call = self.stub.Session(beats())
+        begun.put(call)
+        call.add_done_callback(lambda _: ended())
+
+    def leave(self, timeout_s: float) -> None:
+        """Tell the server that nothing more comes."""
+        try:
+            bye = iter([pb.Beat(session=self.session, bye=True)])
+            for _ in self.stub.Session(bye, timeout=timeout_s):
+                pass
+        except grpc.RpcError:
+            pass
+
+
+def open_session(options: LinkOptions, plane: DataPlane, before: Connection | None) -> Connection:
+    """A session with a server; `before` is the connection it replaces.
+
+    Raises ServiceUnavailable, or what the server refuses; then the plane is closed.
+    """
+    channel = open_channel(options)
+    try:
+        stub: Any = KVStoreStub(channel)  # type: ignore[no-untyped-call]
+        if plane.lane is not None:
+            stub = LaneStub(stub, plane.lane)
+        request = pb.OpenRequest(
+            protocol_versions=PROTOCOL_VERSIONS,
+            format_version=FORMAT_VERSION,
+            hash_vector=hash_vector(),
+            ticket=plane.ticket,
+            token=options.token,
+            client_name=options.name,
+            pid=os.getpid(),
+            previous_session=b"" if before is None else before.session,
+        )
+        try:
+            opened: pb.OpenReply = stub.Open(request, timeout=max(options.call_deadline_s, 1.0))
+        except grpc.RpcError as failure:
+            raise error_of(failure) from None
+        if plane.boot_id and plane.boot_id != opened.boot_id:
+            raise ServiceUnavailable("the server was restarted between its door and its answer")
+    except BaseException:
+        plane.close()
+        channel.close()
+        raise
+    return Connection(channel, stub, plane, opened)
 
 
 def open_channel(options: LinkOptions) -> grpc.Channel:

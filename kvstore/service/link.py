@@ -16,29 +16,26 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 import os
-import queue
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import grpc
 import numpy as np
 
-from kvstore.block import FORMAT_VERSION, Chain, ModelId
+from kvstore.block import Chain, ModelId
 from kvstore.errors import ConfigError, KVStoreError, ProtocolError, ServiceUnavailable
 from kvstore.layout import BlockLayout, layout_of
-from kvstore.service.connection import Connection, LinkOptions, open_channel
-from kvstore.service.handshake import PROTOCOL_VERSIONS, hash_vector, model_message
-from kvstore.service.lane import LaneStub
+from kvstore.service.connection import Connection, LinkOptions, open_session
+from kvstore.service.handshake import model_message
 from kvstore.service.plane import DataPlane, Down
+from kvstore.service.replies import Replies
 from kvstore.service.status import UnknownChain, UnknownSession, error_of, is_transport
 from kvstore.stats import MAX_SAVED_S, Stats, saved_seconds
 from kvstore.wire import kvstore_pb2 as pb
-from kvstore.wire.kvstore_pb2_grpc import KVStoreStub
 
 log = logging.getLogger("kvstore.client")
 
@@ -364,40 +361,17 @@ class Link:
     def _connect(self, before: Connection | None) -> None:
         """A new connection. Raises ServiceUnavailable, or what the server refuses."""
         options = self.options
-        plane = self._make_plane(options.call_deadline_s)
-        channel = open_channel(options)
-        connection = None
+        connection = open_session(options, self._make_plane(options.call_deadline_s), before)
         try:
-            stub: Any = KVStoreStub(channel)  # type: ignore[no-untyped-call]
-            if plane.lane is not None:
-                stub = LaneStub(stub, plane.lane)
-            request = pb.OpenRequest(
-                protocol_versions=PROTOCOL_VERSIONS,
-                format_version=FORMAT_VERSION,
-                hash_vector=hash_vector(),
-                ticket=plane.ticket,
-                token=options.token,
-                client_name=options.name,
-                pid=os.getpid(),
-                previous_session=b"" if before is None else before.session,
-            )
-            try:
-                opened: pb.OpenReply = stub.Open(request, timeout=max(options.call_deadline_s, 1.0))
-            except grpc.RpcError as failure:
-                raise error_of(failure) from None
-            if plane.boot_id and plane.boot_id != opened.boot_id:
-                raise ServiceUnavailable("the server was restarted between its door and its answer")
-            connection = Connection(channel, stub, plane, opened)
             with self._lock:
                 models = list(self._models)
             for model in models:
                 self._reopen(connection, model)
-            self._begin_session(connection)
+            connection.begin_beats(self._take_saved, lambda: self._lose(connection, "its session stream ended"))
         except BaseException:
-            if connection is not None:
-                self._leave(connection)
-            plane.close()
-            channel.close()
+            connection.leave(options.call_deadline_s)
+            connection.plane.close()
+            connection.channel.close()
             raise
         with self._lock:
             self._connection, self._resting, self._broken, self._refusal = connection, None, None, None
@@ -409,33 +383,6 @@ class Link:
             raise ServiceUnavailable("the server went away again") from None
         except KVStoreError as error:
             log.warning("model %r was open and is refused now: %s", model.model, error)
-
-    def _begin_session(self, connection: Connection) -> None:
-        """Open the stream of beats. It runs on a thread of gRPC's, which reads the notices as well."""
-        every_s = max(0.05, min(1.0, connection.opened.lease_s / 4))
-        begun: queue.SimpleQueue[Any] = queue.SimpleQueue()
-
-        def beats() -> Iterator[pb.Beat]:
-            notices = None
-            while not connection.lost.wait(0 if notices is None else every_s):
-                live = np.array(list(connection.live_loads), "<u8").tobytes()
-                yield pb.Beat(
-                    session=connection.session,
-                    live_leases=live,
-                    highest_lease=connection.highest_lease,
-                    ttft_saved_s=self._take_saved(),
-                )
-                notices = notices or begun.get()
-                try:
-                    notice = next(notices)
-                    if notice.prefaulted:
-                        connection.plane.prefaulted()
-                except (grpc.RpcError, StopIteration):
-                    return
-
-        call = connection.stub.Session(beats())
-        begun.put(call)
-        call.add_done_callback(lambda _: self._lose(connection, "its session stream ended"))
 
     def _rest(self, connection: Connection, reason: str) -> None:
         with self._lock:
@@ -502,64 +449,7 @@ class Link:
         if connection is None:
             return
         if up:
-            self._leave(connection)
+            connection.leave(self.options.call_deadline_s)
         connection.lost.set()
         connection.channel.close()
         connection.plane.close()
-
-    def _leave(self, connection: Connection) -> None:
-        """Tell the server that nothing more comes."""
-        try:
-            bye = iter([pb.Beat(session=connection.session, bye=True)])
-            for _ in connection.stub.Session(bye, timeout=self.options.call_deadline_s):
-                pass
-        except grpc.RpcError:
-            pass
-
-
-class Replies:
-    """The replies of a call, each under a deadline from when it is asked for. Not thread-safe."""
-
-    def __init__(self, link: Link, connection: Connection, call: Any, ended: pb.Ended | None) -> None:
-        self._link = link
-        self._connection = connection
-        self._call = call
-        self._ended = ended
-        self._begun = False
-        self._stalled = False
-        self._cancelled = False
-        self._watched = link.watch(self._stall, link.options.call_deadline_s)
-
-    def _stall(self) -> None:
-        """The link's thread: the next reply did not come in time."""
-        self._stalled = True
-        self._call.cancel()
-
-    def next(self) -> Any:
-        """The next reply; None at the end. Raises Down, or the server's error."""
-        options = self._link.options
-        self._link.progressed(self._watched, options.progress_s if self._begun else options.call_deadline_s)
-        try:
-            reply = next(self._call, None)
-        except grpc.RpcError as failure:
-            self._link.unwatch(self._watched)
-            self._connection.done.put_back(self._ended)
-            self._ended = None
-            if self._cancelled:
-                raise Down from None
-            if self._stalled:
-                raise self._link.stalled(self._connection, begun=self._begun) from None
-            raise self._link.failed(self._connection, failure) from None
-        self._ended = None  # the server has heard
-        self._begun = True
-        if reply is None:
-            self._link.unwatch(self._watched)
-        else:
-            self._link.progressed(self._watched, math.inf)  # how long the caller takes says nothing of the server
-        return reply
-
-    def cancel(self) -> None:
-        """Want no more. Another thread may be waiting for a reply: it gets Down."""
-        self._cancelled = True
-        self._link.unwatch(self._watched)
-        self._call.cancel()

@@ -30,7 +30,8 @@ from kvstore.wire import kvstore_pb2 as pb
 
 if TYPE_CHECKING:
     from kvstore.service.connection import Connection
-    from kvstore.service.link import Link, Replies
+    from kvstore.service.link import Link
+    from kvstore.service.replies import Replies
 
 ABSENT = (1 << 64) - 1
 _MAX_SLOTS = 65_536

@@ -119,7 +119,7 @@ def open_channel() -> Iterator[None]:
 
 
 class MessageStream(Protocol):
-    """Messages of a call under way (`kvstore.service.link.Replies`)."""
+    """Messages of a call under way (`kvstore.service.replies.Replies`)."""
 
     def next(self) -> bytes | None:
         """The next one; None at the end. Raises Down or a KVStoreError where it does not come in time, or at all."""

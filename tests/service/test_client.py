@@ -66,9 +66,9 @@ def test_a_client_that_hashes_otherwise_is_refused_naming_both(
     start_server: StartServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = start_server()
-    from kvstore.service import link
+    from kvstore.service import connection
 
-    monkeypatch.setattr(link, "hash_vector", lambda: b"x" * 32)
+    monkeypatch.setattr(connection, "hash_vector", lambda: b"x" * 32)
     with pytest.raises(ProtocolError, match="hashes blocks to other ids .* run the same version"):
         connect(server.address)
     monkeypatch.undo()
