@@ -6,15 +6,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
 from kvstore.api import Hint
 from kvstore.block import BlockId
 from kvstore.errors import ConfigError
-from kvstore.idmap import NO_ROW, Rows, longer
-from kvstore.policies.leaves import LeafPolicy
 from kvstore.policies.odds import CLOSED_CELL, NUM_LEVELS, Odds, cell_of
+from kvstore.policies.runs import Run, RunPolicy
 from kvstore.policies.shadow import Shadow
 
 _NO_RECORD = -1
@@ -38,7 +34,7 @@ class _Record:
     followed: bool = False
 
 
-class ReturnsPolicy(LeafPolicy):
+class ReturnsPolicy(RunPolicy):
     """Return probability: expected hits per second of residence, learned from the requests themselves.
 
     Which request follows which is seen in the chains: one that uses the end of what an earlier one left is its
@@ -74,10 +70,6 @@ class ReturnsPolicy(LeafPolicy):
 
     def __init__(self, options: object = None) -> None:
         self._settings = options if isinstance(options, ReturnsPolicy.Options) else ReturnsPolicy.Options()
-        self._use_s: npt.NDArray[np.float64] = np.zeros(0)
-        """When each row was used last."""
-        self._cell: npt.NDArray[np.int16] = np.zeros(0, np.int16)
-        """What the request was like that used it last."""
         super().__init__(options)
         self._odds = Odds(self._settings.history)
         self._records: list[_Record | None] = [None] * self._settings.history
@@ -89,48 +81,42 @@ class ReturnsPolicy(LeafPolicy):
         self._shadow = Shadow(NUM_LEVELS)
         self._by_odds = False
 
-    def _grow(self) -> None:
-        super()._grow()
-        if len(self._use_s) < len(self._key):
-            self._use_s, self._cell = longer(self._use_s, len(self._key)), longer(self._cell, len(self._key))
-            self._use_s_at = self._use_s.data
-
-    def _enter(self, rows: Rows, blocks: Sequence[BlockId], hint: Hint) -> None:
+    def _enter(self, run: Run, hint: Hint) -> None:
         self._now_s = max(self._now_s, hint.time_s)
-        self._cell[rows] = cell_of(1, len(rows), len(rows))
-        self._queue[rows] = self._odds.level(cell_of(1, len(rows), len(rows)))
-        self._use_s[rows] = self._now_s
-        self._key[rows] = self._latest_keys(len(rows))
+        run.kind = cell_of(1, len(run.blocks), len(run.blocks))
+        run.queue = self._odds.level(run.kind)
+        run.at_s = self._now_s
+        run.key = self._latest_key()
 
-    def _use(self, rows: Rows, fresh: npt.NDArray[np.bool_], blocks: Sequence[BlockId], hint: Hint) -> None:
+    def _use(self, runs: Sequence[Run], starts: Sequence[int], blocks: Sequence[BlockId], hint: Hint) -> None:
         self._now_s = max(self._now_s, hint.time_s)
-        known = rows[rows != NO_ROW]
-        cell = self._recognise(fresh, blocks, hint)
+        fresh_from = next((start for run, start in zip(runs, starts, strict=True) if run.fresh), len(blocks))
+        cell = self._recognise(fresh_from, blocks, hint)
         if hint.closed:
-            marked, cell = self._private(rows), CLOSED_CELL
+            marked, cell = self._private(runs), CLOSED_CELL
         else:
-            marked = known
+            marked = runs
         if cell is not None:
-            self._cell[marked] = cell
-            self._queue[marked] = self._odds.level(cell)
-        asked_from = 0 if hint.asked else int(fresh.argmax()) if fresh.any() else len(blocks)
-        level = min(self._queue_at[known[-1]], NUM_LEVELS - 1)
-        self._shadow.use(blocks, asked_from, level, self._now_s, self._odds.worth)
-        self._use_s[known] = self._now_s
-        self._key[known] = self._latest_keys(len(known))
+            level = self._odds.level(cell)
+            for run in marked:
+                run.kind, run.queue = cell, level
+        level = min(runs[-1].queue, NUM_LEVELS - 1)
+        self._shadow.use(blocks, 0 if hint.asked else fresh_from, level, self._now_s, self._odds.worth)
+        for run in reversed(runs):
+            run.at_s, run.key = self._now_s, self._latest_key()
 
-    def _recognise(self, fresh: npt.NDArray[np.bool_], blocks: Sequence[BlockId], hint: Hint) -> int | None:
+    def _recognise(self, fresh_from: int, blocks: Sequence[BlockId], hint: Hint) -> int | None:
         """Find the request that this one follows, or is; returns what it is like now, None if that is not known."""
         at, found = self._deepest_mark(blocks)
         record = self._records[found] if found != _NO_RECORD else None
         if record is not None and at + 1 < (record.start + record.length) // 2:
             record = None  # it shares a beginning with that one, and goes another way
-        adds = bool(fresh.any())
+        adds = fresh_from < len(blocks)
         if not adds and (record is None or at < record.length - 2):
             return None  # a part of what was there; what it goes on to add will tell
         if record is None:
-            record = self._new_record(1, int(fresh.argmax()), int(fresh.argmax()))
-        elif hint.asked or fresh[at]:
+            record = self._new_record(1, fresh_from, fresh_from)
+        elif hint.asked or at >= fresh_from:
             if not record.followed:
                 record.followed = True
                 self._odds.returned(record.number, self._now_s)
@@ -164,7 +150,8 @@ class ReturnsPolicy(LeafPolicy):
 
     def _learn(self) -> None:
         self._odds.fit(self._now_s)
-        self._queue[:] = self._odds.levels(self._cell)
+        for run in self._runs.values():
+            run.queue = self._odds.level(run.kind)
         self._rebuild()
 
     def _unmark(self, record: _Record) -> None:
@@ -192,10 +179,9 @@ class ReturnsPolicy(LeafPolicy):
             if head is None:
                 self._heads[queue] = _NOTHING
             else:
-                key, row = head
                 closed = queue == NUM_LEVELS
-                age_s = self._now_s - self._use_s_at[row]
+                age_s = self._now_s - head.at_s
                 worth = -1.0 if closed else self._odds.worth(queue, age_s) if self._by_odds else 0.0
-                self._heads[queue] = (worth, key, queue)
+                self._heads[queue] = (worth, head.key, queue)
         self._changed.clear()
         return min(self._heads)[2]
