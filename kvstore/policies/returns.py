@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from kvstore.api import Hint
 from kvstore.block import BlockId
 from kvstore.errors import ConfigError
-from kvstore.policies.odds import CLOSED_CELL, NUM_LEVELS, Odds, cell_of
+from kvstore.policies.odds import CLOSED_CELL, LAST_BLOCK, NUM_LEVELS, Odds, cell_of
 from kvstore.policies.runs import Run, RunPolicy
 from kvstore.policies.shadow import Shadow
 
 _NO_RECORD = -1
 _FIT_EVERY = 256
 _FEW_RETURNS = 30
+_WHOLE = 0.5
 _NOTHING = (float("inf"), 0, -1)
 
 
@@ -77,6 +78,7 @@ class ReturnsPolicy(RunPolicy):
         self._next = 0
         self._now_s = 0.0
         self._num_noted = 0
+        self._next_fit = _FIT_EVERY // 16
         self._heads = [_NOTHING] * self.num_queues
         self._shadow = Shadow(NUM_LEVELS)
         self._by_odds = False
@@ -88,7 +90,7 @@ class ReturnsPolicy(RunPolicy):
         run.at_s = self._now_s
         run.key = self._latest_key()
 
-    def _use(self, runs: Sequence[Run], starts: Sequence[int], blocks: Sequence[BlockId], hint: Hint) -> None:
+    def _use(self, runs: list[Run], starts: Sequence[int], blocks: Sequence[BlockId], hint: Hint) -> None:
         self._now_s = max(self._now_s, hint.time_s)
         fresh_from = next((start for run, start in zip(runs, starts, strict=True) if run.fresh), len(blocks))
         cell = self._recognise(fresh_from, blocks, hint)
@@ -100,8 +102,15 @@ class ReturnsPolicy(RunPolicy):
             level = self._odds.level(cell)
             for run in marked:
                 run.kind, run.queue = cell, level
-        level = min(runs[-1].queue, NUM_LEVELS - 1)
-        self._shadow.use(blocks, 0 if hint.asked else fresh_from, level, self._now_s, self._odds.worth)
+            if cell != CLOSED_CELL and fresh_from < len(blocks) and self._odds.whole_share < _WHOLE:
+                last = runs[-1] if len(runs[-1].blocks) == 1 else self._cut(runs[-1], len(runs[-1].blocks) - 1)
+                last.kind = cell + LAST_BLOCK
+                last.queue = self._odds.level(last.kind)
+                if last is not runs[-1]:
+                    runs.append(last)
+        level, last_level = (min(run.queue, NUM_LEVELS - 1) for run in (runs[max(0, len(runs) - 2)], runs[-1]))
+        asked_from = 0 if hint.asked else fresh_from
+        self._shadow.use(blocks, asked_from, level, last_level, self._now_s, self._odds.worth)
         for run in reversed(runs):
             run.at_s, run.key = self._now_s, self._latest_key()
 
@@ -119,7 +128,7 @@ class ReturnsPolicy(RunPolicy):
         elif hint.asked or at >= fresh_from:
             if not record.followed:
                 record.followed = True
-                self._odds.returned(record.number, self._now_s)
+                self._odds.returned(record.number, self._now_s, whole=at >= record.length - 1)
             record = self._new_record(record.turn + 1, at + 1, record.floor)
         record.turn = hint.turn or record.turn
         record.length = len(blocks)
@@ -143,7 +152,8 @@ class ReturnsPolicy(RunPolicy):
         if old is not None:
             self._unmark(old)
         self._num_noted += 1
-        if self._num_noted % (_FIT_EVERY if self._num_noted >= 2 * _FIT_EVERY else _FIT_EVERY // 4) == 0:
+        if self._num_noted == self._next_fit:
+            self._next_fit += min(max(_FIT_EVERY // 16, self._num_noted // 8), _FIT_EVERY)
             self._learn()
         record = self._records[number] = _Record(number, turn, start, start, floor)
         return record
@@ -170,7 +180,7 @@ class ReturnsPolicy(RunPolicy):
 
     def _walk_begins(self) -> None:
         self._shadow.resize(len(self))
-        self._by_odds = self._odds.num_returned >= _FEW_RETURNS and self._shadow.lead >= 0
+        self._by_odds = self._odds.num_returned >= _FEW_RETURNS and not self._shadow.loses
         self._changed.update(range(self.num_queues))
 
     def _next_queue(self) -> int:

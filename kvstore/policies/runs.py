@@ -93,8 +93,11 @@ class RunPolicy(Policy):
         """Place blocks that became resident: give their run its queue and key. It may be cut by `_cut`."""
 
     @abstractmethod
-    def _use(self, runs: Sequence[Run], starts: Sequence[int], blocks: Sequence[BlockId], hint: Hint) -> None:
-        """Place the runs of a chain that was used. They are known, and begin at `starts` of `blocks`."""
+    def _use(self, runs: list[Run], starts: Sequence[int], blocks: Sequence[BlockId], hint: Hint) -> None:
+        """Place the runs of a chain that was used. They are known, and begin at `starts` of `blocks`.
+
+        What it cuts off the last one belongs at the end of `runs`.
+        """
 
     @abstractmethod
     def _next_queue(self) -> int:

@@ -17,6 +17,7 @@ from kvstore.block import BlockId
 _SAMPLED_BLOCKS = 1024  # in each cache, about: fewer say too little, more cost time
 _MEMORY = 4  # so many times the sampled blocks are remembered of past uses
 _WHOLE = 1 << 16
+_CERTAIN = 1.0  # squared standard errors
 
 
 class Shadow:
@@ -29,9 +30,16 @@ class Shadow:
         self._num_blocks = 0
         self._capacity = 0
         self._limit = 0
-        self.lead = 0.0
+        self._lead = 0.0
         """Hits of the levels more than of LRU, what is long ago counting less."""
+        self._square = 0.0
+        """Of the lead's steps, a request each: its blocks hit or miss together."""
         self._keep = 1.0
+
+    @property
+    def loses(self) -> bool:
+        """Whether LRU had more hits, by more than chance explains."""
+        return self._lead < 0 and self._lead * self._lead > _CERTAIN * self._square
 
     def resize(self, num_blocks: int) -> None:
         """The real cache holds so many blocks."""
@@ -48,26 +56,39 @@ class Shadow:
         self._keep = 1 - 1 / (_MEMORY * self._capacity)
 
     def use(
-        self, blocks: Sequence[BlockId], asked_from: int, level: int, now_s: float, worth: Callable[[int, float], float]
+        self,
+        blocks: Sequence[BlockId],
+        asked_from: int,
+        level: int,
+        last_level: int,
+        now_s: float,
+        worth: Callable[[int, float], float],
     ) -> None:
         """A chain was used, head to tail; hits of those from `asked_from` on count."""
         if not self._capacity:
             return
         lru, level_of, queues = self._lru, self._level_of, self._queues
-        limit = self._limit
+        limit, last = self._limit, len(blocks) - 1
+        more = used = 0
         for at in range(len(blocks) - 1, -1, -1):
             block = blocks[at]
             if (block[30] << 8 | block[31]) >= limit:
                 continue
             before = level_of.get(block, -1)
             if at >= asked_from:
-                self.lead = self.lead * self._keep + (before >= 0) - (block in lru)
+                more += (before >= 0) - (block in lru)
+                used += 1
             lru[block] = now_s
             lru.move_to_end(block)
             if before >= 0:
                 del queues[before][block]
-            queues[level][block] = now_s
-            level_of[block] = level
+            own = level if at < last else last_level
+            queues[own][block] = now_s
+            level_of[block] = own
+        if used:
+            keep = self._keep**used
+            self._lead = self._lead * keep + more
+            self._square = self._square * keep + more * more
         while len(lru) > self._capacity:
             lru.popitem(last=False)
         while len(level_of) > self._capacity:
