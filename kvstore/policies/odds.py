@@ -33,6 +33,7 @@ _PRIOR_MEDIAN_S, _PRIOR_SPREAD = 120.0, 1.2
 _RIDGE = 1.0
 _NEAR: Floats = np.array([1.0, 2.0, 3.0, 2.0, 1.0])
 _ROUNDS = 3
+_HALF_LIFE = 1000.0
 _PRIOR_WHOLE = 4.0  # returns that used the whole of what they followed, made up before any is seen
 
 
@@ -78,6 +79,8 @@ class Odds:
         self._cell: npt.NDArray[np.int32] = np.zeros(history, np.int32)
         self._at_s: Floats = np.zeros(history)
         self._gap_s: Floats = np.full(history, np.nan)
+        self._serial: npt.NDArray[np.int64] = np.zeros(history, np.int64)
+        self._num_notes = 0
         self._num = 0  # records in use
         self.num_returned = 0
         self._num_whole = 0
@@ -94,6 +97,8 @@ class Odds:
         self._cell[record] = cell
         self._at_s[record] = now_s
         self._gap_s[record] = np.nan
+        self._num_notes += 1
+        self._serial[record] = self._num_notes
 
     def returned(self, record: int, now_s: float, *, whole: bool) -> None:
         """The request was followed by another of its conversation, which used the `whole` of it, or not its end."""
@@ -124,16 +129,17 @@ class Odds:
         seen = ~np.isnan(gap_s)
         age_s = np.where(seen, gap_s, np.maximum(0.0, now_s - self._at_s[: self._num]))
         bins = np.minimum(np.searchsorted(_EDGES_S, age_s, side="right") - 1, _NUM_BINS - 1)
-        counts = np.bincount(cell, minlength=_NUM_CELLS).astype(np.float64)
-        events = np.bincount(bins[seen], minlength=_NUM_BINS) + _PRIOR_GAPS * _PRIOR_EVENTS
+        weight = 0.5 ** ((self._num_notes - self._serial[: self._num]) / _HALF_LIFE)
+        counts = np.bincount(cell, weight, _NUM_CELLS)
+        events = np.bincount(bins[seen], weight[seen], _NUM_BINS) + _PRIOR_GAPS * _PRIOR_EVENTS
         for _ in range(_ROUNDS):
             gone = 1 - np.cumprod(1 - self._hazard)  # F at each bin's end
             share = _logistic(_DESIGN @ self._weights)[cell]
             within = gone[bins]
-            expected = np.where(seen, 1.0, share * (1 - within) / (1 - share * within))
-            self._fit_shares(counts, np.bincount(cell, expected, _NUM_CELLS).astype(np.float64))
+            expected = weight * np.where(seen, 1.0, share * (1 - within) / (1 - share * within))
+            self._fit_shares(counts, np.bincount(cell, expected, _NUM_CELLS))
             leaving = np.bincount(bins, expected, _NUM_BINS)
-            at_risk = leaving[::-1].cumsum()[::-1] - 0.5 * (leaving - np.bincount(bins[seen], minlength=_NUM_BINS))
+            at_risk = leaving[::-1].cumsum()[::-1] - 0.5 * (leaving - np.bincount(bins[seen], weight[seen], _NUM_BINS))
             at_risk += _PRIOR_GAPS * _PRIOR_AT_RISK
             # Over neighbouring bins: the best further time would else be whichever bin chance favoured.
             hazard = np.convolve(events, _NEAR, "same") / np.convolve(at_risk, _NEAR, "same")

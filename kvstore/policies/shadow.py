@@ -17,6 +17,7 @@ from kvstore.block import BlockId
 _SAMPLED_BLOCKS = 1024  # in each cache, about: fewer say too little, more cost time
 _MEMORY = 4  # so many times the sampled blocks are remembered of past uses
 _WHOLE = 1 << 16
+_CREDIT = 1.0
 _CERTAIN = 1.0  # squared standard errors
 
 
@@ -87,8 +88,9 @@ class Shadow:
             level_of[block] = own
         if used:
             keep = self._keep**used
-            self._lead = self._lead * keep + more
             self._square = self._square * keep + more * more
+            # What it won long ago must not pay for what it loses now.
+            self._lead = min(self._lead * keep + more, _CREDIT * self._square**0.5)
         while len(lru) > self._capacity:
             lru.popitem(last=False)
         while len(level_of) > self._capacity:
