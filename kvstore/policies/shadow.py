@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 from kvstore.block import BlockId
 
 _SAMPLED_BLOCKS = 1024  # in each cache, about: fewer say too little, more cost time
-_MEMORY = 4  # so many times the sampled blocks are remembered of past uses
+_MEMORY = 2  # so many times the sampled blocks are remembered of past uses
 _WHOLE = 1 << 16
-_CREDIT = 1.0
-_CERTAIN = 1.0  # squared standard errors
+_CREDIT = 0.3  # standard errors
+_CERTAIN = 0.5  # squared standard errors
 
 
 class Shadow:
