@@ -98,7 +98,8 @@ def measure(trace: Trace, names: Sequence[str], capacities_pct: Sequence[float])
             gap = best_pct - base.hit_pct
             row["gap_closed_pct"] = 100 * (run.hit_pct - base.hit_pct) / gap if gap > 0 else 0.0
             row["vs_lru_pts"] = run.hit_pct - base.hit_pct
-            row["memory_saved_pct"] = 0.0 if name == BASELINE else curves.memory_saved_pct(name, capacity_pct)
+            if name in (BASELINE, DEFAULT):  # five replays more
+                row["memory_saved_pct"] = 0.0 if name == BASELINE else curves.memory_saved_pct(name, capacity_pct)
             row["us_per_block"] = run.us_per_block
             rows.append(row)
             if name == DEFAULT:

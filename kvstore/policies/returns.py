@@ -82,6 +82,7 @@ class ReturnsPolicy(RunPolicy):
         self._next_fit = _FIT_EVERY // 16
         self._heads = [_NOTHING] * self.num_queues
         self._shadow = Shadow(NUM_LEVELS)
+        self._next_best = -1
         self._by_odds = False
 
     def _enter(self, run: Run, hint: Hint) -> None:
@@ -190,6 +191,8 @@ class ReturnsPolicy(RunPolicy):
         self._changed.update(range(self.num_queues))
 
     def _next_queue(self) -> int:
+        if not self._changed:
+            return self._next_best
         for queue in self._changed:
             head = self._head(queue)
             if head is None:
@@ -200,4 +203,5 @@ class ReturnsPolicy(RunPolicy):
                 worth = -1.0 if closed else self._odds.worth(queue, age_s) if self._by_odds else 0.0
                 self._heads[queue] = (worth, head.key, queue)
         self._changed.clear()
-        return min(self._heads)[2]
+        self._next_best = min(self._heads)[2]
+        return self._next_best

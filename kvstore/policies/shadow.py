@@ -97,5 +97,8 @@ class Shadow:
             ages = (
                 (worth(each, now_s - next(iter(queue.values()))), each) for each, queue in enumerate(queues) if queue
             )
-            block, _ = queues[min(ages)[1]].popitem(last=False)
-            del level_of[block]
+            queue = queues[min(ages)[1]]
+            since_s = next(iter(queue.values()))
+            while len(level_of) > self._capacity and queue and next(iter(queue.values())) == since_s:
+                block, _ = queue.popitem(last=False)  # used at one time, so worth the same
+                del level_of[block]
