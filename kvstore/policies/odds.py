@@ -8,6 +8,10 @@ at age a is the most hits per second of keeping it that any further time t would
 
     max over t of  p(F(a+t) - F(a)) / integral from a to a+t of (1 - pF)
 
+but never more than it was at a younger age. Traffic changes, so what a request teaches counts half as much when as many
+others came as `_HALF_LIFE` says: where one trace followed another, `returns` lost up to 2.0 points of hit rate to LRU
+without that, 0.3 with it (first halves of both, 2 to 20 % of their blocks).
+
 Invariant: everything is bounded: the last `history` requests, cells of likeness, bins of age.
 """
 
@@ -130,14 +134,14 @@ class Odds:
         age_s = np.where(seen, gap_s, np.maximum(0.0, now_s - self._at_s[: self._num]))
         bins = np.minimum(np.searchsorted(_EDGES_S, age_s, side="right") - 1, _NUM_BINS - 1)
         weight = 0.5 ** ((self._num_notes - self._serial[: self._num]) / _HALF_LIFE)
-        counts = np.bincount(cell, weight, _NUM_CELLS)
+        counts: Floats = np.bincount(cell, weight, _NUM_CELLS).astype(np.float64)
         events = np.bincount(bins[seen], weight[seen], _NUM_BINS) + _PRIOR_GAPS * _PRIOR_EVENTS
         for _ in range(_ROUNDS):
             gone = 1 - np.cumprod(1 - self._hazard)  # F at each bin's end
             share = _logistic(_DESIGN @ self._weights)[cell]
             within = gone[bins]
             expected = weight * np.where(seen, 1.0, share * (1 - within) / (1 - share * within))
-            self._fit_shares(counts, np.bincount(cell, expected, _NUM_CELLS))
+            self._fit_shares(counts, np.bincount(cell, expected, _NUM_CELLS).astype(np.float64))
             leaving = np.bincount(bins, expected, _NUM_BINS)
             at_risk = leaving[::-1].cumsum()[::-1] - 0.5 * (leaving - np.bincount(bins[seen], weight[seen], _NUM_BINS))
             at_risk += _PRIOR_GAPS * _PRIOR_AT_RISK

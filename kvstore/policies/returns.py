@@ -45,6 +45,10 @@ class ReturnsPolicy(RunPolicy):
     block is as its last request is, in one of sixteen LRU queues by likelihood; of the queues' lowest ends the one
     whose further residence promises least goes first. `history` requests are remembered, evicted ones included.
 
+    Two kinds of block differ from their request. Its last one, often not full, has another hash once the conversation
+    went on: how often those that return use it is learned too. And what several requests went on from any of them may
+    come back to: it counts as likely.
+
     Where a sample of its own says that LRU had more hits of late (`kvstore.policies.shadow`), and until some
     conversations have returned, it goes by last use alone. Blocks of a conversation that was closed go before all.
     Nothing is saved over a restart: it relearns, by LRU meanwhile.

@@ -7,8 +7,8 @@ a run, and one comparison of ids for all of its blocks. A subclass puts each run
 that says where in it; whichever queue it names next gives up the tail of its lowest end. Suffixes go before prefixes
 whatever the subclass thinks of either.
 
-A policy of rows in numpy arrays, a block at a time, took 21 µs a block where this takes 3: a request has 25 blocks,
-too few for arrays to pay.
+Rows in numpy arrays (`kvstore.policies.leaves`) cost `returns` 23 µs a block of a real chat trace, runs 6: a request
+has 25 blocks, too few for arrays to pay. It keeps 170 bytes a block where `lru` with its arrays keeps 77.
 
 Invariants
 1. The blocks of a run follow each other in one chain; what hangs from a run hangs from its last block.
@@ -342,7 +342,7 @@ class RunPolicy(Policy):
             while run.blocks[at - 1] not in gone:
                 at -= 1
             if at < len(run.blocks):
-                self._leave_parent(self._cut(run, at))
+                self._cut(run, at)
             gone.remove(run.blocks[-1])
             self._shorten(run)
 
