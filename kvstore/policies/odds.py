@@ -9,8 +9,8 @@ at age a is the most hits per second of keeping it that any further time t would
     max over t of  p(F(a+t) - F(a)) / integral from a to a+t of (1 - pF)
 
 but never more than it was at a younger age. Traffic changes, so what a request teaches counts half as much when as many
-others came as `_HALF_LIFE` says: where one trace followed another, `returns` lost up to 2.0 points of hit rate to LRU
-without that, 0.3 with it (first halves of both, 2 to 20 % of their blocks).
+others came as `_HALF_LIFE` says: where one trace followed another, `returns` lost up to 1.3 points of hit rate to LRU
+without that, 0.3 with it (first halves of both, 5 to 20 % of their blocks).
 
 Invariant: everything is bounded: the last `history` requests, cells of likeness, bins of age.
 """
