@@ -25,7 +25,7 @@ from kvstore.policies import POLICIES
 
 HELP = "hit rate of each eviction policy on a trace, beside the offline optimum"
 
-DEFAULT = "returns"
+LEARNED = "returns"
 BASELINE = "lru"
 BELOW = (0.35, 0.5, 0.7, 0.85)  # of each capacity, where a policy may be as good as LRU is there
 
@@ -86,7 +86,7 @@ class Curves:
 
 
 def measure(trace: Trace, names: Sequence[str], capacities_pct: Sequence[float]) -> tuple[list[Row], dict[str, float]]:
-    """A row for each capacity and policy, and the figures of the default policy."""
+    """A row for each capacity and policy, and the figures of the learned one."""
     curves, rows = Curves(trace), []
     summary: dict[str, float] = {}
     for capacity_pct in capacities_pct:
@@ -98,13 +98,14 @@ def measure(trace: Trace, names: Sequence[str], capacities_pct: Sequence[float])
             gap = best_pct - base.hit_pct
             row["gap_closed_pct"] = 100 * (run.hit_pct - base.hit_pct) / gap if gap > 0 else 0.0
             row["vs_lru_pts"] = run.hit_pct - base.hit_pct
-            row["memory_saved_pct"] = 0.0 if name == BASELINE else curves.memory_saved_pct(name, capacity_pct)
+            if name in (BASELINE, LEARNED):  # five replays more
+                row["memory_saved_pct"] = 0.0 if name == BASELINE else curves.memory_saved_pct(name, capacity_pct)
             row["us_per_block"] = run.us_per_block
             rows.append(row)
-            if name == DEFAULT:
+            if name == LEARNED:
                 summary[f"gap_closed_pct_{capacity_pct:g}"] = _number(row, "gap_closed_pct")
                 summary[f"memory_saved_pct_{capacity_pct:g}"] = _number(row, "memory_saved_pct")
-    own = [row for row in rows if row["policy"] == DEFAULT]
+    own = [row for row in rows if row["policy"] == LEARNED]
     if own:
         summary["worst_vs_lru_pts"] = min(_number(row, "vs_lru_pts") for row in own)
         summary["us_per_block"] = max(_number(row, "us_per_block") for row in own)
@@ -128,10 +129,14 @@ def draw(trace: Trace, rows: Sequence[Row]) -> Figure:
     curves: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         curves.setdefault(str(row["policy"]), []).append((_number(row, "capacity_pct"), _number(row, "hit_pct")))
+    same = [name for name, points in curves.items() if points == curves[BASELINE]]
     for name, points in curves.items():
-        style = {"optimum": ("#30383F", "--", 1.5), BASELINE: ("#30383F", "-", 1.5), DEFAULT: ("#0B7A4B", "-", 2.5)}
+        if name in same and name != BASELINE:
+            continue  # it would hide the baseline: `priority` is LRU where nobody states one
+        style = {"optimum": ("#30383F", "--", 1.5), BASELINE: ("#30383F", "-", 1.5), LEARNED: ("#0B7A4B", "-", 2.5)}
         color, line, width = style.get(name, (None, "-", 1.2))
-        axes.plot(*zip(*points, strict=True), line, color=color, linewidth=width, marker="o", markersize=4, label=name)
+        label = ", ".join(same) if name == BASELINE else name
+        axes.plot(*zip(*points, strict=True), line, color=color, linewidth=width, marker="o", markersize=4, label=label)
     base, best = dict(curves[BASELINE]), dict(curves["optimum"])
     axes.fill_between(list(base), list(base.values()), [best[each] for each in base], color="#30383F", alpha=0.06)
     axes.set_xscale("log")

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import random
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +21,9 @@ from kvstore.policies.arc import ArcPolicy
 from kvstore.policies.lru import LruPolicy
 from kvstore.policies.priority import PriorityPolicy
 from kvstore.policies.returns import ReturnsPolicy
+from kvstore.policies.runs import Run, RunPolicy
 from kvstore.policies.s3fifo import S3FifoPolicy
+from kvstore.policies.shadow import Shadow
 
 
 def ids(*numbers: int) -> list[BlockId]:
@@ -190,7 +194,7 @@ def test_priority_by_range_of_tokens_and_a_use_without_leaves_it() -> None:
 
 
 @pytest.mark.parametrize("kind", [PriorityPolicy, ReturnsPolicy])
-def test_closed_conversation_goes_first_but_what_it_shares(kind: type[Policy]) -> None:
+def test_closed_conversation_goes_first_but_what_it_shares(kind: type[PriorityPolicy] | type[ReturnsPolicy]) -> None:
     policy = kind()
     chat(policy, 1, 2, 10, 11, hint=Hint(time_s=1.0))
     chat(policy, 1, 2, 20, 21, hint=Hint(time_s=2.0), known=2)
@@ -199,28 +203,148 @@ def test_closed_conversation_goes_first_but_what_it_shares(kind: type[Policy]) -
     assert order(policy)[2:] == [11, 10, 2, 1]
 
 
-def test_returns_learns_who_comes_back() -> None:
-    """Long first prompts return after 60 s, short ones never: the short ones go first, though used later."""
-    policy = ReturnsPolicy()
+class ByLastUse(RunPolicy):
+    """Runs in one queue by last use: what `LruPolicy` does a block at a time."""
+
+    name = "by_last_use"
+
+    def __init__(self) -> None:
+        super().__init__(None)
+
+    def _enter(self, run: Run, hint: Hint) -> None:
+        run.key = self._latest_key()
+
+    def _use(self, runs: list[Run], starts: Sequence[int], blocks: Sequence[BlockId], hint: Hint) -> None:
+        for run in reversed(runs):
+            run.key = self._latest_key()
+
+    def _next_queue(self) -> int:
+        return 0 if self._head(0) else -1
+
+
+def test_runs_by_last_use_are_exact_lru() -> None:
+    """Chats that branch anywhere, are used in part, come back shortened, and lose tails in walks that break off."""
+    rng, lru, runs = random.Random(9), LruPolicy(), ByLastUse()
+    both: tuple[Policy, Policy] = (lru, runs)
+    chains: list[list[int]] = [[]]
+    for step in range(3000):
+        base = rng.choice(chains)[: rng.randint(0, 15)]
+        known = next((at for at, each in enumerate(base) if ids(each)[0] not in lru), len(base))
+        fresh = [10_000 + 20 * step + at for at in range(rng.choice((0, 1, 1, 4, 9)))]
+        chain = base[:known] + fresh
+        for each in both:
+            chat(each, *chain, known=known)
+        chains.append(chain)
+        if len(lru) > 400:
+            walks = [each.victims() for each in both]
+            for _ in range(rng.randint(1, 8)):
+                gone = [[next(walk)] for walk in walks]
+                assert gone[0] == gone[1]
+                for each in both:
+                    each.remove(gone[0])
+            skipped = [next(walk) for walk in walks]  # pinned, say
+            assert skipped[0] == skipped[1]
+        if step % 50 == 0:
+            assert order(runs) == order(lru), step
+        assert len(runs) == len(lru)
+    assert len(runs._runs) < len(runs) / 2  # or it would not be worth having them
+
+
+def test_blocks_that_are_committed_one_by_one_are_one_run() -> None:
+    runs = ByLastUse()
+    for length in range(1, 50):
+        runs.admit(ids(length), NO_HINT)
+        runs.touch(ids(*range(1, length + 1)), NO_HINT)
+    assert len(runs._runs) == 1
+    assert order(runs) == list(range(49, 0, -1))
+
+
+def test_a_hole_in_a_run_leaves_both_sides() -> None:
+    runs = ByLastUse()
+    chat(runs, 1, 2, 3, 4, 5, 6)
+    runs.remove(ids(5, 3))
+    assert sorted(order(runs)) == [1, 2, 4, 6]
+    chat(runs, 11, 12, 13, 14)
+    walk = runs.victims()
+    seen = [next(walk) for _ in range(5)]  # all of the first chat, and the second's tail
+    runs.remove(ids(12))  # while it walks
+    assert seen[-1] == ids(14)[0]
+    assert {*seen, *walk} == set(ids(1, 2, 4, 6, 11, 13, 14))
+    assert sorted(order(runs)) == [1, 2, 4, 6, 11, 13, 14]
+
+
+def long_and_short(policy: Policy, num_steps: int, returning: int, *, half_full: bool = False, room: int = 400) -> int:
+    """Requests of eight blocks and of one by turns; those of `returning` blocks come back once, 60 s later.
+
+    `half_full`: each ends with a block that its next turn has otherwise. Returns the number of the next block.
+    """
     numbers = iter(range(1, 1_000_000))
     waiting: list[tuple[float, list[int]]] = []
-    for step in range(3000):
+    for step in range(num_steps):
         now_s = 2.0 * step
         fresh = [next(numbers) for _ in range(8 if step % 2 else 1)]
         chat(policy, *fresh, hint=Hint(time_s=now_s))
-        if step % 2:
-            waiting.append((now_s + 60.0, fresh))
+        if len(fresh) == returning:
+            waiting.append((now_s + 60.0, fresh[:-1] if half_full else fresh))
         while waiting and waiting[0][0] <= now_s:
             _, before = waiting.pop(0)
             known = len([each for each in before if ids(each)[0] in policy])
             chat(policy, *before, next(numbers), hint=Hint(time_s=now_s), known=known)
-        while len(policy) > 400:
+        while len(policy) > room:
             policy.remove([next(policy.victims())])
-    long, short = [next(numbers) for _ in range(8)], next(numbers)
+    return next(numbers)
+
+
+def test_returns_learns_who_comes_back() -> None:
+    """Long first prompts return after 60 s, short ones never: the short ones go first, though used later."""
+    policy = ReturnsPolicy()
+    at = long_and_short(policy, 3000, returning=8)
+    long, short = list(range(at, at + 8)), at + 8
     chat(policy, *long, hint=Hint(time_s=6000.0))
     chat(policy, short, hint=Hint(time_s=6010.0))
     victims = order(policy)
     assert victims.index(short) < min(victims.index(each) for each in long)
+
+
+def test_returns_learns_that_last_blocks_do_not_come_back() -> None:
+    """They go before the rest of what was used earlier; where the whole comes back, they do not."""
+    for half_full in (True, False):
+        policy = ReturnsPolicy()
+        at = long_and_short(policy, 3000, returning=8, half_full=half_full)
+        early, late = list(range(at, at + 8)), list(range(at + 8, at + 16))
+        chat(policy, *early, hint=Hint(time_s=6000.0))
+        chat(policy, *late, hint=Hint(time_s=6010.0))
+        victims = order(policy)
+        assert (victims.index(late[-1]) < victims.index(early[-2])) is half_full
+
+
+def test_returns_keeps_what_several_went_on_from() -> None:
+    """Requests of one block never return; one of which two went on outlasts one that was used later."""
+    policy = ReturnsPolicy()
+    shared = long_and_short(policy, 3000, returning=8)
+    chat(policy, shared, shared + 1, hint=Hint(time_s=6000.0))
+    chat(policy, shared, shared + 2, hint=Hint(time_s=6000.0), known=1)
+    chat(policy, shared + 3, hint=Hint(time_s=6001.0))
+    policy.remove(ids(shared + 1, shared + 2))
+    victims = order(policy)
+    assert victims.index(shared + 3) < victims.index(shared)
+
+
+def test_shadow_says_so_when_the_levels_lose_and_not_by_chance() -> None:
+    """Two hundred chats in a room of fifty: level 1 is what comes back, and the worth says otherwise, or not."""
+
+    def loses(worth_of: tuple[float, float], seed: int) -> bool:
+        rng, shadow = random.Random(seed), Shadow(2)
+        shadow.resize(100)
+        for step in range(6000):
+            again = rng.random() < 0.5
+            number = rng.randrange(60) if again else 1000 + step
+            block = BlockId(hashlib.sha256(str(number).encode()).digest())
+            shadow.use([block], 0, int(again), int(again), float(step), lambda level, _: worth_of[level])
+        return shadow.loses
+
+    assert all(loses((1.0, 0.0), seed) for seed in range(5))
+    assert not any(loses((0.0, 1.0), seed) for seed in range(5))
 
 
 def test_returns_is_lru_until_it_has_learned() -> None:

@@ -8,6 +8,10 @@ at age a is the most hits per second of keeping it that any further time t would
 
     max over t of  p(F(a+t) - F(a)) / integral from a to a+t of (1 - pF)
 
+but never more than it was at a younger age. Traffic changes, so what a request teaches counts half as much when as many
+others came as `_HALF_LIFE` says: where one trace followed another, `returns` lost up to 1.3 points of hit rate to LRU
+without that, 0.3 with it (first halves of both, 5 to 20 % of their blocks).
+
 Invariant: everything is bounded: the last `history` requests, cells of likeness, bins of age.
 """
 
@@ -28,10 +32,13 @@ _EDGE_LIST_S: list[float] = _EDGES_S.tolist()
 _LEVELS: Floats = np.array([0.01, 0.02, 0.04, 0.07, 0.11, 0.16, 0.22, 0.28, 0.34, 0.41, 0.48, 0.56, 0.65, 0.75, 0.85])
 NUM_LEVELS = len(_LEVELS) + 1
 _PRIOR_P = 0.3
-_PRIOR_GAPS = 8.0  # as many returns as are made up, evenly over the logarithm of the gap, before any is seen
+_PRIOR_GAPS = 8.0  # as many returns as are made up before any is seen: a normal in the logarithm of the gap
+_PRIOR_MEDIAN_S, _PRIOR_SPREAD = 120.0, 1.2
 _RIDGE = 1.0
 _NEAR: Floats = np.array([1.0, 2.0, 3.0, 2.0, 1.0])
 _ROUNDS = 3
+_HALF_LIFE = 500.0  # requests, after which one counts half: traffic changes
+_PRIOR_WHOLE = 4.0  # returns that used the whole of what they followed, made up before any is seen
 
 
 def _design() -> Floats:
@@ -45,6 +52,8 @@ def _design() -> Floats:
 _DESIGN = _design()
 CLOSED_CELL = _NUM_CELLS
 """Like nothing else: its level is NUM_LEVELS, after all others."""
+LAST_BLOCK = _NUM_CELLS + 1
+"""Added to a cell: the last block of such a request."""
 
 
 def cell_of(turn: int, num_new: int, length: int) -> int:
@@ -52,6 +61,18 @@ def cell_of(turn: int, num_new: int, length: int) -> int:
     turns = min(turn, 4) - 1 if turn < 5 else 4 if turn < 8 else 5
     new = min(max(num_new, 0).bit_length(), _NEWS - 1)
     return (max(turns, 0) * _NEWS + new) * _LENGTHS + min(max(length, 0).bit_length(), _LENGTHS - 1)
+
+
+def _prior_events() -> Floats:
+    """Share of the made-up returns in each bin of the gap."""
+    middles = np.log(_FIRST_EDGE_S * _EDGE_RATIO ** (np.arange(_NUM_BINS) - 0.5))
+    density = np.exp(-0.5 * ((middles - np.log(_PRIOR_MEDIAN_S)) / _PRIOR_SPREAD) ** 2) + 1e-4
+    events: Floats = density / density.sum()
+    return events
+
+
+_PRIOR_EVENTS = _prior_events()
+_PRIOR_AT_RISK: Floats = _PRIOR_EVENTS[::-1].cumsum()[::-1]
 
 
 class Odds:
@@ -62,12 +83,15 @@ class Odds:
         self._cell: npt.NDArray[np.int32] = np.zeros(history, np.int32)
         self._at_s: Floats = np.zeros(history)
         self._gap_s: Floats = np.full(history, np.nan)
+        self._serial: npt.NDArray[np.int64] = np.zeros(history, np.int64)
+        self._num_notes = 0
         self._num = 0  # records in use
         self.num_returned = 0
+        self._num_whole = 0
         self._weights: Floats = np.zeros(_DESIGN.shape[1])
         self._weights[0] = np.log(_PRIOR_P / (1 - _PRIOR_P))
-        self._hazard: Floats = np.full(_NUM_BINS, 1.0 / 12)
-        self._level_of: list[int] = [0] * (_NUM_CELLS + 1)
+        self._hazard: Floats = _PRIOR_EVENTS / _PRIOR_AT_RISK
+        self._level_of: list[int] = []
         self._worth: list[list[float]] = []
         self._tabulate()
 
@@ -77,11 +101,19 @@ class Odds:
         self._cell[record] = cell
         self._at_s[record] = now_s
         self._gap_s[record] = np.nan
+        self._num_notes += 1
+        self._serial[record] = self._num_notes
 
-    def returned(self, record: int, now_s: float) -> None:
-        """The request was followed by another of its conversation."""
+    def returned(self, record: int, now_s: float, *, whole: bool) -> None:
+        """The request was followed by another of its conversation, which used the `whole` of it, or not its end."""
         self._gap_s[record] = max(0.0, now_s - self._at_s[record])
         self.num_returned += 1
+        self._num_whole += whole
+
+    @property
+    def whole_share(self) -> float:
+        """How many of those that return use the last block too: few, where it was not full."""
+        return (self._num_whole + _PRIOR_WHOLE) / (self.num_returned + _PRIOR_WHOLE)
 
     def level(self, cell: int) -> int:
         """How likely requests of a cell are followed, as a level from 0 to NUM_LEVELS - 1."""
@@ -101,17 +133,18 @@ class Odds:
         seen = ~np.isnan(gap_s)
         age_s = np.where(seen, gap_s, np.maximum(0.0, now_s - self._at_s[: self._num]))
         bins = np.minimum(np.searchsorted(_EDGES_S, age_s, side="right") - 1, _NUM_BINS - 1)
-        counts = np.bincount(cell, minlength=_NUM_CELLS).astype(np.float64)
-        events = np.bincount(bins[seen], minlength=_NUM_BINS) + _PRIOR_GAPS / _NUM_BINS
+        weight = 0.5 ** ((self._num_notes - self._serial[: self._num]) / _HALF_LIFE)
+        counts: Floats = np.bincount(cell, weight, _NUM_CELLS).astype(np.float64)
+        events = np.bincount(bins[seen], weight[seen], _NUM_BINS) + _PRIOR_GAPS * _PRIOR_EVENTS
         for _ in range(_ROUNDS):
             gone = 1 - np.cumprod(1 - self._hazard)  # F at each bin's end
             share = _logistic(_DESIGN @ self._weights)[cell]
             within = gone[bins]
-            expected = np.where(seen, 1.0, share * (1 - within) / (1 - share * within))
+            expected = weight * np.where(seen, 1.0, share * (1 - within) / (1 - share * within))
             self._fit_shares(counts, np.bincount(cell, expected, _NUM_CELLS).astype(np.float64))
             leaving = np.bincount(bins, expected, _NUM_BINS)
-            at_risk = leaving[::-1].cumsum()[::-1] - 0.5 * (leaving - np.bincount(bins[seen], minlength=_NUM_BINS))
-            at_risk += _PRIOR_GAPS * (1 - np.arange(_NUM_BINS) / _NUM_BINS)
+            at_risk = leaving[::-1].cumsum()[::-1] - 0.5 * (leaving - np.bincount(bins[seen], weight[seen], _NUM_BINS))
+            at_risk += _PRIOR_GAPS * _PRIOR_AT_RISK
             # Over neighbouring bins: the best further time would else be whichever bin chance favoured.
             hazard = np.convolve(events, _NEAR, "same") / np.convolve(at_risk, _NEAR, "same")
             self._hazard = np.clip(hazard, 1e-6, 0.999)
@@ -133,6 +166,7 @@ class Odds:
     def _tabulate(self) -> None:
         shares = _logistic(_DESIGN @ self._weights)
         self._level_of = [*np.searchsorted(_LEVELS, shares).tolist(), NUM_LEVELS]
+        self._level_of += np.searchsorted(_LEVELS, shares * self.whole_share).tolist()
         middles = np.concatenate([[_LEVELS[0] / 2], (_LEVELS[1:] + _LEVELS[:-1]) / 2, [0.92]])
         gone = np.concatenate([[0.0], 1 - np.cumprod(1 - self._hazard)])
         hits = middles[:, None] * gone
@@ -143,7 +177,10 @@ class Odds:
         more_s = spent_s[:, None, :] - spent_s[:, :, None]
         later = np.triu(np.ones((_NUM_BINS + 1, _NUM_BINS + 1), bool), 1)
         rate = np.where(later, more_hits / np.where(later, more_s, 1.0), 0.0).max(axis=2)
-        self._worth = rate.tolist()
+        # Never more than it was at a younger age: where the hazard seems to rise, chance or a change of traffic may
+        # be the reason, and then it is the fresh that would have come back. Held against rates as they are on first
+        # halves of traces: 18.7 % of the gap for 16.8 %.
+        self._worth = np.minimum.accumulate(rate, axis=1).tolist()
 
 
 def _bin_of(age_s: float) -> int:

@@ -6,20 +6,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
 from kvstore.api import Hint
 from kvstore.block import BlockId
 from kvstore.errors import ConfigError
-from kvstore.idmap import NO_ROW, Rows, longer
-from kvstore.policies.leaves import LeafPolicy
-from kvstore.policies.odds import CLOSED_CELL, NUM_LEVELS, Odds, cell_of
+from kvstore.policies.odds import CLOSED_CELL, LAST_BLOCK, NUM_LEVELS, Odds, cell_of
+from kvstore.policies.runs import Run, RunPolicy
 from kvstore.policies.shadow import Shadow
 
 _NO_RECORD = -1
 _FIT_EVERY = 256
 _FEW_RETURNS = 30
+_SHARED_LEVEL = 10  # 0.45: chosen on the first halves of two traces, where 10 to 15 do as well
+_WHOLE = 0.5
 _NOTHING = (float("inf"), 0, -1)
 
 
@@ -38,7 +36,7 @@ class _Record:
     followed: bool = False
 
 
-class ReturnsPolicy(LeafPolicy):
+class ReturnsPolicy(RunPolicy):
     """Return probability: expected hits per second of residence, learned from the requests themselves.
 
     Which request follows which is seen in the chains: one that uses the end of what an earlier one left is its
@@ -46,6 +44,10 @@ class ReturnsPolicy(LeafPolicy):
     and one distribution for all says after how long (`kvstore.policies.odds`); `Hint.turn` overrides the count. A
     block is as its last request is, in one of sixteen LRU queues by likelihood; of the queues' lowest ends the one
     whose further residence promises least goes first. `history` requests are remembered, evicted ones included.
+
+    Two kinds of block differ from their request. Its last one, often not full, has another hash once the conversation
+    went on: how often those that return use it is learned too. And what several requests went on from any of them may
+    come back to: it counts as likely.
 
     Where a sample of its own says that LRU had more hits of late (`kvstore.policies.shadow`), and until some
     conversations have returned, it goes by last use alone. Blocks of a conversation that was closed go before all.
@@ -74,10 +76,6 @@ class ReturnsPolicy(LeafPolicy):
 
     def __init__(self, options: object = None) -> None:
         self._settings = options if isinstance(options, ReturnsPolicy.Options) else ReturnsPolicy.Options()
-        self._use_s: npt.NDArray[np.float64] = np.zeros(0)
-        """When each row was used last."""
-        self._cell: npt.NDArray[np.int16] = np.zeros(0, np.int16)
-        """What the request was like that used it last."""
         super().__init__(options)
         self._odds = Odds(self._settings.history)
         self._records: list[_Record | None] = [None] * self._settings.history
@@ -85,55 +83,58 @@ class ReturnsPolicy(LeafPolicy):
         self._next = 0
         self._now_s = 0.0
         self._num_noted = 0
+        self._next_fit = _FIT_EVERY // 16
         self._heads = [_NOTHING] * self.num_queues
         self._shadow = Shadow(NUM_LEVELS)
+        self._next_best = -1
         self._by_odds = False
 
-    def _grow(self) -> None:
-        super()._grow()
-        if len(self._use_s) < len(self._key):
-            self._use_s, self._cell = longer(self._use_s, len(self._key)), longer(self._cell, len(self._key))
-            self._use_s_at = self._use_s.data
-
-    def _enter(self, rows: Rows, blocks: Sequence[BlockId], hint: Hint) -> None:
+    def _enter(self, run: Run, hint: Hint) -> None:
         self._now_s = max(self._now_s, hint.time_s)
-        self._cell[rows] = cell_of(1, len(rows), len(rows))
-        self._queue[rows] = self._odds.level(cell_of(1, len(rows), len(rows)))
-        self._use_s[rows] = self._now_s
-        self._key[rows] = self._latest_keys(len(rows))
+        run.kind = cell_of(1, len(run.blocks), len(run.blocks))
+        run.queue = self._odds.level(run.kind)
+        run.at_s = self._now_s
+        run.key = self._latest_key()
 
-    def _use(self, rows: Rows, fresh: npt.NDArray[np.bool_], blocks: Sequence[BlockId], hint: Hint) -> None:
+    def _use(self, runs: list[Run], starts: Sequence[int], blocks: Sequence[BlockId], hint: Hint) -> None:
         self._now_s = max(self._now_s, hint.time_s)
-        known = rows[rows != NO_ROW]
-        cell = self._recognise(fresh, blocks, hint)
+        fresh_from = next((start for run, start in zip(runs, starts, strict=True) if run.fresh), len(blocks))
+        cell = self._recognise(fresh_from, blocks, hint)
         if hint.closed:
-            marked, cell = self._private(rows), CLOSED_CELL
+            marked, cell = self._private(runs), CLOSED_CELL
         else:
-            marked = known
+            marked = runs
         if cell is not None:
-            self._cell[marked] = cell
-            self._queue[marked] = self._odds.level(cell)
-        asked_from = 0 if hint.asked else int(fresh.argmax()) if fresh.any() else len(blocks)
-        level = min(self._queue_at[known[-1]], NUM_LEVELS - 1)
-        self._shadow.use(blocks, asked_from, level, self._now_s, self._odds.worth)
-        self._use_s[known] = self._now_s
-        self._key[known] = self._latest_keys(len(known))
+            for run in marked:
+                run.kind = cell
+                run.queue = self._level_of(run)
+            if cell != CLOSED_CELL and fresh_from < len(blocks) and self._odds.whole_share < _WHOLE:
+                last = runs[-1] if len(runs[-1].blocks) == 1 else self._cut(runs[-1], len(runs[-1].blocks) - 1)
+                last.kind = cell + LAST_BLOCK
+                last.queue = self._level_of(last)
+                if last is not runs[-1]:
+                    runs.append(last)
+        level, last_level = (min(run.queue, NUM_LEVELS - 1) for run in (runs[max(0, len(runs) - 2)], runs[-1]))
+        asked_from = 0 if hint.asked else fresh_from
+        self._shadow.use(blocks, asked_from, level, last_level, self._now_s, self._odds.worth)
+        for run in reversed(runs):
+            run.at_s, run.key = self._now_s, self._latest_key()
 
-    def _recognise(self, fresh: npt.NDArray[np.bool_], blocks: Sequence[BlockId], hint: Hint) -> int | None:
+    def _recognise(self, fresh_from: int, blocks: Sequence[BlockId], hint: Hint) -> int | None:
         """Find the request that this one follows, or is; returns what it is like now, None if that is not known."""
         at, found = self._deepest_mark(blocks)
         record = self._records[found] if found != _NO_RECORD else None
         if record is not None and at + 1 < (record.start + record.length) // 2:
             record = None  # it shares a beginning with that one, and goes another way
-        adds = bool(fresh.any())
+        adds = fresh_from < len(blocks)
         if not adds and (record is None or at < record.length - 2):
             return None  # a part of what was there; what it goes on to add will tell
         if record is None:
-            record = self._new_record(1, int(fresh.argmax()), int(fresh.argmax()))
-        elif hint.asked or fresh[at]:
+            record = self._new_record(1, fresh_from, fresh_from)
+        elif hint.asked or at >= fresh_from:
             if not record.followed:
                 record.followed = True
-                self._odds.returned(record.number, self._now_s)
+                self._odds.returned(record.number, self._now_s, whole=at >= record.length - 1)
             record = self._new_record(record.turn + 1, at + 1, record.floor)
         record.turn = hint.turn or record.turn
         record.length = len(blocks)
@@ -157,15 +158,22 @@ class ReturnsPolicy(LeafPolicy):
         if old is not None:
             self._unmark(old)
         self._num_noted += 1
-        if self._num_noted % (_FIT_EVERY if self._num_noted >= 2 * _FIT_EVERY else _FIT_EVERY // 4) == 0:
+        if self._num_noted == self._next_fit:
+            self._next_fit += min(max(_FIT_EVERY // 16, self._num_noted // 8), _FIT_EVERY)
             self._learn()
         record = self._records[number] = _Record(number, turn, start, start, floor)
         return record
 
     def _learn(self) -> None:
         self._odds.fit(self._now_s)
-        self._queue[:] = self._odds.levels(self._cell)
+        for run in self._runs.values():
+            run.queue = self._level_of(run)
         self._rebuild()
+
+    def _level_of(self, run: Run) -> int:
+        """How likely it is used again: where several requests went on from it, any of them may come back."""
+        level = self._odds.level(run.kind)
+        return max(level, _SHARED_LEVEL) if run.forked else level
 
     def _unmark(self, record: _Record) -> None:
         for mark in record.marks:
@@ -183,19 +191,21 @@ class ReturnsPolicy(LeafPolicy):
 
     def _walk_begins(self) -> None:
         self._shadow.resize(len(self))
-        self._by_odds = self._odds.num_returned >= _FEW_RETURNS and self._shadow.lead >= 0
+        self._by_odds = self._odds.num_returned >= _FEW_RETURNS and not self._shadow.loses
         self._changed.update(range(self.num_queues))
 
     def _next_queue(self) -> int:
+        if not self._changed:
+            return self._next_best
         for queue in self._changed:
             head = self._head(queue)
             if head is None:
                 self._heads[queue] = _NOTHING
             else:
-                key, row = head
                 closed = queue == NUM_LEVELS
-                age_s = self._now_s - self._use_s_at[row]
+                age_s = self._now_s - head.at_s
                 worth = -1.0 if closed else self._odds.worth(queue, age_s) if self._by_odds else 0.0
-                self._heads[queue] = (worth, key, queue)
+                self._heads[queue] = (worth, head.key, queue)
         self._changed.clear()
-        return min(self._heads)[2]
+        self._next_best = min(self._heads)[2]
+        return self._next_best

@@ -15,8 +15,10 @@ from collections.abc import Callable, Sequence
 from kvstore.block import BlockId
 
 _SAMPLED_BLOCKS = 1024  # in each cache, about: fewer say too little, more cost time
-_MEMORY = 4  # so many times the sampled blocks are remembered of past uses
+_MEMORY = 2  # so many times the sampled blocks are remembered of past uses
 _WHOLE = 1 << 16
+_CREDIT = 0.3  # standard errors
+_CERTAIN = 0.5  # squared standard errors
 
 
 class Shadow:
@@ -29,9 +31,16 @@ class Shadow:
         self._num_blocks = 0
         self._capacity = 0
         self._limit = 0
-        self.lead = 0.0
+        self._lead = 0.0
         """Hits of the levels more than of LRU, what is long ago counting less."""
+        self._square = 0.0
+        """Of the lead's steps, a request each: its blocks hit or miss together."""
         self._keep = 1.0
+
+    @property
+    def loses(self) -> bool:
+        """Whether LRU had more hits, by more than chance explains."""
+        return self._lead < 0 and self._lead * self._lead > _CERTAIN * self._square
 
     def resize(self, num_blocks: int) -> None:
         """The real cache holds so many blocks."""
@@ -48,31 +57,48 @@ class Shadow:
         self._keep = 1 - 1 / (_MEMORY * self._capacity)
 
     def use(
-        self, blocks: Sequence[BlockId], asked_from: int, level: int, now_s: float, worth: Callable[[int, float], float]
+        self,
+        blocks: Sequence[BlockId],
+        asked_from: int,
+        level: int,
+        last_level: int,
+        now_s: float,
+        worth: Callable[[int, float], float],
     ) -> None:
         """A chain was used, head to tail; hits of those from `asked_from` on count."""
         if not self._capacity:
             return
         lru, level_of, queues = self._lru, self._level_of, self._queues
-        limit = self._limit
+        limit, last = self._limit, len(blocks) - 1
+        more = used = 0
         for at in range(len(blocks) - 1, -1, -1):
             block = blocks[at]
             if (block[30] << 8 | block[31]) >= limit:
                 continue
             before = level_of.get(block, -1)
             if at >= asked_from:
-                self.lead = self.lead * self._keep + (before >= 0) - (block in lru)
+                more += (before >= 0) - (block in lru)
+                used += 1
             lru[block] = now_s
             lru.move_to_end(block)
             if before >= 0:
                 del queues[before][block]
-            queues[level][block] = now_s
-            level_of[block] = level
+            own = level if at < last else last_level
+            queues[own][block] = now_s
+            level_of[block] = own
+        if used:
+            keep = self._keep**used
+            self._square = self._square * keep + more * more
+            # What it won long ago must not pay for what it loses now.
+            self._lead = min(self._lead * keep + more, _CREDIT * self._square**0.5)
         while len(lru) > self._capacity:
             lru.popitem(last=False)
         while len(level_of) > self._capacity:
             ages = (
                 (worth(each, now_s - next(iter(queue.values()))), each) for each, queue in enumerate(queues) if queue
             )
-            block, _ = queues[min(ages)[1]].popitem(last=False)
-            del level_of[block]
+            queue = queues[min(ages)[1]]
+            since_s = next(iter(queue.values()))
+            while len(level_of) > self._capacity and queue and next(iter(queue.values())) == since_s:
+                block, _ = queue.popitem(last=False)  # used at one time, so worth the same
+                del level_of[block]
