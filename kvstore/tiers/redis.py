@@ -11,6 +11,7 @@ before heads, by an order that all writers share (`redis_accounting`).
     redis_read        values into buffers           redis_write   values with their accounts, in order
     redis_nodes       which node, talk to all       redis_cluster batches over the nodes of a Cluster
     redis_sweep       repair, and check             redis_upkeep  touches, ageing, sweeps in the background
+    redis_presence    which keys are there
     valkey            a server of our own, for url="embedded"
 """
 
@@ -33,6 +34,7 @@ from kvstore.tiers.redis_cluster import ClusterBatches
 from kvstore.tiers.redis_names import MAX_BUCKETS, Names
 from kvstore.tiers.redis_nodes import Nodes, Talk
 from kvstore.tiers.redis_nodes import Options as NodeOptions
+from kvstore.tiers.redis_presence import present
 from kvstore.tiers.redis_read import Counts, Reader
 from kvstore.tiers.redis_sweep import Sweeper
 from kvstore.tiers.redis_upkeep import Upkeep
@@ -41,7 +43,6 @@ from kvstore.tiers.valkey import EmbeddedServer
 
 EMBEDDED = "embedded"
 _EMBEDDED_CAPACITY_BYTES = 1 << 30
-_PRESENCE_BATCH = 512
 _LONG_CALL_S = 60.0
 """For calls that look at everything there is."""
 
@@ -139,18 +140,12 @@ class RedisTier(Tier):
 
     def contains(self, keys: Sequence[PartKey], deadline_s: float) -> list[bool]:
         deadline = time.monotonic() + deadline_s
-        present: list[bool] = []
         if not keys:
-            return present
+            return []
         if self._cluster is not None:
             return self._cluster.contains(keys, deadline)
         with self._nodes.of_stripe(0, deadline).loads.lease(deadline) as wire:
-            # In steps: the server looks up what it has while the next commands are put together.
-            for at in range(0, len(keys), _PRESENCE_BATCH):
-                wire.send([self._names.pipeline("EXISTS", keys[at : at + _PRESENCE_BATCH])], deadline)
-            for at in range(0, len(keys), _PRESENCE_BATCH):
-                present += wire.flags(min(_PRESENCE_BATCH, len(keys) - at), deadline)
-        return present
+            return present(wire, self._names, keys, deadline, by_stripe=False)
 
     def read(self, into: Mapping[PartKey, memoryview], deadline_s: float) -> Iterator[PartKey]:
         return self._read(into, time.monotonic() + deadline_s)

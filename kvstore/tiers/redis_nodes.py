@@ -185,6 +185,14 @@ class Talk:
         self.wire.send([b"".join(commands)], deadline)
         return [self.wire.reply(deadline) for _ in commands]
 
+    def ask_in_steps(self, steps: Iterable[Sequence[bytes]], deadline: float) -> list[Reply | ReplyError]:
+        """As `ask`, each step sent as soon as it is put together. For short replies: they are read at the end."""
+        num_commands = 0
+        for commands in steps:
+            self.wire.send([b"".join(commands)], deadline)
+            num_commands += len(commands)
+        return [self.wire.reply(deadline) for _ in range(num_commands)]
+
 
 class ClusterTalk(Talk):
     """Commands to the nodes of a Cluster, each by its hash tag; node after node.
@@ -218,6 +226,9 @@ class ClusterTalk(Talk):
             if not pending:
                 break
         return replies
+
+    def ask_in_steps(self, steps: Iterable[Sequence[bytes]], deadline: float) -> list[Reply | ReplyError]:
+        return self.ask([command for commands in steps for command in commands], deadline)
 
     def _ask(self, node: Node, commands: Sequence[bytes], deadline: float) -> list[Reply | ReplyError]:
         try:
@@ -284,10 +295,15 @@ def many(
 
     `partial`: stripes of a Cluster that cannot answer now give None instead, as long as others do.
     """
+    return sound(talk.ask(commands, deadline, place), partial=partial)
+
+
+def sound(answers: Sequence[Reply | ReplyError], *, partial: bool = False) -> list[Reply]:
+    """`answers` as replies; see `many`."""
     replies: list[Reply] = []
     error: ReplyError | None = None
     num_lost = 0
-    for reply in talk.ask(commands, deadline, place):
+    for reply in answers:
         if not isinstance(reply, ReplyError):
             replies.append(reply)
         elif partial and (reply.code in MOVING or reply.code == "UNREACHABLE"):
@@ -296,7 +312,7 @@ def many(
             replies.append(None)
         else:
             raise_foreign(reply)
-    if error is not None and num_lost == len(commands):
+    if error is not None and num_lost == len(answers):
         raise_foreign(error)
     return replies
 
