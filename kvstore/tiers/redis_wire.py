@@ -290,6 +290,21 @@ class Wire:
         self.left = length
         return length
 
+    def begin_like(self, line: bytes, length: int, head_bytes: int) -> bytes | None:
+        """`begin_bulk` and `peek` in one for a value with this length line; None where not all that has come."""
+        body = self._start + len(line)
+        end = body + head_bytes
+        if end > self._end or self._scratch[self._start : body] != line:
+            return None
+        self._start = end
+        self.left = length - head_bytes
+        return bytes(self._view[body:end])
+
+    def put_back(self, num_bytes: int) -> None:
+        """Unread the last bytes that `begin_like` gave."""
+        self._start -= num_bytes
+        self.left += num_bytes
+
     def peek(self, num_bytes: int, deadline: float) -> bytes:
         """Read `num_bytes` of the current value into new bytes."""
         self._claim(num_bytes)
