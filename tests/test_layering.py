@@ -75,6 +75,7 @@ UP_TO_2 = (
 STORE = (
     "kvstore.config",
     "kvstore.events",
+    "kvstore.fleet",
     "kvstore.inspection",
     "kvstore.lease",
     "kvstore.load",

@@ -6,6 +6,7 @@
     kvs1:{<stripe>}:<root>:z                 sorted set: member "<block>:<part>", score below
     kvs1:{<stripe>}:<root>:s                 hash: member → accounted bytes
     kvs1:{<stripe>}:<root>:b                 sum of that hash
+    kvs1:{<stripe>}:<root>:m:<block>         who computes the chain from this block on (`redis_marks`)
 
 A *bucket* is what one namespace has in one stripe. <root> is 16 hex digits, <block> 64, <stripe> and <part> three
 decimals: all names of one kind have one length, so commands can be put together without measuring. The stripe follows
