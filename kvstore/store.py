@@ -276,7 +276,7 @@ class KVStore:
     def _ask(self, chain: Chain, start: int, parts: tuple[int, ...]) -> _Answer:
         """Ask lower tiers, one after the other, what they hold of `chain` from `start` on."""
         found: list[tuple[Tier, int]] = []
-        at = start
+        at, began_s = start, self._clock.now_s()
         for tier in self._tiers:
             keys = chain.part_keys(at, len(chain), parts)
             if not keys:
@@ -293,15 +293,15 @@ class KVStore:
                 at += num_blocks
                 self._mover.touched(chain, at, parts, NO_HINT)
             self._stats.add_all({f"{tier.name}.hit_blocks": num_blocks, f"{tier.name}.missed_blocks": len(chain) - at})
-        return _Answer(tuple(found), self._pending_to(chain, at), self._clock.now_s())
+        deadline_s = self.config.request.lookup_deadline_s - (self._clock.now_s() - began_s)
+        return _Answer(tuple(found), self._pending_to(chain, at, deadline_s), self._clock.now_s())
 
-    def _pending_to(self, chain: Chain, at: int) -> int:
+    def _pending_to(self, chain: Chain, at: int, deadline_s: float) -> int:
         """Chain index up to which other stores compute what follows `at`; those announce who write through."""
         stop = at
         for tier in self._tiers if at < len(chain) and self._mover.writes_through else ():
-            if tier.keeps_marks:
+            if tier.keeps_marks and deadline_s > 0:  # what presence left of it
                 try:
-                    deadline_s = self.config.request.lookup_deadline_s
                     stop = max(stop, tier.marked_to(chain.root.id, chain.ids, at, deadline_s))
                 except TierError:
                     self._stats.add(f"{tier.name}.lookup_failures")
