@@ -158,7 +158,8 @@ class Nodes:
     def talk(self, deadline: float) -> Iterator[Talk]:
         """A conversation with all nodes that is no load. Raises TierError."""
         if self.is_cluster:
-            yield ClusterTalk(self, len(self._slots))
+            with map_redis_errors():  # what its replies turn out to be
+                yield ClusterTalk(self, len(self._slots))
             return
         with self._of_stripe[0].stores.lease(deadline) as wire:
             yield Talk(wire)
@@ -347,7 +348,7 @@ def _primaries(reply: Reply, slots: Sequence[int], asked: Address | None) -> lis
             first, last, (host, port, *_) = entry[0], entry[1], entry[2]
             if isinstance(first, int) and isinstance(last, int) and isinstance(port, int):
                 # A node that does not know its own name leaves it out: it is where we asked.
-                name = host.decode() if isinstance(host, bytes) and host else (asked or ("", 0))[0]
+                name = host.decode(errors="replace") if isinstance(host, bytes) and host else (asked or ("", 0))[0]
                 owners.append((first, last, (name, port)))
     found: list[Address] = []
     for slot in slots:

@@ -243,7 +243,7 @@ class Wire:
             return rest
         if kind == b"-":
             return ReplyError(rest.decode(errors="replace"))
-        number = _integer(rest)
+        number = integer(rest)
         if kind == b":":
             return number
         if kind == b"$":
@@ -284,7 +284,7 @@ class Wire:
             raise ReplyError(line[1:].decode(errors="replace"))
         if line[:1] != b"$":
             raise ProtocolBroken(f"{line[:32]!r} is no bulk reply")
-        length = _integer(line[1:])
+        length = integer(line[1:])
         if length < 0:
             return None
         self.left = length
@@ -374,7 +374,19 @@ class Wire:
         return self._start == self._end and not self.left
 
 
-def _integer(digits: bytes) -> int:
+def real(text: bytes) -> float:
+    """The number that a reply holds, a score as a rule. Raises ProtocolBroken where it is none, or not a number."""
+    try:
+        value = float(text)
+    except ValueError as exc:
+        raise ProtocolBroken(f"{text[:32]!r} is no number") from exc
+    if value != value:
+        raise ProtocolBroken("a number is not a number")
+    return value
+
+
+def integer(digits: bytes) -> int:
+    """As `real`, for whole ones."""
     try:
         return int(digits)
     except ValueError as exc:

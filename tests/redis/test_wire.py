@@ -16,7 +16,7 @@ from kvstore.block import BlockId, BlockMeta, PartKey, RootId
 from kvstore.codecs import CODECS
 from kvstore.tiers.redis_names import Names
 from kvstore.tiers.redis_read import Counts, Reader
-from kvstore.tiers.redis_wire import ProtocolBroken, ReplyError, Wire, command, stream_over
+from kvstore.tiers.redis_wire import ProtocolBroken, ReplyError, Wire, command, integer, real, stream_over
 from kvstore.wire import frame
 from kvstore.wire.frame import Header
 
@@ -216,3 +216,12 @@ def test_values_of_one_length_with_headers_of_another_are_read_whole(
     assert damaged == []
     thread.join()
     assert wire.in_step()
+
+
+@pytest.mark.parametrize("text", [b"5970846p.768315", b"5\xb9708461.94988", b"", b"nan"])
+def test_damaged_number_is_a_broken_protocol_and_not_a_foreign_error(text: bytes) -> None:
+    with pytest.raises(ProtocolBroken):
+        real(text)
+    with pytest.raises(ProtocolBroken):
+        integer(text)
+    assert (real(b"1.5e-3"), integer(b"-7")) == (0.0015, -7)
