@@ -376,13 +376,10 @@ class Wire:
 
 def real(text: bytes) -> float:
     """The number that a reply holds, a score as a rule. Raises ProtocolBroken where it is none, or not a number."""
-    try:
-        value = float(text)
-    except ValueError as exc:
-        raise ProtocolBroken(f"{text[:32]!r} is no number") from exc
-    if value != value:
-        raise ProtocolBroken("a number is not a number")
-    return value
+    with contextlib.suppress(ValueError):
+        if (value := float(text)) == value:
+            return value
+    raise ProtocolBroken(f"{text[:32]!r} is no number")
 
 
 def integer(digits: bytes) -> int:
