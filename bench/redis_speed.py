@@ -258,7 +258,8 @@ def measure_calls(place: Place, repeats: int, seed: int) -> tuple[dict[str, floa
                 present = tier.contains(parts.keys, _DEADLINE_S)
             if not all(present):
                 raise RuntimeError("a block that was written is said to be absent")
-            rounds.add("raw presence", _raw_presence_s(place.url, num_keys))
+            rounds.add("raw presence", _raw_presence_s(place.url, num_keys, 256))
+            rounds.add("raw presence, a command a key", _raw_presence_s(place.url, num_keys, 1))
             began = time.perf_counter()
             tier.touch(parts.keys, NO_HINT)
             rounds.add("touch, caller", time.perf_counter() - began)
@@ -301,13 +302,16 @@ def _crowd(place: Place, parts: Parts, num_buckets: int, seed: int) -> None:
                 client.zadd(order, members)
 
 
-def _raw_presence_s(url: str, num_keys: int) -> float:
+def _raw_presence_s(url: str, num_keys: int, per_command: int) -> float:
     """EXISTS of keys with names as long as ours, one connection, replies counted and no more."""
-    request = b"".join(b"*2\r\n$6\r\nEXISTS\r\n$96\r\nraw:%092d\r\n" % number for number in range(num_keys))
+    names = [b"$98\r\nraw:%094d\r\n" % number for number in range(num_keys)]
+    head = b"*%d\r\n$6\r\nEXISTS\r\n" % (1 + per_command)
+    starts = range(0, num_keys, per_command)
+    request = b"".join(head + b"".join(names[at : at + per_command]) for at in starts)
     with connect(url) as connection:
         began = time.perf_counter()
         connection.sendall(request)
-        left = 4 * num_keys
+        left = len(b":0\r\n") * len(starts)  # none of them is there
         while left:
             left -= len(connection.recv(left))
         return time.perf_counter() - began

@@ -153,10 +153,11 @@ class BlockMeta(NamedTuple):
 
     def block_id(self) -> BlockId:
         """The hash these contents give; differs from the key for a forged or foreign block."""
-        return _block_hash(self.parent, self.tokens, self.extra)
+        return block_hash(self.parent, self.tokens, self.extra)
 
 
-def _block_hash(parent: bytes, tokens: bytes, extra: bytes) -> BlockId:
+def block_hash(parent: bytes, tokens: bytes, extra: bytes) -> BlockId:
+    """The hash of a block with these contents; see `BlockMeta`."""
     head = struct.pack("<8sII", _BLOCK_TAG, len(tokens) // 4, len(extra))
     return BlockId(hashlib.sha256(parent + head + tokens + extra).digest())
 
@@ -252,7 +253,7 @@ class Chain:
         if self._media and self._media[-1][0] >= start * self.block_tokens:
             for index in range(start, stop):
                 span = bytes(self._tokens[index * block_bytes : (index + 1) * block_bytes])
-                parent = _block_hash(parent, span, self._extra(index))
+                parent = block_hash(parent, span, self._extra(index))
                 self.ids.append(BlockId(parent))
             return
         fresh = bytes(memoryview(self._tokens)[start * block_bytes : stop * block_bytes])

@@ -31,7 +31,8 @@ from kvstore.tiers.host import HostTier
 
 _BATCH_BYTES = 128 << 20
 """Asked of a tier at once. Between two batches its connection stands idle; blocks are handed out as they arrive."""
-_GROUP_BYTES = 1 << 20
+_FIRST_GROUP_BYTES = 1 << 20
+_GROUP_BYTES = 4 << 20
 """Small blocks become resident, and are handed out, so many bytes at a time: what each costs is paid once."""
 
 
@@ -257,7 +258,7 @@ class BlockLoad:
         pinned: dict[int, int] = {}
         arrived: list[int] = []
         at = self._hand_out(tier, start, stop, filling, pinned)
-        index, waiting_bytes = start, 0
+        index, waiting_bytes, group_bytes = start, 0, _FIRST_GROUP_BYTES
         try:
             with closing(self._reading(tier, self._slots_by_key(start, reserved))) as reading:
                 for key in reading:
@@ -266,9 +267,9 @@ class BlockLoad:
                     missing[index] -= 1
                     if missing[index] == 0:
                         arrived.append(index)
-                        if waiting_bytes >= _GROUP_BYTES:
+                        if waiting_bytes >= group_bytes:
                             self._publish(arrived, filling, pinned)
-                            arrived, waiting_bytes = [], 0
+                            arrived, waiting_bytes, group_bytes = [], 0, _GROUP_BYTES
                             at = self._hand_out(tier, at, stop, filling, pinned)
                     if self._closed or (not arrived and index > at):
                         break  # a hole: what follows it is of no use

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from kvstore.block import BlockId, RootId
 from kvstore.clock import Clock
@@ -18,7 +18,9 @@ class Mark:
     def __init__(self, marks: Marks, root: RootId, blocks: Sequence[BlockId]) -> None:
         self.root = root
         self.blocks = list(blocks)
+        self.num_done = 0
         self.deadline_s = 0.0
+        self.withdrawn = False
         self._marks = marks
         self.renew()
 
@@ -26,7 +28,17 @@ class Mark:
         self.deadline_s = self._marks.clock.now_s() + MARK_TTL_S
 
     def withdraw(self) -> None:
+        self.withdrawn = True
         self._marks.drop(self)
+
+    def num_left(self) -> int:
+        """How many of its last blocks are not resident yet, whoever computes them."""
+        return len(self.blocks) - self.num_done
+
+    def done(self, blocks: Collection[BlockId]) -> None:
+        """These are resident: they come in order."""
+        while self.num_done < len(self.blocks) and self.blocks[self.num_done] in blocks:
+            self.num_done += 1
 
 
 class Marks:
@@ -74,8 +86,9 @@ class Marks:
         if root in self._by_root:
             with self._lock:
                 by_block = self._by_root.get(root, {})
-                for block in blocks:
-                    by_block.pop(block, None)
+                marks = {mark for block in blocks if (mark := by_block.pop(block, None)) is not None}
+                for mark in marks:
+                    mark.done(set(blocks))
 
     def run(self, root: RootId, blocks: Sequence[BlockId], start: int) -> int:
         """Number of blocks from `start` on that somebody is computing."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -104,7 +104,10 @@ class Mover:
         self._wake = threading.Condition()
         self._jobs: deque[_Job] = deque()
         self._queued: set[BlockId] = set()
+        self._writing: frozenset[BlockId] = frozenset()
         self._queued_bytes = 0
+        self.lost: Callable[[Sequence[BlockId]], None] = lambda blocks: None
+        """Told of blocks that were to go down and will not."""
         self._touches: dict[BlockId, tuple[Chain, int, tuple[int, ...], Hint]] = {}
         self._busy = False
         self._dirty = False
@@ -144,16 +147,29 @@ class Mover:
                 self._touches[tail] = (chain, num_blocks, parts, hint)
                 self._wake.notify()
 
+    @property
+    def writes_through(self) -> bool:
+        """What is committed goes down, unless it is dropped."""
+        return bool(self._written) and self._mode is WriteMode.THROUGH
+
+    def on_its_way(self, block: BlockId) -> bool:
+        """It waits to be written down, or is being written."""
+        return block in self._queued or block in self._writing
+
     def _enqueue(self, blocks: Sequence[BlockId], block_bytes: int) -> None:
+        dropped: Sequence[BlockId] = ()
         with self._wake:
             if not self._closing:
                 fresh = [block for block in blocks if block not in self._queued]
                 room = max(0, self._options.queue_bytes - self._queued_bytes) // block_bytes
                 if len(fresh) > room:
                     self._stats.add("mover.dropped_blocks", len(fresh) - room)
-                    fresh = fresh[:room]  # the head is kept: a tail without it could not be found
+                    # The head is kept: a tail without it could not be found.
+                    fresh, dropped = fresh[:room], fresh[room:]
                 if fresh:
                     self._push(_Job(fresh, len(fresh) * block_bytes, self._written))
+        if dropped:
+            self.lost(dropped)
 
     def _push(self, job: _Job) -> None:
         self._jobs.append(job)
@@ -167,6 +183,7 @@ class Mover:
         while True:
             with self._wake:
                 self._busy = False
+                self._writing = frozenset()
                 self._wake.notify_all()
                 if not self._jobs and not self._touches:
                     if self._closing:
@@ -174,6 +191,7 @@ class Mover:
                     self._wake.wait(_IDLE_S if self._mode is WriteMode.ON_EVICT else None)
                 self._busy = True
                 job = self._jobs.popleft() if self._jobs else None
+                self._writing = frozenset(job.blocks if job is not None else ())
                 if job is not None:  # from here on, a part committed to one of its blocks is news again
                     self._queued.difference_update(job.blocks)
                 touches, self._touches = self._touches, {}
@@ -214,6 +232,7 @@ class Mover:
                 self._push(_Job(blocks, job.num_bytes, again, job.attempt + 1))
             elif again:
                 self._stats.add("mover.failed_blocks", len(job.blocks))
+                self.lost(job.blocks)
 
     def _write_blocks(self, blocks: Sequence[BlockId], number: int) -> _Outcome:
         """Write those of `blocks` that tier `number` is not believed to hold."""

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 from weakref import WeakSet
 
 import numpy as np
@@ -29,6 +30,7 @@ from kvstore.clock import Clock, MonotonicClock
 from kvstore.config import StoreConfig
 from kvstore.errors import ConfigError, TierError, UnknownLease
 from kvstore.events import EventLog
+from kvstore.fleet import FleetMarks
 from kvstore.inspection import BlockInfo, inspect
 from kvstore.layout import BlockLayout, layout_of
 from kvstore.lease import Lease, LeaseBook
@@ -52,7 +54,19 @@ _SWEEP_S = 0.25
 _DEAD_HOLD_S = 60.0
 _LOOKS = 10  # at pins that seem to be nobody's
 _BETWEEN_LOOKS_S = 0.02
+_ASK_AGAIN_S = 0.1
+"""How often lower tiers are asked about blocks that another store is computing, while a request waits for them."""
 _Sources = tuple[tuple[Tier, int], ...]
+
+
+class _Answer(NamedTuple):
+    """What lower tiers said of a chain."""
+
+    sources: _Sources
+    """(tier, number of blocks) from where they were asked, in order."""
+    pending_to: int
+    """Chain index up to which other stores are computing what follows."""
+    time_s: float
 
 
 @dataclass(slots=True)
@@ -67,7 +81,9 @@ class _Hold:
     asked_from: int
     asked_to: int
     """Chain indices between which lower tiers were asked."""
-    answer: Future[_Sources] | None
+    answer: Future[_Answer] | None
+    again: Future[_Answer] | None = None
+    """The same asked once more, while the answer still counts."""
 
     def answers(self, other: _Hold) -> bool:
         """Whether what lower tiers were asked for this hold serves the other as well."""
@@ -80,7 +96,7 @@ class _Hold:
             return ()
         skip = num_host_blocks - self.asked_from
         out: list[tuple[Tier, int]] = []
-        for tier, num_blocks in self.answer.result():
+        for tier, num_blocks in self.answer.result().sources:
             used = min(skip, num_blocks)
             skip -= used
             if num_blocks > used:
@@ -115,6 +131,8 @@ class KVStore:
         self._mover = Mover(self._host, self._tiers, self.config.mover, self._clock, self._stats)
         self._leases = LeaseBook(self._host.pool)
         self._marks = Marks(self._clock)
+        self._fleet = FleetMarks(self._tiers, self._mover.on_its_way, self._clock.now_s)
+        self._mover.lost = self._fleet.lost
         self._warm_numbers = itertools.count()
         self._layouts: dict[ModelId, BlockLayout] = {}
         self._holds: dict[str, _Hold] = {}
@@ -199,13 +217,14 @@ class KVStore:
                 chain, layout, cells, lease, _filled_in(hint, chain, now_s, asked=True), num_host, len(chain), None
             )
             if before is not None and before.answers(hold):
-                hold.asked_from, hold.answer = before.asked_from, before.answer
+                hold.asked_from, hold.answer, hold.again = before.asked_from, before.answer, before.again
             first_time = before is None
             self._holds[request] = hold
         if before is not None:
             self._leases.release(before.lease)
         if hold.answer is None and self._tiers and num_host < len(chain):
             hold.answer = self._askers.submit(self._ask, chain, num_host, cells)
+        self._ask_again(hold, now_s)
         if hold.answer is not None and wait_s > 0:
             try:
                 hold.answer.result(timeout=wait_s)
@@ -214,6 +233,16 @@ class KVStore:
         if first_time:
             self._note_match(hold, num_host)
         return self._describe(hold, num_host)
+
+    def _ask_again(self, hold: _Hold, now_s: float) -> None:
+        """What another store computes arrives in a lower tier: look again now and then."""
+        if hold.again is not None and hold.again.done():
+            hold.answer, hold.again = hold.again, None
+        if hold.again is None and hold.answer is not None and hold.answer.done():
+            said = hold.answer.result()
+            stop = hold.asked_from + sum(count for _, count in said.sources)
+            if said.pending_to > stop and now_s - said.time_s >= _ASK_AGAIN_S:
+                hold.again = self._askers.submit(self._ask, hold.chain, hold.asked_from, hold.parts)
 
     def _note_match(self, hold: _Hold, num_host: int) -> None:
         """Keep the chain warm everywhere, and count."""
@@ -233,18 +262,21 @@ class KVStore:
         sources = hold.sources(num_host)
         num_blocks = num_host + sum(count for _, count in sources)
         tiers = (((HOST_TIER, num_host),) if num_host else ()) + tuple((tier.name, count) for tier, count in sources)
+        num_pending = self._marks.run(hold.chain.root.id, hold.chain.ids, num_blocks)
+        if hold.answer is not None and hold.answer.done():
+            num_pending = max(num_pending, hold.answer.result().pending_to - num_blocks)
         return Match(
             num_blocks=num_blocks,
             num_host_blocks=num_host,
-            num_pending_blocks=self._marks.run(hold.chain.root.id, hold.chain.ids, num_blocks),
+            num_pending_blocks=num_pending,
             settled=hold.answer is None or hold.answer.done(),
             tiers=tiers,
         )
 
-    def _ask(self, chain: Chain, start: int, parts: tuple[int, ...]) -> _Sources:
+    def _ask(self, chain: Chain, start: int, parts: tuple[int, ...]) -> _Answer:
         """Ask lower tiers, one after the other, what they hold of `chain` from `start` on."""
         found: list[tuple[Tier, int]] = []
-        at = start
+        at, began_s = start, self._clock.now_s()
         for tier in self._tiers:
             keys = chain.part_keys(at, len(chain), parts)
             if not keys:
@@ -261,7 +293,19 @@ class KVStore:
                 at += num_blocks
                 self._mover.touched(chain, at, parts, NO_HINT)
             self._stats.add_all({f"{tier.name}.hit_blocks": num_blocks, f"{tier.name}.missed_blocks": len(chain) - at})
-        return tuple(found)
+        deadline_s = self.config.request.lookup_deadline_s - (self._clock.now_s() - began_s)
+        return _Answer(tuple(found), self._pending_to(chain, at, deadline_s), self._clock.now_s())
+
+    def _pending_to(self, chain: Chain, at: int, deadline_s: float) -> int:
+        """Chain index up to which other stores compute what follows `at`; those announce who write through."""
+        stop = at
+        for tier in self._tiers if at < len(chain) and self._mover.writes_through else ():
+            if tier.keeps_marks and deadline_s > 0:  # what presence left of it
+                try:
+                    stop = max(stop, tier.marked_to(chain.root.id, chain.ids, at, deadline_s))
+                except TierError:
+                    self._stats.add(f"{tier.name}.lookup_failures")
+        return stop
 
     def forget(self, request: str) -> None:
         with self._lock:
@@ -341,7 +385,10 @@ class KVStore:
     # -- saving ------------------------------------------------------------------------------------------------
 
     def announce(self, chain: Chain, start: int, stop: int) -> Mark:
-        return self._marks.add(chain.root.id, chain.ids[start:stop])
+        mark = self._marks.add(chain.root.id, chain.ids[start:stop])
+        if self._mover.writes_through:  # otherwise others would wait for what never comes down
+            self._fleet.add(mark)
+        return mark
 
     def save(
         self,
@@ -515,6 +562,7 @@ class KVStore:
             load.end()
         self._sweeper.join()
         self._mover.close()
+        self._fleet.close()
         self._askers.shutdown(wait=True)
         self._fetchers.shutdown(wait=True)
         for tier in self._tiers:

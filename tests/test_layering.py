@@ -75,6 +75,7 @@ UP_TO_2 = (
 STORE = (
     "kvstore.config",
     "kvstore.events",
+    "kvstore.fleet",
     "kvstore.inspection",
     "kvstore.lease",
     "kvstore.load",
@@ -114,7 +115,9 @@ SERVICE = Rule(
     ("grpc", "grpc_health", "grpc_reflection", "google"),
 )
 # A client needs no store.
-CLIENT = tuple(f"kvstore.service.{name}" for name in ("client", "connection", "link", "mapped", "plane", "remote"))
+CLIENT = tuple(
+    f"kvstore.service.{name}" for name in ("client", "connection", "link", "mapped", "plane", "remote", "replies")
+)
 SEEN_BY_CLIENTS = (
     "kvstore.copying",
     "kvstore.mapping",
@@ -208,7 +211,6 @@ RULES: dict[str, Rule] = {
     ),
     "kvstore.service.preflight": Rule(5, FOUNDATIONS),
     "kvstore.service.prompt": Rule(5, FOUNDATIONS, ("transformers",)),
-    "kvstore.service.replies": SERVICE,
     "kvstore.service.rights": SERVICE,
     "kvstore.service.handshake": Rule(5, (*FOUNDATIONS, *MESSAGES), ("google",)),
     "kvstore.service.server": replace(SERVICE, modules=(*SERVICE.modules, "kvstore", "kvstore.tiers.base")),

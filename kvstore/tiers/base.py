@@ -28,6 +28,8 @@ class Tier(ABC):
     name: ClassVar[str]
     read_only: ClassVar[bool] = False
     """Nothing is ever demoted to it; `write` would store nothing."""
+    keeps_marks: ClassVar[bool] = False
+    """Tells other stores what is being computed: `mark`, `unmark` and `marked_to` do something."""
 
     def __init__(self, options: object) -> None:
         self.options = options
@@ -78,6 +80,18 @@ class Tier(ABC):
     @abstractmethod
     def close(self) -> None:
         """Stop threads, close connections."""
+
+    # For tiers that several stores share. Most tiers keep no marks, so these do nothing rather than be abstract.
+
+    def mark(self, root: RootId, blocks: Sequence[BlockId], ttl_s: float) -> None:  # noqa: B027
+        """Say that a run of one chain is being computed here, for `ttl_s` from now."""
+
+    def unmark(self, root: RootId, blocks: Sequence[BlockId]) -> None:  # noqa: B027
+        """Take back the marks of this store whose runs began with these blocks."""
+
+    def marked_to(self, root: RootId, blocks: Sequence[BlockId], at: int, deadline_s: float) -> int:
+        """Index, `at` or more, up to which other stores say that they compute the chain `blocks` from `at` on."""
+        return at
 
     def bind(self, stats: Stats) -> None:
         """Count into `stats` from now on, under names that begin with the tier's."""

@@ -11,6 +11,7 @@ before heads, by an order that all writers share (`redis_accounting`).
     redis_read        values into buffers           redis_write   values with their accounts, in order
     redis_nodes       which node, talk to all       redis_cluster batches over the nodes of a Cluster
     redis_sweep       repair, and check             redis_upkeep  touches, ageing, sweeps in the background
+    redis_presence    which keys are there          redis_marks   who is computing what
     valkey            a server of our own, for url="embedded"
 """
 
@@ -30,9 +31,11 @@ from kvstore.stats import Stats
 from kvstore.tiers.base import Tier
 from kvstore.tiers.redis_accounting import Accounting
 from kvstore.tiers.redis_cluster import ClusterBatches
+from kvstore.tiers.redis_marks import RedisMarks
 from kvstore.tiers.redis_names import MAX_BUCKETS, Names
 from kvstore.tiers.redis_nodes import Nodes, Talk
 from kvstore.tiers.redis_nodes import Options as NodeOptions
+from kvstore.tiers.redis_presence import present
 from kvstore.tiers.redis_read import Counts, Reader
 from kvstore.tiers.redis_sweep import Sweeper
 from kvstore.tiers.redis_upkeep import Upkeep
@@ -41,7 +44,6 @@ from kvstore.tiers.valkey import EmbeddedServer
 
 EMBEDDED = "embedded"
 _EMBEDDED_CAPACITY_BYTES = 1 << 30
-_PRESENCE_BATCH = 512
 _LONG_CALL_S = 60.0
 """For calls that look at everything there is."""
 
@@ -97,6 +99,7 @@ class RedisTier(Tier):
                     raise ConfigError(f"{name} is {getattr(self, name)}: it must be more than 0")
 
     name: ClassVar[str] = "redis"
+    keeps_marks: ClassVar[bool] = True
 
     def __init__(self, options: RedisTier.Options | None = None) -> None:
         self.options: RedisTier.Options = options or RedisTier.Options()
@@ -117,6 +120,7 @@ class RedisTier(Tier):
         self._accounting = Accounting(names, capacity_bytes)
         self._writer = Writer(self._accounting, codec, self.options.ttl_s, by_stripe=self._nodes.is_cluster)
         self._reader = Reader(names)
+        self._marks = RedisMarks(names)
         self._cluster = ClusterBatches(self._nodes, names, self._reader) if self._nodes.is_cluster else None
         self._sweeper = Sweeper(self._accounting)
         self._upkeep = Upkeep(
@@ -139,18 +143,12 @@ class RedisTier(Tier):
 
     def contains(self, keys: Sequence[PartKey], deadline_s: float) -> list[bool]:
         deadline = time.monotonic() + deadline_s
-        present: list[bool] = []
         if not keys:
-            return present
+            return []
         if self._cluster is not None:
             return self._cluster.contains(keys, deadline)
         with self._nodes.of_stripe(0, deadline).loads.lease(deadline) as wire:
-            # In steps: the server looks up what it has while the next commands are put together.
-            for at in range(0, len(keys), _PRESENCE_BATCH):
-                wire.send([self._names.pipeline("EXISTS", keys[at : at + _PRESENCE_BATCH])], deadline)
-            for at in range(0, len(keys), _PRESENCE_BATCH):
-                present += wire.flags(min(_PRESENCE_BATCH, len(keys) - at), deadline)
-        return present
+            return present(wire, self._names, keys, deadline, by_stripe=False)
 
     def read(self, into: Mapping[PartKey, memoryview], deadline_s: float) -> Iterator[PartKey]:
         return self._read(into, time.monotonic() + deadline_s)
@@ -211,6 +209,24 @@ class RedisTier(Tier):
         deadline = time.monotonic() + _LONG_CALL_S
         with self._nodes.talk(deadline) as talk:
             self._sweeper.clear(talk, root, deadline)
+
+    def mark(self, root: RootId, blocks: Sequence[BlockId], ttl_s: float) -> None:
+        deadline = time.monotonic() + self.options.call_timeout_s
+        with self._nodes.talk(deadline) as talk:
+            self._marks.set(talk, root, blocks, ttl_s, deadline)
+
+    def unmark(self, root: RootId, blocks: Sequence[BlockId]) -> None:
+        deadline = time.monotonic() + self.options.call_timeout_s
+        with self._nodes.talk(deadline) as talk:
+            self._marks.drop(talk, root, blocks, deadline)
+
+    def marked_to(self, root: RootId, blocks: Sequence[BlockId], at: int, deadline_s: float) -> int:
+        deadline = time.monotonic() + deadline_s
+        if self._nodes.is_cluster:
+            with self._nodes.talk(deadline) as talk:
+                return self._marks.stop(talk, root, blocks, at, deadline)
+        with self._nodes.of_stripe(0, deadline).loads.lease(deadline) as wire:  # a request waits for this
+            return self._marks.stop(Talk(wire), root, blocks, at, deadline)
 
     def sweep(self) -> dict[str, int]:
         """Repair what crashes and expiry left: returns what was found, by kind. Costs a look at every header."""

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from kvstore.block import PartKey
 from kvstore.tiers.redis_names import EPOCH_S, Bucket, Names, registry
 from kvstore.tiers.redis_nodes import Talk, many
-from kvstore.tiers.redis_wire import ProtocolBroken, command
+from kvstore.tiers.redis_wire import ProtocolBroken, command, integer, real
 
 log = logging.getLogger("kvstore.tiers.redis")
 
@@ -143,7 +143,7 @@ class Accounting:
                 (reply,) = many(talk, [command("INFO", "memory")], deadline, place=place, partial=True)
                 text = reply.decode(errors="replace") if isinstance(reply, bytes) else ""
                 info = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-                limit += int(info.get("maxmemory", 0)) * 4 // 5
+                limit += integer(info.get("maxmemory", "0").encode()) * 4 // 5
                 mem_allocator = info.get("mem_allocator", mem_allocator)
                 policies.add(info.get("maxmemory_policy", "noeviction"))
             self._facts = Facts(self._capacity_bytes or limit, "libc" not in mem_allocator)
@@ -167,7 +167,7 @@ class Accounting:
             (reply,) = many(talk, [command("TIME")], deadline)
             if not isinstance(reply, list) or len(reply) != 2:
                 raise ProtocolBroken("TIME did not give a time")
-            seconds, micros = (int(part) for part in reply if isinstance(part, bytes))
+            seconds, micros = (integer(part) for part in reply if isinstance(part, bytes))
             self._clock_offset_s = seconds + micros * 1e-6 - EPOCH_S - now
             self._clock_read_at = now
         return now + self._clock_offset_s
@@ -236,7 +236,7 @@ class Accounting:
         stripes = self.names.stripes
         replies = many(talk, [command("SMEMBERS", registry(stripe)) for stripe in stripes], deadline, partial=True)
         return sorted(
-            Bucket(stripe, root.decode())
+            Bucket(stripe, root.decode(errors="replace"))
             for stripe, roots in zip(stripes, replies, strict=True)
             for root in (roots if isinstance(roots, list) else ())
             if isinstance(root, bytes)
@@ -246,7 +246,7 @@ class Accounting:
         """Accounted bytes over all buckets."""
         commands = [command("GET", bucket.total) for bucket in self.buckets(talk, deadline)]
         replies = many(talk, commands, deadline, partial=True) if commands else []
-        self._total_bytes = sum(int(reply) for reply in replies if isinstance(reply, bytes))
+        self._total_bytes = sum(integer(reply) for reply in replies if isinstance(reply, bytes))
         self._total_read_at = time.monotonic()
         return self._total_bytes
 
@@ -289,10 +289,10 @@ class Accounting:
         for reply in many(talk, commands, deadline, partial=True) if commands else []:
             flat = [item for item in reply if isinstance(item, bytes)] if isinstance(reply, list) else []
             pairs = list(zip(flat[0::2], flat[1::2], strict=True))
-            entries += ((float(score), score, int(size)) for score, size in pairs)
+            entries += ((real(score), score, integer(size)) for score, size in pairs)
             if len(pairs) == _COLDEST_PER_BUCKET:
                 # What lies beyond was not seen, and may be colder than what other buckets offer.
-                horizon = min(horizon, float(pairs[-1][0]))
+                horizon = min(horizon, real(pairs[-1][0]))
         watermark: bytes | None = None
         for value, score, size in sorted(entries):
             if excess <= 0 or value > horizon:

@@ -16,6 +16,7 @@ from kvstore.block import PartKey
 from kvstore.errors import TierError
 from kvstore.tiers.redis_names import Names
 from kvstore.tiers.redis_nodes import ASKING, ClusterTalk, Node, Nodes, Redirection
+from kvstore.tiers.redis_presence import present
 from kvstore.tiers.redis_read import Counts, Reader
 from kvstore.tiers.redis_wire import ProtocolBroken, ReplyError, Wire, command
 from kvstore.tiers.redis_write import Item, SendItems
@@ -108,20 +109,19 @@ class ClusterBatches:
         self._reader = reader
 
     def contains(self, keys: Sequence[PartKey], deadline: float) -> list[bool]:
-        present = [False] * len(keys)
+        found = [False] * len(keys)
         elsewhere: list[int] = []
 
         def ask(node: Node, positions: list[int]) -> None:
             chosen = [keys[position] for position in positions]
             with node.loads.lease(deadline) as wire:
-                wire.send([self._names.pipeline("EXISTS", chosen)], deadline)
                 try:
-                    flags = wire.flags(len(chosen), deadline)
+                    flags = present(wire, self._names, chosen, deadline, by_stripe=True)
                 except ReplyError:
                     elsewhere.extend(positions)
                     return
             for position, flag in zip(positions, flags, strict=True):
-                present[position] = flag
+                found[position] = flag
 
         self._on_each_node([self._names.stripe(key) for key in keys], ask, deadline)
         if elsewhere:
@@ -129,8 +129,8 @@ class ClusterBatches:
             commands = [command("EXISTS", self._names.value(keys[position])) for position in elsewhere]
             talk = ClusterTalk(self._nodes, len(self._names.stripes))
             for position, reply in zip(elsewhere, talk.ask(commands, deadline), strict=True):
-                present[position] = reply == 1
-        return present
+                found[position] = reply == 1
+        return found
 
     def _on_each_node(
         self, stripes: Sequence[int], work: Callable[[Node, list[int]], None], deadline: float

@@ -158,7 +158,8 @@ class Nodes:
     def talk(self, deadline: float) -> Iterator[Talk]:
         """A conversation with all nodes that is no load. Raises TierError."""
         if self.is_cluster:
-            yield ClusterTalk(self, len(self._slots))
+            with map_redis_errors():  # what its replies turn out to be
+                yield ClusterTalk(self, len(self._slots))
             return
         with self._of_stripe[0].stores.lease(deadline) as wire:
             yield Talk(wire)
@@ -184,6 +185,14 @@ class Talk:
         """Replies to commands, in order, errors as values; all to the node of stripe `place` where one is given."""
         self.wire.send([b"".join(commands)], deadline)
         return [self.wire.reply(deadline) for _ in commands]
+
+    def ask_in_steps(self, steps: Iterable[Sequence[bytes]], deadline: float) -> list[Reply | ReplyError]:
+        """As `ask`, each step sent as soon as it is put together. For short replies: they are read at the end."""
+        num_commands = 0
+        for commands in steps:
+            self.wire.send([b"".join(commands)], deadline)
+            num_commands += len(commands)
+        return [self.wire.reply(deadline) for _ in range(num_commands)]
 
 
 class ClusterTalk(Talk):
@@ -218,6 +227,9 @@ class ClusterTalk(Talk):
             if not pending:
                 break
         return replies
+
+    def ask_in_steps(self, steps: Iterable[Sequence[bytes]], deadline: float) -> list[Reply | ReplyError]:
+        return self.ask([command for commands in steps for command in commands], deadline)
 
     def _ask(self, node: Node, commands: Sequence[bytes], deadline: float) -> list[Reply | ReplyError]:
         try:
@@ -284,10 +296,15 @@ def many(
 
     `partial`: stripes of a Cluster that cannot answer now give None instead, as long as others do.
     """
+    return sound(talk.ask(commands, deadline, place), partial=partial)
+
+
+def sound(answers: Sequence[Reply | ReplyError], *, partial: bool = False) -> list[Reply]:
+    """`answers` as replies; see `many`."""
     replies: list[Reply] = []
     error: ReplyError | None = None
     num_lost = 0
-    for reply in talk.ask(commands, deadline, place):
+    for reply in answers:
         if not isinstance(reply, ReplyError):
             replies.append(reply)
         elif partial and (reply.code in MOVING or reply.code == "UNREACHABLE"):
@@ -296,7 +313,7 @@ def many(
             replies.append(None)
         else:
             raise_foreign(reply)
-    if error is not None and num_lost == len(commands):
+    if error is not None and num_lost == len(answers):
         raise_foreign(error)
     return replies
 
@@ -331,7 +348,7 @@ def _primaries(reply: Reply, slots: Sequence[int], asked: Address | None) -> lis
             first, last, (host, port, *_) = entry[0], entry[1], entry[2]
             if isinstance(first, int) and isinstance(last, int) and isinstance(port, int):
                 # A node that does not know its own name leaves it out: it is where we asked.
-                name = host.decode() if isinstance(host, bytes) and host else (asked or ("", 0))[0]
+                name = host.decode(errors="replace") if isinstance(host, bytes) and host else (asked or ("", 0))[0]
                 owners.append((first, last, (name, port)))
     found: list[Address] = []
     for slot in slots:

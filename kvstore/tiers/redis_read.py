@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 from kvstore.block import PartKey
 from kvstore.codecs import CODECS, Codec
@@ -16,13 +17,28 @@ from kvstore.tiers.redis_names import Names
 from kvstore.tiers.redis_nodes import Redirection, redirection
 from kvstore.tiers.redis_wire import ReplyError, Wire
 from kvstore.wire import frame
-from kvstore.wire.frame import FrameError, Header
+from kvstore.wire.frame import ForeignFrame, FrameError, Payload
 
 _AHEAD_BYTES = 4 << 20
 """Values asked for beyond the one being received: enough to hide a round trip, little for the server to hold."""
 _MAX_AHEAD = 64
 _RAW_ID = CODECS.load("raw").wire_id
-_PEEK_BYTES = 512
+
+
+class _Shape(NamedTuple):
+    """How a value begins."""
+
+    line: bytes
+    """Its length, as a line."""
+    length: int
+    head_bytes: int
+
+    @property
+    def peek_bytes(self) -> int:
+        return len(self.line) + self.head_bytes
+
+
+_UNKNOWN = _Shape(b"none", 0, 512)
 
 
 @dataclass(slots=True)
@@ -42,10 +58,6 @@ class Counts:
 
 class _Missing(Exception):
     """There is no value."""
-
-
-class _Foreign(Exception):
-    """There is a sound frame, of another part."""
 
 
 class _ReadAhead:
@@ -84,7 +96,7 @@ class Reader:
         self._names = names
         loaded = (CODECS.load(name) for name in CODECS)
         self._codecs: dict[int, Codec] = {codec.wire_id: codec() for codec in loaded}
-        self._peek_bytes = _PEEK_BYTES
+        self._shape = _UNKNOWN  # of the value received last; a hint, whichever thread wrote it
 
     def read(
         self,
@@ -138,55 +150,65 @@ class Reader:
             counts.corrupt_blocks += 1
             damaged.append(key)
             return False
-        except _Foreign:
+        except ForeignFrame:
             counts.foreign_blocks += 1
             damaged.append(key)
         except FrameError:
             counts.corrupt_blocks += 1
             damaged.append(key)
-        wire.finish_bulk(deadline, self._peek_bytes)
+        wire.finish_bulk(deadline, self._shape.peek_bytes)
         return arrived
 
     def _receive_value(self, wire: Wire, key: PartKey, into: memoryview, deadline: float) -> None:
         """Read a value as far as it is what it should be."""
-        length = wire.begin_bulk(deadline, self._peek_bytes)
+        # Most values look like the one before, and most of the time this much of them has come already.
+        head = wire.begin_like(*self._shape)
+        head = self._begin(wire, deadline) if head is None else _whole_header(wire, head, deadline)
+        told = frame.payload_of(head, key)
+        codec = self._fitting_codec(told, wire.left, len(into))
+        payload = into if codec is None else memoryview(bytearray(wire.left))
+        wire.read_into(payload, deadline)
+        if frame.checksum(payload) != told.xxh3:
+            raise FrameError("the payload's checksum does not fit")
+        if codec is not None:
+            _decode(codec, payload, told.item_bytes, into)
+
+    def _begin(self, wire: Wire, deadline: float) -> bytes:
+        """The header of the next value, whatever it looks like."""
+        length = wire.begin_bulk(deadline, self._shape.peek_bytes)
         if length is None:
             raise _Missing
         if length < frame.MIN_HEADER_BYTES:
             raise FrameError(f"{length} bytes are too short for a frame")
-        head = wire.peek(frame.FIXED_BYTES, deadline)
-        rest = frame.measure(head) - len(head)
-        if rest > wire.left:
-            raise FrameError(f"a value of {length} bytes ends within its header")
-        head += wire.peek(rest, deadline)
+        head = _whole_header(wire, wire.peek(frame.FIXED_BYTES, deadline), deadline)
         # Just the next value's length line and header, to the byte: its payload then lands on an aligned address,
         # where the kernel copies twice as fast.
-        self._peek_bytes = len(f"${length}\r\n") + len(head)
-        header = frame.unpack(head)
-        if header.key != key:
-            raise _Foreign
-        frame.verify(header, key)
-        codec = self._fitting_codec(header, wire.left, len(into))
-        payload = into if codec is None else memoryview(bytearray(wire.left))
-        wire.read_into(payload, deadline)
-        if frame.checksum(payload) != header.payload_xxh3:
-            raise FrameError("the payload's checksum does not fit")
-        if codec is not None:
-            _decode(codec, payload, header.item_bytes, into)
+        self._shape = _Shape(b"$%d\r\n" % length, length, len(head))
+        return head
 
-    def _fitting_codec(self, header: Header, num_bytes: int, raw_bytes: int) -> Codec | None:
+    def _fitting_codec(self, told: Payload, num_bytes: int, raw_bytes: int) -> Codec | None:
         """The codec to decode with, None for raw. Raises FrameError where the header's lengths do not fit."""
-        if header.payload_bytes != num_bytes or header.raw_bytes != raw_bytes:
+        if told.num_bytes != num_bytes or told.raw_bytes != raw_bytes:
             raise FrameError(f"{num_bytes} bytes for {raw_bytes} are not what the header says")
-        if header.codec_id == _RAW_ID:
+        if told.codec_id == _RAW_ID:
             if num_bytes != raw_bytes:
                 raise FrameError(f"a raw payload of {num_bytes} bytes is not {raw_bytes}")
             return None
-        codec = self._codecs.get(header.codec_id)
+        codec = self._codecs.get(told.codec_id)
         # No codec stores more than the part itself: what claims to is not allocated.
-        if codec is None or num_bytes >= raw_bytes or not header.item_bytes:
-            raise FrameError(f"codec {header.codec_id} is not known here, or saves nothing")
+        if codec is None or num_bytes >= raw_bytes or not told.item_bytes:
+            raise FrameError(f"codec {told.codec_id} is not known here, or saves nothing")
         return codec
+
+
+def _whole_header(wire: Wire, head: bytes, deadline: float) -> bytes:
+    """The header that begins with `head`, no byte more and none less."""
+    missing = frame.measure(head) - len(head)
+    if missing > wire.left:
+        raise FrameError("a value ends within its header")
+    if missing < 0:  # the one before was longer
+        wire.put_back(-missing)
+    return head + wire.peek(missing, deadline) if missing > 0 else head[: len(head) + missing]
 
 
 def _decode(codec: Codec, payload: memoryview, item_bytes: int, into: memoryview) -> None:

@@ -15,7 +15,7 @@ from kvstore.block import PartKey, RootId
 from kvstore.tiers.redis_accounting import Accounting
 from kvstore.tiers.redis_names import STEP_S, Bucket, bucket_of, root_tag
 from kvstore.tiers.redis_nodes import Talk, many
-from kvstore.tiers.redis_wire import Reply, command
+from kvstore.tiers.redis_wire import Reply, command, integer, real
 from kvstore.wire import frame
 from kvstore.wire.frame import FrameError, Header
 
@@ -191,7 +191,7 @@ class Sweeper:
             (reply,) = many(talk, [query], deadline)
             flat = [item for item in reply if isinstance(item, bytes)] if isinstance(reply, list) else []
             for member, score in zip(flat[0::2], flat[1::2], strict=True):
-                yield _Entry(bucket, member.decode(), float(score))
+                yield _Entry(bucket, member.decode(errors="replace"), real(score))
             if len(flat) < 2 * _PAGE:
                 return
             lowest = flat[-1]
@@ -237,7 +237,7 @@ class Sweeper:
                 replace(
                     entry,
                     parent_there=next(exists) == 1,
-                    parent_score=float(score) if isinstance(score, bytes) else None,
+                    parent_score=real(score) if isinstance(score, bytes) else None,
                 )
             )
         return result
@@ -280,7 +280,7 @@ class Sweeper:
             problems.append(f"{bucket.prefix}: {len(named)} members are ordered and {len(by_member)} have sizes")
         if sum(by_member.values()) != _as_int(total):
             problems.append(f"{bucket.prefix}: sizes sum to {sum(by_member.values())}, the count says {_as_int(total)}")
-        values = [bucket.values + member.decode() for member in by_member if isinstance(member, bytes)]
+        values = [bucket.values + member.decode(errors="replace") for member in by_member if isinstance(member, bytes)]
         lengths = many(talk, [command("STRLEN", value) for value in values], deadline) if values else []
         for value, length, size in zip(values, lengths, by_member.values(), strict=True):
             if _as_int(length) > size:
@@ -311,4 +311,4 @@ def _header(head: Reply, length: Reply) -> Header | None:
 
 
 def _as_int(reply: Reply) -> int:
-    return int(reply) if isinstance(reply, (bytes, int)) else 0
+    return integer(reply) if isinstance(reply, bytes) else reply if isinstance(reply, int) else 0

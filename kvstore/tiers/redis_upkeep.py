@@ -17,7 +17,7 @@ from kvstore.block import PartKey
 from kvstore.errors import TierError
 from kvstore.stats import Stats
 from kvstore.tiers.redis_accounting import Accounting
-from kvstore.tiers.redis_nodes import Nodes, Talk, many
+from kvstore.tiers.redis_nodes import Nodes, Talk, many, sound
 from kvstore.tiers.redis_sweep import Sweeper
 from kvstore.tiers.redis_wire import command
 
@@ -147,7 +147,7 @@ class Upkeep:
     def _touch(self, talk: Talk, chains: Sequence[Sequence[PartKey]], deadline: float) -> None:
         """One time for all chains at hand: a head that several share is touched once, and stays above all tails."""
         now_s = self._accounting.now_s(talk, deadline)
-        many(talk, self._accounting.names.touches(chains, now_s), deadline, partial=True)
+        sound(talk.ask_in_steps(self._accounting.names.touches(chains, now_s), deadline), partial=True)
         self.stats.add("redis.touched_blocks", sum(map(len, chains)))
         if self._ttl_s:
             for chain in chains:

@@ -243,7 +243,7 @@ class Wire:
             return rest
         if kind == b"-":
             return ReplyError(rest.decode(errors="replace"))
-        number = _integer(rest)
+        number = integer(rest)
         if kind == b":":
             return number
         if kind == b"$":
@@ -284,11 +284,26 @@ class Wire:
             raise ReplyError(line[1:].decode(errors="replace"))
         if line[:1] != b"$":
             raise ProtocolBroken(f"{line[:32]!r} is no bulk reply")
-        length = _integer(line[1:])
+        length = integer(line[1:])
         if length < 0:
             return None
         self.left = length
         return length
+
+    def begin_like(self, line: bytes, length: int, head_bytes: int) -> bytes | None:
+        """`begin_bulk` and `peek` in one for a value with this length line; None where not all that has come."""
+        body = self._start + len(line)
+        end = body + head_bytes
+        if end > self._end or self._scratch[self._start : body] != line:
+            return None
+        self._start = end
+        self.left = length - head_bytes
+        return bytes(self._view[body:end])
+
+    def put_back(self, num_bytes: int) -> None:
+        """Unread the last bytes that `begin_like` gave."""
+        self._start -= num_bytes
+        self.left += num_bytes
 
     def peek(self, num_bytes: int, deadline: float) -> bytes:
         """Read `num_bytes` of the current value into new bytes."""
@@ -359,7 +374,16 @@ class Wire:
         return self._start == self._end and not self.left
 
 
-def _integer(digits: bytes) -> int:
+def real(text: bytes) -> float:
+    """The number that a reply holds, a score as a rule. Raises ProtocolBroken where it is none, or not a number."""
+    with contextlib.suppress(ValueError):
+        if (value := float(text)) == value:
+            return value
+    raise ProtocolBroken(f"{text[:32]!r} is no number")
+
+
+def integer(digits: bytes) -> int:
+    """As `real`, for whole ones."""
     try:
         return int(digits)
     except ValueError as exc:

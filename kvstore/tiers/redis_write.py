@@ -17,7 +17,7 @@ from kvstore.layout import BlockLayout
 from kvstore.tiers.redis_accounting import Accounting, Facts
 from kvstore.tiers.redis_names import STEP_S
 from kvstore.tiers.redis_nodes import MOVING, Talk, many
-from kvstore.tiers.redis_wire import Buffer, ProtocolBroken, ReplyError, Wire, command
+from kvstore.tiers.redis_wire import Buffer, ProtocolBroken, ReplyError, Wire, command, real
 from kvstore.wire import frame
 from kvstore.wire.frame import Checksum, Header
 
@@ -130,7 +130,7 @@ class Writer:
         ]
         replies = many(talk, values + scores, deadline, partial=True) if keys else []
         return {
-            key: float(score)
+            key: real(score)
             for key, exists, score in zip(keys, replies[: len(keys)], replies[len(keys) :], strict=True)
             if exists == 1 and isinstance(score, bytes)
         }

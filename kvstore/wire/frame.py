@@ -30,10 +30,11 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import xxhash
 
-from kvstore.block import DIGEST_BYTES, BlockId, BlockMeta, PartKey, RootId
+from kvstore.block import DIGEST_BYTES, BlockId, BlockMeta, PartKey, RootId, block_hash
 
 MAGIC = b"KVSF"
 VERSION = 1
@@ -42,6 +43,8 @@ MAX_EXTRA_BYTES = 64 << 10
 
 _FIXED = struct.Struct("<4sHBBIIIIQQQ32s32s32s")
 _CHECKSUM = struct.Struct("<Q")
+_LENGTHS = struct.Struct("<4sH10xII")
+"""Of the fixed fields those that say how long a header is."""
 FIXED_BYTES = _FIXED.size
 MIN_HEADER_BYTES = FIXED_BYTES + _CHECKSUM.size
 MAX_HEADER_BYTES = MIN_HEADER_BYTES + 4 * MAX_TOKENS + MAX_EXTRA_BYTES
@@ -51,6 +54,10 @@ Buffer = bytes | bytearray | memoryview
 
 class FrameError(ValueError):
     """These bytes are not a frame, or not the frame asked for."""
+
+
+class ForeignFrame(FrameError):
+    """A sound frame, but of another part."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,15 +147,39 @@ def measure(buffer: Buffer) -> int:
     """
     if len(buffer) < FIXED_BYTES:
         raise FrameError(f"{len(buffer)} bytes are too short for a frame, which begins with {FIXED_BYTES}")
-    magic, version = struct.unpack_from("<4sH", buffer)
+    magic, version, num_tokens, extra_bytes = _LENGTHS.unpack_from(buffer)
     if magic != MAGIC:
         raise FrameError(f"magic is {magic!r}, not {MAGIC!r}")
     if version != VERSION:
         raise FrameError(f"frame version is {version}, not {VERSION}")
-    num_tokens, extra_bytes = struct.unpack_from("<II", buffer, 16)
     if num_tokens > MAX_TOKENS or extra_bytes > MAX_EXTRA_BYTES:
         raise FrameError(f"a header of {num_tokens} tokens and {extra_bytes} bytes of extra is not a frame's")
     return header_bytes(num_tokens, extra_bytes)
+
+
+class Payload(NamedTuple):
+    """What the header of the part asked for says about the bytes that follow it."""
+
+    codec_id: int
+    item_bytes: int
+    raw_bytes: int
+    num_bytes: int
+    xxh3: int
+
+
+def payload_of(header: bytes, key: PartKey) -> Payload:
+    """What follows `header`, which must be all of one and of nobody but `key`: `unpack` and `verify` in half the time.
+
+    Raises ForeignFrame for a sound header of another part, FrameError for what `unpack` or `verify` refuses.
+    """
+    length, fields = _fields(header)
+    _, _, codec_id, item_bytes, part, _, num_tokens, _, raw_bytes, num_bytes, xxh3, root, block, parent = fields
+    if block != key.block or part != key.part or root != key.root:
+        raise ForeignFrame(f"a frame of part {part} of block {block.hex()[:16]} stands in for another")
+    extra_at = FIXED_BYTES + 4 * num_tokens
+    if block_hash(parent, header[FIXED_BYTES:extra_at], header[extra_at : length - _CHECKSUM.size]) != block:
+        raise FrameError(f"parent, tokens and extra do not hash to block {block.hex()[:16]}")
+    return Payload(codec_id, item_bytes, raw_bytes, num_bytes, xxh3)
 
 
 def unpack(buffer: Buffer) -> Header:
@@ -156,33 +187,23 @@ def unpack(buffer: Buffer) -> Header:
 
     Raises FrameError on a wrong magic, version, length or header checksum. The payload is not looked at.
     """
+    length, fields = _fields(buffer)
+    _, _, codec_id, item_bytes, part, depth, num_tokens, _, raw_bytes, num_bytes, xxh3, root, block, parent = fields
+    extra_at, end = FIXED_BYTES + 4 * num_tokens, length - _CHECKSUM.size
+    meta = BlockMeta(BlockId(parent), depth, bytes(buffer[FIXED_BYTES:extra_at]), bytes(buffer[extra_at:end]))
+    key = PartKey(RootId(root), BlockId(block), part)
+    return Header(key, meta, codec_id, item_bytes, raw_bytes, num_bytes, xxh3)
+
+
+def _fields(buffer: Buffer) -> tuple[int, tuple[Any, ...]]:
+    """Length of the sound header that begins `buffer`, and its fixed fields in order."""
     length = measure(buffer)
     if len(buffer) < length:
         raise FrameError(f"{len(buffer)} bytes are too short for a header of {length}")
     end = length - _CHECKSUM.size
-    view = memoryview(buffer)
-    if _CHECKSUM.unpack_from(buffer, end)[0] != checksum(view[:end]):
+    if _CHECKSUM.unpack_from(buffer, end)[0] != checksum(memoryview(buffer)[:end]):
         raise FrameError("the header's checksum does not fit")
-    (
-        _,
-        _,
-        codec_id,
-        item_bytes,
-        part,
-        depth,
-        num_tokens,
-        _,
-        raw_bytes,
-        payload_bytes,
-        payload_xxh3,
-        root,
-        block,
-        parent,
-    ) = _FIXED.unpack_from(buffer)
-    extra_at = FIXED_BYTES + 4 * num_tokens
-    meta = BlockMeta(BlockId(parent), depth, bytes(view[FIXED_BYTES:extra_at]), bytes(view[extra_at:end]))
-    key = PartKey(RootId(root), BlockId(block), part)
-    return Header(key, meta, codec_id, item_bytes, raw_bytes, payload_bytes, payload_xxh3)
+    return length, _FIXED.unpack_from(buffer)
 
 
 def verify(header: Header, key: PartKey) -> None:

@@ -91,6 +91,19 @@ def test_a_chain_is_spread_over_all_nodes_and_comes_back_in_order(
     assert content.read(tier) == []
 
 
+def test_presence_in_a_cluster_is_right_for_every_key_wherever_holes_lie(
+    cluster: Cluster, tier: RedisTier, root: Root
+) -> None:
+    content = Content(root, 900)
+    content.write(tier, stop=700)
+    written = {key for key in content.keys if key.block in set(content.chain.ids[:700])}
+    gone = {key for key in written if random.Random(key.block).random() < 0.05}
+    tier.remove(list(gone))
+    written -= gone
+    assert tier.contains(content.keys, DEADLINE_S) == [key in written for key in content.keys]
+    tier.clear(None)  # chains with holes are what `check` would find
+
+
 def test_large_blocks_of_several_nodes_arrive_in_order(cluster: Cluster, tier: RedisTier, root: Root) -> None:
     content = Content(Root(replace(root.model, head_dim=4096)), 12)
     tier.open(content.layout)

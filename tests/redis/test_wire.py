@@ -12,7 +12,13 @@ from contextlib import suppress
 
 import pytest
 
-from kvstore.tiers.redis_wire import ProtocolBroken, ReplyError, Wire, command, stream_over
+from kvstore.block import BlockId, BlockMeta, PartKey, RootId
+from kvstore.codecs import CODECS
+from kvstore.tiers.redis_names import Names
+from kvstore.tiers.redis_read import Counts, Reader
+from kvstore.tiers.redis_wire import ProtocolBroken, ReplyError, Wire, command, integer, real, stream_over
+from kvstore.wire import frame
+from kvstore.wire.frame import Header
 
 
 @pytest.fixture
@@ -178,3 +184,44 @@ def test_commands_measure_bytes_and_not_letters() -> None:
     assert command("SET", "ä", b"\x00\x01", 7, 0.5) == (
         b"*5\r\n$3\r\nSET\r\n$2\r\n\xc3\xa4\r\n$2\r\n\x00\x01\r\n$1\r\n7\r\n$3\r\n0.5\r\n"
     )
+
+
+@pytest.mark.parametrize("extras", [(0, 40, 0, 8, 40), (40, 0, 40, 8, 0)])
+@pytest.mark.parametrize("seed", [None, 0, 1, 2])
+def test_values_of_one_length_with_headers_of_another_are_read_whole(
+    pair: tuple[Wire, socket.socket], seed: int | None, extras: tuple[int, ...]
+) -> None:
+    """The reader expects a value to begin like the one before."""
+    wire, theirs = pair
+    root = RootId(bytes(32))
+    values: dict[PartKey, bytes] = {}
+    replies = b""
+    for number, num_extra in enumerate(extras):
+        meta = BlockMeta(BlockId(bytes(32)), 0, random.Random(number).randbytes(256), b"x" * num_extra)
+        payload = random.Random(number).randbytes(5000 - num_extra)
+        key = PartKey(root, meta.block_id(), 0)
+        raw = CODECS.load("raw").wire_id
+        head = frame.pack(Header(key, meta, raw, 2, len(payload), len(payload), frame.checksum(payload)))
+        values[key] = payload
+        replies += b"$%d\r\n%b%b\r\n" % (len(head) + len(payload), head, payload)
+    thread = threading.Thread(target=theirs.sendall, args=(replies,))
+    if seed is None:
+        thread.start()
+    else:
+        thread = drip(theirs, replies, random.Random(seed))
+    into = {key: memoryview(bytearray(len(payload))) for key, payload in values.items()}
+    damaged: list[PartKey] = []
+    assert list(Reader(Names(16)).read(wire, into, soon(), damaged, Counts())) == list(values)
+    assert into == values
+    assert damaged == []
+    thread.join()
+    assert wire.in_step()
+
+
+@pytest.mark.parametrize("text", [b"5970846p.768315", b"5\xb9708461.94988", b"", b"nan"])
+def test_damaged_number_is_a_broken_protocol_and_not_a_foreign_error(text: bytes) -> None:
+    with pytest.raises(ProtocolBroken):
+        real(text)
+    with pytest.raises(ProtocolBroken):
+        integer(text)
+    assert (real(b"1.5e-3"), integer(b"-7")) == (0.0015, -7)

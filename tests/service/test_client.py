@@ -72,7 +72,7 @@ def test_a_client_that_hashes_otherwise_is_refused_naming_both(
     with pytest.raises(ProtocolError, match="hashes blocks to other ids .* run the same version"):
         connect(server.address)
     monkeypatch.undo()
-    monkeypatch.setattr(link, "PROTOCOL_VERSIONS", (99,))
+    monkeypatch.setattr(connection, "PROTOCOL_VERSIONS", (99,))
     with pytest.raises(ProtocolError, match=r"speaks protocol versions \[1\], the client \[99\]"):
         connect(server.address)
     assert handshake.PROTOCOL_VERSIONS == (1,)

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Presence by long commands says the same of each key as a command a key would."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+import redis
+
+from kvstore.block import BlockId, PartKey, RootId
+from kvstore.errors import TierError
+from kvstore.tiers.redis_names import TOUCH_STEP, Names
+from kvstore.tiers.valkey import EmbeddedServer
+from tests.redis.conftest import MakeTier
+from tests.redis.content import DEADLINE_S
+
+NUM_KEYS = 2048
+
+
+def keys_of(seed: int, count: int = NUM_KEYS) -> list[PartKey]:
+    rng = random.Random(seed)
+    root = RootId(rng.randbytes(32))
+    blocks = [BlockId(rng.randbytes(32)) for _ in range(count // 2)]
+    return [PartKey(root, block, part) for block in blocks for part in range(2)]
+
+
+def patterns() -> Iterator[tuple[str, list[bool]]]:
+    rng = random.Random(7)
+    for length in (0, 1, 255, 256, 257, 1000, 2047, 2048):
+        yield f"prefix of {length}", [at < length for at in range(NUM_KEYS)]
+    yield "one hole", [at != 700 for at in range(NUM_KEYS)]
+    yield "one alone", [at == 1500 for at in range(NUM_KEYS)]
+    yield "random", [rng.random() < 0.5 for _ in range(NUM_KEYS)]
+
+
+@pytest.mark.parametrize("pattern", list(patterns()), ids=lambda pattern: pattern[0])
+def test_presence_is_right_for_every_key_wherever_holes_lie(
+    server: EmbeddedServer, client: redis.Redis, make_tier: MakeTier, pattern: tuple[str, list[bool]]
+) -> None:
+    tier = make_tier(server.url, healthy=False)
+    keys, expected = keys_of(1), pattern[1]
+    names = Names(tier.options.num_buckets)
+    there = {names.value(key): b"x" for key, flag in zip(keys, expected, strict=True) if flag}
+    if there:
+        client.mset(there)
+    assert tier.contains(keys, DEADLINE_S) == expected
+    assert tier.contains(keys[::-1], DEADLINE_S) == expected[::-1]
+
+
+def test_keys_named_twice_and_keys_of_two_namespaces_are_told_apart(
+    server: EmbeddedServer, client: redis.Redis, make_tier: MakeTier
+) -> None:
+    tier = make_tier(server.url, healthy=False)
+    mine, theirs = keys_of(2, 100), keys_of(3, 100)
+    names = Names(tier.options.num_buckets)
+    client.mset({names.value(key): b"x" for key in [*mine[:50], *theirs[50:]]})
+    mixed = [key for pair in zip(mine, theirs, strict=True) for key in pair] + mine[:2]
+    flags = [flag for at in range(100) for flag in (at < 50, at >= 50)] + [True, True]
+    assert tier.contains(mixed, DEADLINE_S) == flags
+
+
+def test_connection_is_whole_after_the_server_refused_some_of_the_commands(
+    own_server: EmbeddedServer, make_tier: MakeTier
+) -> None:
+    tier = make_tier(own_server.url, healthy=False)
+    keys = keys_of(4)
+    with redis.Redis.from_url(own_server.url) as client:
+        client.execute_command("ACL", "SETUSER", "default", "-exists")
+        with pytest.raises(TierError, match="NOPERM|refuses|permissions"):
+            tier.contains(keys, DEADLINE_S)
+        client.execute_command("ACL", "SETUSER", "default", "+exists")
+    assert tier.contains(keys, DEADLINE_S) == [False] * NUM_KEYS
+
+
+def test_touch_in_steps_puts_every_parent_above_its_child() -> None:
+    """Longer than a step, and over the place where scores get one digit more."""
+    names = Names(4)
+    keys = keys_of(5, 4 * TOUCH_STEP)
+    for now_s in (6e7, 1.0, 1000.000001):
+        scores: dict[str, float] = {}
+        for commands in names.touches([keys], now_s):
+            for command in commands:
+                words = command.split(b"\r\n")[2::2]
+                assert len(words) == int(command[1 : command.index(b"\r")])
+                lengths = [int(word[1:]) for word in command.split(b"\r\n")[1::2] if word]
+                assert lengths == [len(word) for word in words]
+                for score, member in zip(words[4::2], words[5::2], strict=True):
+                    scores[member.decode()] = float(score)
+        in_order = [scores[names.member(key.block, key.part)] for key in keys]
+        assert in_order[0] == now_s
+        assert all(in_order[at] == in_order[at + 1] > in_order[at + 2] for at in range(0, len(keys) - 2, 2))

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Marks in lower tiers follow what their owner and the mover do."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+from kvstore.block import BlockId, RootId
+from kvstore.clock import MonotonicClock
+from kvstore.errors import TierUnavailable
+from kvstore.fleet import FleetMarks
+from kvstore.marks import Marks
+from tests.fakes import DictTier
+from tests.waiting import wait_until
+
+ROOT = RootId(bytes(32))
+BLOCKS = [BlockId(bytes([number]) * 32) for number in range(8)]
+
+
+class MarkingTier(DictTier):
+    """Remembers runs by the block that begins them; forgets nothing by itself."""
+
+    keeps_marks = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runs: dict[BlockId, list[BlockId]] = {}
+        self.fails = threading.Event()
+
+    def mark(self, root: RootId, blocks: Sequence[BlockId], ttl_s: float) -> None:
+        if self.fails.is_set():
+            raise TierUnavailable("marking", "said so")
+        self.runs[blocks[0]] = list(blocks)
+
+    def unmark(self, root: RootId, blocks: Sequence[BlockId]) -> None:
+        for block in blocks:
+            self.runs.pop(block, None)
+
+
+class Scene:
+    def __init__(self) -> None:
+        self.tier = MarkingTier()
+        self.on_its_way: set[BlockId] = set()
+        clock = MonotonicClock()
+        self.marks = Marks(clock)
+        self.fleet = FleetMarks([self.tier], self.on_its_way.__contains__, clock.now_s)
+
+
+@pytest.fixture
+def scene() -> Iterator[Scene]:
+    scene = Scene()
+    yield scene
+    scene.fleet.close()
+    assert scene.tier.runs == {}
+
+
+def test_what_is_on_its_way_down_is_waited_for_after_its_owner_withdrew(scene: Scene) -> None:
+    mark = scene.marks.add(ROOT, BLOCKS)
+    scene.fleet.add(mark)
+    wait_until(lambda: scene.tier.runs == {BLOCKS[0]: BLOCKS})
+    scene.on_its_way.update(BLOCKS[:3])
+    scene.marks.fulfil(ROOT, BLOCKS[:3])
+    mark.withdraw()
+    time.sleep(0.2)
+    assert scene.tier.runs
+    scene.on_its_way.clear()
+    wait_until(lambda: not scene.tier.runs)
+
+
+def test_mark_is_named_anew_by_where_its_producer_has_got_to(scene: Scene) -> None:
+    mark = scene.marks.add(ROOT, BLOCKS)
+    scene.fleet.add(mark)
+    wait_until(lambda: BLOCKS[0] in scene.tier.runs)
+    scene.on_its_way.add(BLOCKS[2])
+    scene.marks.fulfil(ROOT, BLOCKS[:3])
+    wait_until(lambda: scene.tier.runs.get(BLOCKS[2]) == BLOCKS[2:])
+    mark.renew()
+    scene.on_its_way.clear()
+    wait_until(lambda: scene.tier.runs.get(BLOCKS[3]) == BLOCKS[3:])
+    mark.withdraw()
+    wait_until(lambda: not scene.tier.runs)  # by all of its names
+
+
+def test_tier_that_fails_is_told_again_when_it_works(scene: Scene) -> None:
+    scene.tier.fails.set()
+    mark = scene.marks.add(ROOT, BLOCKS)
+    scene.fleet.add(mark)
+    time.sleep(0.1)
+    scene.tier.fails.clear()
+    wait_until(lambda: bool(scene.tier.runs))
+
+
+def test_mark_of_lost_blocks_and_no_other_is_taken_back(scene: Scene) -> None:
+    for blocks in (BLOCKS[:4], BLOCKS[4:]):
+        scene.fleet.add(scene.marks.add(ROOT, blocks))
+    wait_until(lambda: len(scene.tier.runs) == 2)
+    scene.fleet.lost([BLOCKS[1]])
+    wait_until(lambda: list(scene.tier.runs) == [BLOCKS[4]])
