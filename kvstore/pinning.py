@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Host memory registered with CUDA, so that a device copies from and to it by itself and at the link's rate.
 
+    pin       registers memory once, however many ask
     Pinning   registers a stretch of memory in chunks, on a thread of its own
     PINNED    what is registered in this process, by address
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from bisect import bisect_right
 from typing import Protocol
 
@@ -182,3 +184,21 @@ class Pinning:
                 log.warning("could not unpin host memory: %s", fault)
         self.num_bytes = 0
         self._view = None
+
+    def __del__(self) -> None:
+        if not self._thread.is_alive():  # it holds this object for as long as it runs
+            self.close()
+
+
+_pinnings: weakref.WeakValueDictionary[int, Pinning] = weakref.WeakValueDictionary()
+_pinnings_lock = threading.Lock()
+
+
+def pin(memory: memoryview) -> Pinning:
+    """The pinning of `memory`, begun now unless somebody has it already. It ends when nobody keeps it."""
+    address = int(np.frombuffer(memory, np.uint8).ctypes.data)
+    with _pinnings_lock:
+        found = _pinnings.get(address)
+        if found is None:
+            found = _pinnings[address] = Pinning(memory)
+        return found

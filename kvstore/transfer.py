@@ -43,7 +43,9 @@ import torch
 
 from kvstore.copy_windows import PartWork
 from kvstore.copying import Shape, assign, copy_places
-from kvstore.device_copy import Copying, DeviceCopier, Way
+from kvstore.device_copy import Copying as Copying
+from kvstore.device_copy import DeviceCopier
+from kvstore.device_copy import Way as Way
 from kvstore.errors import ConfigError
 from kvstore.layout import BlockLayout, PartLayout, engine_dtype
 from kvstore.streams import InOrder, Moment, Streams
