@@ -10,9 +10,11 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvstore.errors import ConfigError
 from kvstore.layout import BlockLayout, engine_dtype
-from kvstore.transfer import Copying, PageCopier, PagedKV, copy_rows, to_tensor
+from kvstore.transfer import Copying, PageCopier, PagedKV, SlotViews, copy_rows, to_tensor
 
 _CAPACITY_STEP = 256
+_BATCH_BYTES = 64 << 20
+"""Noted blocks are begun when there are so many: a window's worth of a device's copies."""
 
 
 class BlockCache(Cache):
@@ -30,6 +32,8 @@ class BlockCache(Cache):
         self._device = device
         self._in_pages = device.type != "cpu" or bool(layout.packed)
         self._copier: PageCopier | None = None
+        self._to_read: list[tuple[int, SlotViews]] = []
+        self._to_write: list[tuple[int, SlotViews]] = []
         self._under_way: list[Copying] = []
         self._storage = self._allocate(capacity)
         self._planes = [_CacheLayer(self, layer) for layer in range(model.num_layers)]
@@ -73,27 +77,35 @@ class BlockCache(Cache):
         self.reserve((index + 1) * tokens)
         return self._storage[:, :, :, index * tokens : (index + 1) * tokens].transpose(2, 3)
 
-    def _pages(self, index: int) -> tuple[PageCopier, Sequence[int]]:
-        """A copier over the cache with a block a page, `index` among them, and its page table."""
-        tokens = self._block_layout.model.block_tokens
-        self.reserve((index + 1) * tokens)
+    def _later(self, index: int, views: Sequence[memoryview | None], into: list[tuple[int, SlotViews]]) -> None:
+        """Note a block to be copied with its neighbours: what a call costs is paid once for all of them."""
+        self.reserve((index + 1) * self._block_layout.model.block_tokens)
+        into.append((index, views))
+        if len(into) * self._block_layout.block_bytes >= _BATCH_BYTES:
+            self._begin()
+
+    def _begin(self) -> None:
+        """Begin the copies noted."""
         if self._copier is None:
+            tokens = self._block_layout.model.block_tokens
             paged = PagedKV.of([self._storage], "layer kv head slot dim", page_tokens=tokens)
             self._copier = PageCopier(self._block_layout, paged)
-        return self._copier, range(index + 1)
+        table = range(self._copier.paged.num_pages)
+        for blocks, start in ((self._to_read, self._copier.start_gather), (self._to_write, self._copier.start_scatter)):
+            if taken := blocks[:]:
+                blocks.clear()  # first: what fails once is not tried again
+                self._under_way.append(start(table, taken))
 
     def write_block(self, index: int, views: Sequence[memoryview]) -> None:
         if self._in_pages:
-            copier, table = self._pages(index)
-            self._under_way.append(copier.start_scatter(table, [(index, views)]))
+            self._later(index, views, self._to_write)
             return
         for cell, slot in self._cells(index, views):
             copy_rows(cell, slot)
 
     def read_block(self, index: int, views: Sequence[memoryview | None]) -> None:
         if self._in_pages:
-            copier, table = self._pages(index)
-            self._under_way.append(copier.start_gather(table, [(index, views)]))
+            self._later(index, views, self._to_read)
             return
         for cell, slot in self._cells(index, views):
             copy_rows(slot, cell)
@@ -117,6 +129,8 @@ class BlockCache(Cache):
         copy_rows(block, self.block(index))
 
     def finish(self) -> None:
+        if self._to_read or self._to_write:
+            self._begin()
         done, self._under_way = self._under_way, []
         for copying in done:
             copying.order()

@@ -238,3 +238,11 @@ class HasHostMemory(Protocol):
     @property
     def host_memory(self) -> memoryview:
         """All slots, writable: to be registered, never written through."""
+
+
+@runtime_checkable
+class KnowsWindows(Protocol):
+    """A load that can say whether its blocks stay valid: then several can be under way to a device at once."""
+
+    def comes_in_windows(self, index: int) -> bool:
+        """Whether block `index` comes only in place of those before it; waits until that is known."""

@@ -186,7 +186,7 @@ class Pinning:
         self._view = None
 
     def __del__(self) -> None:
-        if not self._thread.is_alive():  # it holds this object for as long as it runs
+        if hasattr(self, "_thread"):  # its thread has ended: it holds this object for as long as it runs
             self.close()
 
 

@@ -10,6 +10,7 @@ Tests have a third one, which runs what was submitted as late and in as odd an o
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from typing import Protocol, cast
@@ -107,6 +108,10 @@ class CudaStreams:
         return bool(cast(torch.cuda.Event, moment).query())  # type: ignore[no-untyped-call]
 
 
+@functools.cache
 def streams_of(device: torch.device) -> Streams:
-    """Streams of `device`; those of the CPU for any device that is not CUDA."""
+    """Streams of `device`; those of the CPU for any device that is not CUDA.
+
+    One set a device: memory that torch allocates on a stream is used again only there.
+    """
     return CudaStreams(device) if device.type == "cuda" else InOrder()
