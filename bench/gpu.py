@@ -58,10 +58,10 @@ class Phase:
 PHASES = (
     Phase("check", 80, "bench.gpu_copies:check_bytes"),
     Phase("link", 50, "bench.gpu_copies:link"),
-    Phase("decode", 40, "bench.gpu_copies:decode_beside"),
+    Phase("decode", 40, "bench.gpu_beside:decode_beside"),
     Phase("split", 15, "bench.gpu_ttft:split_decode"),
     Phase("ttft", 200, "bench.gpu_ttft:ttft"),
-    Phase("pin", 60, "bench.gpu_copies:pin_delay"),
+    Phase("pin", 60, "bench.gpu_beside:pin_delay"),
 )
 
 

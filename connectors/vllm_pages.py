@@ -22,7 +22,7 @@ import torch
 
 from kvstore.errors import ConfigError
 from kvstore.layout import BlockLayout
-from kvstore.transfer import PageCopier, PagedKV, SlotViews, to_tensor
+from kvstore.transfer import Moment, PageCopier, PagedKV, SlotViews, to_tensor
 
 Axes = tuple[tuple[int, int], ...]
 """(size, step in elements) of each axis that an index splits into, outermost first."""
@@ -51,7 +51,11 @@ class EnginePages(Protocol):
         """Copy block `index` out into slots, one a part, None where it is there already."""
 
     def writer(self, pages: Sequence[int], first_token: int) -> PageWriter:
-        """For one load, whose tokens below `first_token` are left out."""
+        """For one load, whose tokens below `first_token` are left out.
+
+        Made on the engine's thread: nothing is written before what that thread's stream has by then is done. The
+        pages' last reader may still be running, and the streams of other threads say nothing about it.
+        """
 
 
 class PageWriter(Protocol):
@@ -80,14 +84,19 @@ class StridedPages:
         self._copier.gather(pages, [(index, views)])
 
     def writer(self, pages: Sequence[int], first_token: int) -> PageWriter:
-        return _AtOnce(lambda index, views: self._scatter(pages, index, views, first_token))
+        after = self._copier.now() if self._paged.device.type == "cuda" else None
+        return _AtOnce(lambda index, views: self._scatter(pages, index, views, first_token, after))
 
-    def _scatter(self, pages: Sequence[int], index: int, views: SlotViews, first_token: int) -> None:
+    def _scatter(
+        self, pages: Sequence[int], index: int, views: SlotViews, first_token: int, after: Moment | None
+    ) -> None:
         layout = self._copier.layout
         first = index * layout.model.block_tokens
         if first_token <= first:
-            self._copier.scatter(pages, [(index, views)])
+            self._copier.start_scatter(pages, [(index, views)], after=after).finish()
             return
+        if after is not None:
+            self._copier.wait_for(after)
         for part, view in zip(self.parts, views, strict=True):  # at most one block a load is cut
             if view is None:
                 continue
@@ -99,6 +108,8 @@ class StridedPages:
                 for layer in cell.layers:
                     for kv, plane in enumerate(self._paged.planes[layer - self._layers.start]):
                         plane[page, at, heads] = held[layer - cell.layers.start, kv, token - first]
+        if after is not None:
+            torch.cuda.current_stream(self._paged.device).synchronize()
 
 
 class _AtOnce:

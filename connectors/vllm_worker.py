@@ -20,7 +20,7 @@ import numpy as np
 
 from connectors.base import FailOpen
 from connectors.vllm_identity import Roots
-from connectors.vllm_pages import EnginePages
+from connectors.vllm_pages import EnginePages, PageWriter
 from connectors.vllm_plan import LoadOrder, LoadReport, Orders, Report, SaveOrder, VllmSettings, failed_pages
 from kvstore.api import Load, Store
 from kvstore.block import Chain, ModelId
@@ -37,6 +37,7 @@ class _Job:
 
     order: LoadOrder
     deadline_s: float
+    writer: PageWriter
     lock: threading.Lock = field(default_factory=threading.Lock)
     cancelled: bool = False
     ended: bool = False
@@ -84,7 +85,9 @@ class WorkerSide:
     def load(self, orders: Orders) -> None:
         """Carry out loads that belong to this step, start the others. Before the forward pass where any is in it."""
         for order in orders.loads:
-            job = _Job(order, self._now_s() + order.timeout_s, stop=order.start)
+            # The writer is made here, on the engine's thread: what it must wait for is this thread's to say.
+            writer = self._pages.writer(order.pages, order.first_token)
+            job = _Job(order, self._now_s() + order.timeout_s, writer, stop=order.start)
             if order.in_step:
                 self._run(job)
                 self._note(job)
@@ -111,7 +114,7 @@ class WorkerSide:
         if order.lease is None:
             return True
         at, then_s = order.start, self._now_s()
-        writer = self._pages.writer(order.pages, order.first_token)
+        writer = job.writer
         with self._adopt(order.lease) as load:
             for block in load:
                 if block.index != at or at >= order.stop:

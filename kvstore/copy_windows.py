@@ -32,8 +32,11 @@ class Part:
         self, layout: BlockLayout, cell: PartLayout, planes: list[list[torch.Tensor]], piece_tokens: int
     ) -> None:
         self.cell = cell
-        self.planes = planes
         plane = planes[0][0]
+        if plane.element_size() == 1:
+            # Bytes are bytes, and devices do not index by fp8.
+            planes = [[one.view(torch.uint8) for one in layer] for layer in planes]
+        self.planes = planes
         item = plane.element_size()
         self.page_step, self.token_step, head_step, dim_step = (step * item for step in plane.stride())
         _, self.num_kv, tokens, heads, dim = cell.shape

@@ -333,7 +333,8 @@ class DeviceCopier:
 
     def _by_index(self, window: Window, values: torch.Tensor, to_slots: bool) -> None:
         part, chosen = window.part, slice(window.first, window.stop)
-        shaped = values.view(self._dtype).view(part.shape_of(window.num_blocks, window.high - window.low))
+        shape = part.shape_of(window.num_blocks, window.high - window.low)
+        shaped = values.view(part.planes[0][0].dtype).view(shape)
         within = np.arange(part.piece_tokens)
         pages = np.repeat(window.work.pages[chosen].reshape(-1), part.piece_tokens)
         tokens = (window.work.pieces[chosen].reshape(-1, 1) * part.piece_tokens + within).reshape(-1)

@@ -48,7 +48,8 @@ from kvstore.device_copy import DeviceCopier
 from kvstore.device_copy import Way as Way
 from kvstore.errors import ConfigError
 from kvstore.layout import BlockLayout, PartLayout, engine_dtype
-from kvstore.streams import InOrder, Moment, Streams
+from kvstore.streams import InOrder, Streams
+from kvstore.streams import Moment as Moment
 
 SlotViews = Sequence[memoryview | None]
 """Bytes of a block, one entry for each part of the copier; None where the part is not to be copied."""
@@ -394,6 +395,11 @@ class PageCopier:
         """
         streams = self._on_device().streams
         return streams.record(streams.engine())
+
+    def wait_for(self, moment: Moment) -> None:
+        """Have this thread's work on the engine's device, from now on, wait for `moment`."""
+        streams = self._on_device().streams
+        streams.wait(streams.engine(), moment)
 
     def copy_on_device(self, page_ids: Sequence[int], work: Sequence[tuple[int, SlotViews]], *, to_slots: bool) -> None:
         """The path for device tensors and for lossy formats, to its end; it runs on any torch device."""
