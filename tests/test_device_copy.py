@@ -12,10 +12,13 @@ pytest.importorskip("torch", reason="transfer copies torch tensors")
 
 import torch
 
-from kvstore import copy_kernel
+from kvstore import copy_kernel, device_copy
+from kvstore.copy_engine import host_bytes
+from kvstore.copy_windows import address_of
 from kvstore.device_copy import DeviceCopier, Way
 from kvstore.layout import BlockLayout, layout_of
 from kvstore.lossy import FORMATS
+from kvstore.pinning import PinnedRanges
 from kvstore.transfer import PageCopier, PagedKV
 from tests.devices import DEVICES
 from tests.lazy_streams import LazyStreams
@@ -135,6 +138,43 @@ def test_mla_latents_of_an_odd_width_are_copied(way: Way, device: str) -> None:
     slots = slots_of(layout, (0,), 0)
     make_copier(layout, kv, way).gather([3, 0, 9, 39], [(0, slots)])
     assert bytes(slots[0] or b"") == expected(layout, 0, logical(kv), [3, 0, 9, 39], 0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("way", WAYS)
+def test_an_odd_width_touches_nothing_beside_its_slot_or_its_pages(way: Way, device: str) -> None:
+    layout = layout_of(replace(model(num_kv=1), head_dim=37))
+    host = [torch.randn(40, 4, 37).bfloat16() for _ in range(LAYERS)]
+    kv = PagedKV.of([tensor.to(device, copy=True) for tensor in host], "page token dim")
+    buffer = bytearray(b"\xa5" * (layout.block_bytes + 128))
+    slot = memoryview(buffer)[64:-64]
+    copier = make_copier(layout, kv, way)
+    copier.gather([3, 0, 9, 38], [(0, [slot])])
+    assert buffer[:64] == buffer[-64:] == b"\xa5" * 64
+    copier.scatter([7, 38, 1, 20], [(0, [slot])])
+    PageCopier(layout, PagedKV.of(host, "page token dim")).scatter([7, 38, 1, 20], [(0, [slot])])
+    assert torch.equal(logical(kv), logical(PagedKV.of(host, "page token dim")))
+
+
+def test_no_copy_over_the_link_spans_two_registrations(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = layout_of(model())
+    kv = nhd(torch.bfloat16, 4).kv
+    slots = slots_of(layout, (0,), 0)
+    start = address_of(slots[0] or memoryview(b""))
+    ranges = PinnedRanges()
+    ranges.add(start - 64, 100)
+    ranges.add(start + 36, 1000)
+    seen: list[tuple[int, int]] = []
+
+    def watched(address: int, num_bytes: int) -> torch.Tensor:
+        seen.append((address - start, num_bytes))
+        return host_bytes(address, num_bytes)
+
+    monkeypatch.setattr(device_copy, "PINNED", ranges)
+    monkeypatch.setattr(device_copy, "host_bytes", watched)
+    make_copier(layout, kv, Way.INDEX).gather([9, 3, 7, 30], [(0, slots)])
+    assert seen == [(0, 36), (36, 1000), (1036, layout.block_bytes - 1036)]
+    assert bytes(slots[0] or b"") == expected(layout, 0, logical(kv), [9, 3, 7, 30], 0)
 
 
 @pytest.mark.parametrize("device", DEVICES)

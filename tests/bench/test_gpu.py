@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`bench gpu` runs to its end without a device, says what it did not measure, and keeps what it has if a phase fails."""
+"""`bench gpu` runs without a device, says what it did not measure, and keeps what it has if a phase fails."""
 
 from __future__ import annotations
 
