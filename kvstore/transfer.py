@@ -54,6 +54,8 @@ from kvstore.streams import Moment as Moment
 SlotViews = Sequence[memoryview | None]
 """Bytes of a block, one entry for each part of the copier; None where the part is not to be copied."""
 
+Places = npt.NDArray[np.int64]
+
 _AXES = ("layer", "kv", "page", "token", "head", "dim")
 
 
@@ -279,8 +281,8 @@ class PageCopier:
         """Copy blocks from slots into the engine's pages; arguments and result as in `gather`."""
         return _finished(self.start_scatter(page_ids, blocks))
 
-    def _check(self, page_ids: Sequence[int], work: Sequence[tuple[int, SlotViews]], to_slots: bool) -> int:
-        """Refuse what would leave the named pages; returns the bytes to copy."""
+    def _check(self, work: Sequence[tuple[int, SlotViews]], to_slots: bool) -> int:
+        """Refuse slots that do not fit; returns the bytes to copy."""
         num_bytes = 0
         for index, views in work:
             if len(views) != len(self.parts):
@@ -293,27 +295,27 @@ class PageCopier:
                 if to_slots and view.readonly:
                     raise ValueError(f"block {index}: the slot is read-only")
                 num_bytes += cell.num_bytes
-            for page, _ in self._places(page_ids, index):
-                if not 0 <= page < self.paged.num_pages:
-                    raise ValueError(f"block {index}: page {page} is outside the engine's {self.paged.num_pages} pages")
         return num_bytes
 
-    def _places(self, page_ids: Sequence[int], index: int) -> list[tuple[int, int]]:
-        """(page, piece within it) for each piece of block `index`."""
-        page_tokens = self.paged.page_tokens
-        start = index * self._block_tokens
-        if index < 0 or start + self._block_tokens > len(page_ids) * page_tokens:
-            raise ValueError(f"block {index} is outside a page table of {len(page_ids)} × {page_tokens} tokens")
-        return [
-            (int(page_ids[token // page_tokens]), token % page_tokens // self._piece_tokens)
-            for token in range(start, start + self._block_tokens, self._piece_tokens)
-        ]
+    def _places(self, page_ids: Sequence[int], indices: Sequence[int]) -> Places:
+        """(page, piece within it) for each piece of each block, `[blocks, pieces, 2]`. Refuses what is outside."""
+        page_tokens, num_pages = self.paged.page_tokens, self.paged.num_pages
+        places: list[tuple[int, int]] = []
+        for index in indices:
+            start = index * self._block_tokens
+            if index < 0 or start + self._block_tokens > len(page_ids) * page_tokens:
+                raise ValueError(f"block {index} is outside a page table of {len(page_ids)} × {page_tokens} tokens")
+            for token in range(start, start + self._block_tokens, self._piece_tokens):
+                page = page_ids[token // page_tokens]
+                if not 0 <= page < num_pages:
+                    raise ValueError(f"block {index}: page {page} is outside the engine's {num_pages} pages")
+                places.append((page, token % page_tokens // self._piece_tokens))
+        return np.array(places, np.int64).reshape(len(indices), self._pieces, 2)
 
-    def _copy_part(
-        self, at: int, page_ids: Sequence[int], pairs: Sequence[tuple[int, memoryview]], to_slots: bool
-    ) -> None:
-        places = [place for index, _ in pairs for place in self._places(page_ids, index)]
-        slots = [np.frombuffer(view, np.uint8).ctypes.data for _, view in pairs]
+    def _copy_part(self, at: int, found: Places, work: Sequence[tuple[int, SlotViews]], to_slots: bool) -> None:
+        chosen = [number for number, (_, views) in enumerate(work) if views[at] is not None]
+        slots = [np.frombuffer(view, np.uint8).ctypes.data for _, views in work if (view := views[at]) is not None]
+        places = found[chosen].reshape(-1, 2).tolist()
         for run in self._runs[at]:
             engine = [run.address + page * run.page_step + piece * run.piece_step for page, piece in places]
             first = run.slot_offset
@@ -403,7 +405,8 @@ class PageCopier:
 
     def copy_on_device(self, page_ids: Sequence[int], work: Sequence[tuple[int, SlotViews]], *, to_slots: bool) -> None:
         """The path for device tensors and for lossy formats, to its end; it runs on any torch device."""
-        self._start_on_device(page_ids, work, to_slots, None, 0).finish()
+        places = self._places(page_ids, [index for index, _ in work])
+        self._start_on_device(places, work, to_slots, None, 0).finish()
 
     def _start(
         self,
@@ -414,16 +417,17 @@ class PageCopier:
         after: Moment = None,
         step_layers: int = 0,
     ) -> Copying:
-        num_bytes = self._check(page_ids, work, to_slots)
+        num_bytes = self._check(work, to_slots)
+        places = self._places(page_ids, [index for index, _ in work])
         if not self._by_address:
-            return self._start_on_device(page_ids, work, to_slots, after, step_layers)
+            return self._start_on_device(places, work, to_slots, after, step_layers)
         for at in range(len(self._cells)):
-            self._copy_part(at, page_ids, [(index, view) for index, views in work if (view := views[at])], to_slots)
+            self._copy_part(at, places, work, to_slots)
         return Copying(num_bytes, InOrder())
 
     def _start_on_device(
         self,
-        page_ids: Sequence[int],
+        places: Places,
         work: Sequence[tuple[int, SlotViews]],
         to_slots: bool,
         after: Moment,
@@ -431,10 +435,10 @@ class PageCopier:
     ) -> Copying:
         parts: list[tuple[int, PartWork]] = []
         for at in range(len(self._cells)):
-            pairs = [(index, view) for index, views in work if (view := views[at]) is not None]
-            if pairs:
-                places = np.array([self._places(page_ids, index) for index, _ in pairs], np.int64)
-                parts.append((at, PartWork(places[..., 0], places[..., 1], [view for _, view in pairs])))
+            chosen = [number for number, (_, views) in enumerate(work) if views[at] is not None]
+            if chosen:
+                views = [view for _, views in work if (view := views[at]) is not None]
+                parts.append((at, PartWork(places[chosen, :, 0], places[chosen, :, 1], views)))
         return self._on_device().start(parts, to_slots=to_slots, after=after, step_layers=step_layers)
 
     def _on_device(self) -> DeviceCopier:
