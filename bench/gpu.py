@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import os
 import subprocess
 import sys
@@ -121,6 +122,7 @@ def build_native() -> None:
     except (OSError, subprocess.CalledProcessError) as error:
         print(f"bench gpu: the C loops were not built ({error}); host work takes longer", file=sys.stderr)
         return
+    importlib.invalidate_caches()
     native._library = native._load()
     native.copy_strided = None if native._library is None else native._library.kvstore_copy
 
@@ -143,8 +145,6 @@ def _environment(on_cuda: bool) -> dict[str, str | int | float | bool | None]:
 
 def _run(board: object, phase: Phase) -> bool:
     """Run one phase; what it raises is a row and costs nothing else."""
-    from importlib import import_module
-
     from bench.gpu_board import Board
 
     assert isinstance(board, Board)
@@ -156,7 +156,7 @@ def _run(board: object, phase: Phase) -> bool:
     before_s = board.spent_s
     try:
         module, _, name = phase.target.partition(":")
-        getattr(import_module(module), name)(board)
+        getattr(importlib.import_module(module), name)(board)
         board.sync()
         done = True
     except Exception as error:  # noqa: BLE001  # one phase's failure is not the others'

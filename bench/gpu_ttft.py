@@ -23,6 +23,7 @@ from connectors.transformers import TransformersConnector
 from connectors.transformers_cache import BlockCache
 from kvstore.block import Chain, Root
 from kvstore.config import StoreConfig
+from kvstore.errors import KVStoreError
 from kvstore.store import KVStore
 from kvstore.tiers.base import Tier
 from kvstore.transfer import PageCopier, PagedKV
@@ -137,7 +138,7 @@ def arms_for(board: Board, model: LlamaForCausalLM, longest: int) -> Iterator[li
 
         redis = store([RedisTier(RedisTier.Options(capacity_bytes=2 * need))])
         made.append(Arm("redis", connect(redis), redis, drop_host=True))
-    except (ImportError, OSError, RuntimeError) as error:
+    except (ImportError, OSError, RuntimeError, KVStoreError) as error:
         board.row("ttft", arm="redis", skipped=f"{type(error).__name__}: {error}")
     try:
         for arm in made:
