@@ -15,7 +15,7 @@ import torch
 from kvstore import copy_kernel, device_copy
 from kvstore.copy_engine import host_bytes
 from kvstore.copy_windows import address_of
-from kvstore.device_copy import DeviceCopier, Way
+from kvstore.device_copy import Way, best_way
 from kvstore.layout import BlockLayout, layout_of
 from kvstore.lossy import FORMATS
 from kvstore.pinning import PinnedRanges
@@ -383,9 +383,9 @@ def test_short_rows_and_lossy_blocks_are_not_given_to_copy_engines() -> None:
         copier.gather([1, 2, 3, 4], [(0, slots_of(layout, (0,), 0))])
 
 
-def test_a_device_without_the_kernel_falls_back_to_indexing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_is_taken_on_a_device_where_it_works_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copy_kernel, "fault", lambda device: "")
+    assert best_way(torch.device("cuda")) is Way.STAGED
+    assert best_way(torch.device("cpu")) is Way.INDEX
     monkeypatch.setattr(copy_kernel, "fault", lambda device: "no compiler")
-    layout = layout_of(model())
-    kv = nhd(torch.bfloat16, 4).kv
-    planes = [[list(layer) for layer in kv.planes]]
-    assert DeviceCopier(layout, layout.parts, planes, 4).way is Way.INDEX
+    assert best_way(torch.device("cuda")) is Way.INDEX
