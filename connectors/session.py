@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from connectors.base import CostModel, FailOpen, plan_save
-from kvstore.api import DEVICE_TIER, NO_HINT, Announcement, Hint, Match, Store
+from kvstore.api import DEVICE_TIER, NO_HINT, Announcement, Hint, KnowsWindows, Match, Store
 from kvstore.block import Chain
 from kvstore.device import DeviceOverlay
 
@@ -25,7 +25,7 @@ class EngineMemory(Protocol):
     """Where an engine keeps one sequence's KV, block by block."""
 
     def write_block(self, index: int, views: Sequence[memoryview]) -> None:
-        """Copy a stored block in: one view a part, all parts of the layout."""
+        """Copy a stored block in: one view a part, all parts of the layout; they are read until `finish`."""
 
     def read_block(self, index: int, views: Sequence[memoryview | None]) -> None:
         """Copy a block out into slots; None where the part is there already."""
@@ -171,12 +171,14 @@ class Session:
                 if block.index != at:
                     break
                 self._memory.write_block(at, block.views)
-                self._memory.finish()
                 at += 1
+                if not (at < stop and isinstance(load, KnowsWindows) and not load.comes_in_windows(at)):
+                    self._memory.finish()  # the block may be gone as soon as the next one is asked for
                 now_s = time.monotonic()
                 counts[block.tier] = counts.get(block.tier, 0) + 1
                 seconds[block.tier] = seconds.get(block.tier, 0.0) + now_s - then_s
                 then_s = now_s
+            self._memory.finish()
             if not load.intact():
                 return on_device  # something may have been overwritten while it was copied: none of it counts
         self._in_store = max(self._in_store, at)

@@ -27,11 +27,12 @@ from transformers.generation.streamers import BaseStreamer
 from connectors.base import VOLATILE_CONFIG, Conversations, CostModel, FailOpen, LoadRule
 from connectors.session import Connection, Session
 from connectors.transformers_cache import BlockCache
-from kvstore.api import NO_HINT, Hint, Store
+from kvstore.api import NO_HINT, HasHostMemory, Hint, Store
 from kvstore.block import Chain, ModelId, Root
 from kvstore.device import DeviceOverlay
 from kvstore.errors import ConfigError
 from kvstore.layout import layout_of
+from kvstore.pinning import Pinning, pin
 
 _MAX_IDLE_CACHES = 2
 
@@ -46,6 +47,7 @@ def model_id_of(
     block_tokens: int = 64,
     part_layers: int = 0,
     part_heads: int = 0,
+    lossy: str = "",
 ) -> ModelId:
     """The ModelId of a loaded model.
 
@@ -53,6 +55,7 @@ def model_id_of(
         revision: what tells these weights from any others of this architecture: a commit hash of the hub, or a
             digest of the weight files. Never a branch such as `main`, a date or a path: two sets of weights
             under one revision would read each other's KV, and nothing could notice.
+        lossy: a format of `kvstore.layout.PACKED`, such as `fp8`, or empty for exact blocks: another namespace.
 
     Raises ConfigError, naming why, where the KV of a prefix cannot be cut into blocks.
     """
@@ -67,7 +70,7 @@ def model_id_of(
     return ModelId(
         model=f"{type(model).__name__}-{digest}",
         revision=revision,
-        kv_dtype=str(model.dtype).removeprefix("torch."),
+        kv_dtype=str(model.dtype).removeprefix("torch.") + (f"+{lossy}" if lossy else ""),
         num_layers=int(config.num_hidden_layers),
         num_kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
         head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
@@ -165,6 +168,11 @@ class _OnToken(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
+def _pinned(store: object) -> Pinning | None:
+    """The pinning of a store's memory, where it has any in this process."""
+    return pin(store.host_memory) if isinstance(store, HasHostMemory) else None
+
+
 class TransformersConnector:
     """Prefix reuse for one loaded model.
 
@@ -179,6 +187,7 @@ class TransformersConnector:
         salt: keeps tenants apart: what one saves, another with a different salt does not find.
         secret: keys block ids, so that nobody without it can guess them from prompts.
         part_layers, part_heads: the part grid; 0 means all, and fits engines without parallelism.
+        lossy: format of stored blocks, such as `fp8`: half the bytes, and answers that may differ. Empty for exact.
         device_budget_bytes: memory for blocks kept on the device, above the store; 0 for none.
         max_wait_s: longest wait for an answer of lower tiers.
         load_rule: load where it is predicted to pay, or always.
@@ -199,6 +208,7 @@ class TransformersConnector:
         secret: bytes = b"",
         part_layers: int = 0,
         part_heads: int = 0,
+        lossy: str = "",
         device_budget_bytes: int = 0,
         max_wait_s: float = 0.25,
         load_rule: LoadRule = LoadRule.MEASURED,
@@ -215,6 +225,7 @@ class TransformersConnector:
             block_tokens=block_tokens,
             part_layers=part_layers,
             part_heads=part_heads,
+            lossy=lossy,
         )
         self.layout = layout_of(self.model_id) if store is None else store.open(self.model_id)
         self.overlay: DeviceOverlay | None = None
@@ -222,6 +233,10 @@ class TransformersConnector:
             self.overlay = DeviceOverlay(self.layout, model.device, device_budget_bytes)
         self.cost = CostModel(block_tokens, self.layout.block_bytes, rule=load_rule)
         self.fail_open = FailOpen()
+        # In the background: requests do not wait for it, their copies are only slower until it is done.
+        self.pinning: Pinning | None = None
+        if model.device.type == "cuda":
+            self.pinning = _pinned(store)
         self._chunk_tokens = chunk_tokens
         self._connection = Connection(
             store=store,

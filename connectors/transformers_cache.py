@@ -9,24 +9,32 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvstore.errors import ConfigError
-from kvstore.layout import BlockLayout
-from kvstore.transfer import copy_rows, to_tensor
+from kvstore.layout import BlockLayout, engine_dtype
+from kvstore.transfer import Copying, PageCopier, PagedKV, SlotViews, copy_rows, to_tensor
 
 _CAPACITY_STEP = 256
+_BATCH_BYTES = 64 << 20
+"""Noted blocks are begun when there are so many: a window's worth of a device's copies."""
 
 
 class BlockCache(Cache):
     """A transformers cache over one tensor `[layers, 2, heads, capacity, dim]` for one sequence.
 
-    `update` writes in place, and a block is one strided copy over all layers. Implements `EngineMemory`.
+    `update` writes in place, and a block is one strided copy over all layers. On a device, and where blocks are lossy,
+    a block is a page of it, copied on side streams until `finish`. Implements `EngineMemory`.
     """
 
     def __init__(self, layout: BlockLayout, device: torch.device, capacity: int) -> None:
         self._block_layout = layout
         model = layout.model
         self._shape = (model.num_layers, 2, model.num_kv_heads, model.head_dim)
-        self._dtype: torch.dtype = getattr(torch, model.kv_dtype)
+        self._dtype: torch.dtype = getattr(torch, engine_dtype(model.kv_dtype))
         self._device = device
+        self._in_pages = device.type != "cpu" or bool(layout.packed)
+        self._copier: PageCopier | None = None
+        self._to_read: list[tuple[int, SlotViews]] = []
+        self._to_write: list[tuple[int, SlotViews]] = []
+        self._under_way: list[Copying] = []
         self._storage = self._allocate(capacity)
         self._planes = [_CacheLayer(self, layer) for layer in range(model.num_layers)]
         super().__init__(layers=[*self._planes])
@@ -44,6 +52,8 @@ class BlockCache(Cache):
     def reserve(self, num_tokens: int) -> None:
         """Make room for `num_tokens`, at least doubling, so that growing costs a constant a token."""
         if num_tokens > self.capacity:
+            self.finish()
+            self._copier = None
             old = self._storage
             self._storage = self._allocate(max(num_tokens, 2 * self.capacity))
             self._storage[:, :, :, : old.shape[3]].copy_(old)
@@ -67,11 +77,36 @@ class BlockCache(Cache):
         self.reserve((index + 1) * tokens)
         return self._storage[:, :, :, index * tokens : (index + 1) * tokens].transpose(2, 3)
 
+    def _later(self, index: int, views: Sequence[memoryview | None], into: list[tuple[int, SlotViews]]) -> None:
+        """Note a block to be copied with its neighbours: what a call costs is paid once for all of them."""
+        self.reserve((index + 1) * self._block_layout.model.block_tokens)
+        into.append((index, views))
+        if len(into) * self._block_layout.block_bytes >= _BATCH_BYTES:
+            self._begin()
+
+    def _begin(self) -> None:
+        """Begin the copies noted."""
+        if self._copier is None:
+            tokens = self._block_layout.model.block_tokens
+            paged = PagedKV.of([self._storage], "layer kv head slot dim", page_tokens=tokens)
+            self._copier = PageCopier(self._block_layout, paged)
+        table = range(self._copier.paged.num_pages)
+        for blocks, start in ((self._to_read, self._copier.start_gather), (self._to_write, self._copier.start_scatter)):
+            if taken := blocks[:]:
+                blocks.clear()  # first: what fails once is not tried again
+                self._under_way.append(start(table, taken))
+
     def write_block(self, index: int, views: Sequence[memoryview]) -> None:
+        if self._in_pages:
+            self._later(index, views, self._to_write)
+            return
         for cell, slot in self._cells(index, views):
             copy_rows(cell, slot)
 
     def read_block(self, index: int, views: Sequence[memoryview | None]) -> None:
+        if self._in_pages:
+            self._later(index, views, self._to_read)
+            return
         for cell, slot in self._cells(index, views):
             copy_rows(slot, cell)
 
@@ -94,6 +129,12 @@ class BlockCache(Cache):
         copy_rows(block, self.block(index))
 
     def finish(self) -> None:
+        if self._to_read or self._to_write:
+            self._begin()
+        done, self._under_way = self._under_way, []
+        for copying in done:
+            copying.order()
+            copying.finish()
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
 

@@ -25,7 +25,7 @@ import torch
 from kvstore.copying import Shape, copy_places
 from kvstore.errors import ConfigError
 from kvstore.layout import BlockLayout, PartLayout
-from kvstore.transfer import PageCopier, PagedKV, SlotViews, to_tensor
+from kvstore.transfer import Moment, PageCopier, PagedKV, SlotViews, to_tensor
 
 Axes = tuple[tuple[int, int], ...]
 """(size, step in elements) of each axis that an index splits into, outermost first."""
@@ -50,8 +50,17 @@ class EnginePages(Protocol):
     def gather(self, pages: Sequence[int], index: int, views: SlotViews) -> None:
         """Copy block `index` out into slots, one a part, None where it is there already."""
 
-    def scatter(self, pages: Sequence[int], index: int, views: Sequence[memoryview], first_token: int) -> None:
-        """Copy block `index` in, without the sequence's tokens below `first_token`."""
+    def now(self) -> Moment | None:
+        """What the engine's thread, which calls this, has ordered so far; None where its pages are the CPU's."""
+
+    def scatter(
+        self, pages: Sequence[int], index: int, views: Sequence[memoryview], first_token: int, after: Moment | None
+    ) -> None:
+        """Copy block `index` in, without the sequence's tokens below `first_token`.
+
+        Nothing is written before what the engine had ordered at `after` is done: the pages' last reader may still be
+        running, and the streams of other threads say nothing about it.
+        """
 
 
 class StridedPages:
@@ -69,12 +78,19 @@ class StridedPages:
     def gather(self, pages: Sequence[int], index: int, views: SlotViews) -> None:
         self._copier.gather(pages, [(index, views)])
 
-    def scatter(self, pages: Sequence[int], index: int, views: Sequence[memoryview], first_token: int) -> None:
+    def now(self) -> Moment | None:
+        return self._copier.now() if self._paged.device.type == "cuda" else None
+
+    def scatter(
+        self, pages: Sequence[int], index: int, views: Sequence[memoryview], first_token: int, after: Moment | None
+    ) -> None:
         layout = self._copier.layout
         first = index * layout.model.block_tokens
         if first_token <= first:
-            self._copier.scatter(pages, [(index, views)])
+            self._copier.start_scatter(pages, [(index, views)], after=after).finish()
             return
+        if after is not None:
+            self._copier.wait_for(after)
         for part, view in zip(self.parts, views, strict=True):  # at most one block a load is cut
             cell = layout.parts[part]
             held = to_tensor(view, cell, self._paged.dtype).to(self._paged.device)
@@ -84,6 +100,8 @@ class StridedPages:
                 for layer in cell.layers:
                     for kv, plane in enumerate(self._paged.planes[layer - self._layers.start]):
                         plane[page, at, heads] = held[layer - cell.layers.start, kv, token - first]
+        if after is not None:
+            torch.cuda.current_stream(self._paged.device).synchronize()
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +262,12 @@ class PackedPages:
     def gather(self, pages: Sequence[int], index: int, views: SlotViews) -> None:
         self._copy(pages, index, views, index * self._layout.model.block_tokens, to_slots=True)
 
-    def scatter(self, pages: Sequence[int], index: int, views: Sequence[memoryview], first_token: int) -> None:
+    def now(self) -> None:
+        return None
+
+    def scatter(
+        self, pages: Sequence[int], index: int, views: Sequence[memoryview], first_token: int, after: Moment | None
+    ) -> None:
         self._copy(pages, index, views, first_token, to_slots=False)
 
     def _plan(self, cell: PartLayout, kv: int) -> _Piece:
@@ -342,6 +365,6 @@ class PackedPages:
                 raise ConfigError("the engine's pages do not hold what its kernel wrote, in the order found")
         for tensor in trial._tensors:
             tensor.zero_()
-        trial.scatter(pages, 0, held, 0)
+        trial.scatter(pages, 0, held, 0, None)
         if not all(torch.equal(a, b) for a, b in zip(trial._tensors, want, strict=True)):
             raise ConfigError("blocks loaded into the engine's pages are not what its kernel would have written")

@@ -24,6 +24,7 @@ from connectors.vllm_pages import EnginePages
 from connectors.vllm_plan import LoadOrder, LoadReport, Orders, Report, SaveOrder, VllmSettings, failed_pages
 from kvstore.api import Load, Store
 from kvstore.block import Chain, ModelId
+from kvstore.transfer import Moment
 
 log = logging.getLogger("kvstore.connector.vllm")
 
@@ -37,6 +38,8 @@ class _Job:
 
     order: LoadOrder
     deadline_s: float
+    after: Moment | None
+    """What the engine had ordered when the load was."""
     lock: threading.Lock = field(default_factory=threading.Lock)
     cancelled: bool = False
     ended: bool = False
@@ -84,7 +87,7 @@ class WorkerSide:
     def load(self, orders: Orders) -> None:
         """Carry out loads that belong to this step, start the others. Before the forward pass where any is in it."""
         for order in orders.loads:
-            job = _Job(order, self._now_s() + order.timeout_s, stop=order.start)
+            job = _Job(order, self._now_s() + order.timeout_s, self._pages.now(), stop=order.start)
             if order.in_step:
                 self._run(job)
                 self._note(job)
@@ -120,7 +123,7 @@ class WorkerSide:
                         return load.intact()
                     # A match is over all parts, so that a hit is one on every rank; this rank copies its own.
                     views = [block.views[part] for part in self._pages.parts]
-                    self._pages.scatter(order.pages, at, views, order.first_token)
+                    self._pages.scatter(order.pages, at, views, order.first_token, job.after)
                     at += 1
                     job.stop = at
                 now_s = self._now_s()

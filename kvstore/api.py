@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol, Self, runtime_checkable
 
 from kvstore.block import Chain, ModelId, RootId
 from kvstore.layout import BlockLayout
@@ -229,3 +229,20 @@ class Store(Protocol):
 
     def close(self) -> None:
         """Flush pending write-through within the configured limit, then stop threads and release memory."""
+
+
+@runtime_checkable
+class HasHostMemory(Protocol):
+    """A store whose slots lie in this process's memory, so that a device's driver can be told of it."""
+
+    @property
+    def host_memory(self) -> memoryview:
+        """All slots, writable: to be registered, never written through."""
+
+
+@runtime_checkable
+class KnowsWindows(Protocol):
+    """A load that can say whether its blocks stay valid: then several can be under way to a device at once."""
+
+    def comes_in_windows(self, index: int) -> bool:
+        """Whether block `index` comes only in place of those before it; waits until that is known."""

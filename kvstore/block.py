@@ -57,7 +57,8 @@ class ModelId:
 
     Attributes:
         model: weights by name, and `revision` by content or commit.
-        kv_dtype: one of `kvstore.layout.DTYPES`; `scale_digest` tells apart fp8 scales.
+        kv_dtype: one of `kvstore.layout.DTYPES`, or a lossy one such as `bfloat16+fp8`; `scale_digest` tells apart
+            fp8 scales.
         num_layers, num_kv_heads, head_dim: totals of the model, not of a rank.
         num_kv: 2 for keys then values; 1 for one latent vector per token (MLA, with one head).
         position: whatever changes K beyond weights and tokens, e.g. resolved RoPE parameters.

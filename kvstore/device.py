@@ -21,7 +21,7 @@ from kvstore.block import Chain, ModelId
 from kvstore.clock import Clock, MonotonicClock
 from kvstore.errors import ConfigError
 from kvstore.index import Rows
-from kvstore.layout import BlockLayout, layout_of
+from kvstore.layout import BlockLayout, engine_dtype, layout_of
 from kvstore.policies import POLICIES, Policy
 from kvstore.pool import BlockPool
 
@@ -112,7 +112,10 @@ class DeviceOverlay:
         policy_options: Mapping[str, object] | None = None,
         clock: Clock | None = None,
     ) -> None:
-        whole: ModelId = replace(layout.model, part_layers=0, part_heads=0)
+        # Above the link nothing is packed: what a lossy namespace keeps here is what it would unpack.
+        whole: ModelId = replace(
+            layout.model, part_layers=0, part_heads=0, kv_dtype=engine_dtype(layout.model.kv_dtype)
+        )
         self.layout = layout_of(whole)
         if budget_bytes < self.layout.block_bytes:
             raise ConfigError(

@@ -4,11 +4,15 @@
 Canonical bytes of a part: C-order `[layers][kv][tokens][heads][head_dim]`, little-endian, K after RoPE,
 kv = K then V (MLA: kv = 1, heads = 1). A part is one cell of the grid `part_layers × part_heads`; the last
 row of cells may hold fewer layers.
+
+A lossy namespace names its format after the engine's dtype, `bfloat16+fp8`: a `kv_dtype`, and so an identity, of its
+own. Its bytes are `[layers]` of one layer's packed values followed by its scales; see `kvstore.lossy`.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -25,7 +29,34 @@ DTYPES: dict[str, int] = {
 }
 """KV dtypes by torch's names, with bytes an element."""
 
+NVFP4_GROUP = 16
+"""Values along head_dim that share one scale."""
+
+
+def _fp8_bytes(elements: int, groups: int) -> int:
+    return elements + 4 * groups
+
+
+def _nvfp4_bytes(elements: int, groups: int) -> int:
+    return elements // 2 + elements // NVFP4_GROUP + 4 * groups
+
+
+PACKED: dict[str, Callable[[int, int], int]] = {"fp8": _fp8_bytes, "nvfp4": _nvfp4_bytes}
+"""Lossy formats: bytes of one layer, from its elements and its groups (keys or values of one head)."""
+
+_LOSSY_SOURCES = ("bfloat16", "float16")
+
 MAX_PARTS = 64
+
+
+def engine_dtype(kv_dtype: str) -> str:
+    """The dtype of an engine's tensors for blocks of `kv_dtype`: what stands before the `+` of a lossy one."""
+    return kv_dtype.partition("+")[0]
+
+
+def lossy_format(kv_dtype: str) -> str:
+    """The format of a lossy `kv_dtype`, a key of PACKED; empty where blocks are exact."""
+    return kv_dtype.partition("+")[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +67,7 @@ class PartLayout:
     layers: range
     heads: range
     shape: tuple[int, int, int, int, int]
-    """[layers, kv, tokens, heads, head_dim]"""
+    """[layers, kv, tokens, heads, head_dim], of values"""
     num_bytes: int
 
 
@@ -47,9 +78,12 @@ class BlockLayout:
     model: ModelId
 
     def __post_init__(self) -> None:
-        if self.model.kv_dtype not in DTYPES:
-            accepted = ", ".join(DTYPES)
+        dtype, plus, packed = self.model.kv_dtype.partition("+")
+        if dtype not in DTYPES or (plus and (packed not in PACKED or dtype not in _LOSSY_SOURCES)):
+            accepted = ", ".join((*DTYPES, *(f"{source}+{name}" for source in _LOSSY_SOURCES for name in PACKED)))
             raise ConfigError(f"kv_dtype is {self.model.kv_dtype!r}: use one of {accepted}")
+        if packed == "nvfp4" and self.model.head_dim % NVFP4_GROUP:
+            raise ConfigError(f"head_dim is {self.model.head_dim}: nvfp4 takes multiples of {NVFP4_GROUP}")
         if len(self.parts) > MAX_PARTS:
             raise ConfigError(
                 f"part grid has {len(self.parts)} cells: at most {MAX_PARTS}; raise part_layers or part_heads"
@@ -57,8 +91,20 @@ class BlockLayout:
 
     @property
     def item_bytes(self) -> int:
-        """Bytes of one element."""
-        return DTYPES[self.model.kv_dtype]
+        """Bytes of one element; 1 where values are packed."""
+        return 1 if self.packed else DTYPES[self.model.kv_dtype]
+
+    @property
+    def packed(self) -> str:
+        """The lossy format, a key of PACKED; empty where blocks are exact."""
+        return lossy_format(self.model.kv_dtype)
+
+    def layer_bytes(self, num_heads: int) -> int:
+        """Bytes that one layer of a block has, over `num_heads` heads."""
+        model = self.model
+        groups = model.num_kv * num_heads
+        elements = groups * model.block_tokens * model.head_dim
+        return PACKED[self.packed](elements, groups) if self.packed else elements * self.item_bytes
 
     @cached_property
     def parts(self) -> tuple[PartLayout, ...]:
@@ -72,8 +118,7 @@ class BlockLayout:
             for head in range(0, model.num_kv_heads, part_heads):
                 heads = range(head, head + part_heads)
                 shape = (len(layers), model.num_kv, model.block_tokens, len(heads), model.head_dim)
-                num_elements = shape[0] * shape[1] * shape[2] * shape[3] * shape[4]
-                cells.append(PartLayout(len(cells), layers, heads, shape, num_elements * DTYPES[model.kv_dtype]))
+                cells.append(PartLayout(len(cells), layers, heads, shape, len(layers) * self.layer_bytes(len(heads))))
         return tuple(cells)
 
     @cached_property

@@ -173,6 +173,11 @@ class KVStore:
         """The host tier's memory: what a door hands out."""
         return self._host.arena
 
+    @property
+    def host_memory(self) -> memoryview:
+        """All of the arena, for registration with a device. See `kvstore.api.HasHostMemory`."""
+        return self._host.arena.view(0, self._host.arena.capacity_bytes)
+
     # -- models ------------------------------------------------------------------------------------------------
 
     def open(self, model: ModelId) -> BlockLayout:

@@ -2,15 +2,17 @@
 """Copies between an engine's paged KV tensors and slots.
 
     PagedKV      which tensors hold the KV, and what each of their axes means
-    PageCopier   gather (save) and scatter (load) whole blocks, many in one call
+    PageCopier   gather (save) and scatter (load) whole blocks, many in one call; begun and waited for, or both at once
     to_tensor    a slot as a tensor, without a copy
     copy_rows    one strided copy between tensors, for engines that have no pages
 
 A slot is a memoryview of a part's canonical bytes, `[layers][kv][tokens][heads][head_dim]`. Bytes are never
-converted here, so fp8 and bf16 are just bytes.
+converted here, so fp8 and bf16 are just bytes; the one exception is a namespace that asked for a lossy format
+(`kvstore.lossy`), which is packed and unpacked on the engine's device.
 
 Invariants: nothing outside the named pages, layers and heads is read or written; page ids and sizes are
-checked before the first byte moves; when a call returns, its copies are done, on a device too.
+checked before the first byte moves; when `gather` or `scatter` returns, its copies are done, on a device too. What a
+device's copies wait for is in `kvstore.device_copy`.
 
 On the CPU a block is one strided copy per page over all layers at once, on the caller's thread and without the
 GIL. Measured with 32 layers of 32 KiB rows (16-token pages in random order, 512 MiB, one thread), as a share of
@@ -30,8 +32,8 @@ Short rows cost more: 4-token pages (8 KiB rows) reach 0.4, pages with heads bef
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -39,15 +41,22 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvstore.copy_windows import PartWork
 from kvstore.copying import Shape, assign, copy_places
+from kvstore.device_copy import Copying as Copying
+from kvstore.device_copy import DeviceCopier
+from kvstore.device_copy import Way as Way
 from kvstore.errors import ConfigError
-from kvstore.layout import BlockLayout, PartLayout
+from kvstore.layout import BlockLayout, PartLayout, engine_dtype
+from kvstore.streams import InOrder, Streams
+from kvstore.streams import Moment as Moment
 
 SlotViews = Sequence[memoryview | None]
 """Bytes of a block, one entry for each part of the copier; None where the part is not to be copied."""
 
+Places = npt.NDArray[np.int64]
+
 _AXES = ("layer", "kv", "page", "token", "head", "dim")
-_STAGE_BYTES = 64 << 20
 
 
 def to_tensor(view: memoryview, part: PartLayout, dtype: torch.dtype) -> torch.Tensor:
@@ -210,13 +219,22 @@ class PageCopier:
         layout: the model's, from `Store.open`.
         paged: the engine's tensors.
         layers, heads: which of the model's these tensors hold (one rank's under TP or PP); all if None.
+        way: how a device copies, see `kvstore.device_copy`; None for the best that works there.
+        streams: the device's; a test brings its own.
 
     Raises ConfigError where the tensors do not fit the layout, where pages are neither a divisor nor a
     multiple of a block, or where the part grid is coarser than the rank.
     """
 
     def __init__(
-        self, layout: BlockLayout, paged: PagedKV, *, layers: range | None = None, heads: range | None = None
+        self,
+        layout: BlockLayout,
+        paged: PagedKV,
+        *,
+        layers: range | None = None,
+        heads: range | None = None,
+        way: Way | None = None,
+        streams: Streams | None = None,
     ) -> None:
         model = layout.model
         layers = range(model.num_layers) if layers is None else layers
@@ -232,7 +250,11 @@ class PageCopier:
         self._layer_at = layers.start
         self._head_at = heads.start
         self._runs: list[list[_Run]] = []
-        if paged.device.type == "cpu":
+        self._by_address = paged.device.type == "cpu" and not layout.packed
+        self._way, self._streams = way, streams
+        self._device: DeviceCopier | None = None
+        self._lock = threading.Lock()
+        if self._by_address:
             for cell in self._cells:
                 self._plan(cell)
 
@@ -253,24 +275,14 @@ class PageCopier:
             page_ids: the sequence's page table; entry i holds its tokens from i × page tokens on.
             blocks: (position in the chain, writable slots for `parts`) pairs.
         """
-        return self._copy(page_ids, blocks, to_slots=True)
+        return _finished(self.start_gather(page_ids, blocks))
 
     def scatter(self, page_ids: Sequence[int], blocks: Iterable[tuple[int, SlotViews]]) -> int:
         """Copy blocks from slots into the engine's pages; arguments and result as in `gather`."""
-        return self._copy(page_ids, blocks, to_slots=False)
+        return _finished(self.start_scatter(page_ids, blocks))
 
-    def _copy(self, page_ids: Sequence[int], blocks: Iterable[tuple[int, SlotViews]], *, to_slots: bool) -> int:
-        work = list(blocks)
-        num_bytes = self._check(page_ids, work, to_slots)
-        if self.paged.device.type == "cpu":
-            for at in range(len(self._cells)):
-                self._copy_part(at, page_ids, [(index, view) for index, views in work if (view := views[at])], to_slots)
-        else:
-            self.copy_on_device(page_ids, work, to_slots=to_slots)
-        return num_bytes
-
-    def _check(self, page_ids: Sequence[int], work: Sequence[tuple[int, SlotViews]], to_slots: bool) -> int:
-        """Refuse what would leave the named pages; returns the bytes to copy."""
+    def _check(self, work: Sequence[tuple[int, SlotViews]], to_slots: bool) -> int:
+        """Refuse slots that do not fit; returns the bytes to copy."""
         num_bytes = 0
         for index, views in work:
             if len(views) != len(self.parts):
@@ -283,27 +295,27 @@ class PageCopier:
                 if to_slots and view.readonly:
                     raise ValueError(f"block {index}: the slot is read-only")
                 num_bytes += cell.num_bytes
-            for page, _ in self._places(page_ids, index):
-                if not 0 <= page < self.paged.num_pages:
-                    raise ValueError(f"block {index}: page {page} is outside the engine's {self.paged.num_pages} pages")
         return num_bytes
 
-    def _places(self, page_ids: Sequence[int], index: int) -> list[tuple[int, int]]:
-        """(page, piece within it) for each piece of block `index`."""
-        page_tokens = self.paged.page_tokens
-        start = index * self._block_tokens
-        if index < 0 or start + self._block_tokens > len(page_ids) * page_tokens:
-            raise ValueError(f"block {index} is outside a page table of {len(page_ids)} × {page_tokens} tokens")
-        return [
-            (int(page_ids[token // page_tokens]), token % page_tokens // self._piece_tokens)
-            for token in range(start, start + self._block_tokens, self._piece_tokens)
-        ]
+    def _places(self, page_ids: Sequence[int], indices: Sequence[int]) -> Places:
+        """(page, piece within it) for each piece of each block, `[blocks, pieces, 2]`. Refuses what is outside."""
+        page_tokens, num_pages = self.paged.page_tokens, self.paged.num_pages
+        places: list[tuple[int, int]] = []
+        for index in indices:
+            start = index * self._block_tokens
+            if index < 0 or start + self._block_tokens > len(page_ids) * page_tokens:
+                raise ValueError(f"block {index} is outside a page table of {len(page_ids)} × {page_tokens} tokens")
+            for token in range(start, start + self._block_tokens, self._piece_tokens):
+                page = page_ids[token // page_tokens]
+                if not 0 <= page < num_pages:
+                    raise ValueError(f"block {index}: page {page} is outside the engine's {num_pages} pages")
+                places.append((page, token % page_tokens // self._piece_tokens))
+        return np.array(places, np.int64).reshape(len(indices), self._pieces, 2)
 
-    def _copy_part(
-        self, at: int, page_ids: Sequence[int], pairs: Sequence[tuple[int, memoryview]], to_slots: bool
-    ) -> None:
-        places = [place for index, _ in pairs for place in self._places(page_ids, index)]
-        slots = [np.frombuffer(view, np.uint8).ctypes.data for _, view in pairs]
+    def _copy_part(self, at: int, found: Places, work: Sequence[tuple[int, SlotViews]], to_slots: bool) -> None:
+        chosen = [number for number, (_, views) in enumerate(work) if views[at] is not None]
+        slots = [np.frombuffer(view, np.uint8).ctypes.data for _, views in work if (view := views[at]) is not None]
+        places = found[chosen].reshape(-1, 2).tolist()
         for run in self._runs[at]:
             engine = [run.address + page * run.page_step + piece * run.piece_step for page, piece in places]
             first = run.slot_offset
@@ -313,12 +325,15 @@ class PageCopier:
             else:
                 copy_places(engine, held, run.into_engine)
 
+    def _planes_of(self, cell: PartLayout) -> list[list[torch.Tensor]]:
+        """A part's planes by layer, cut to its heads."""
+        heads = slice(cell.heads.start - self._head_at, cell.heads.stop - self._head_at)
+        layers = slice(cell.layers.start - self._layer_at, cell.layers.stop - self._layer_at)
+        return [[plane[:, :, heads] for plane in layer] for layer in self.paged.planes[layers]]
+
     def _plan(self, cell: PartLayout) -> None:
         """Strided copies between engine and slot for one part: as few runs, and as long rows, as can be."""
-        planes = [
-            [plane[:, :, cell.heads.start - self._head_at : cell.heads.stop - self._head_at] for plane in layer]
-            for layer in self.paged.planes[cell.layers.start - self._layer_at : cell.layers.stop - self._layer_at]
-        ]
+        planes = self._planes_of(cell)
         plane = planes[0][0]
         item = plane.element_size()
         page_step, token_step, head_step, dim_step = (step * item for step in plane.stride())
@@ -351,58 +366,89 @@ class PageCopier:
             )
         self._runs.append(runs)
 
-    def copy_on_device(self, page_ids: Sequence[int], work: Sequence[tuple[int, SlotViews]], *, to_slots: bool) -> None:
-        """The path for device tensors, taken by `gather` and `scatter`; it runs on any torch device.
+    def start_gather(
+        self, page_ids: Sequence[int], blocks: Iterable[tuple[int, SlotViews]], *, after: Moment = None
+    ) -> Copying:
+        """`gather`, begun: on a device it returns at once, on the CPU when it is done. See `Copying`.
 
-        On a side stream: index the pages into a contiguous stage, then one copy a block between stage and
-        slot, asynchronous where the slots are pinned. Returns after the copies.
+        Args:
+            after: the moment, from `now`, at which the engine's work on these pages is done; None for now.
         """
-        device = self.paged.device
-        stream: torch.cuda.Stream | None = None
-        if device.type == "cuda":
-            stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
-            for at, cell in enumerate(self._cells):
-                pairs = [(index, view) for index, views in work if (view := views[at]) is not None]
-                window = max(1, _STAGE_BYTES // cell.num_bytes)
-                for start in range(0, len(pairs), window):
-                    self._stage_part(cell, page_ids, pairs[start : start + window], to_slots)
-        if stream is not None:
-            # Waited for here: the caller checks its lease next, and may reuse the slots and the pages.
-            stream.synchronize()
+        return self._start(page_ids, list(blocks), to_slots=True, after=after)
 
-    def _stage_part(
+    def start_scatter(
         self,
-        cell: PartLayout,
         page_ids: Sequence[int],
-        pairs: Sequence[tuple[int, memoryview]],
+        blocks: Iterable[tuple[int, SlotViews]],
+        *,
+        after: Moment = None,
+        step_layers: int = 0,
+    ) -> Copying:
+        """`scatter`, begun, as in `start_gather`. With `step_layers` a forward pass may begin before it ends.
+
+        The first layers of all blocks are there first: `Copying.order(layer)` before each layer of the pass.
+        """
+        return self._start(page_ids, list(blocks), to_slots=False, after=after, step_layers=step_layers)
+
+    def now(self) -> Moment:
+        """The moment at which all that this thread's stream of the engine has by now is done: for `after`.
+
+        For a copy that another thread begins: that thread's stream says nothing about the forward pass.
+        """
+        streams = self._on_device().streams
+        return streams.record(streams.engine())
+
+    def wait_for(self, moment: Moment) -> None:
+        """Have this thread's work on the engine's device, from now on, wait for `moment`."""
+        streams = self._on_device().streams
+        streams.wait(streams.engine(), moment)
+
+    def copy_on_device(self, page_ids: Sequence[int], work: Sequence[tuple[int, SlotViews]], *, to_slots: bool) -> None:
+        """The path for device tensors and for lossy formats, to its end; it runs on any torch device."""
+        places = self._places(page_ids, [index for index, _ in work])
+        self._start_on_device(places, work, to_slots, None, 0).finish()
+
+    def _start(
+        self,
+        page_ids: Sequence[int],
+        work: list[tuple[int, SlotViews]],
+        *,
         to_slots: bool,
-    ) -> None:
-        paged = self.paged
-        tokens = torch.tensor([index for index, _ in pairs])[:, None] * self._block_tokens
-        tokens = (tokens + torch.arange(self._block_tokens)).flatten()
-        table = torch.as_tensor(np.asarray(page_ids, dtype=np.int64))
-        where = (
-            table[tokens // paged.page_tokens].to(paged.device),
-            (tokens % paged.page_tokens).to(paged.device),
-        )
-        stage = torch.empty((len(pairs), *cell.shape), dtype=paged.dtype, device=paged.device)
-        slots = [to_tensor(view, cell, paged.dtype) for _, view in pairs]
-        if not to_slots:
-            for held, slot in zip(stage, slots, strict=True):
-                held.copy_(slot, non_blocking=True)
-        heads = slice(cell.heads.start - self._head_at, cell.heads.stop - self._head_at)
-        for layer in cell.layers:
-            for kv, plane in enumerate(paged.planes[layer - self._layer_at]):
-                held = stage[:, layer - cell.layers.start, kv]
-                if to_slots:
-                    held.copy_(plane[:, :, heads][where].view(held.shape))
-                else:
-                    plane[:, :, heads][where] = held.reshape(-1, *held.shape[2:])
-        if to_slots:
-            for held, slot in zip(stage, slots, strict=True):
-                slot.copy_(held, non_blocking=True)
+        after: Moment = None,
+        step_layers: int = 0,
+    ) -> Copying:
+        num_bytes = self._check(work, to_slots)
+        places = self._places(page_ids, [index for index, _ in work])
+        if not self._by_address:
+            return self._start_on_device(places, work, to_slots, after, step_layers)
+        for at in range(len(self._cells)):
+            self._copy_part(at, places, work, to_slots)
+        return Copying(num_bytes, InOrder())
+
+    def _start_on_device(
+        self,
+        places: Places,
+        work: Sequence[tuple[int, SlotViews]],
+        to_slots: bool,
+        after: Moment,
+        step_layers: int,
+    ) -> Copying:
+        parts: list[tuple[int, PartWork]] = []
+        for at in range(len(self._cells)):
+            chosen = [number for number, (_, views) in enumerate(work) if views[at] is not None]
+            if chosen:
+                views = [view for _, views in work if (view := views[at]) is not None]
+                parts.append((at, PartWork(places[chosen, :, 0], places[chosen, :, 1], views)))
+        return self._on_device().start(parts, to_slots=to_slots, after=after, step_layers=step_layers)
+
+    def _on_device(self) -> DeviceCopier:
+        with self._lock:
+            if self._device is None:
+                planes = [self._planes_of(cell) for cell in self._cells]
+                self._device = DeviceCopier(
+                    self.layout, self._cells, planes, self._piece_tokens, way=self._way, streams=self._streams
+                )
+            return self._device
 
 
 def _check_fit(layout: BlockLayout, paged: PagedKV, layers: range, heads: range) -> None:
@@ -417,9 +463,9 @@ def _check_fit(layout: BlockLayout, paged: PagedKV, layers: range, heads: range)
     for what, has, wants in pairs:
         if has != wants:
             raise ConfigError(f"the engine's tensors have {has} {what}, the store's layout {wants}")
-    dtype = str(paged.dtype).removeprefix("torch.")
+    dtype, wanted = str(paged.dtype).removeprefix("torch."), engine_dtype(model.kv_dtype)
     # Engines keep fp8 as uint8; anything else of the same size would be a silent reinterpretation.
-    if dtype != model.kv_dtype and not (dtype == "uint8" and model.kv_dtype.startswith("float8")):
+    if dtype != wanted and not (dtype == "uint8" and wanted.startswith("float8")):
         raise ConfigError(f"the engine's tensors are {dtype}, the store's layout is {model.kv_dtype}")
     page_tokens, block_tokens = paged.page_tokens, model.block_tokens
     if page_tokens % block_tokens and block_tokens % page_tokens:
@@ -427,6 +473,11 @@ def _check_fit(layout: BlockLayout, paged: PagedKV, layers: range, heads: range)
             f"pages of {page_tokens} tokens neither divide nor are divided by blocks of {block_tokens}: "
             "choose block_tokens accordingly"
         )
+
+
+def _finished(copying: Copying) -> int:
+    copying.finish()
+    return copying.num_bytes
 
 
 def _memory(address: int, num_bytes: int) -> memoryview:

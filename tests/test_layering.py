@@ -71,6 +71,11 @@ UP_TO_2 = (
     "kvstore.memory",
     "kvstore.transfer",
 )
+# Parts of transfer, and what it takes beside it; all of them load torch.
+COPIES = tuple(
+    f"kvstore.{name}"
+    for name in ("copy_engine", "copy_kernel", "copy_windows", "device_copy", "lossy", "pinning", "streams")
+)
 # config is the one schema for all settings, so it stands above the classes whose options it gathers.
 STORE = (
     "kvstore.config",
@@ -105,6 +110,7 @@ PUBLIC = (
     "kvstore.layout",
     "kvstore.transfer",
     "kvstore.device",
+    "kvstore.pinning",
 )
 
 POLICY_NEVER = ENGINES_AND_DRIVERS + THREADS + CLOCKS + INPUT_OUTPUT
@@ -148,7 +154,14 @@ RULES: dict[str, Rule] = {
     "kvstore.index": Rule(2, FOUNDATIONS),
     "kvstore.mapping": Rule(2, (*FOUNDATIONS, "kvstore.memory")),
     "kvstore.memory": Rule(2, FOUNDATIONS),
-    "kvstore.transfer": Rule(2, (*FOUNDATIONS, "kvstore.copying"), ("torch",)),
+    "kvstore.transfer": Rule(2, (*FOUNDATIONS, "kvstore.copying", *COPIES), ("torch",)),
+    "kvstore.copy_engine": Rule(2, FOUNDATIONS, ("torch", "cuda")),
+    "kvstore.copy_kernel": Rule(2, FOUNDATIONS, ("torch", "triton")),
+    "kvstore.copy_windows": Rule(2, (*FOUNDATIONS, "kvstore.copy_kernel"), ("torch",)),
+    "kvstore.device_copy": Rule(2, (*FOUNDATIONS, *COPIES), ("torch",)),
+    "kvstore.lossy": Rule(2, FOUNDATIONS, ("torch",)),
+    "kvstore.pinning": Rule(2, FOUNDATIONS, ("torch",)),
+    "kvstore.streams": Rule(2, FOUNDATIONS, ("torch",)),
     # 3: places to keep blocks
     "kvstore.quota": Rule(3, FOUNDATIONS),
     "kvstore.residents": Rule(3, (*UP_TO_2, "kvstore.quota")),

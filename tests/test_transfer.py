@@ -268,42 +268,6 @@ def test_mla_latents_have_neither_kv_nor_head_axis() -> None:
     assert torch.equal(got[:, 0, :, 0], want)
 
 
-@pytest.mark.parametrize("page", [4, 16, 64])
-@pytest.mark.parametrize("make", [nhd, hnd, odd_strides, separate], ids=lambda make: make.__name__)
-def test_the_device_path_moves_the_same_bytes(make: Callable[[torch.dtype, int], Engine], page: int) -> None:
-    layout = layout_of(model(part_layers=2, part_heads=2))
-    engine, other = make(torch.bfloat16, page), make(torch.bfloat16, page)
-    pages = [8, 0, 39, 5, 7, 2, 1, 3]
-    blocks = [(index, slots_of(layout, layout.all_parts, 0)) for index in (0, 1)]
-    PageCopier(layout, engine.kv).copy_on_device(pages, blocks, to_slots=True)
-    for index, slots in blocks:
-        for part, slot in enumerate(slots):
-            assert bytes(slot or b"") == expected(layout, part, engine.logical(), pages, index)
-    by_rows = [tensor.clone() for tensor in other.memory]
-    PageCopier(layout, other.kv).copy_on_device(pages, blocks, to_slots=False)
-    by_index = [tensor.clone() for tensor in other.memory]
-    for tensor, old in zip(other.memory, by_rows, strict=True):
-        tensor.copy_(old)
-    PageCopier(layout, other.kv).scatter(pages, blocks)
-    assert all(torch.equal(a, b) for a, b in zip(by_index, other.memory, strict=True))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT TESTED HERE: no CUDA device")
-@pytest.mark.parametrize("make", [nhd, hnd], ids=lambda make: make.__name__)
-def test_a_cuda_engine_round_trips_through_slots(make: Callable[[torch.dtype, int], Engine]) -> None:
-    layout = layout_of(model())
-    engine = make(torch.bfloat16, 4)
-    device = PagedKV(tuple(tuple(plane.cuda() for plane in layer) for layer in engine.kv.planes))
-    slots = slots_of(layout, (0,), 0)
-    PageCopier(layout, device).gather([9, 3, 7, 30], [(0, slots)])
-    assert bytes(slots[0] or b"") == expected(layout, 0, engine.logical(), [9, 3, 7, 30], 0)
-    PageCopier(layout, device).scatter([1, 2, 4, 5], [(0, slots)])
-    for layer in device.planes:
-        for plane in layer:
-            assert torch.equal(plane[[1, 2, 4, 5]], plane[[9, 3, 7, 30]])
-
-
 @pytest.mark.parametrize("pages", [[1, 2, 3, PAGES], [1, 2, 3, -1]])
 def test_a_page_outside_the_engine_is_refused_before_any_copy(pages: list[int]) -> None:
     layout = layout_of(model())

@@ -81,7 +81,10 @@ class FakePages:
         assert len(pages) * self.page_tokens >= (index + 1) * BLOCK
         self.read.append(index)
 
-    def scatter(self, pages: Sequence[int], index: int, views: Any, first_token: int) -> None:
+    def now(self) -> None:
+        return None
+
+    def scatter(self, pages: Sequence[int], index: int, views: Any, first_token: int, after: None) -> None:
         assert len(views) == len(self.parts)
         self.written.append((index, first_token))
 

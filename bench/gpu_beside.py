@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Phases of `bench gpu` about what else runs: a decode step beside copies, a first request beside pinning."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.gpu_board import Board, median
+from bench.gpu_copies import bidirectional, copy_rig, ways
+from kvstore.arena import Arena
+from kvstore.pinning import Pinning
+
+
+def decode_beside(board: Board) -> None:
+    """decode_slowdown_pct: steps that stream weights as decoding does, alone and with copies both ways meanwhile."""
+    with copy_rig(board) as rig:
+        step = _decode_step(board)
+        half = len(rig.blocks) // 2
+        steps = 100 if board.on_cuda else 3
+
+        def run() -> None:
+            for _ in range(steps):
+                step()
+
+        for way in ways(board):
+            copier = rig.copier(way)
+            alone, beside, moved = [], [], 0
+            for turn in range(1 + board.sizes.repeats):
+                quiet_s = board.timed(run)
+                with _Meanwhile(lambda copier=copier: bidirectional(copier, rig, half)) as copies:  # type: ignore[misc]
+                    busy_s = _on_engine(board, run)
+                if turn:
+                    alone.append(quiet_s / steps)
+                    beside.append(busy_s / steps)
+                moved += copies.num_done * rig.num_bytes
+            if board.on_cuda and not moved:
+                raise RuntimeError(f"nothing was copied beside the steps ({way.value})")
+            slowdown = 100 * (median(beside) / median(alone) - 1)
+            board.row("decode", way=way.value, alone_s=alone, beside_s=beside, slowdown_pct=slowdown, moved_bytes=moved)
+            board.figure(f"decode_slowdown_pct_{way.value}", slowdown)
+        chosen = rig.copier()._on_device().way.value
+        board.figure("decode_slowdown_pct", board.summary[f"decode_slowdown_pct_{chosen}"])
+
+
+def _on_engine(board: Board, run: Callable[[], object]) -> float:
+    """Seconds until the engine's own stream is done, whatever the others still do."""
+    began_s = time.perf_counter()
+    run()
+    if board.on_cuda:
+        torch.cuda.current_stream().synchronize()
+    return time.perf_counter() - began_s
+
+
+class _Meanwhile:
+    """Repeats `action` on a thread until left."""
+
+    def __init__(self, action: Callable[[], object]) -> None:
+        self._action = action
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._error: Exception | None = None
+        self.num_done = 0
+
+    def _run(self) -> None:
+        try:
+            with _stream_of_its_own():
+                while not self._stop.is_set():
+                    self._action()
+                    self.num_done += 1
+        except Exception as error:  # noqa: BLE001  # the top of a thread; raised again where it is left
+            self._error = error
+
+    def __enter__(self) -> _Meanwhile:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+
+def _stream_of_its_own() -> AbstractContextManager[object]:
+    """On the thread's default stream a copy would wait for all the steps that were submitted there before it."""
+    if not torch.cuda.is_available():
+        return nullcontext()
+    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    return torch.cuda.stream(stream)
+
+
+def _decode_step(board: Board) -> Callable[[], object]:
+    """The matrices of some layers at the width of an 8B model, for eight sequences; a CUDA graph on a device."""
+    width, layers = board.sizes.decode_width, board.sizes.decode_layers
+    inner = 7 * width // 2
+
+    def matrix(rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns, dtype=torch.bfloat16, device=board.device) / 64
+
+    weights = [(matrix(width, width), matrix(width, inner), matrix(inner, width)) for _ in range(layers)]
+    hidden = torch.randn(8, width, dtype=torch.bfloat16, device=board.device)
+
+    def step() -> None:
+        out = hidden
+        for first, up, down in weights:
+            out = torch.tanh(out @ first)
+            out = torch.tanh(torch.tanh(out @ up) @ down)
+        hidden.copy_(out)
+
+    if not board.on_cuda:
+        return step
+    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+# -- pinning -----------------------------------------------------------------------------------------------------
+
+
+def pin_delay(board: Board) -> None:
+    """pin_delay_s: how much longer the slowest request takes while the arena is being registered."""
+    if not board.on_cuda:
+        board.row("pin", skipped="there is nothing to pin memory for on the CPU")
+        return
+    free = board.env.get("memory_bytes")
+    size = min(board.sizes.pin_bytes, int(free) // 2 if isinstance(free, int) else board.sizes.pin_bytes)
+    arena = Arena(size, prefault=False)
+    step = _decode_step(board)
+
+    def request() -> float:
+        began_s = time.perf_counter()
+        fresh = torch.empty(1 << 28, dtype=torch.uint8, device=board.device)
+        for _ in range(8):
+            step()
+        fresh[:8].zero_()
+        torch.cuda.current_stream().synchronize()
+        fresh[:8].cpu()
+        return time.perf_counter() - began_s
+
+    before = [request() for _ in range(20)]
+    began_s = time.perf_counter()
+    pinning = Pinning(arena.view(0, arena.capacity_bytes))
+    during: list[float] = []
+    while not pinning.wait(0.0) and not pinning.failure and board.left_s > 0:
+        during.append(request())
+    took_s = time.perf_counter() - began_s
+    pinning.close()
+    arena.close()
+    if not during:
+        during = [0.0]
+    board.row("pin", bytes=size, first_s=during[0], worst_s=max(during), before_s=before, failure=pinning.failure)
+    board.figure("pin_bytes", size)
+    board.figure("pin_delay_s", max(0.0, during[0] - median(before)))
+    board.figure("pin_worst_delay_s", max(0.0, float(np.max(during)) - median(before)))
+    board.figure("pin_total_s", took_s)

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Host memory registered with CUDA, so that a device copies from and to it by itself and at the link's rate.
+
+    pin       registers memory once, however many ask
+    Pinning   registers a stretch of memory in chunks, on a thread of its own
+    PINNED    what is registered in this process, by address
+
+Registering takes time for every page, so an engine starts at once and its copies become quick chunk by chunk. Where it
+fails (a limit on locked memory, a kernel without it), that is said once, what is registered stays so, and copies of the
+rest go through CUDA's own staging.
+
+Invariants
+1. Memory stays mapped while it is registered: a `Pinning` holds a view of it.
+2. A range is in PINNED only while it is registered.
+3. One copy never spans two registrations: `PINNED.cuts` says where to part it; CUDA refuses such copies.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from bisect import bisect_right
+from typing import Protocol
+
+import numpy as np
+
+log = logging.getLogger("kvstore.pinning")
+
+CHUNK_BYTES = 256 << 20
+_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every context of the process
+_PAGE_BYTES = 4096
+
+
+class PinRuntime(Protocol):
+    """What pinning asks of CUDA; both return what went wrong, empty for nothing."""
+
+    def register(self, address: int, num_bytes: int) -> str: ...
+
+    def unregister(self, address: int) -> str: ...
+
+
+class CudaPins:
+    """CUDA's, through torch."""
+
+    def register(self, address: int, num_bytes: int) -> str:
+        import torch
+
+        # The GIL is not held meanwhile. CUDA keeps a failure as the calling thread's last error, and the next kernel
+        # launched there would report it as its own: one more reason for a thread that launches nothing.
+        return _said(torch.cuda.cudart().cudaHostRegister(address, num_bytes, _PORTABLE))  # type: ignore[no-untyped-call]
+
+    def unregister(self, address: int) -> str:
+        import torch
+
+        return _said(torch.cuda.cudart().cudaHostUnregister(address))  # type: ignore[no-untyped-call]
+
+
+def _said(code: object) -> str:
+    number = int(code)  # type: ignore[call-overload]
+    return "" if number == 0 else f"CUDA error {number} ({code})"
+
+
+class PinnedRanges:
+    """Which addresses are registered. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._stops: list[int] = []
+        self._lock = threading.Lock()
+
+    def add(self, address: int, num_bytes: int) -> None:
+        """Note a registration; it must not overlap another."""
+        with self._lock:
+            at = bisect_right(self._starts, address)
+            self._starts.insert(at, address)
+            self._stops.insert(at, address + num_bytes)
+
+    def drop(self, address: int) -> None:
+        """Forget the registration that begins at `address`."""
+        with self._lock:
+            at = self._starts.index(address)
+            del self._starts[at], self._stops[at]
+
+    def cuts(self, address: int, num_bytes: int) -> list[tuple[int, int, bool]]:
+        """(offset, bytes, registered) of the pieces that one copy of this range may be cut into, in order."""
+        pieces: list[tuple[int, int, bool]] = []
+        at, stop = address, address + num_bytes
+        with self._lock:
+            index = max(0, bisect_right(self._starts, at) - 1)
+            while at < stop:
+                while index < len(self._starts) and self._stops[index] <= at:
+                    index += 1
+                inside = index < len(self._starts) and self._starts[index] <= at
+                if inside:
+                    end = min(stop, self._stops[index])
+                else:
+                    end = min(stop, self._starts[index]) if index < len(self._starts) else stop
+                pieces.append((at - address, end - at, inside))
+                at = end
+        return pieces
+
+    def covers(self, address: int, num_bytes: int) -> bool:
+        """Whether all of it is registered, in however many pieces."""
+        return all(inside for _, _, inside in self.cuts(address, num_bytes))
+
+
+PINNED = PinnedRanges()
+"""Registrations belong to the process, and so does this table."""
+
+
+class Pinning:
+    """Registers `memory` in the background. `close` it before the memory is given up.
+
+    Args:
+        memory: contiguous, starting at a page; it is held until `close`.
+        runtime: CUDA, unless a test brings its own.
+        chunk_bytes: registered at a time: pages × 4 KiB. Between two chunks other work of the process gets at the
+            kernel's memory lock, and `close` is heard.
+
+    Attributes:
+        num_bytes: registered so far.
+        failure: why it ended early; empty if it did not.
+    """
+
+    def __init__(
+        self,
+        memory: memoryview,
+        *,
+        runtime: PinRuntime | None = None,
+        chunk_bytes: int = CHUNK_BYTES,
+        ranges: PinnedRanges = PINNED,
+    ) -> None:
+        if chunk_bytes < _PAGE_BYTES or chunk_bytes % _PAGE_BYTES:
+            raise ValueError(f"chunk_bytes is {chunk_bytes}: use a multiple of {_PAGE_BYTES}")
+        self.num_bytes = 0
+        self.failure = ""
+        self._view: memoryview | None = memory
+        self._total_bytes = memory.nbytes
+        self._address = int(np.frombuffer(memory, np.uint8).ctypes.data)
+        self._runtime = runtime or CudaPins()
+        self._chunk_bytes = chunk_bytes
+        self._ranges = ranges
+        self._registered: list[int] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="kvstore-pin", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        for offset in range(0, self._total_bytes, self._chunk_bytes):
+            if self._stop.is_set():
+                return
+            address, size = self._address + offset, min(self._chunk_bytes, self._total_bytes - offset)
+            fault = self._runtime.register(address, size)
+            if fault:
+                self.failure = fault
+                log.warning(
+                    "pinned %d of %d bytes of host memory, then: %s; copies of the rest are slower. Raise the limit on "
+                    "locked memory (ulimit -l) or make the arena smaller",
+                    self.num_bytes,
+                    self._total_bytes,
+                    fault,
+                )
+                return
+            self._ranges.add(address, size)
+            self._registered.append(address)
+            self.num_bytes += size
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until it has ended; True where all of the memory is registered."""
+        self._thread.join(timeout_s)
+        return self.num_bytes == self._total_bytes
+
+    def close(self) -> None:
+        """Unregister everything and let go of the memory. No copy may be under way. Idempotent."""
+        self._stop.set()
+        self._thread.join()
+        while self._registered:
+            address = self._registered.pop()
+            # Out of the table first: nobody takes for registered what is about not to be.
+            self._ranges.drop(address)
+            fault = self._runtime.unregister(address)
+            if fault:
+                log.warning("could not unpin host memory: %s", fault)
+        self.num_bytes = 0
+        self._view = None
+
+    def __del__(self) -> None:
+        if hasattr(self, "_thread"):  # its thread has ended: it holds this object for as long as it runs
+            self.close()
+
+
+_pinnings: weakref.WeakValueDictionary[int, Pinning] = weakref.WeakValueDictionary()
+_pinnings_lock = threading.Lock()
+
+
+def pin(memory: memoryview) -> Pinning:
+    """The pinning of `memory`, begun now unless somebody has it already. It ends when nobody keeps it."""
+    address = int(np.frombuffer(memory, np.uint8).ctypes.data)
+    with _pinnings_lock:
+        found = _pinnings.get(address)
+        if found is None:
+            found = _pinnings[address] = Pinning(memory)
+        return found

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Streams that run what they were given as late as they may, and in any order that the waits allow.
+
+A device does the same, only rarely enough that a missing event passes every other test.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+
+@dataclass(eq=False)
+class LazyMoment:
+    stream: LazyStream
+    number: int
+
+    @property
+    def reached(self) -> bool:
+        return self.stream.num_done >= self.number
+
+
+@dataclass(eq=False)
+class LazyStream:
+    name: str
+    queue: deque[Callable[[], None] | LazyMoment] = field(default_factory=deque)
+    num_given: int = 0
+    num_done: int = 0
+
+
+class LazyStreams:
+    """Implements `kvstore.streams.Streams`. `run_engine` is the engine's forward pass."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self._random = random.Random(seed)
+        self._streams = {"engine": LazyStream("engine")}
+        self.log: list[str] = []
+
+    def engine(self) -> LazyStream:
+        return self._streams["engine"]
+
+    def side(self, name: str) -> LazyStream:
+        return self._streams.setdefault(name, LazyStream(name))
+
+    def submit(self, stream: LazyStream, action: Callable[[], None]) -> None:
+        stream.queue.append(action)
+        stream.num_given += 1
+
+    def record(self, stream: LazyStream) -> LazyMoment:
+        return LazyMoment(stream, stream.num_given)
+
+    def wait(self, stream: LazyStream, moment: LazyMoment) -> None:
+        stream.queue.append(moment)
+        stream.num_given += 1
+
+    def is_reached(self, moment: LazyMoment) -> bool:
+        return moment.reached
+
+    def finish(self, moment: LazyMoment) -> None:
+        """Run what the moment needs, and now and then what it does not."""
+        while not moment.reached:
+            self.step()
+
+    def run_engine(self, action: Callable[[], None]) -> None:
+        self.submit(self.engine(), action)
+
+    def drain(self) -> None:
+        while any(stream.queue for stream in self._streams.values()):
+            self.step()
+
+    def step(self) -> None:
+        """Do one thing of a stream that may go on."""
+        able = [stream for stream in self._streams.values() if stream.queue and _may_run(stream.queue[0])]
+        assert able, "every stream waits: a deadlock"
+        stream = self._random.choice(able)
+        item = stream.queue.popleft()
+        if not isinstance(item, LazyMoment):
+            self.log.append(stream.name)
+            item()
+        stream.num_done += 1
+
+
+def _may_run(item: Callable[[], None] | LazyMoment) -> bool:
+    return not isinstance(item, LazyMoment) or item.reached
