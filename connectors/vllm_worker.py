@@ -10,10 +10,12 @@ Invariants
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,7 +24,7 @@ from connectors.base import FailOpen
 from connectors.vllm_identity import Roots
 from connectors.vllm_pages import EnginePages
 from connectors.vllm_plan import LoadOrder, LoadReport, Orders, Report, SaveOrder, VllmSettings, failed_pages
-from kvstore.api import Load, Store
+from kvstore.api import Load, LoadedBlock, SaysWhole, Store
 from kvstore.block import Chain, ModelId
 from kvstore.transfer import Moment
 
@@ -32,21 +34,36 @@ _IDLE_WAIT_S = 0.002
 """How long a step without work waits for a load: longer delays new requests, shorter only spins."""
 
 
+_COPIERS = min(4, len(os.sched_getaffinity(0)))
+"""Threads that copy one load together. Two copied 64 MiB of packed pages in 10 ms where one took 20."""
+
+
 @dataclass(eq=False)
 class _Job:
-    """One load. `lock` is held for each copy: who cancels knows that nothing writes afterwards."""
+    """One load. Whoever copies holds one of `locks` for each block, and nobody else that one."""
 
     order: LoadOrder
     deadline_s: float
     after: Moment | None
     """What the engine had ordered when the load was."""
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    locks: tuple[threading.Lock, ...]
     cancelled: bool = False
     ended: bool = False
     stop: int = 0
     """Blocks up to here are in place."""
     seconds: dict[str, float] = field(default_factory=dict)
     num_blocks: dict[str, int] = field(default_factory=dict)
+
+    def cancel(self) -> None:
+        """Nothing of it writes to the engine's pages afterwards."""
+        self.cancelled = True
+        for lock in self.locks:
+            with lock:  # whoever takes it next sees that the load is cancelled
+                pass
+
+    def note(self, tier: str, num_blocks: int, seconds: float) -> None:
+        self.seconds[tier] = self.seconds.get(tier, 0.0) + seconds
+        self.num_blocks[tier] = self.num_blocks.get(tier, 0) + num_blocks
 
 
 class WorkerSide:
@@ -81,13 +98,15 @@ class WorkerSide:
         self._sent: set[str] = set()
         self._report = Report()
         self._pool = ThreadPoolExecutor(settings.load_threads, thread_name_prefix="kvstore-load")
+        self._helpers = ThreadPoolExecutor(max(1, _COPIERS - 1), thread_name_prefix="kvstore-copy")
 
     # -- loading -----------------------------------------------------------------------------------------------
 
     def load(self, orders: Orders) -> None:
         """Carry out loads that belong to this step, start the others. Before the forward pass where any is in it."""
         for order in orders.loads:
-            job = _Job(order, self._now_s() + order.timeout_s, self._pages.now(), stop=order.start)
+            locks = tuple(threading.Lock() for _ in range(_COPIERS))
+            job = _Job(order, self._now_s() + order.timeout_s, self._pages.now(), locks, stop=order.start)
             if order.in_step:
                 self._run(job)
                 self._note(job)
@@ -109,35 +128,73 @@ class WorkerSide:
                 self._ended.notify_all()
 
     def _copy(self, job: _Job) -> bool:
-        """Copy blocks in as they come; True where all that was copied is sound. Raises what the store raises."""
+        """Copy blocks in; True where all that was copied is sound. Raises what the store raises."""
         order = job.order
         if order.lease is None:
             return True
-        at, then_s = order.start, self._now_s()
         with self._adopt(order.lease) as load:
-            for block in load:
-                if block.index != at or at >= order.stop:
-                    break
-                with job.lock:
-                    if job.cancelled or self._now_s() > job.deadline_s:
-                        return load.intact()
-                    # A match is over all parts, so that a hit is one on every rank; this rank copies its own.
-                    views = [block.views[part] for part in self._pages.parts]
-                    self._pages.scatter(order.pages, at, views, order.first_token, job.after)
-                    at += 1
-                    job.stop = at
-                now_s = self._now_s()
-                job.seconds[block.tier] = job.seconds.get(block.tier, 0.0) + now_s - then_s
-                job.num_blocks[block.tier] = job.num_blocks.get(block.tier, 0) + 1
-                then_s = now_s
+            # On a device copies go side by side as it is, and from one thread.
+            if _COPIERS > 1 and job.after is None and isinstance(load, SaysWhole) and load.is_whole:
+                self._copy_whole(job, load)
+            else:
+                self._copy_coming(job, load)
             return load.intact()
+
+    def _copy_coming(self, job: _Job, load: Load) -> None:
+        """Copy blocks as they come."""
+        at, then_s = job.order.start, self._now_s()
+        for block in load:
+            if block.index != at or at >= job.order.stop or not self._copy_some(job, 0, [block]):
+                return
+            at += 1
+            job.stop = at
+            now_s = self._now_s()
+            job.note(block.tier, 1, now_s - then_s)
+            then_s = now_s
+
+    def _copy_whole(self, job: _Job, load: Load) -> None:
+        """Copy blocks that are all there on several threads: one alone does not reach what memory can do."""
+        order, began_s = job.order, self._now_s()
+        blocks: list[LoadedBlock] = []
+        for block in load:
+            if block.index != order.start + len(blocks) or block.index >= order.stop:
+                break
+            blocks.append(block)
+        size = max(1, -(-len(blocks) // _COPIERS))
+        mine, *others = [blocks[at : at + size] for at in range(0, max(1, len(blocks)), size)]
+        helping = [self._helpers.submit(self._copy_some, job, at, some) for at, some in enumerate(others, 1)]
+        try:
+            counts = [self._copy_some(job, 0, mine)]
+        finally:
+            wait(helping)  # nothing may write once this has returned
+        counts += [done.result() for done in helping]
+        num_blocks = 0
+        for some, count in zip([mine, *others], counts, strict=True):
+            num_blocks += count
+            if count < len(some):
+                break
+        job.stop = order.start + num_blocks
+        seconds = self._now_s() - began_s
+        for tier, count in Counter(block.tier for block in blocks[:num_blocks]).items():
+            job.note(tier, count, seconds * count / num_blocks)
+
+    def _copy_some(self, job: _Job, copier: int, blocks: Sequence[LoadedBlock]) -> int:
+        """Copy blocks until the load is cancelled or late; how many were."""
+        order = job.order
+        for at, block in enumerate(blocks):
+            with job.locks[copier]:
+                if job.cancelled or self._now_s() > job.deadline_s:
+                    return at
+                # A match is over all parts, so that a hit is one on every rank; this rank copies its own.
+                views = [block.views[part] for part in self._pages.parts]
+                self._pages.scatter(order.pages, block.index, views, order.first_token, job.after)
+        return len(blocks)
 
     def _note(self, job: _Job) -> None:
         """Report a load that has ended, or is given up now."""
         order = job.order
-        with job.lock:
-            job.cancelled = True
-            stop = job.stop if job.ended else order.start
+        job.cancel()
+        stop = job.stop if job.ended else order.start
         if stop < order.stop:
             first = max(stop * self._block_tokens, order.first_token)
             failed = failed_pages(order.pages, self._pages.page_tokens, first, order.stop * self._block_tokens)
@@ -231,6 +288,6 @@ class WorkerSide:
 
     def close(self) -> None:
         for job in self._jobs.values():
-            with job.lock:
-                job.cancelled = True
+            job.cancel()
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._helpers.shutdown(wait=True)

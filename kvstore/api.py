@@ -246,3 +246,12 @@ class KnowsWindows(Protocol):
 
     def comes_in_windows(self, index: int) -> bool:
         """Whether block `index` comes only in place of those before it; waits until that is known."""
+
+
+@runtime_checkable
+class SaysWhole(Protocol):
+    """A load that can say whether there is nothing to wait for: then several threads can copy from it."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all blocks are there already and stay valid until the load is closed."""

@@ -166,6 +166,11 @@ class BlockLoad:
         """Generation words of slots that a block was handed out in."""
         return self._host.arena.generation[slots // PAGE_BYTES]
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all blocks are there already and stay valid until the load is closed."""
+        return not self._plan.sources
+
     def comes_in_windows(self, index: int) -> bool:
         """Wait until it is known whether block `index` comes only when `passed` says that others were copied."""
         with self._moved:

@@ -183,6 +183,10 @@ class MappedLoad:
             if self._windowed and not self._blocks.same(at, at + 1):
                 self._broken = True
 
+    @property
+    def is_whole(self) -> bool:
+        return not self._windowed and len(self._blocks.tiers) >= self.num_blocks
+
     def _reach(self, at: int) -> bool:
         """Wait for block `at`; False where the load ended before it."""
         told = False
@@ -273,6 +277,10 @@ class AdoptedLoad:
             except MappingClosed:
                 return
             yield block
+
+    @property
+    def is_whole(self) -> bool:
+        return True
 
     def intact(self) -> bool:
         return not self._closed and self._blocks.same(0, self.num_blocks)

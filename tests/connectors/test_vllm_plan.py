@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
+from connectors import vllm_worker
 from connectors.vllm_identity import AdapterDigests, adapter_digest, directory_digest, media_of
 from connectors.vllm_plan import (
     LoadReport,
@@ -32,6 +34,7 @@ from kvstore.block import ModelId
 from kvstore.errors import ConfigError
 from tests.connectors.fakes import FakeLoad, FakeStore
 from tests.fakes import FakeClock
+from tests.waiting import eventually
 
 BLOCK, PAGE = 16, 8
 MODEL = ModelId(
@@ -413,6 +416,116 @@ def test_a_load_past_its_deadline_is_given_up_and_writes_nothing_afterwards() ->
     bench.side.ended(request, bench.pages_for(request))
     bench.close()  # waits for the copying thread
     assert bench.pages.written == []
+
+
+class WholeLoad(FakeLoad):
+    """Blocks that are all there, and stay as they are."""
+
+    is_whole = True
+
+    def __iter__(self) -> Any:
+        for block in super().__iter__():
+            yield replace(block, views=[bytes(view) for view in block.views])
+
+
+class WholeStore(FakeStore):
+    def load(self, *args: Any, **kwargs: Any) -> FakeLoad:
+        load = super().load(*args, **kwargs)
+        return WholeLoad(self, load._chain, load._start, load._stop)
+
+
+@pytest.fixture
+def four_copiers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_worker, "_COPIERS", 4)
+
+
+def loading(bench: Bench, num_tokens: int = 120) -> FakeRequest:
+    bench.fill(tokens(num_tokens - 20))
+    request = FakeRequest("r", tokens(num_tokens))
+    bench.side.match(request, 0)
+    bench.side.allocated(request, bench.pages_for(request), (num_tokens - 20) // BLOCK * BLOCK)
+    return request
+
+
+@pytest.mark.parametrize("sync_load_ms", [0, 1000])
+@pytest.mark.parametrize("end_at", [None, 4, 0])
+@pytest.mark.usefixtures("four_copiers")
+def test_blocks_that_are_all_there_are_copied_by_several_threads(sync_load_ms: float, end_at: int | None) -> None:
+    bench = Bench(WholeStore(), sync_load_ms=sync_load_ms)
+    bench.store.faults.end_load_at = end_at
+    request = loading(bench)
+    bench.step()
+    while not bench.report() and not sync_load_ms:
+        pass
+    num_blocks = 6 if end_at is None else end_at
+    assert sorted(bench.pages.written) == [(index, 0) for index in range(num_blocks)]
+    first_bad = 100 + num_blocks * BLOCK // PAGE
+    assert bench.worker.bad_pages() == set(range(first_bad, 112))
+    bench.side.ended(request, bench.pages_for(request))
+    bench.close()
+
+
+@pytest.mark.usefixtures("four_copiers")
+def test_a_copy_that_fails_in_one_thread_makes_the_load_fail(caplog: pytest.LogCaptureFixture) -> None:
+    bench = Bench(WholeStore(), sync_load_ms=1000)
+    request = loading(bench)
+
+    def scatter(pages: Sequence[int], index: int, views: Any, first_token: int, after: None) -> None:
+        if index == 5:
+            raise RuntimeError("no such page")
+
+    bench.pages.scatter = scatter  # type: ignore[method-assign]
+    bench.step()
+    bench.report()
+    assert bench.worker.bad_pages() == set(range(100, 112)), "none of it counts"
+    assert "no such page" in caplog.text
+    bench.side.ended(request, bench.pages_for(request))
+    bench.close()
+
+
+@pytest.mark.usefixtures("four_copiers")
+def test_what_counts_ends_where_the_first_thread_stopped() -> None:
+    bench = Bench(WholeStore(), sync_load_ms=1000, load_deadline_ms=500)
+    request = loading(bench)
+
+    def scatter(pages: Sequence[int], index: int, views: Any, first_token: int, after: None) -> None:
+        if index == 0:
+            assert eventually(lambda: len(bench.pages.written) == 4)  # those of the other threads
+            bench.clock.time_s += 1
+        bench.pages.written.append((index, first_token))
+
+    bench.pages.scatter = scatter  # type: ignore[method-assign]
+    bench.step()
+    bench.report()
+    assert sorted(bench.pages.written) == [(index, 0) for index in (0, 2, 3, 4, 5)]
+    assert bench.worker.bad_pages() == set(range(100 + BLOCK // PAGE, 112))
+    bench.side.ended(request, bench.pages_for(request))
+    bench.close()
+
+
+@pytest.mark.usefixtures("four_copiers")
+def test_after_a_load_is_given_up_none_of_its_threads_writes() -> None:
+    bench = Bench(WholeStore(), sync_load_ms=0, load_deadline_ms=500)
+    request = loading(bench, 420)
+    begun: list[int] = []
+    go = threading.Event()
+
+    def scatter(pages: Sequence[int], index: int, views: Any, first_token: int, after: None) -> None:
+        begun.append(index)
+        go.wait(10)
+        time.sleep(0.2 if index else 0)  # the first thread is done before the others
+        bench.pages.written.append((index, first_token))
+
+    bench.pages.scatter = scatter  # type: ignore[method-assign]
+    bench.step()
+    assert eventually(lambda: len(begun) == 4)
+    bench.clock.time_s += 1
+    threading.Timer(0.1, go.set).start()
+    assert bench.report() == {"r"}
+    assert len(bench.pages.written) == 4, "those under way were waited for"
+    bench.side.ended(request, bench.pages_for(request))
+    bench.close()
+    assert len(bench.pages.written) == 4
 
 
 def test_an_aborted_request_keeps_its_pages_until_its_load_is_reported() -> None:
