@@ -205,6 +205,7 @@ RULES: dict[str, Rule] = {
     "kvstore.service.doctor": replace(SERVICE, libraries=(*SERVICE.libraries, "redis")),
     "kvstore.service.door": Rule(5, (*FOUNDATIONS, "kvstore.service.claim")),
     "kvstore.service.handlers": Rule(5, (*FOUNDATIONS, *MESSAGES, "kvstore.service.status"), ("grpc", "google")),
+    "kvstore.service.kv_events": Rule(5, (*FOUNDATIONS, *MESSAGES), ("google", "msgspec", "zmq")),
     "kvstore.service.knock": Rule(5, (*FOUNDATIONS, "kvstore.service.door")),
     "kvstore.service.lane": Rule(
         5,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -169,7 +169,7 @@ class Admin:
             reply = stub.Check(health_pb2.HealthCheckRequest(service=""), timeout=self.target.deadline_s)
         return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
 
-    def watch(self, *, snapshot: bool, with_tokens: bool) -> Iterator[pb.WatchReply]:
+    def watch(self, *, snapshot: bool, with_tokens: bool) -> Generator[pb.WatchReply]:
         """Block events until the server stops; each reply holds some."""
         session = self.opened.session
         request = pb.WatchRequest(session=session, snapshot=snapshot, without_tokens=not with_tokens)

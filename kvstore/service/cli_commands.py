@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvstore.errors import ConfigError
-from kvstore.service import cli_serve, doctor, top
+from kvstore.service import cli_serve, doctor, kv_events, top
 from kvstore.service.admin import Admin, Target
 from kvstore.service.prompt import Namespace, as_hash, read_prompt
 from kvstore.service.rights import read_secret_file
@@ -321,13 +321,20 @@ def watch(
     snapshot: Annotated[bool, typer.Option("--snapshot", help="Begin with what is there.")] = False,
     tokens: Annotated[bool, typer.Option("--tokens", help="With the token ids.")] = False,
     as_json: Json = False,
+    zmq: Annotated[
+        str, typer.Option(metavar="ENDPOINT", help="Print nothing: publish as vLLM does, on tcp://*:5557 for example.")
+    ] = "",
+    topic: Annotated[str, typer.Option(help="Of what is published.")] = "kv-events",
 ) -> None:
-    """Print blocks as they come and go, until Ctrl-C.
+    """Print blocks as they come and go, until Ctrl-C; or publish them in the format of vLLM's KV events.
 
     Example:  kvstore watch --json | jq -r .kind
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with Admin(Target.of(address), name="kvstore watch") as admin:
+        if zmq:
+            kv_events.publish(zmq, topic, lambda: admin.watch(snapshot=True, with_tokens=True))
+            return
         for reply in admin.watch(snapshot=snapshot, with_tokens=tokens):
             for line in events(reply):
                 text = json.dumps(line) if as_json else "  ".join(f"{value}" for value in line.values() if value != "")
