@@ -122,7 +122,8 @@ SERVICE = Rule(
 )
 # A client needs no store.
 CLIENT = tuple(
-    f"kvstore.service.{name}" for name in ("client", "connection", "link", "mapped", "plane", "remote", "replies")
+    f"kvstore.service.{name}"
+    for name in ("client", "connection", "link", "mapped", "plane", "remote", "replies", "uploads")
 )
 SEEN_BY_CLIENTS = (
     "kvstore.copying",

@@ -27,7 +27,8 @@ from kvstore.service.bulk import Packer, encode
 from kvstore.service.client import SidecarStore
 from kvstore.service.connection import Connection
 from kvstore.service.plane import Down
-from kvstore.service.remote import RemoteLoad, RemoteSave, SaveTicket
+from kvstore.service.remote import RemoteLoad
+from kvstore.service.uploads import RemoteSave, SaveTicket
 from kvstore.store import KVStore
 from kvstore.tiers.remote import RemoteTier
 from kvstore.wire import kvstore_pb2 as pb
