@@ -16,7 +16,7 @@ def main() -> None:
     try:
         from kvstore.service.cli_commands import app
     except ModuleNotFoundError as error:
-        sys.exit(f"kvstore: the package {error.name} is missing: pip install 'kvstore[service]'")
+        sys.exit(f"kvstore: the package {error.name} is missing: install kvstore with its extra [service]")
     try:
         app()
     except KVStoreError as error:

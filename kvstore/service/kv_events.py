@@ -75,7 +75,7 @@ def publish(endpoint: str, topic: str, watch: Callable[[], Generator[pb.WatchRep
         import msgspec
         import zmq
     except ImportError as error:
-        raise ConfigError(f"--zmq needs the package {error.name}: pip install 'kvstore[events]'") from error
+        raise ConfigError(f"--zmq needs the package {error.name}: install kvstore with its extra [events]") from error
     with zmq.Context() as context, context.socket(zmq.PUB) as socket:
         socket.linger = 1000
         try:

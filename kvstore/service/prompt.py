@@ -90,6 +90,8 @@ def read_prompt(prompt: str, namespace: Namespace, tokenizer: str = "") -> Chain
     root = namespace.root()
     text = Path(prompt).read_text() if _is_file(prompt) else prompt
     tokens = _listed(text)
+    if tokens is None and text is prompt and _looks_like_a_file(prompt):
+        raise ConfigError(f"there is no file {prompt}: give one, or a prompt, or token ids as a JSON list")
     if tokens is None:
         tokens = _encoder(tokenizer)(text)
     try:
@@ -106,6 +108,11 @@ def _is_file(prompt: str) -> bool:
         return Path(prompt).is_file()
     except (OSError, ValueError):  # a long prompt is no file name
         return False
+
+
+def _looks_like_a_file(prompt: str) -> bool:
+    """One word with an ending or folders: no prompt of a full block."""
+    return not any(map(str.isspace, prompt)) and (bool(Path(prompt).suffix) or "/" in prompt) and len(prompt) < 256
 
 
 def _listed(text: str) -> list[int] | None:

@@ -110,6 +110,7 @@ class RedisTier(Tier):
         self.server = EmbeddedServer() if self.options.url == EMBEDDED else None
         url = self.server.url if self.server else self.options.url
         capacity_bytes = self.options.capacity_bytes or (_EMBEDDED_CAPACITY_BYTES if self.server else 0)
+        self._available = True
         self._nodes = Nodes(
             url,
             self.options.num_buckets,
@@ -136,7 +137,7 @@ class RedisTier(Tier):
     def bind(self, stats: Stats) -> None:
         super().bind(stats)
         self._upkeep.stats = stats
-        stats.set(f"{self.name}.available", 1)
+        stats.set(f"{self.name}.available", self._available)  # it may have failed before anybody counted
 
     def open(self, layout: BlockLayout) -> None:
         self._writer.learn(layout)
@@ -194,6 +195,7 @@ class RedisTier(Tier):
         self.stats.add_all({f"{self.name}.{name}": amount for name, amount in counts.items() if amount})
 
     def _note_state(self, available: bool) -> None:
+        self._available = available
         self.stats.set(f"{self.name}.available", available)
 
     def touch(self, keys: Sequence[PartKey], hint: Hint) -> None:

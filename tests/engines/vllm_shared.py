@@ -251,6 +251,14 @@ class Watched:
 
         worker._adopt = once
 
+    def kill(self, sidecar: Sidecar) -> None:
+        """Returns when the engine's client has noticed: what it has mapped stays readable until then."""
+        sidecar.kill()
+        deadline_s = time.monotonic() + 10
+        while self.engine.connector._link.store.is_up and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+        time.sleep(0.2)  # to unmap
+
     def failed(self) -> float:
         return float(self.engine.connector._scheduler.figures.counts.get("failed_loads", 0))
 
@@ -274,7 +282,7 @@ def sidecar_killed(workdir: Path) -> Facts:
             scheduler = watched.engine.connector._scheduler
             scheduler._settings = replace(scheduler._settings, sync_load_ms=sync_load_ms)
             watched.run_until_hit(f"before, {how}")
-            watched.cut(4, sidecar.kill)
+            watched.cut(4, lambda: watched.kill(sidecar))
             watched.run(f"killed {how}")
             watched.run(f"gone, {how}")
             sidecar.start()

@@ -23,6 +23,7 @@ import redis.exceptions
 from kvstore.api import NO_HINT
 from kvstore.block import PartKey, Root
 from kvstore.errors import ConfigError, TierError, TierTimeout, TierUnavailable
+from kvstore.stats import Stats
 from kvstore.tiers.redis import RedisTier
 from kvstore.tiers.redis_pool import Breaker, map_redis_errors
 from kvstore.tiers.redis_wire import ProtocolBroken, ReplyError
@@ -225,6 +226,15 @@ def test_server_restarted_on_its_port_is_found_again(make_tier: MakeTier, root: 
         assert content.write(tier) == set(content.keys)
         assert content.read(tier) == content.keys
         assert tier.check() == []
+
+
+def test_a_server_that_never_answered_is_not_shown_as_available(make_tier: MakeTier, root: Root) -> None:
+    tier = make_tier("redis://127.0.0.1:1", healthy=False)
+    with pytest.raises(TierError):
+        tier.contains(large(root, 1).keys, 1.0)
+    stats = Stats()
+    tier.bind(stats)  # as the store does, once it has made all of its tiers
+    assert stats.get("redis.available") == 0
 
 
 # ── servers that hang ───────────────────────────────────────────────────────────────────────────────────────────

@@ -87,5 +87,5 @@ def test_what_vllm_cannot_say_is_told_as_all_cleared_and_what_is_there_anew(lost
 
 def test_without_the_packages_it_says_which_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "msgspec", None)
-    with pytest.raises(ConfigError, match=r"pip install 'kvstore\[events\]'"):
+    with pytest.raises(ConfigError, match=r"with its extra \[events\]"):
         kv_events.publish("tcp://127.0.0.1:1", "t", lambda: iter_closable([]))

@@ -35,6 +35,12 @@ def test_token_ids_given_in_place_or_in_a_file_give_the_engines_chain(
     assert read_prompt(json.dumps(TOKENS), Namespace(model=model_file)).ids != wanted
 
 
+@pytest.mark.parametrize("name", ["nothing.json", "folder/nothing", "/tmp/nothing.txt"])
+def test_a_file_that_is_not_there_is_not_taken_for_a_prompt(model_file: str, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"no file {name}"):
+        read_prompt(name, Namespace(model=model_file), tokenizer="any")
+
+
 def test_a_model_may_be_toml_with_what_has_no_default_alone(tmp_path: Path, model: ModelId) -> None:
     path = tmp_path / "model.toml"
     path.write_text(

