@@ -2,8 +2,8 @@
 """The data plane of a client that maps no arena: loads by Read and saves by Write, over private memory.
 
 A thread of each load receives a few messages ahead of the caller's, which verifies them, puts them into place and
-copies: on two cores a load took 0.8 to 0.9 of that in one thread. The server makes each message in the thread that
-sends it: a thread ahead of that one took more than it gave.
+copies: on two busy cores a load took about 0.9 of that in one thread, on quiet ones as long. The server makes each
+message in the thread that sends it: a thread ahead of that one took more than it gave.
 
 Invariants
 1. A block is handed out only after all of its parts came with their checksums.
