@@ -9,7 +9,7 @@ the tail, to slots that belong to no block.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from types import TracebackType
@@ -31,9 +31,11 @@ from kvstore.tiers.host import HostTier
 
 _BATCH_BYTES = 128 << 20
 """Asked of a tier at once. Between two batches its connection stands idle; blocks are handed out as they arrive."""
-_FIRST_GROUP_BYTES = 1 << 20
-_GROUP_BYTES = 4 << 20
-"""Small blocks become resident, and are handed out, so many bytes at a time: what each costs is paid once."""
+_LEAST_GROUP_BYTES = 1 << 20
+_MOST_GROUP_BYTES = 16 << 20
+"""Blocks become resident, and are handed out, so many bytes at a time: while that goes on nothing is received, and
+what a hand-out costs (0.2 ms with the caches full of bulk bytes) is paid once. First and last groups are small: what
+is not handed out cannot be copied."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +116,8 @@ class BlockLoad:
         if self._plan.sources:
             with self._moved:
                 self._consumed = max(self._consumed, index)
-                self._moved.notify_all()
+                if self._windowed:  # nobody waits for this before
+                    self._moved.notify_all()
 
     def wait_for(self, index: int) -> ReadyBlock | None:
         """Block `index` once it is there, which moves no window; None where the load ended before it."""
@@ -132,7 +135,8 @@ class BlockLoad:
             # Asked again after looking: rows of a lease that ran out meanwhile may hold another block by now.
             return block if self.intact() else None
         with self._moved:
-            self._moved.wait_for(lambda: index in self._ready or self._ended)
+            if index not in self._ready:
+                self._moved.wait_for(lambda: index in self._ready or self._ended)
             self._leases.renew(self._lease, plan.now_s() + plan.lease_s)
             return self._ready.get(index) if self._lease.alive else None
 
@@ -260,10 +264,10 @@ class BlockLoad:
         plan, pool = self._plan, self._host.pool
         filling = {start + item.position: item for item in reserved}
         missing = {start + item.position: len(item.parts) for item in reserved}
-        pinned: dict[int, int] = {}
+        pinned: dict[int, Reservation] = {}
         arrived: list[int] = []
         at = self._hand_out(tier, start, stop, filling, pinned)
-        index, waiting_bytes, group_bytes = start, 0, _FIRST_GROUP_BYTES
+        index, waiting_bytes, group_bytes = start, 0, _LEAST_GROUP_BYTES
         try:
             with closing(self._reading(tier, self._slots_by_key(start, reserved))) as reading:
                 for key in reading:
@@ -274,7 +278,8 @@ class BlockLoad:
                         arrived.append(index)
                         if waiting_bytes >= group_bytes:
                             self._publish(arrived, filling, pinned)
-                            arrived, waiting_bytes, group_bytes = [], 0, _GROUP_BYTES
+                            group_bytes = self._group_bytes(index, waiting_bytes)
+                            arrived, waiting_bytes = [], 0
                             at = self._hand_out(tier, at, stop, filling, pinned)
                     if self._closed or (not arrived and index > at):
                         break  # a hole: what follows it is of no use
@@ -282,15 +287,23 @@ class BlockLoad:
             at = self._hand_out(tier, at, stop, filling, pinned)
         finally:
             pool.abort(list(filling.values()))
-            pool.unpin(np.array(list(pinned.values()), np.int64))
+            self._unpin(pinned.values())
         return at == stop
 
-    def _publish(self, indices: Sequence[int], filling: dict[int, Reservation], pinned: dict[int, int]) -> None:
+    def _group_bytes(self, index: int, last_bytes: int) -> int:
+        """How many bytes to hand out at once after block `index`, having handed out `last_bytes`."""
+        left_bytes = (self._plan.stop - index - 1) * sum(cell.num_bytes for cell in self._plan.cells())
+        return min(_MOST_GROUP_BYTES, 2 * last_bytes, max(_LEAST_GROUP_BYTES, left_bytes // 8))
+
+    def _publish(self, indices: Sequence[int], filling: dict[int, Reservation], pinned: dict[int, Reservation]) -> None:
         """Make blocks resident; pinned from that moment on: a full arena could evict them before the hand-out."""
         if indices:
             items = {filling[index].row: index for index in indices}
             for item in self._host.pool.publish([filling.pop(index) for index in indices], self._plan.hint, pins=1):
-                pinned[items[item.row]] = item.row
+                pinned[items[item.row]] = item
+
+    def _unpin(self, items: Iterable[Reservation]) -> None:
+        self._host.pool.unpin(np.array([item.row for item in items], np.int64))
 
     def _slots_by_key(self, start: int, reserved: list[Reservation]) -> dict[PartKey, memoryview]:
         chain, layout = self._plan.chain, self._plan.layout
@@ -302,26 +315,63 @@ class BlockLoad:
             for part, slot in zip(item.parts, item.slots, strict=True)
         }
 
-    def _hand_out(self, tier: Tier, at: int, stop: int, filling: dict[int, Reservation], pinned: dict[int, int]) -> int:
+    def _hand_out(
+        self, tier: Tier, at: int, stop: int, filling: dict[int, Reservation], pinned: dict[int, Reservation]
+    ) -> int:
         """Hand out resident blocks from `at` on, up to the first that this load is filling; returns where it stopped.
 
         Waits for blocks that somebody else is filling, and stops at one that did not become resident.
         """
-        chain = self._plan.chain
         while at < stop and at not in filling and not self._closed:
-            until = at + 1
-            while until < stop and until not in filling:
-                until += 1
-            # Pinned anew where this load published them, too: others may still be writing other parts of them.
-            rows = self._pin_when_filled(chain.ids[at:until])
+            ours: list[Reservation] = []
+            while (item := pinned.get(at + len(ours))) is not None and len(item.parts) == len(self._plan.parts):
+                ours.append(item)
+            if ours:
+                rows = self._hand_out_ours(tier, at, ours)
+                for index in range(at, at + len(rows)):
+                    del pinned[index]
+            else:
+                rows = self._hand_out_others(tier, at, stop, filling, pinned)
             if not rows:
                 return at
-            given_up = [pinned.pop(index) for index in range(at, at + len(rows)) if index in pinned]
-            self._host.pool.unpin(np.array(given_up, np.int64))
-            self._leases.extend(self._lease, rows)
-            self._deliver([self._block(at + number, tier.name, row) for number, row in enumerate(rows)])
             at += len(rows)
         return at
+
+    def _hand_out_ours(self, tier: Tier, at: int, items: Sequence[Reservation]) -> list[int]:
+        """Blocks that this load brought in whole: their pins become the lease's."""
+        rows = [item.row for item in items]
+        self._leases.extend(self._lease, rows)
+        cells, view = self._plan.cells(), self._host.arena.view
+        self._deliver(
+            [
+                ReadyBlock(
+                    at + number,
+                    tier.name,
+                    tuple(
+                        view(slot, cell.num_bytes).toreadonly() for cell, slot in zip(cells, item.slots, strict=True)
+                    ),
+                    item.slots,
+                )
+                for number, item in enumerate(items)
+            ]
+        )
+        return rows
+
+    def _hand_out_others(
+        self, tier: Tier, at: int, stop: int, filling: dict[int, Reservation], pinned: dict[int, Reservation]
+    ) -> list[int]:
+        """Blocks that others brought in, or of which they are still writing parts."""
+        chain = self._plan.chain
+        until = at + 1
+        while until < stop and until not in filling and until not in pinned:
+            until += 1
+        rows = self._pin_when_filled(chain.ids[at:until])
+        if rows:
+            taken = range(at, at + len(rows))
+            self._unpin([pinned.pop(index) for index in taken if index in pinned])
+            self._leases.extend(self._lease, rows)
+            self._deliver([self._block(at + number, tier.name, row) for number, row in enumerate(rows)])
+        return rows
 
     def _pin_when_filled(self, blocks: Sequence[BlockId]) -> list[int]:
         """Pin those of consecutive blocks that lead and are there, having waited for the first to be filled."""
