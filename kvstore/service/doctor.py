@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from kvstore import native
 from kvstore.block import FORMAT_VERSION, hash_chain
 from kvstore.config import StoreConfig
-from kvstore.errors import AccessDenied, KVStoreError, ServiceUnavailable
+from kvstore.errors import AccessDenied, ConfigError, KVStoreError, ServiceUnavailable
 from kvstore.service.admin import Admin, Target
 from kvstore.service.knock import knock
 from kvstore.service.preflight import Needs, preflight
@@ -205,8 +205,28 @@ def _redis_servers(config: StoreConfig, settings: dict[str, str]) -> Iterator[Fi
             yield _note(name, f"the server uses {url}, with a password we do not have", "give doctor the same --config")
         elif url:
             yield from _redis(name, url, int(getattr(config.tiers.get(name), "capacity_bytes", 0)))
+        yield from _encryption(name, config, settings)
     if not urls:
         yield _note("redis", "no lower tier is configured: blocks are kept on this host only")
+
+
+def _encryption(name: str, config: StoreConfig, settings: dict[str, str]) -> Iterator[Finding]:
+    """Of our own settings, or of the running server's."""
+    where = f"{name} encryption"
+    path = str(getattr(config.tiers.get(name), "encryption_key_file", ""))
+    path = path or settings.get(f"tiers.{name}.encryption_key_file", "")
+    if not path:
+        yield _ok(where, f"off: prompts and KV lie in {name} in the clear (tiers.{name}.encryption_key_file)")
+        return
+    try:
+        from kvstore.wire.seal import Keys
+
+        ids = [key_id.hex() for key_id in Keys.read(path).by_id]
+    except ConfigError as error:
+        yield _problem(where, str(error), "use the same file on all hosts, readable by the sidecar's user only")
+        return
+    others = f", {len(ids) - 1} more open what is there" if len(ids) > 1 else ""
+    yield _ok(where, f"on: key {ids[0]} seals{others}; the same ids must show on all hosts")
 
 
 def _redis(name: str, url: str, capacity_bytes: int) -> Iterator[Finding]:

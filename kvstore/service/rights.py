@@ -25,15 +25,14 @@ import hashlib
 import hmac
 import logging
 import os
-import stat
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from kvstore.block import Root
 from kvstore.config import parse_bytes
 from kvstore.errors import AccessDenied, ConfigError
+from kvstore.private import read_private
 from kvstore.service_options import ServiceOptions
 
 log = logging.getLogger("kvstore.service.rights")
@@ -207,7 +206,7 @@ def read_secret_file(path: str) -> bytes:
     """The cluster secret in a file, without white space around it; empty without a file."""
     if not path:
         return b""
-    secret = _read_private(path, "secret file").strip()
+    secret = read_private(path, "secret file").strip()
     if len(secret) < _LEAST_SECRET:
         raise ConfigError(
             f"secret file {path} holds {len(secret)} bytes: use at least {_LEAST_SECRET}, "
@@ -216,23 +215,11 @@ def read_secret_file(path: str) -> bytes:
     return secret
 
 
-def _read_private(path: str | Path, name: str) -> bytes:
-    """Contents of a file that nobody but its owner may read or write."""
-    try:
-        with open(path, "rb") as file:
-            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-            if mode & 0o077:
-                raise ConfigError(f"{name} {path} has mode {mode:04o}, open to others: run chmod 600 {path}")
-            return file.read()
-    except OSError as error:
-        raise ConfigError(f"{name} {path} cannot be read: {error.strerror}") from error
-
-
 def _read_entries(path: str) -> tuple[_Entry, ...]:
     if not path:
         return ()
     try:
-        tree = tomllib.loads(_read_private(path, "service.tokens_file").decode())
+        tree = tomllib.loads(read_private(path, "service.tokens_file").decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"service.tokens_file {path} is not TOML: {error}") from error
     clients = tree.get("client", [])

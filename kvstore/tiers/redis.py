@@ -12,6 +12,7 @@ before heads, by an order that all writers share (`redis_accounting`).
     redis_nodes       which node, talk to all       redis_cluster batches over the nodes of a Cluster
     redis_sweep       repair, and check             redis_upkeep  touches, ageing, sweeps in the background
     redis_presence    which keys are there          redis_marks   who is computing what
+    redis_sealed      values of keys not at hand
     valkey            a server of our own, for url="embedded"
 """
 
@@ -20,7 +21,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from kvstore.api import Hint
 from kvstore.block import BlockId, BlockMeta, PartKey, RootId
@@ -37,10 +38,14 @@ from kvstore.tiers.redis_nodes import Nodes, Talk
 from kvstore.tiers.redis_nodes import Options as NodeOptions
 from kvstore.tiers.redis_presence import present
 from kvstore.tiers.redis_read import Counts, Reader
+from kvstore.tiers.redis_sealed import Locked
 from kvstore.tiers.redis_sweep import Sweeper
 from kvstore.tiers.redis_upkeep import Upkeep
 from kvstore.tiers.redis_write import Item, SendItems, Writer
 from kvstore.tiers.valkey import EmbeddedServer
+
+if TYPE_CHECKING:
+    from kvstore.wire.seal import Sealer  # a library that only encryption needs
 
 EMBEDDED = "embedded"
 _EMBEDDED_CAPACITY_BYTES = 1 << 30
@@ -64,6 +69,9 @@ class RedisTier(Tier):
             num_buckets: how many ways a namespace is cut, and over how many slots of a Cluster it is spread (64 or
                 more then). Part of key names: stores that share must agree.
             connections: for loads, and as many again for all else, so that loads never wait behind stores.
+            encryption_key_file: file with keys, one a line, that only its owner may read: payloads and token ids are
+                sealed with AES-256-GCM, by the first; `kvstore.wire.seal` says what stays in the clear, and how keys
+                are changed. Values that are not sealed are then not taken. Empty for no encryption.
             codec: how values are written; whatever codec they name is read.
             ttl_s: backstop of the server: a value that nobody used and nobody evicted goes after this. Ageing
                 by score comes at half of it, tails first. 0 for neither.
@@ -80,6 +88,7 @@ class RedisTier(Tier):
         num_buckets: int = 16
         connections: int = 2
         codec: str = "raw"
+        encryption_key_file: str = ""
         ttl_s: int = 2 * 86_400
         connect_timeout_s: float = 1.0
         call_timeout_s: float = 5.0
@@ -105,6 +114,7 @@ class RedisTier(Tier):
         self.options: RedisTier.Options = options or RedisTier.Options()
         super().__init__(self.options)
         codec = CODECS.load(self.options.codec)()
+        sealer = _sealer(self.options.encryption_key_file)
         names = Names(self.options.num_buckets)
         # Refuse a bad URL before a server is started for nothing.
         self.server = EmbeddedServer() if self.options.url == EMBEDDED else None
@@ -119,8 +129,11 @@ class RedisTier(Tier):
         )
         self._names = names
         self._accounting = Accounting(names, capacity_bytes)
-        self._writer = Writer(self._accounting, codec, self.options.ttl_s, by_stripe=self._nodes.is_cluster)
-        self._reader = Reader(names)
+        self._locked = Locked()
+        self._writer = Writer(
+            self._accounting, codec, self.options.ttl_s, self._locked, sealer, by_stripe=self._nodes.is_cluster
+        )
+        self._reader = Reader(names, self._locked, sealer)
         self._marks = RedisMarks(names)
         self._cluster = ClusterBatches(self._nodes, names, self._reader) if self._nodes.is_cluster else None
         self._sweeper = Sweeper(self._accounting)
@@ -147,9 +160,11 @@ class RedisTier(Tier):
         if not keys:
             return []
         if self._cluster is not None:
-            return self._cluster.contains(keys, deadline)
-        with self._nodes.of_stripe(0, deadline).loads.lease(deadline) as wire:
-            return present(wire, self._names, keys, deadline, by_stripe=False)
+            found = self._cluster.contains(keys, deadline)
+        else:
+            with self._nodes.of_stripe(0, deadline).loads.lease(deadline) as wire:
+                found = present(wire, self._names, keys, deadline, by_stripe=False)
+        return self._locked.without(keys, found)
 
     def read(self, into: Mapping[PartKey, memoryview], deadline_s: float) -> Iterator[PartKey]:
         return self._read(into, time.monotonic() + deadline_s)
@@ -260,3 +275,11 @@ class RedisTier(Tier):
         self._nodes.close()
         if self.server is not None:
             self.server.close()
+
+
+def _sealer(key_file: str) -> Sealer | None:
+    if not key_file:
+        return None
+    from kvstore.wire.seal import Keys, Sealer
+
+    return Sealer(Keys.read(key_file))

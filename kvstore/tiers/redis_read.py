@@ -9,15 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvstore.block import PartKey
 from kvstore.codecs import CODECS, Codec
 from kvstore.tiers.redis_names import Names
 from kvstore.tiers.redis_nodes import Redirection, redirection
+from kvstore.tiers.redis_sealed import Locked
 from kvstore.tiers.redis_wire import ReplyError, Wire
 from kvstore.wire import frame
-from kvstore.wire.frame import ForeignFrame, FrameError, Payload
+from kvstore.wire.frame import PIECE_BYTES, TAG_BYTES, ForeignFrame, FrameError, LockedFrame, Payload
+
+if TYPE_CHECKING:
+    from kvstore.wire.seal import Opening, Sealer  # a library that only encryption needs
 
 _AHEAD_BYTES = 4 << 20
 """Values asked for beyond the one being received: enough to hide a round trip, little for the server to hold."""
@@ -50,6 +54,8 @@ class Counts:
     missing_blocks: int = 0
     foreign_blocks: int = 0
     corrupt_blocks: int = 0
+    locked_blocks: int = 0
+    """Sealed with keys that are not here; they stay where they are."""
 
     def add(self, other: Counts) -> None:
         for item in fields(self):
@@ -92,8 +98,10 @@ class _ReadAhead:
 class Reader:
     """Receives values into buffers, and says why one is not what was asked for."""
 
-    def __init__(self, names: Names) -> None:
+    def __init__(self, names: Names, locked: Locked, sealer: Sealer | None) -> None:
         self._names = names
+        self._locked = locked
+        self._sealer = sealer
         loaded = (CODECS.load(name) for name in CODECS)
         self._codecs: dict[int, Codec] = {codec.wire_id: codec() for codec in loaded}
         self._shape = _UNKNOWN  # of the value received last; a hint, whichever thread wrote it
@@ -150,6 +158,9 @@ class Reader:
             counts.corrupt_blocks += 1
             damaged.append(key)
             return False
+        except LockedFrame:
+            counts.locked_blocks += 1
+            self._locked.add(key)
         except ForeignFrame:
             counts.foreign_blocks += 1
             damaged.append(key)
@@ -164,12 +175,30 @@ class Reader:
         # Most values look like the one before, and most of the time this much of them has come already.
         head = wire.begin_like(*self._shape)
         head = self._begin(wire, deadline) if head is None else _whole_header(wire, head, deadline)
+        if self._sealer is not None:
+            self._receive_sealed(wire, self._sealer.open(head, key), into, deadline)
+            return
         told = frame.payload_of(head, key)
         codec = self._fitting_codec(told, wire.left, len(into))
         payload = into if codec is None else memoryview(bytearray(wire.left))
         wire.read_into(payload, deadline)
         if frame.checksum(payload) != told.xxh3:
             raise FrameError("the payload's checksum does not fit")
+        if codec is not None:
+            _decode(codec, payload, told.item_bytes, into)
+
+    def _receive_sealed(self, wire: Wire, opening: Opening, into: memoryview, deadline: float) -> None:
+        """Receive a payload piece by piece, each opened while it is in the core's cache."""
+        told = opening.told
+        num_bytes = wire.left - TAG_BYTES
+        codec = self._fitting_codec(told, num_bytes, len(into))
+        payload = into if codec is None else memoryview(bytearray(num_bytes))
+        scratch = memoryview(bytearray(min(PIECE_BYTES, num_bytes)))
+        for at in range(0, num_bytes, PIECE_BYTES):
+            piece = scratch[: num_bytes - at]
+            wire.read_into(piece, deadline)
+            opening.update(piece, payload[at : at + len(piece)])
+        opening.finish(wire.peek(TAG_BYTES, deadline))
         if codec is not None:
             _decode(codec, payload, told.item_bytes, into)
 

@@ -20,7 +20,8 @@ from kvstore.wire import frame
 from kvstore.wire.frame import FrameError, Header
 
 _PAGE = 512
-_HEAD_BYTES = frame.MIN_HEADER_BYTES + 4 * frame.MAX_TOKENS + 1024
+_HEAD_BYTES = frame.MIN_HEADER_BYTES + frame.SEAL_BYTES + 4 * frame.MAX_TOKENS + 1024
+"""What is fetched of each value: all of its header, unless many images end in the block."""
 _MAX_PASSES = 16
 
 # KEYS: order, sizes, total. Makes both lists name the same members, and the total their sum.
@@ -205,7 +206,7 @@ class Sweeper:
         lookups = [command("GETRANGE", value, 0, _HEAD_BYTES - 1) for value in strings]
         lookups += [command("STRLEN", value) for value in strings]
         replies = many(talk, lookups, deadline)
-        heads, lengths = iter(replies[: len(strings)]), iter(replies[len(strings) :])
+        heads, lengths = iter(self._whole(talk, strings, replies, deadline)), iter(replies[len(strings) :])
         entries = []
         for entry, kind in zip(page, kinds, strict=True):
             if kind == b"none":
@@ -216,6 +217,15 @@ class Sweeper:
                     header = None
                 entries.append(replace(entry, header=header, there=True))
         return self._with_parents(talk, entries, deadline)
+
+    def _whole(self, talk: Talk, values: Sequence[str], heads: Sequence[Reply], deadline: float) -> list[Reply]:
+        """`heads` of `values`, those again that ended within their header."""
+        whole = list(heads[: len(values)])
+        short = [at for at, head in enumerate(whole) if isinstance(head, bytes) and _cut_off(head)]
+        lookups = [command("GETRANGE", values[at], 0, frame.MAX_HEADER_BYTES - 1) for at in short]
+        for at, head in zip(short, many(talk, lookups, deadline) if lookups else (), strict=True):
+            whole[at] = head
+        return whole
 
     def _with_parents(self, talk: Talk, entries: Sequence[_Entry], deadline: float) -> list[_Entry]:
         parents = [parent for entry in entries if (parent := entry.parent) is not None]
@@ -296,14 +306,22 @@ class Sweeper:
             self._remove_strays(talk, deadline)
 
 
+def _cut_off(head: bytes) -> bool:
+    """Its header says that it is longer."""
+    try:
+        return len(head) == _HEAD_BYTES < frame.measure(head)
+    except FrameError:
+        return False
+
+
 def _header(head: Reply, length: Reply) -> Header | None:
     """The header of a value that begins so and is so long; None where that is not a frame."""
     if not isinstance(head, bytes) or not isinstance(length, int):
         return None
     try:
         header = frame.unpack(head)
-        if header.meta.block_id() != header.key.block:
-            return None
+        if header.seal is None and header.meta.block_id() != header.key.block:
+            return None  # of a sealed one only who opens it can say
         header_bytes = frame.measure(head)
     except FrameError:
         return None

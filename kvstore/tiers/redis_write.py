@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from kvstore.block import BlockId, BlockMeta, PartKey
 from kvstore.codecs import CODECS, Codec
@@ -17,9 +18,13 @@ from kvstore.layout import BlockLayout
 from kvstore.tiers.redis_accounting import Accounting, Facts
 from kvstore.tiers.redis_names import STEP_S
 from kvstore.tiers.redis_nodes import MOVING, Talk, many
+from kvstore.tiers.redis_sealed import Locked, Scratch
 from kvstore.tiers.redis_wire import Buffer, ProtocolBroken, ReplyError, Wire, command, real
 from kvstore.wire import frame
-from kvstore.wire.frame import Checksum, Header
+from kvstore.wire.frame import TAG_BYTES, Checksum, Header
+
+if TYPE_CHECKING:
+    from kvstore.wire.seal import Sealer, Sealing  # a library that only encryption needs
 
 _GROUP_BYTES = 1 << 20
 _MAX_GROUP = 32
@@ -44,18 +49,31 @@ class _Value:
     payload: memoryview
     codec_id: int
     item_bytes: int
-    checksum: Checksum
+    work: Checksum | Sealing
+    """What is left to do with the payload before it can go."""
 
 
 class Writer:
     """Sends values with their accounts, parents before children, and only where the parent is there."""
 
-    def __init__(self, accounting: Accounting, codec: Codec, ttl_s: int, *, by_stripe: bool) -> None:
+    def __init__(
+        self,
+        accounting: Accounting,
+        codec: Codec,
+        ttl_s: int,
+        locked: Locked,
+        sealer: Sealer | None,
+        *,
+        by_stripe: bool,
+    ) -> None:
         self._by_stripe = by_stripe
         self._accounting = accounting
         self._names = accounting.names
         self._codec = codec
         self._ttl_s = ttl_s
+        self._locked = locked
+        self._sealer = sealer
+        self._extra_bytes = 0 if sealer is None else frame.SEAL_BYTES + TAG_BYTES
         self._item_bytes: dict[tuple[int, int], int] = {}
 
     def learn(self, layout: BlockLayout) -> None:
@@ -87,6 +105,7 @@ class Writer:
             self._accounting.remove(talk, failed, deadline)
             landed -= set(failed)
             counts["write_failures"] = len(failed)
+        self._locked.discard(landed)
         counts["written_blocks"] = len(landed)
         counts["written_bytes"] = sum(parts[key].nbytes for key in landed)
         return present | landed
@@ -123,7 +142,10 @@ class Writer:
         return {key for key in parts if key in known}, scores
 
     def _known_scores(self, talk: Talk, keys: Sequence[PartKey], deadline: float) -> dict[PartKey, float]:
-        """Scores of those of `keys` whose values are there; one without a member is left out, and so written anew."""
+        """Scores of those of `keys` whose values are there.
+
+        One without a member is left out, and so written anew, and so is one that was found to be locked.
+        """
         values = [command("EXISTS", self._names.value(key)) for key in keys]
         scores = [
             command("ZSCORE", self._names.bucket(key).order, self._names.member(key.block, key.part)) for key in keys
@@ -132,7 +154,7 @@ class Writer:
         return {
             key: real(score)
             for key, exists, score in zip(keys, replies[: len(keys)], replies[len(keys) :], strict=True)
-            if exists == 1 and isinstance(score, bytes)
+            if exists == 1 and isinstance(score, bytes) and key not in self._locked
         }
 
     def _make_room(
@@ -174,15 +196,27 @@ class Writer:
 
     def _most_bytes(self, part: memoryview, meta: BlockMeta, facts: Facts) -> int:
         """What a part is accounted with if no codec makes it smaller."""
-        stored_bytes = frame.header_bytes(len(meta.tokens) // 4, len(meta.extra)) + part.nbytes
+        stored_bytes = frame.header_bytes(len(meta.tokens) // 4, len(meta.extra)) + part.nbytes + self._extra_bytes
         return self._accounting.accounted_bytes(stored_bytes, facts)
 
-    def _value(self, key: PartKey, meta: BlockMeta, part: memoryview, score: float) -> _Value:
+    def _value(self, key: PartKey, meta: BlockMeta, part: memoryview, score: float, scratch: Scratch) -> _Value:
         item_bytes = self._item_bytes.get((key.part, len(part)), 1)
-        encoded = self._codec.encode(part, item_bytes)
-        if encoded is None or len(encoded) >= len(part):
-            return _Value(key, meta, score, len(part), part, _RAW_ID, item_bytes, Checksum(part))
-        return _Value(key, meta, score, len(part), encoded, self._codec.wire_id, item_bytes, Checksum(encoded))
+        codec_id, payload = self._codec.wire_id, self._codec.encode(part, item_bytes)
+        if payload is None or len(payload) >= len(part):
+            codec_id, payload = _RAW_ID, part
+        if self._sealer is None:
+            return _Value(key, meta, score, len(part), payload, codec_id, item_bytes, Checksum(payload))
+        into = scratch.take(len(payload) + TAG_BYTES)
+        header = Header(key, meta, codec_id, item_bytes, len(part), len(payload), 0)
+        sealing = self._sealer.seal(header, payload, into)
+        return _Value(key, meta, score, len(part), into, codec_id, item_bytes, sealing)
+
+    def _values(self, items: Sequence[Item]) -> Iterator[list[_Value]]:
+        """Values of each group, which is to be sent before the one after the next is asked for."""
+        scratch = Scratch()
+        for group in self._groups(items):
+            scratch.turn()
+            yield [self._value(*item, scratch) for item in group]
 
     def _send(
         self, wire: Wire, items: Sequence[Item], facts: Facts, deadline: float, counts: dict[str, float]
@@ -190,7 +224,7 @@ class Writer:
         """Send parts in groups, each one transaction with its accounts. Returns the keys that arrived."""
         landed: set[PartKey] = set()
         unanswered: deque[list[PartKey]] = deque()
-        groups = ([self._value(*item) for item in items_of_group] for items_of_group in self._groups(items))
+        groups = self._values(items)
         following = next(groups, None)
         while following is not None:
             group, following = following, next(groups, None)
@@ -268,6 +302,8 @@ class Writer:
 
 
 def _header(value: _Value) -> bytes:
+    if not isinstance(value.work, Checksum):
+        return value.work.header()
     return frame.pack(
         Header(
             value.key,
@@ -276,14 +312,14 @@ def _header(value: _Value) -> bytes:
             value.item_bytes,
             value.raw_bytes,
             len(value.payload),
-            value.checksum.value(),
+            value.work.value(),
         )
     )
 
 
 def _hashing(values: Sequence[_Value]) -> Callable[[], bool]:
-    """Hashes `values` a piece a call; False once all is done."""
-    return lambda: any(value.checksum.step() for value in values)
+    """Hashes `values`, or seals them, a piece a call; False once all is done."""
+    return lambda: any(value.work.step() for value in values)
 
 
 def _with_descendants(

@@ -17,12 +17,20 @@ DEADLINE_S = 5.0
 class Content:
     """A chain of `num_blocks` with reproducible bytes for each part, all different."""
 
-    def __init__(self, root: Root, num_blocks: int, *, seed: int = 0, prefix: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        root: Root,
+        num_blocks: int,
+        *,
+        seed: int = 0,
+        prefix: Sequence[int] = (),
+        media: Sequence[tuple[int, bytes]] = (),
+    ) -> None:
         rng = random.Random(f"{seed}")
         block_tokens = root.model.block_tokens
         fresh = [rng.randrange(1 << 20) for _ in range(num_blocks * block_tokens - len(prefix))]
         self.tokens = [*prefix, *fresh]
-        self.chain = Chain(root, self.tokens)
+        self.chain = Chain(root, self.tokens, media=tuple(media))
         self.layout = layout_of(root.model)
         self.keys = self.chain.part_keys(0, num_blocks, self.layout.all_parts)
         self.meta: dict[BlockId, BlockMeta] = {

@@ -273,6 +273,19 @@ def test_sweep_removes_orphans_strays_and_empty_accounts_and_mends_counts(
     assert client.exists(stray) == 0
 
 
+def test_sweep_leaves_a_block_alone_in_which_many_images_end(
+    server: EmbeddedServer, make_tier: MakeTier, root: Root
+) -> None:
+    long = replace(root.model, block_tokens=256)
+    content = Content(Root(long), 3, media=[(at, bytes([at]) * 32) for at in range(200)])
+    assert len(content.meta[content.chain.ids[0]].extra) > 4096
+    tier = make_tier(server.url, num_buckets=NUM_BUCKETS)
+    tier.open(content.layout)
+    content.write(tier)
+    assert tier.sweep()["damaged"] == 0
+    assert content.read(tier) == content.keys
+
+
 def test_sweep_finds_every_part_where_many_share_a_score(
     server: EmbeddedServer, client: redis.Redis, make_tier: MakeTier, root: Root
 ) -> None:

@@ -113,6 +113,23 @@ def test_a_redis_without_a_limit_is_enough_where_the_tier_has_one(tmp_path: Path
     assert problems(findings_of(tmp_path, values)) == {"socket", "server"}
 
 
+@pytest.mark.redis
+def test_doctor_says_whether_values_are_sealed_and_with_which_key(tmp_path: Path, valkey: EmbeddedServer) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text(f"{'ab' * 32}\n{'cd' * 32}\n")
+    keys.chmod(0o600)
+    values: dict[str, object] = {"tiers": {"redis": {"url": valkey.url, "encryption_key_file": str(keys)}}}
+    detail = findings_of(tmp_path, values)["redis encryption"].detail
+    assert re.search(r"on: key [0-9a-f]{16} seals, 1 more", detail)
+    assert "abab" not in detail
+    keys.chmod(0o640)
+    found = findings_of(tmp_path, values)["redis encryption"]
+    assert found.verdict is Verdict.PROBLEM
+    assert "chmod 600" in found.detail
+    clear: dict[str, object] = {"tiers": {"redis": {"url": valkey.url}}}
+    assert "in the clear" in findings_of(tmp_path, clear)["redis encryption"].detail
+
+
 def test_a_redis_that_is_not_there_is_a_problem_and_no_password_is_shown(tmp_path: Path) -> None:
     found = findings_of(tmp_path, {"tiers": {"redis": {"url": "redis://me:s3cret@127.0.0.1:1"}}})
     assert "redis" in problems(found)
