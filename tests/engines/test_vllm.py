@@ -119,6 +119,8 @@ def test_a_salt_is_a_namespace_and_a_reset_empties_the_store(run: Run) -> None:
     facts = run("tenants")
     assert all(facts["equal"])
     assert facts["hits"] == [0, 0, 0, 288, 288, 288]
+    assert facts["num_blocks"] == [11, 11, 11]
+    assert facts["error"] < 1e-4
     assert facts["blocks_after_reset"] == 0
     assert healthy(facts)
 
@@ -128,14 +130,16 @@ def test_adapters_are_known_by_content(run: Run) -> None:
     assert facts["hits"] == [0, 0, 0, 288, 288, 288, 288]
     assert all(facts["same"])
     assert facts["num_answers"] == 3
+    assert facts["same_bytes"]
     assert healthy(facts)
 
 
-def test_fp8_pages_are_stored_as_bytes(run: Run) -> None:
-    facts = run("fp8")
+@pytest.mark.parametrize(("scenario", "kv_dtype"), [("fp8", "float8_e4m3fn"), ("fp8_e5m2", "float8_e5m2")])
+def test_fp8_pages_are_stored_as_bytes(run: Run, scenario: str, kv_dtype: str) -> None:
+    facts = run(scenario)
     if "not_run" in facts:
         pytest.skip(f"did NOT run: {facts['not_run']}")
-    assert facts["kv_dtype"] == "float8_e4m3fn"
+    assert facts["kv_dtype"] == kv_dtype
     assert facts["equal"] == [True]
     assert facts["hits"] == [288]
     assert facts["same_bytes"]

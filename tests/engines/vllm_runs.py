@@ -32,6 +32,7 @@ from tests.engines.vllm_support import (
     Facts,
     FaultyStore,
     Reference,
+    bytes_of,
     in_fork,
     poison,
     stored,
@@ -214,7 +215,7 @@ def faults(workdir: Path, sync_load_ms: float = 20.0) -> Facts:
     store.unsettled = 1 << 30
     run("never answers")
     store.unsettled = 0
-    store.slow_s = 0.2
+    store.slow_s = 0.12  # no less than a tenth of the deadline: in the step, lateness is seen between blocks
     run("slow")
     store.slow_s = 0.0
     facts |= {"added_s": max(facts["ttft_s"].values()) - facts["ttft_s"]["computed"], "deadline_s": 1.0}
@@ -291,6 +292,8 @@ def tenants(workdir: Path) -> Facts:
         outs, hits = engine.generate([prompt], **({"cache_salt": salt} if salt else {}))
         facts["equal"].append(outs[0] == want)
         facts["hits"].append(hits[0])
+    errors = [worst_error(store, engine.model_id, reference, [*prompt, *want], salt=salt) for salt in (b"a", b"b", b"")]
+    facts |= {"error": max(error for error, _ in errors), "num_blocks": [count for _, count in errors]}
     assert engine.llm.reset_prefix_cache(reset_connector=True)
     facts["blocks_after_reset"] = store.stats()["host.blocks"]
     facts["control_differs"] = control(engine, store, prompt, want)
@@ -338,28 +341,37 @@ def adapters(workdir: Path) -> Facts:
         facts["same"].append(outs[0] == first)
         facts["hits"].append(hits[0])
     facts["num_answers"] = len({tuple(first) for first in firsts.values()})
+    digest = engine.connector._scheduler._adapters.of(LoRARequest("one", 1, str(one))).result()
+    first_bytes = bytes_of(store, engine.model_id, prompt, adapter=digest)
+    store.clear()
+    engine.forget()
+    engine.generate([prompt], lora_request=LoRARequest("one", 1, str(one)))
+    again = bytes_of(store, engine.model_id, prompt, adapter=digest)
+    facts["same_bytes"] = first_bytes == again and len(again) == 9
+    engine.forget()
+    engine.generate([prompt])
     facts["control_differs"] = control(engine, store, prompt, firsts[""])
     return {**facts, "held": engine.close(), "check": store.check()}
 
 
-def fp8(workdir: Path) -> Facts:
+def fp8(workdir: Path, kv_cache_dtype: str = "fp8") -> Facts:
     """Pages of fp8: the same answers from what was stored, byte for byte what the engine computes again."""
     reference = Reference(workdir)
     store = FaultyStore()
     try:
-        engine = Engine(reference.directory, store, kv_cache_dtype="fp8")
+        engine = Engine(reference.directory, store, kv_cache_dtype=kv_cache_dtype)
     except NotImplementedError as error:
         return {"not_run": str(error)}
     prompt = tokens_of(1)
     cold, _ = engine.generate([prompt])
     model = engine.model_id
-    first = {index: [bytes(view) for view in block.views] for index, block in stored(store, model, prompt)}
+    first = bytes_of(store, model, prompt)
     engine.forget()
     warm, hits = engine.generate([prompt])
     store.clear()
     engine.forget()
     engine.generate([prompt])
-    again = {index: [bytes(view) for view in block.views] for index, block in stored(store, model, prompt)}
+    again = bytes_of(store, model, prompt)
     layout = store.open(model)
     for _, block in stored(store, model, prompt):
         for slot, part in zip(block.slots, layout.parts, strict=True):
@@ -458,6 +470,7 @@ SCENARIOS: dict[str, Callable[[Path], Facts]] = {
     "tenants": tenants,
     "adapters": adapters,
     "fp8": fp8,
+    "fp8_e5m2": lambda workdir: fp8(workdir, "fp8_e5m2"),
     "both_engines": both_engines,
     "smollm2": smollm2,
     "interface": interface,

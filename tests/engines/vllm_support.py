@@ -281,21 +281,31 @@ def in_fork(work: Callable[[], Facts], log: Path | None = None) -> Facts:
 # -- looking into the store ------------------------------------------------------------------------------------
 
 
-def stored(store: Any, model: ModelId, tokens: Sequence[int], *, salt: bytes = b"") -> Iterator[tuple[int, Any]]:
+def stored(
+    store: Any, model: ModelId, tokens: Sequence[int], *, salt: bytes = b"", adapter: bytes = b""
+) -> Iterator[tuple[int, Any]]:
     """(index, block) of what the store holds of a sequence."""
-    chain = Chain(Root(model, salt=salt), list(tokens))
+    chain = Chain(Root(model, salt=salt, adapter=adapter), list(tokens))
     found = store.match(chain, "look", wait_s=5)
     with KVStore.load(store, "look", found.num_blocks) if isinstance(store, KVStore) else store.load("look") as load:
         for block in load:
             yield block.index, block
 
 
-def worst_error(store: Any, model: ModelId, reference: Reference, tokens: Sequence[int]) -> tuple[float, int]:
+def bytes_of(store: Any, model: ModelId, tokens: Sequence[int], *, adapter: bytes = b"") -> dict[int, list[bytes]]:
+    """What the store holds of a sequence, by block: for KV that no other engine computes."""
+    found = stored(store, model, tokens, adapter=adapter)
+    return {index: [bytes(view) for view in block.views] for index, block in found}
+
+
+def worst_error(
+    store: Any, model: ModelId, reference: Reference, tokens: Sequence[int], *, salt: bytes = b""
+) -> tuple[float, int]:
     """(largest difference between stored and recomputed KV, number of blocks compared)."""
     want = reference.kv(tokens)
     worst, count, block_tokens = 0.0, 0, model.block_tokens
     layout = store.open(model)
-    for index, block in stored(store, model, tokens):
+    for index, block in stored(store, model, tokens, salt=salt):
         for part, view in zip(layout.parts, block.views, strict=True):
             has = to_tensor(view, part, want.dtype)
             mine = want[
