@@ -70,8 +70,7 @@ class Arm:
     def keep(self, native: BlockCache, prefix: torch.Tensor) -> None:
         """Save the prefix's blocks from `native`, as if this arm had computed them."""
         connector = self.connector
-        cache = BlockCache(connector.layout, native._device, 1)
-        cache._storage = native._storage
+        cache = native.seen_as(connector.layout)
         chain = Chain(Root(connector.model_id), prefix[0].tolist())
         if connector.overlay is not None:
             connector.overlay.save(chain, 0, len(chain), cache.read_tensor)

@@ -49,6 +49,18 @@ class BlockCache(Cache):
         """Tokens there is room for without growing."""
         return int(self._storage.shape[3])
 
+    def seen_as(self, layout: BlockLayout) -> BlockCache:
+        """This cache's tensors as blocks of another namespace of the same model, such as a lossy one.
+
+        Good until this one grows.
+        """
+        other = BlockCache(layout, self._device, 1)
+        if other._shape != self._shape or other._dtype != self._dtype:
+            raise ConfigError(f"a cache of {self._shape} in {self._dtype} cannot be seen as {layout.model!r}")
+        other._storage = self._storage
+        other.set_length(self.get_seq_length())
+        return other
+
     def reserve(self, num_tokens: int) -> None:
         """Make room for `num_tokens`, at least doubling, so that growing costs a constant a token."""
         if num_tokens > self.capacity:
