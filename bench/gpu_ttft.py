@@ -141,14 +141,13 @@ def arms_for(board: Board, model: LlamaForCausalLM, longest: int) -> Iterator[li
         board.row("ttft", arm="redis", skipped=f"{type(error).__name__}: {error}")
     try:
         for arm in made:
-            if arm.connector.pinning is not None and not arm.connector.pinning.wait(60):
-                pinning = arm.connector.pinning
-                board.row("ttft", arm=arm.name, pinned_bytes=pinning.num_bytes, failure=pinning.failure)
+            if (pinned := arm.connector.pinned) is not None and not pinned.wait(60):
+                board.row("ttft", arm=arm.name, pinned_bytes=pinned.num_bytes, failure=pinned.failure)
         yield made
     finally:
         for arm in made:
-            if arm.connector.pinning is not None:
-                arm.connector.pinning.close()
+            if arm.connector.pinned is not None:
+                arm.connector.pinned.close()
         for one in stores:
             one.close()
 

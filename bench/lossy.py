@@ -5,8 +5,8 @@
 
 For each document of real text the model computes a prefix once. Its KV is stored in a namespace of each format and
 loaded again through a connector, as any request would; then the model goes on over it: over the text that follows
-(perplexity, logits) and by itself, greedily. The reference goes on over the KV that was never moved, in calls of the
-same shapes, so exact blocks must agree with it in every bit: that arm is the control. Arm `chunked` moves nothing and
+(perplexity, logits) and by itself, greedily. The reference goes on over the KV that was never moved, in one batch with
+the others, so exact blocks must agree with it in every bit: that arm is the control. Arm `chunked` moves nothing and
 computes the prefix in pieces, as engines do: what rounding alone does to the same figures. nvfp4 is emulated: its
 bytes are those of the format, and attention runs over what they decode to.
 """
@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import LlamaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM
 
 from bench.env import stamp
 from bench.models import SMOLLM2_NAME, smollm2
@@ -80,20 +80,17 @@ class Rig:
             for arm in STORED
         }
 
-    def compute(self, text: Text, num_words: int, chunk_tokens: int = 0) -> tuple[BlockCache, Answer]:
-        """The prefix's KV as computed, in one pass or in chunks, and the answer over it."""
-        layout = self.connectors[EXACT].layout
-        cache = BlockCache(layout, self.model.device, len(text.prefix) + len(text.follows) + num_words)
+    def compute(self, text: Text, chunk_tokens: int = 0) -> BlockCache:
+        """The prefix's KV as computed, in one pass or in chunks."""
+        cache = BlockCache(self.connectors[EXACT].layout, self.model.device, len(text.prefix))
+        prefix, step = torch.tensor([text.prefix]), chunk_tokens or len(text.prefix)
         with torch.no_grad():
-            prefix, step = torch.tensor([text.prefix]), chunk_tokens or len(text.prefix)
             for start in range(0, len(text.prefix), step):
-                piece = prefix[:, start : start + step]
-                self.model.base_model(piece, past_key_values=cache, use_cache=True)
-            first = self.model(torch.tensor([text.follows[:1]]), past_key_values=cache, use_cache=True).logits[:, -1]
-        return cache, self._go_on(text, cache, first, num_words)
+                self.model.base_model(prefix[:, start : start + step], past_key_values=cache, use_cache=True)
+        return cache
 
-    def reload(self, arm: str, text: Text, computed: BlockCache, num_words: int) -> Answer:
-        """The answer over the prefix as stored and loaded. Raises RuntimeError where it was not loaded whole."""
+    def reload(self, arm: str, text: Text, computed: BlockCache) -> BlockCache:
+        """The prefix as stored and loaded by `arm`. Raises RuntimeError where it was not loaded whole."""
         connector = self.connectors[arm]
         chain = Chain(Root(connector.model_id), text.prefix)
         view = computed.seen_as(connector.layout)
@@ -103,29 +100,38 @@ class Rig:
             view.finish()
             save.commit()
         before = self._hits()
-        first, cache = connector.prefill(torch.tensor([text.prefix + text.follows[:1]]))
+        _, cache = connector.prefill(torch.tensor([text.prefix + text.follows[:1]]))
         loaded = self._hits() - before
         if loaded != len(chain):
             raise RuntimeError(f"{loaded} of {len(chain)} blocks were loaded ({arm}, {text.name})")
-        return self._go_on(text, cache, first, num_words)
+        return cache
 
     def _hits(self) -> int:
         return int(self.store.stats().get("host.hit_blocks", 0))
 
-    def _go_on(self, text: Text, cache: BlockCache, first: torch.Tensor, num_words: int) -> Answer:
-        """`first`: logits after the first token that follows, whose KV is in the cache like the prefix's."""
-        length = len(text.prefix) + 1
+    def go_on(self, text: Text, caches: Sequence[BlockCache], num_words: int) -> list[Answer]:
+        """The answers over each cache's prefix: all in one batch, so that they differ by their caches alone."""
+        length = len(text.prefix)
+        follows = torch.tensor([text.follows[:-1]] * len(caches))
         with torch.no_grad():
-            rest = torch.tensor([text.follows[1:-1]])
-            logits = self.model(rest, past_key_values=cache, use_cache=True).logits[0]
-            cache.set_length(length)
-            word = int(first[0].argmax())
-            words = [word]
-            while len(words) < num_words:
-                again = self.model(torch.tensor([[word]]), past_key_values=cache, use_cache=True)
-                word = int(again.logits[0, -1].argmax())
-                words.append(word)
-        return Answer(torch.cat((first, logits)).float(), tuple(words))
+            logits = self.model(follows, past_key_values=_stacked(caches, length), use_cache=True).logits
+            again = _stacked(caches, length)
+            tokens, words = follows[:, :1], []
+            for _ in range(num_words):
+                last = self.model(tokens, past_key_values=again, use_cache=True).logits[:, -1]
+                tokens = last.argmax(-1, keepdim=True)
+                words.append(tokens[:, 0].tolist())
+        return [Answer(logits[at].float(), tuple(word[at] for word in words)) for at in range(len(caches))]
+
+
+def _stacked(caches: Sequence[BlockCache], length: int) -> DynamicCache:
+    """The first `length` tokens of several caches as one of as many sequences."""
+    stacked = DynamicCache()
+    for layer in range(len(caches[0].layers)):
+        planes = [cache.planes(layer) for cache in caches]
+        keys, values = (torch.cat([pair[kv][:, :, :length] for pair in planes]) for kv in (0, 1))
+        stacked.update(keys, values, layer)
+    return stacked
 
 
 def compare(text: Text, wanted: Answer, got: Answer) -> dict[str, float | int]:
@@ -157,19 +163,19 @@ def error_of(computed: BlockCache, num_blocks: int, name: str) -> float:
     return drift(blocks, name).relative_rms
 
 
-def measure(rig: Rig, texts: Sequence[Text], num_words: int, block_tokens: int) -> list[dict[str, object]]:
+def measure(
+    rig: Rig, texts: Sequence[Text], num_words: int, block_tokens: int, chunk_tokens: int = _CHUNK_TOKENS
+) -> list[dict[str, object]]:
     """A row a document and arm."""
     rows: list[dict[str, object]] = []
     for text in texts:
-        computed, wanted = rig.compute(text, num_words)
+        computed = rig.compute(text)
+        caches = [computed, rig.compute(text, chunk_tokens)]
+        caches += [rig.reload(arm, text, computed) for arm in STORED]
+        wanted, *answers = rig.go_on(text, caches, num_words)
         num_blocks = len(text.prefix) // block_tokens
         errors = {name: error_of(computed, num_blocks, name) for name in FORMATS}
-        rows.append({"document": text.name, "arm": "reference", **compare(text, wanted, wanted)})
-        for arm in ARMS:
-            if arm == CHUNKED:
-                answer = rig.compute(text, num_words, _CHUNK_TOKENS * block_tokens // 64)[1]
-            else:
-                answer = rig.reload(arm, text, computed, num_words)
+        for arm, answer in zip(("reference", *ARMS), (wanted, *answers), strict=True):
             found = compare(text, wanted, answer)
             rows.append({"document": text.name, "arm": arm, **found, "kv_relative_rms": errors.get(arm, 0.0)})
         print(
@@ -216,7 +222,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench lossy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--documents", type=whole(1, 64), default=12, help="of the language reference (default 12)")
+    parser.add_argument("--documents", type=whole(1, 64), default=6, help="of the language reference (default 6)")
     parser.add_argument("--prefix", type=whole(64, 4096), default=1024, help="tokens stored and loaded (default 1024)")
     parser.add_argument("--tokens", type=whole(8, 1024), default=256, help="scored, and spoken, after it (default 256)")
     parser.add_argument("--json", metavar="FILE", help="write {name, env, rows, summary}")

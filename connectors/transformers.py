@@ -27,12 +27,12 @@ from transformers.generation.streamers import BaseStreamer
 from connectors.base import VOLATILE_CONFIG, Conversations, CostModel, FailOpen, LoadRule
 from connectors.session import Connection, Session
 from connectors.transformers_cache import BlockCache
-from kvstore.api import NO_HINT, HasHostMemory, Hint, Store
+from kvstore.api import NO_HINT, Hint, LendsMemory, Registration, Store
 from kvstore.block import Chain, ModelId, Root
 from kvstore.device import DeviceOverlay
 from kvstore.errors import ConfigError
 from kvstore.layout import layout_of
-from kvstore.pinning import Pinning, pin
+from kvstore.pinning import CudaPins, Pinned, pin
 
 _MAX_IDLE_CACHES = 2
 
@@ -168,11 +168,6 @@ class _OnToken(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
-def _pinned(store: object) -> Pinning | None:
-    """The pinning of a store's memory, where it has any in this process."""
-    return pin(store.host_memory) if isinstance(store, HasHostMemory) else None
-
-
 class TransformersConnector:
     """Prefix reuse for one loaded model.
 
@@ -234,9 +229,10 @@ class TransformersConnector:
         self.cost = CostModel(block_tokens, self.layout.block_bytes, rule=load_rule)
         self.fail_open = FailOpen()
         # In the background: requests do not wait for it, their copies are only slower until it is done.
-        self.pinning: Pinning | None = None
+        self.pinned: Pinned | None = None
+        self._registration: Registration | None = None
         if model.device.type == "cuda":
-            self.pinning = _pinned(store)
+            self._registration = self._register(store)
         self._chunk_tokens = chunk_tokens
         self._connection = Connection(
             store=store,
@@ -248,6 +244,13 @@ class TransformersConnector:
         self._conversations = Conversations(Root(self.model_id, adapter, salt, secret))
         # Kept between requests: memory fresh from the system faults at 1 GB/s, slower than many a prefill.
         self._idle_caches: list[BlockCache] = []
+
+    def _register(self, store: object) -> Registration | None:
+        return store.register_memory(self._pin) if isinstance(store, LendsMemory) else None
+
+    def _pin(self, memory: memoryview) -> Pinned:
+        self.pinned = pin(memory, runtime=CudaPins(self.model.device))
+        return self.pinned
 
     def generate(
         self,

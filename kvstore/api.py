@@ -7,7 +7,7 @@ Nothing here raises for a miss, a rejection or back-pressure; those are values.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self, runtime_checkable
@@ -231,13 +231,28 @@ class Store(Protocol):
         """Flush pending write-through within the configured limit, then stop threads and release memory."""
 
 
-@runtime_checkable
-class HasHostMemory(Protocol):
-    """A store whose slots lie in this process's memory, so that a device's driver can be told of it."""
+class Registration(Protocol):
+    """Memory that a device's driver knows of, so that the device copies from and to it by itself."""
 
-    @property
-    def host_memory(self) -> memoryview:
-        """All slots, writable: to be registered, never written through."""
+    def close(self) -> None:
+        """Have the driver forget it. No copy may be under way. Idempotent."""
+
+
+Register = Callable[[memoryview], Registration]
+"""Tells a device's driver of memory; returns at once, and keeps the view until the registration is closed."""
+
+
+@runtime_checkable
+class LendsMemory(Protocol):
+    """A store whose slots lie in this process's memory, in one place or, after a restart of its server, in another."""
+
+    def register_memory(self, register: Register) -> Registration:
+        """Have `register` called with all of the memory, writable: to be registered, never written through.
+
+        Where memory comes from a server, it is called once that has it ready, and again for what a restarted server
+        has; what it returned is closed before memory is unmapped, when no view of it is left. Closing what this
+        returns ends that, with whatever is registered.
+        """
 
 
 @runtime_checkable

@@ -7,18 +7,23 @@ and private zeros where the parent's memory is, so that it can neither write lat
 Invariants
 1. Nothing is mapped that the service could shrink under a reader: descriptors that are not sealed are refused.
 2. A view stays good until it is dropped, `close` or not; memory goes with the last view of it.
+   What a device's driver was told of it is taken back in between: no copy runs without a view, and nothing is
+   unmapped that is registered.
 3. Generation words can be read and never written, here and in any other client.
 """
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
 import threading
+import weakref
 
 import numpy as np
 import numpy.typing as npt
 
+from kvstore.api import Register, Registration
 from kvstore.errors import MappingClosed, ProtocolError
 from kvstore.memory import PAGE_BYTES, Stretch
 
@@ -58,6 +63,7 @@ class ArenaMapping:
         self._memory = Stretch(capacity_bytes, fd=memory_fd, writable=writable, out_of_forks=True)
         self._address = self._memory.address
         self._words = Stretch(words_bytes, fd=generation_fd, writable=False, out_of_forks=True)
+        self._lent = _Lent(self._memory)
         self._closing = threading.Event()
         self._populated = threading.Event()
         self._lock = threading.Lock()
@@ -95,7 +101,21 @@ class ArenaMapping:
             raise ProtocolError(
                 f"slot of {num_bytes} bytes at offset {offset} is outside the arena, which has {self.num_bytes}"
             )
-        return self._memory.view()[offset : offset + num_bytes]
+        return self._lent.view()[offset : offset + num_bytes]
+
+    def register(self, register: Register) -> bool:
+        """Have a device's driver told of all the memory; `close` takes that back. Once is enough.
+
+        False where nothing is registered: closed already, or mapped for reading only, which drivers refuse.
+
+        `register` gets a writable view, which it keeps until its registration is closed.
+        """
+        with self._lock:
+            return not self.closed and self._lent.register(register)
+
+    def unregister(self) -> None:
+        """Take `register` back, now. No copy may be under way. Idempotent."""
+        self._lent.unregister()
 
     def generations(self, offsets: npt.NDArray[np.integer]) -> npt.NDArray[np.uint32]:
         """Generation words, as they are now, of the slots at byte `offsets`; a copy of the same length.
@@ -131,17 +151,19 @@ class ArenaMapping:
             return True
         self._stop()
         unmapped = self._words.close()
-        return self._memory.close() and unmapped
+        let_go = self._lent.close()
+        return self._memory.close() and let_go and unmapped
 
     def abandon(self) -> None:
         """Close, and let the memory go at once, though views of it are alive: they show zeros from now on.
 
         For the memory of a service that is gone, where somebody keeps a view for too long. A copy under way has zeros
-        in it, and `generations` refuses to vouch for it. Memory registered with a device must be unregistered first.
+        in it, and `generations` refuses to vouch for it. The caller answers for devices: none may be copying.
         """
         if os.getpid() == self._pid:
             self._stop()
             self._words.close()
+            self._lent.unregister()
             self._memory.abandon()
 
     def _stop(self) -> None:
@@ -159,6 +181,61 @@ class ArenaMapping:
             )
         if self._closing.is_set():
             raise MappingClosed("the mapping of the arena was closed: connect to the service again")
+
+
+class _Lent:
+    """The views that users of a mapping have, told apart from the one that a registration keeps. Thread-safe."""
+
+    def __init__(self, memory: Stretch) -> None:
+        self._memory = memory
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._registration: Registration | None = None
+        view = memory.view()
+        whole = (ctypes.c_ubyte * memory.num_bytes).from_address(memory.address)
+        whole.held = view  # type: ignore[attr-defined]  # users' views hold `whole`, and that holds the memory
+        self._whole = weakref.ref(whole)
+        lent = memoryview(whole).cast("B")
+        self._view: memoryview | None = lent.toreadonly() if view.readonly else lent
+        # A thread of its own: unregistering takes seconds, and the last view goes wherever it goes.
+        weakref.finalize(whole, self._gone).atexit = False
+
+    def view(self) -> memoryview:
+        view = self._view
+        if view is None:
+            raise MappingClosed("the mapping of the arena was closed: connect to the service again")
+        return view
+
+    def register(self, register: Register) -> bool:
+        memory = self._memory.view()
+        if memory.readonly:
+            return False
+        with self._lock:
+            if self._registration is None:
+                self._registration = register(memory)
+        return True
+
+    def unregister(self) -> None:
+        with self._lock:
+            registration, self._registration = self._registration, None
+        if registration is not None and os.getpid() == self._pid:
+            registration.close()
+
+    def close(self) -> bool:
+        """Hand out no more. False while users have views, or a registration could not be taken back yet."""
+        self._view = None
+        if self._whole() is not None:
+            return False
+        self.unregister()
+        return True
+
+    def _gone(self) -> None:
+        if self._registration is None or os.getpid() != self._pid:
+            return
+        try:
+            threading.Thread(target=self.unregister, name="kvstore-unpin", daemon=True).start()
+        except RuntimeError:
+            pass  # the process is ending
 
 
 def _expect(fd: int, name: str, num_bytes: int, seals: int) -> None:

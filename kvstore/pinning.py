@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Host memory registered with CUDA, so that a device copies from and to it by itself and at the link's rate.
 
-    pin       registers memory once, however many ask
+    pin       registers memory once, however many ask; for `register_memory` of a store
     Pinning   registers a stretch of memory in chunks, on a thread of its own
     PINNED    what is registered in this process, by address
 
@@ -17,19 +17,25 @@ Invariants
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import threading
-import weakref
 from bisect import bisect_right
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger("kvstore.pinning")
 
 CHUNK_BYTES = 256 << 20
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every context of the process
 _PAGE_BYTES = 4096
+_CAPTURE_MODE_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
 
 class PinRuntime(Protocol):
@@ -41,24 +47,53 @@ class PinRuntime(Protocol):
 
 
 class CudaPins:
-    """CUDA's, through torch."""
+    """CUDA's, through torch.
+
+    Args:
+        device: where copies go. Without one, a thread that never chose a device makes itself a context on the first:
+            half a gigabyte there, in every worker of a machine with several.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._device = device
 
     def register(self, address: int, num_bytes: int) -> str:
-        import torch
-
         # The GIL is not held meanwhile. CUDA keeps a failure as the calling thread's last error, and the next kernel
         # launched there would report it as its own: one more reason for a thread that launches nothing.
-        return _said(torch.cuda.cudart().cudaHostRegister(address, num_bytes, _PORTABLE))  # type: ignore[no-untyped-call]
+        return self._call(lambda runtime: runtime.cudaHostRegister(address, num_bytes, _PORTABLE))
 
     def unregister(self, address: int) -> str:
+        return self._call(lambda runtime: runtime.cudaHostUnregister(address))
+
+    def _call(self, call: Callable[[Any], object]) -> str:
         import torch
 
-        return _said(torch.cuda.cudart().cudaHostUnregister(address))  # type: ignore[no-untyped-call]
+        with torch.cuda.device(self._device):
+            runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            with _beside_captures():
+                code = call(runtime)
+        number = int(code)  # type: ignore[call-overload]
+        return "" if number == 0 else f"CUDA error {number} ({code})"
 
 
-def _said(code: object) -> str:
-    number = int(code)  # type: ignore[call-overload]
-    return "" if number == 0 else f"CUDA error {number} ({code})"
+@contextmanager
+def _beside_captures() -> Iterator[None]:
+    """Let this thread call CUDA while another captures a graph.
+
+    An engine captures its graphs right after it has told us of its pages, while memory is being registered. A capture
+    in CUDA's default mode forbids such calls to all threads, and fails if one comes; a thread may except itself.
+    """
+    try:
+        exchange = ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode
+    except (OSError, AttributeError):
+        yield
+        return
+    mode = ctypes.c_int(_CAPTURE_MODE_RELAXED)
+    exchange(ctypes.byref(mode))
+    try:
+        yield
+    finally:
+        exchange(ctypes.byref(mode))  # it was given the mode from before
 
 
 class PinnedRanges:
@@ -119,7 +154,7 @@ class Pinning:
             kernel's memory lock, and `close` is heard.
 
     Attributes:
-        num_bytes: registered so far.
+        address: where the memory begins; num_bytes: registered so far.
         failure: why it ended early; empty if it did not.
     """
 
@@ -137,7 +172,7 @@ class Pinning:
         self.failure = ""
         self._view: memoryview | None = memory
         self._total_bytes = memory.nbytes
-        self._address = int(np.frombuffer(memory, np.uint8).ctypes.data)
+        self.address = int(np.frombuffer(memory, np.uint8).ctypes.data)
         self._runtime = runtime or CudaPins()
         self._chunk_bytes = chunk_bytes
         self._ranges = ranges
@@ -150,7 +185,7 @@ class Pinning:
         for offset in range(0, self._total_bytes, self._chunk_bytes):
             if self._stop.is_set():
                 return
-            address, size = self._address + offset, min(self._chunk_bytes, self._total_bytes - offset)
+            address, size = self.address + offset, min(self._chunk_bytes, self._total_bytes - offset)
             fault = self._runtime.register(address, size)
             if fault:
                 self.failure = fault
@@ -190,15 +225,52 @@ class Pinning:
             self.close()
 
 
-_pinnings: weakref.WeakValueDictionary[int, Pinning] = weakref.WeakValueDictionary()
-_pinnings_lock = threading.Lock()
+class Pinned:
+    """A share in the pinning of some memory: it ends with the last. Implements `kvstore.api.Registration`."""
+
+    def __init__(self, pinning: Pinning) -> None:
+        self._pinning = pinning
+        self._closed = False
+
+    @property
+    def num_bytes(self) -> int:
+        return self._pinning.num_bytes
+
+    @property
+    def failure(self) -> str:
+        return self._pinning.failure
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until pinning has ended; True where all of the memory is registered."""
+        return self._pinning.wait(timeout_s)
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        with _shares_lock:
+            pinning, number = _shares[self._pinning.address]
+            if number > 1:
+                _shares[pinning.address] = pinning, number - 1
+                return
+            # Not waited for in here: whoever maps memory at this address next finds no trace of it.
+            del _shares[pinning.address]
+        pinning.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_closed"):
+            self.close()
 
 
-def pin(memory: memoryview) -> Pinning:
-    """The pinning of `memory`, begun now unless somebody has it already. It ends when nobody keeps it."""
+_shares: dict[int, tuple[Pinning, int]] = {}
+"""By address: a pinning and how many share it."""
+_shares_lock = threading.RLock()  # a share may be collected on a thread that is in here
+
+
+def pin(memory: memoryview, *, runtime: PinRuntime | None = None) -> Pinned:
+    """A share in the pinning of `memory`, begun now unless somebody has it already."""
     address = int(np.frombuffer(memory, np.uint8).ctypes.data)
-    with _pinnings_lock:
-        found = _pinnings.get(address)
-        if found is None:
-            found = _pinnings[address] = Pinning(memory)
-        return found
+    with _shares_lock:
+        pinning, number = _shares.get(address) or (Pinning(memory, runtime=runtime), 0)
+        _shares[address] = pinning, number + 1
+        return Pinned(pinning)

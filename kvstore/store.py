@@ -23,7 +23,7 @@ from weakref import WeakSet
 import numpy as np
 import numpy.typing as npt
 
-from kvstore.api import HOST_TIER, NO_HINT, Hint, Match
+from kvstore.api import HOST_TIER, NO_HINT, Hint, Match, Register, Registration
 from kvstore.arena import Arena
 from kvstore.block import BlockId, Chain, ModelId, PartKey, RootId
 from kvstore.clock import Clock, MonotonicClock
@@ -173,10 +173,9 @@ class KVStore:
         """The host tier's memory: what a door hands out."""
         return self._host.arena
 
-    @property
-    def host_memory(self) -> memoryview:
-        """All of the arena, for registration with a device. See `kvstore.api.HasHostMemory`."""
-        return self._host.arena.view(0, self._host.arena.capacity_bytes)
+    def register_memory(self, register: Register) -> Registration:
+        """See `kvstore.api.LendsMemory`; one arena for as long as this store lives."""
+        return register(self._host.arena.view(0, self._host.arena.capacity_bytes))
 
     # -- models ------------------------------------------------------------------------------------------------
 

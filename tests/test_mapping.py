@@ -24,6 +24,7 @@ from kvstore.errors import MappingClosed, ProtocolError
 from kvstore.mapping import ArenaMapping
 from kvstore.store import KVStore
 from tests.conftest import chain_of, content, load_all, save_all
+from tests.waiting import eventually
 
 SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
@@ -371,3 +372,79 @@ print("ok")
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout.strip()) == (0, "ok"), done.stderr
+
+
+# -- devices ---------------------------------------------------------------------------------------------------
+
+
+class Driver:
+    """What a device's driver knows of memory, on paper."""
+
+    def __init__(self) -> None:
+        self.known: list[Registered] = []
+        self.told: list[str] = []
+
+    def register(self, memory: memoryview) -> Registered:
+        self.told.append(f"registered {memory.nbytes}")
+        return Registered(self, memory)
+
+
+class Registered:
+    def __init__(self, driver: Driver, memory: memoryview) -> None:
+        self.memory: memoryview | None = memory
+        self._driver = driver
+        driver.known.append(self)
+
+    def close(self) -> None:
+        assert self.memory is not None
+        bytes(self.memory[:1])  # a segmentation fault, where it was unmapped before this
+        self.memory = None
+        self._driver.known.remove(self)
+        self._driver.told.append("unregistered")
+
+
+def test_registered_memory_is_unregistered_and_then_unmapped_when_no_view_is_left(arena: Arena) -> None:
+    before = mapped_bytes("kvstore-arena")
+    mapping = ArenaMapping(arena.memory_fd, arena.generation_fd, arena.capacity_bytes, populate=False)
+    driver = Driver()
+    assert mapping.register(driver.register)
+    assert mapping.register(driver.register)
+    assert driver.told == [f"registered {arena.capacity_bytes}"]
+    view = mapping.view(0, 4096)
+    assert not mapping.close()
+    assert len(driver.known) == 1, "a copy may be under way: it has a view"
+    view.release()
+    assert mapping.close()
+    assert driver.told[1:] == ["unregistered"]
+    assert mapped_bytes("kvstore-arena") == before
+    assert not mapping.register(driver.register)
+
+
+def test_memory_of_a_mapping_that_nobody_asks_any_more_is_unregistered_with_its_last_view(arena: Arena) -> None:
+    before = mapped_bytes("kvstore-arena")
+    mapping = ArenaMapping(arena.memory_fd, arena.generation_fd, arena.capacity_bytes, populate=False)
+    driver = Driver()
+    mapping.register(driver.register)
+    view = mapping.view(0, 4096)
+    assert not mapping.close()
+    del mapping
+    assert len(driver.known) == 1
+    del view
+    assert eventually(lambda: not driver.known and mapped_bytes("kvstore-arena") == before)
+
+
+def test_a_mapping_for_reading_only_is_registered_with_no_device(arena: Arena) -> None:
+    mapping = ArenaMapping(arena.memory_fd, arena.generation_fd, arena.capacity_bytes, writable=False, populate=False)
+    driver = Driver()
+    assert not mapping.register(driver.register)
+    assert driver.told == []
+    assert mapping.close()
+
+
+def test_abandoned_memory_is_unregistered_first(arena: Arena) -> None:
+    mapping = ArenaMapping(arena.memory_fd, arena.generation_fd, arena.capacity_bytes, populate=False)
+    driver = Driver()
+    mapping.register(driver.register)
+    mapping.abandon()
+    assert driver.known == []
+    assert mapping.close()

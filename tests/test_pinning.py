@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from kvstore.arena import Arena
-from kvstore.pinning import PINNED, PinnedRanges, Pinning
+from kvstore.pinning import PINNED, PinnedRanges, Pinning, pin
 
 PAGE = 4096
 
@@ -49,13 +49,13 @@ def start_of(view: memoryview) -> int:
     return int(np.frombuffer(view, np.uint8).ctypes.data)
 
 
-def pin(view: memoryview, cuda: FakeCuda, ranges: PinnedRanges, *, pages: int = 2) -> Pinning:
+def begin(view: memoryview, cuda: FakeCuda, ranges: PinnedRanges, *, pages: int = 2) -> Pinning:
     return Pinning(view, runtime=cuda, chunk_bytes=pages * PAGE, ranges=ranges)
 
 
 def test_memory_is_registered_whole_in_chunks_and_let_go_at_the_end() -> None:
     view, cuda, ranges = memory(7), FakeCuda(), PinnedRanges()
-    pinning = pin(view, cuda, ranges)
+    pinning = begin(view, cuda, ranges)
     assert pinning.wait(10)
     assert sorted(cuda.held.values()) == [PAGE, 2 * PAGE, 2 * PAGE, 2 * PAGE]
     assert pinning.num_bytes == 7 * PAGE
@@ -69,7 +69,7 @@ def test_memory_is_registered_whole_in_chunks_and_let_go_at_the_end() -> None:
 def test_whoever_pins_does_not_wait_and_sees_it_grow_chunk_by_chunk() -> None:
     view, cuda, ranges = memory(4), FakeCuda(), PinnedRanges()
     cuda.gate.clear()
-    pinning = pin(view, cuda, ranges)
+    pinning = begin(view, cuda, ranges)
     assert pinning.num_bytes == 0
     assert not pinning.wait(0.01)
     assert not ranges.covers(start_of(view), PAGE)
@@ -81,7 +81,7 @@ def test_whoever_pins_does_not_wait_and_sees_it_grow_chunk_by_chunk() -> None:
 def test_a_refusal_is_said_once_and_keeps_what_was_pinned(caplog: pytest.LogCaptureFixture) -> None:
     view, cuda, ranges = memory(10), FakeCuda(limit_bytes=5 * PAGE), PinnedRanges()
     with caplog.at_level(logging.WARNING, "kvstore.pinning"):
-        pinning = pin(view, cuda, ranges)
+        pinning = begin(view, cuda, ranges)
         assert not pinning.wait(10)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "pinned 16384 of 40960 bytes" in caplog.text
@@ -95,7 +95,7 @@ def test_a_refusal_is_said_once_and_keeps_what_was_pinned(caplog: pytest.LogCapt
 def test_closing_stops_a_pinning_under_way_and_unregisters_what_it_has() -> None:
     view, cuda, ranges = memory(64), FakeCuda(), PinnedRanges()
     cuda.gate.clear()
-    pinning = pin(view, cuda, ranges)
+    pinning = begin(view, cuda, ranges)
     closer = threading.Thread(target=pinning.close)
     closer.start()
     pinning._stop.wait(10)
@@ -108,7 +108,7 @@ def test_closing_stops_a_pinning_under_way_and_unregisters_what_it_has() -> None
 def test_memory_stays_mapped_for_as_long_as_it_is_registered() -> None:
     arena = Arena(16 * PAGE, prefault=False)
     cuda, ranges = FakeCuda(), PinnedRanges()
-    pinning = pin(arena.view(0, 16 * PAGE), cuda, ranges)
+    pinning = begin(arena.view(0, 16 * PAGE), cuda, ranges)
     assert pinning.wait(10)
     memory_of_arena = arena._memory
     arena.close()
@@ -155,3 +155,20 @@ def test_cuda_takes_an_arena_and_copies_across_its_chunks() -> None:
     assert torch.frombuffer(view, dtype=torch.uint8).is_pinned()
     pinning.close()
     arena.close()
+
+
+def test_memory_is_registered_once_for_all_who_ask_and_until_the_last_lets_go() -> None:
+    view, cuda = memory(4), FakeCuda()
+    one, other = pin(view, runtime=cuda), pin(view, runtime=cuda)
+    assert one.wait(10)
+    assert other.wait(10)
+    assert sum(cuda.held.values()) == 4 * PAGE
+    one.close()
+    one.close()
+    assert sum(cuda.held.values()) == 4 * PAGE
+    del other
+    assert cuda.held == {}
+    again = pin(view, runtime=cuda)
+    assert again.wait(10)
+    again.close()
+    assert cuda.held == {}

@@ -24,14 +24,14 @@ from typing import Self
 
 import numpy as np
 
-from kvstore.api import NO_HINT, Hint, Load, Match, Save
+from kvstore.api import NO_HINT, Hint, Load, Match, Register, Registration, Save
 from kvstore.block import Chain, ModelId, RootId
 from kvstore.errors import ConfigError, LeaseError, UnknownLease
 from kvstore.layout import BlockLayout, layout_of
 from kvstore.service.buffers import Buffers
 from kvstore.service.connection import Connection, LinkOptions
 from kvstore.service.link import Link
-from kvstore.service.mapped import AdoptedLoad, MappedPlane, MappedSave, _Joined
+from kvstore.service.mapped import AdoptedLoad, Lending, MappedPlane, MappedSave, _Joined
 from kvstore.service.plane import Cells, DataPlane, Down, NoLoad, NoSave
 from kvstore.service.remote import DEFAULT_BUFFER_BYTES, RemotePlane
 from kvstore.service_options import default_address, socket_path
@@ -60,7 +60,8 @@ class SidecarStore:
     def __init__(self, options: LinkOptions, *, wait_s: float = 5.0) -> None:
         """Connect. Raises ServiceUnavailable where nobody answers within `wait_s`, or what the server refuses."""
         self._stats = Stats()
-        self._link = Link(options, _plane_maker(options, self._stats), self._stats)
+        self._lending = Lending()
+        self._link = Link(options, _plane_maker(options, self._stats, self._lending), self._stats)
         self._lock = threading.Lock()
         self._matches: OrderedDict[str, _Matched] = OrderedDict()
         self._link.start(wait_s)
@@ -75,6 +76,10 @@ class SidecarStore:
     def open(self, model: ModelId) -> BlockLayout:
         """Agree on a model; by itself again after a restart of the server. Raises ConfigError."""
         return self._link.open_model(model)
+
+    def register_memory(self, register: Register) -> Registration:
+        """See `kvstore.api.LendsMemory`. A client without a map of the server's memory never calls `register`."""
+        return self._lending.begin(register)
 
     # -- finding -----------------------------------------------------------------------------------------------
 
@@ -406,11 +411,11 @@ def _pem(path: str, name: str) -> bytes:
         raise ConfigError(f"{name} is {path}: it cannot be read: {error.strerror}") from error
 
 
-def _plane_maker(options: LinkOptions, stats: Stats) -> Callable[[float], DataPlane]:
+def _plane_maker(options: LinkOptions, stats: Stats, lending: Lending) -> Callable[[float], DataPlane]:
     if options.mapped:
         path = socket_path(options.address)
         assert path is not None, "checked by connect"
-        return lambda timeout_s: MappedPlane(path, timeout_s)
+        return lambda timeout_s: MappedPlane(path, timeout_s, lending)
     buffers = Buffers(options.buffer_bytes)
     return lambda _: RemotePlane(buffers, stats)
 

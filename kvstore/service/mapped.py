@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 import numpy.typing as npt
 
+from kvstore.api import Register, Registration
 from kvstore.errors import KVStoreError, LeaseError, LeaseExpired, MappingClosed, ProtocolError
 from kvstore.mapping import ArenaMapping
 from kvstore.service.knock import knock
@@ -41,8 +43,9 @@ _MAX_SLOTS = 65_536
 class MappedPlane:
     """The arena of one start of a server, mapped. Implements `kvstore.service.plane.DataPlane`."""
 
-    def __init__(self, path: str | Path, timeout_s: float) -> None:
+    def __init__(self, path: str | Path, timeout_s: float, lending: Lending) -> None:
         """Pass the door of the service at `path`. Raises what `knock` and `ArenaMapping` raise."""
+        self._lending = lending
         with knock(path, timeout_s) as opened:
             self.ticket = opened.ticket
             self.boot_id = opened.boot_id
@@ -52,6 +55,7 @@ class MappedPlane:
     def prefaulted(self) -> None:
         with contextlib.suppress(MappingClosed):
             self.mapping.populate()
+            self._lending.lend(self.mapping)
 
     def load(self, link: Link, connection: Connection, request: pb.LoadRequest, cells: Cells) -> MappedLoad:
         return MappedLoad(link, connection, request, cells, self.mapping)
@@ -61,7 +65,68 @@ class MappedPlane:
 
     def close(self) -> bool:
         self.lane.close()
+        self._lending.forget(self.mapping)
         return self.mapping.close()
+
+
+class Lending:
+    """Which memory a device's driver is to be told of: one server's after the other's. Thread-safe.
+
+    Memory is registered once its server has touched all of it: registering faults pages in, and they would count as
+    this process's. Its mapping takes that back when it is closed.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._register: Register | None = None
+        self._num_holders = 0
+        self._mapping: ArenaMapping | None = None
+
+    def lend(self, mapping: ArenaMapping) -> None:
+        """This memory is ready, and in place of any before it. Told often."""
+        with self._lock:
+            if self._mapping is not mapping:
+                self._mapping = mapping
+                if self._register is not None:
+                    mapping.register(self._register)
+
+    def forget(self, mapping: ArenaMapping) -> None:
+        with self._lock:
+            if self._mapping is mapping:
+                self._mapping = None
+
+    def begin(self, register: Register) -> Registration:
+        """Have memory registered until what this returns is closed. Of several who ask, the first's `register` does."""
+        with self._lock:
+            self._num_holders += 1
+            if self._register is None:
+                self._register = register
+                if self._mapping is not None:
+                    self._mapping.register(register)
+        return _Holder(self)
+
+    def end(self) -> None:
+        """One holder less."""
+        with self._lock:
+            self._num_holders -= 1
+            if self._num_holders:
+                return
+            self._register = None
+            mapping = self._mapping
+        if mapping is not None:
+            mapping.unregister()
+
+
+class _Holder:
+    """Implements `kvstore.api.Registration`: one who wants memory registered."""
+
+    def __init__(self, lending: Lending) -> None:
+        self._lending: Lending | None = lending
+
+    def close(self) -> None:
+        lending, self._lending = self._lending, None
+        if lending is not None:
+            lending.end()
 
 
 @dataclass(frozen=True, slots=True)

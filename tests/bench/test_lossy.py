@@ -27,7 +27,7 @@ def rig(capacity_bytes: int = 8 << 20) -> Rig:
 
 def test_exact_blocks_change_no_bit_and_lossy_ones_drift_by_their_format() -> None:
     made = rig()
-    rows = measure(made, TEXTS, 12, 16)
+    rows = measure(made, TEXTS, 12, 16, 24)
     summary = summarize(rows, made)
     assert [row["arm"] for row in rows] == 2 * ["reference", *ARMS]
     assert summary["exact_equal"] is True
