@@ -13,6 +13,7 @@ TORCH_CPU := https://download.pytorch.org/whl/cpu
 VLLM_INDEX ?= $(shell $(PYTHON) -c "import urllib.request as r; r.urlopen('$(TORCH_CPU)/torch/', timeout=10)" \
 	2>/dev/null && echo --extra-index-url $(TORCH_CPU))
 VLLM_READY := $(VLLM_VENV)/.ready
+LMCACHE_VENV := .venv-lmcache
 
 # Wheels only: a package that would be built from source fails at once instead of costing minutes.
 # Not compiled: modules are compiled when first imported, and most never are.
@@ -21,7 +22,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv venv-vllm demo proto test check clean
+.PHONY: help venv venv-vllm venv-lmcache demo proto test check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -50,6 +51,18 @@ $(VLLM_READY): constraints-vllm.txt
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
+venv-lmcache: $(LMCACHE_VENV)/.ready ## prepare .venv-lmcache, vLLM with LMCache, for `bench vllm --lmcache`
+
+# A copy by hard links, which costs no space. Of what LMCache names as dependencies, what its server imports on a CPU.
+$(LMCACHE_VENV)/.ready: $(VLLM_READY)
+	rm -rf $(LMCACHE_VENV)
+	cp -al $(VLLM_VENV)/ $(LMCACHE_VENV)
+	$(LMCACHE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-input --no-compile --no-deps \
+		--only-binary :all: lmcache==0.5.6 aiofile==3.12.3 aiofiles==25.1.0 awscrt==0.38.1 caio==0.12.10 \
+		cufile-python==0.2.0 nvtx==0.2.17 opentelemetry-exporter-prometheus==0.66b2 sortedcontainers==2.4.0 \
+		valkey-glide-sync==2.6.0
+	@touch $@
+
 demo: $(READY) ## show the store at work
 	$(BIN)/python -m bench demo
 
@@ -69,5 +82,5 @@ check: $(READY) ## run the fast tests, the linter, the formatter and the type ch
 	$(BIN)/mypy
 
 clean: ## remove .venv and everything else that the targets made
-	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(LMCACHE_VENV) build dist *.egg-info .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -34,7 +34,7 @@ def main() -> None:
         max_num_batched_tokens=2048,
         block_size=128,
         # Pages for two prompts of the longest kind, so that every request gets pages that were used before.
-        kv_cache_memory_bytes=2 * options["max_tokens"] * (32 << 10 if options["dtype"] == "float32" else 16 << 10),
+        kv_cache_memory_bytes=2 * options["max_tokens"] * options["token_bytes"],
         seed=0,
         disable_log_stats=False,
         kv_transfer_config=options["transfer"],

@@ -84,6 +84,7 @@ STORE = (
     "kvstore.events",
     "kvstore.fleet",
     "kvstore.inspection",
+    "kvstore.keyed",
     "kvstore.lease",
     "kvstore.load",
     "kvstore.loan",
@@ -253,6 +254,8 @@ RULES: dict[str, Rule] = {
     # The store and its configuration are loaded where it is kept in the engine's own process.
     "connectors.vllm": Rule(6, (*PUBLIC, "connectors.vllm_*", "kvstore.config", "kvstore.store"), ("torch", "vllm")),
     "connectors.vllm_pages": Rule(6, (*PUBLIC, "kvstore.copying"), ("torch",)),
+    # An engine that offloads by itself: no store, a tier for its own keys.
+    "connectors.vllm_tiering": Rule(6, (*PUBLIC, "kvstore.keyed", "connectors.vllm_identity"), ("vllm",)),
     "connectors.vllm_*": Rule(6, (*PUBLIC, "connectors.base", "connectors.vllm_*"), ("torch", "vllm")),
     "connectors.*": Rule(6, (*PUBLIC, "connectors.base"), ("torch",), library_of_its_own=True),
     # 7: what nothing imports

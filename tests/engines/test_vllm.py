@@ -211,3 +211,22 @@ def test_vllm_and_transformers_load_what_the_other_saved(run: Run, scenario: str
     assert facts["control_differs"]
     assert facts["transformers_control_differs"]
     assert healthy(facts)
+
+
+def test_the_tier_below_vllms_own_offloading_keeps_its_contract(run: Run) -> None:
+    clauses = run("tiering_contract")["clauses"]
+    assert len(clauses) == 8
+    assert {name: fault for name, fault in clauses.items() if fault} == {}
+
+
+def test_chats_that_overflow_vllms_own_offloading_come_back_from_redis(run: Run) -> None:
+    facts = run("tiering")
+    assert all(facts["equal"].values()), facts["equal"]
+    assert facts["hits"]["from Redis"] == 288
+    assert facts["chunk_hits"] >= 9
+    assert facts["read_bytes"] >= 9 * 49152
+    assert facts["acted"]
+    assert facts["hits"]["killed"] < 288
+    assert facts["control_hits"] > 0
+    assert facts["control_differs"]
+    assert facts["jobs"] == 0

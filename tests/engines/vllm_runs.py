@@ -24,7 +24,7 @@ import torch
 from connectors import vllm as connector_module
 from connectors import vllm_scheduler
 from kvstore.errors import ConfigError
-from tests.engines import vllm_shared
+from tests.engines import vllm_shared, vllm_tiering_runs
 from tests.engines.vllm_support import (
     BLOCK,
     NEW,
@@ -475,6 +475,7 @@ SCENARIOS: dict[str, Callable[[Path], Facts]] = {
     "smollm2": smollm2,
     "interface": interface,
     **vllm_shared.SCENARIOS,
+    **vllm_tiering_runs.SCENARIOS,
 }
 
 

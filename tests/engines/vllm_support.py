@@ -152,8 +152,15 @@ class Engine:
     """A vLLM engine in this process over a store that outlives it."""
 
     def __init__(
-        self, directory: Path, store: FaultyStore | None, *, extra: Mapping[str, Any] | None = None, **options: Any
+        self,
+        directory: Path,
+        store: FaultyStore | None,
+        *,
+        extra: Mapping[str, Any] | None = None,
+        transfer: Mapping[str, Any] | None = None,
+        **options: Any,
     ):
+        """`transfer` is vLLM's setting of another connector, instead of ours."""
         from vllm import LLM
 
         self.has_connector = store is not None or bool(extra)
@@ -161,7 +168,7 @@ class Engine:
         if store is not None:
             place = {"embedded": f"test-{id(store)}"}
             connector_module.EMBEDDED.take(place["embedded"], lambda: store)
-        transfer = {
+        ours = {
             "kv_connector": "KVStoreConnector",
             "kv_connector_module_path": "connectors.vllm",
             "kv_role": "kv_both",
@@ -188,7 +195,7 @@ class Engine:
             skip_tokenizer_init=True,
             seed=0,
             disable_log_stats=False,
-            kv_transfer_config=transfer if self.has_connector else None,
+            kv_transfer_config=transfer or (ours if self.has_connector else None),
             **settings,
         )
 
