@@ -255,7 +255,7 @@ RULES: dict[str, Rule] = {
     "connectors.vllm": Rule(6, (*PUBLIC, "connectors.vllm_*", "kvstore.config", "kvstore.store"), ("torch", "vllm")),
     "connectors.vllm_pages": Rule(6, (*PUBLIC, "kvstore.copying"), ("torch",)),
     # An engine that offloads by itself: no store, a tier for its own keys.
-    "connectors.vllm_tiering": Rule(6, (*PUBLIC, "kvstore.keyed", "connectors.vllm_identity"), ("vllm",)),
+    "connectors.vllm_tiering": Rule(6, (*PUBLIC, "kvstore.keyed", "connectors.vllm_identity"), ("torch", "vllm")),
     "connectors.vllm_*": Rule(6, (*PUBLIC, "connectors.base", "connectors.vllm_*"), ("torch", "vllm")),
     "connectors.*": Rule(6, (*PUBLIC, "connectors.base"), ("torch",), library_of_its_own=True),
     # 7: what nothing imports
