@@ -159,7 +159,7 @@ def _without_password(value: object) -> object:
     if not isinstance(value, str) or "://" not in value:
         return value
     value = re.sub(r"://([^:/@]*):[^/]*@", r"://\1:***@", value)
-    return re.sub(r"([?&]password=)[^&]*", r"\1***", value)
+    return re.sub(r"([?&](?:sentinel_)?password=)[^&]*", r"\1***", value)
 
 
 def sources_of(key: str, sources: Mapping[str, str]) -> str:

@@ -208,7 +208,9 @@ RULES: dict[str, Rule] = {
         SERVICE,
     ),
     "kvstore.service.doctor": replace(
-        SERVICE, modules=(*SERVICE.modules, "kvstore.wire.seal"), libraries=(*SERVICE.libraries, "redis")
+        SERVICE,
+        modules=(*SERVICE.modules, "kvstore.wire.seal", "kvstore.tiers.redis_sentinel"),
+        libraries=(*SERVICE.libraries, "redis"),
     ),
     "kvstore.service.door": Rule(5, (*FOUNDATIONS, "kvstore.service.claim")),
     "kvstore.service.handlers": Rule(5, (*FOUNDATIONS, *MESSAGES, "kvstore.service.status"), ("grpc", "google")),

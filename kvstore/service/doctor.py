@@ -236,7 +236,7 @@ def _redis(name: str, url: str, capacity_bytes: int) -> Iterator[Finding]:
         began_s = time.perf_counter()
         primaries = _primaries(url)
         took_s = time.perf_counter() - began_s
-    except (redis.RedisError, redis.exceptions.RedisClusterException, OSError, ValueError) as error:
+    except (redis.RedisError, redis.exceptions.RedisClusterException, OSError, ValueError, ConfigError) as error:
         yield _problem(name, f"does not answer: {error}", f"check tiers.{name}.url, the network, user and password")
         return
     number_of = f", {len(primaries)} primaries" if len(primaries) > 1 else ""
@@ -260,10 +260,18 @@ def _redis(name: str, url: str, capacity_bytes: int) -> Iterator[Finding]:
 
 
 def _primaries(url: str) -> list[dict[str, Any]]:
-    """What a server says about itself, or each primary of a Cluster."""
+    """What a server says about itself, or the primary that Sentinels know, or each primary of a Cluster."""
     import redis
 
+    from kvstore.tiers.redis_sentinel import Sentinels
+
     limits = {"socket_connect_timeout": _REDIS_TIMEOUT_S, "socket_timeout": _REDIS_TIMEOUT_S}
+    sentinels = Sentinels.of(url)
+    if sentinels is not None:
+        host, port = sentinels.primary(_REDIS_TIMEOUT_S)
+        parts = urlsplit(sentinels.server_url)
+        login, at, _ = parts.netloc.rpartition("@")
+        url = parts._replace(netloc=f"{login}{at}{f'[{host}]' if ':' in host else host}:{port}").geturl()
     if _CLUSTER not in url:
         with redis.Redis.from_url(url, **limits) as client:
             return [{**client.info("server"), **client.info("memory")}]

@@ -12,7 +12,7 @@ before heads, by an order that all writers share (`redis_accounting`).
     redis_nodes       which node, talk to all       redis_cluster batches over the nodes of a Cluster
     redis_sweep       repair, and check             redis_upkeep  touches, ageing, sweeps in the background
     redis_presence    which keys are there          redis_marks   who is computing what
-    redis_sealed      values of keys not at hand
+    redis_sealed      values of keys not at hand    redis_sentinel who is the primary
     valkey            a server of our own, for url="embedded"
 """
 
@@ -64,6 +64,7 @@ class RedisTier(Tier):
             url: redis://, rediss:// or unix://, as redis-py reads them (user, password, database, TLS files in
                 the query); `embedded` starts a server that lives as long as this process. For a Cluster
                 redis+cluster:// or rediss+cluster:// with some of its nodes: redis+cluster://host:port,host:port
+                For a primary that Sentinels know: redis+sentinel://host:port,host:port/service (`redis_sentinel`).
             capacity_bytes: limit of what all stores on this server keep together; give all the same. 0 takes
                 80 % of the server's `maxmemory`, and where it has none, no limit (1 GiB for `embedded`).
             num_buckets: how many ways a namespace is cut, and over how many slots of a Cluster it is spread (64 or

@@ -19,10 +19,10 @@ from urllib.parse import urlsplit, urlunsplit
 from redis.crc import key_slot
 
 from kvstore.errors import ConfigError, TierError, TierUnavailable
-from kvstore.tiers.redis_pool import TIER, Breaker, Connections, map_redis_errors
+from kvstore.tiers.redis_pool import TIER, Address, Breaker, Connections, Place, map_redis_errors
+from kvstore.tiers.redis_sentinel import Sentinels
 from kvstore.tiers.redis_wire import ProtocolBroken, Reply, ReplyError, Wire, command
 
-Address = tuple[str, int]
 _CLUSTER = "+cluster"
 _REFRESH_EVERY_S = 0.1
 _ROUNDS = 3
@@ -43,10 +43,10 @@ class Options:
 class Node:
     """One server: connections for loads, as many for all else, one breaker for both."""
 
-    def __init__(self, url: str, options: Options, changed: Callable[[bool], None], address: Address | None) -> None:
-        self.address = address
+    def __init__(self, url: str, options: Options, changed: Callable[[bool], None], place: Place) -> None:
+        self.address = place if isinstance(place, tuple) else None
         self.breaker = Breaker(options.breaker_open_s, changed)
-        limits = (options.connections, options.connect_timeout_s, self.breaker, address)
+        limits = (options.connections, options.connect_timeout_s, self.breaker, place)
         self.loads = Connections(url, *limits)
         self.stores = Connections(url, *limits)
         self.breaker.probe = self.stores.probe
@@ -62,13 +62,14 @@ class Nodes:
 
     Args:
         url: as redis-py reads them; `redis+cluster://host:port,host:port` (or `rediss+cluster`) names some nodes of a
-            Cluster, which names the rest.
+            Cluster, which names the rest; `redis+sentinel://…` Sentinels that know the primary (`redis_sentinel`).
         num_stripes: stripes to find nodes for.
         changed: told True when all nodes work, False when one does not.
     """
 
     def __init__(self, url: str, num_stripes: int, options: Options, changed: Callable[[bool], None]) -> None:
-        self.is_cluster, self._url, self._seeds = _parse(url)
+        self._sentinels = Sentinels.of(url)
+        self.is_cluster, self._url, self._seeds = _parse(self._sentinels.server_url if self._sentinels else url)
         self._options = options
         self._changed = changed
         self._lock = threading.Lock()
@@ -85,7 +86,8 @@ class Nodes:
     def _node(self, address: Address | None) -> Node:
         node = self._known.get(address)
         if node is None:
-            node = self._known[address] = Node(self._url, self._options, self._note, address)
+            place = self._sentinels.primary if self._sentinels else address
+            node = self._known[address] = Node(self._url, self._options, self._note, place)
         return node
 
     def _note(self, works: bool) -> None:

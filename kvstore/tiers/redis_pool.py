@@ -25,6 +25,9 @@ from kvstore.tiers.redis_wire import ProtocolBroken, ReplyError, Wire, command, 
 
 log = logging.getLogger("kvstore.tiers.redis")
 
+Address = tuple[str, int]
+Place = Address | Callable[[float], Address] | None
+"""Where to connect instead of to the URL's host: an address, or who says it, given the seconds there are."""
 TIER = "redis"
 _FAIR_WAIT_S = 0.1
 """A working server answers something within this, even behind a few large values of others."""
@@ -66,6 +69,8 @@ class Breaker:
         self._lock = threading.Lock()
         self._failing = False
         self._num_doubts = 0
+        self.num_failures = 0
+        """How often it has opened, or could have."""
         self._retry_at = 0.0
         self._last_error = ""
         self._closed = threading.Event()
@@ -113,6 +118,7 @@ class Breaker:
         """The server cannot be reached, refuses, or said nothing for a fair time."""
         with self._lock:
             self._num_doubts = 0
+            self.num_failures += 1
             self._last_error = str(error)
             self._retry_at = time.monotonic() + self._open_s
             if not self._failing:
@@ -140,10 +146,9 @@ class Connections:
         limit: int,
         connect_timeout_s: float,
         breaker: Breaker,
-        address: tuple[str, int] | None = None,
+        place: Place = None,
     ) -> None:
-        """`address` replaces host and port of the URL, for another node of the same Cluster."""
-        self._address = {"host": address[0], "port": address[1]} if address else {}
+        self._place = place
         try:
             # Only parses: nothing connects here.
             self._template = redis.ConnectionPool.from_url(url, protocol=2)
@@ -155,7 +160,7 @@ class Connections:
         self._connect_timeout_s = connect_timeout_s
         self._breaker = breaker
         self._changed = threading.Condition()
-        self._idle: list[Wire] = []
+        self._idle: list[tuple[int, Wire]] = []
         self._free = limit
         self._closed = False
         self._owner = os.getpid()
@@ -170,6 +175,8 @@ class Connections:
         self._breaker.admit()
         self._take_place(deadline)
         started = time.monotonic()
+        # A failure may mean that this is the primary no more: wires of before are not used again.
+        era = self._breaker.num_failures
         wire: Wire | None = None
         try:
             with map_redis_errors():
@@ -182,13 +189,13 @@ class Connections:
             elif wire is None or not wire.heard:
                 fair = time.monotonic() - started >= _FAIR_WAIT_S
                 (self._breaker.failed if fair else self._breaker.doubted)(exc)
-            self._give_place(wire, in_order=False)
+            self._give_place(wire, None)
             raise
         except BaseException:
-            self._give_place(wire, in_order=False)
+            self._give_place(wire, None)
             raise
         self._breaker.succeeded()
-        self._give_place(wire, in_order=wire.in_step())
+        self._give_place(wire, era if wire.in_step() else None)
 
     def probe(self) -> None:
         """Connect anew and see whether the server takes part. Raises TierError; leaves the breaker alone."""
@@ -196,12 +203,15 @@ class Connections:
         with map_redis_errors():
             wire = self._connect(deadline)
             try:
-                wire.send([command("PING")], deadline)
-                reply = wire.reply(deadline)
+                wire.send([command("PING"), command("HELLO", "2")], deadline)
+                reply, about = wire.reply(deadline), wire.reply(deadline)
             finally:
                 wire.close()
             if isinstance(reply, ReplyError):  # LOADING, MASTERDOWN
                 raise reply
+            # In a Cluster the topology says who is what.
+            if not isinstance(self._place, tuple) and isinstance(about, list) and b"replica" in about:
+                raise ReplyError("READONLY it is a replica, and takes no writes")
 
     def _take_place(self, deadline: float) -> None:
         with self._changed:
@@ -214,11 +224,12 @@ class Connections:
                 raise TierTimeout(TIER, "no connection became free before the deadline")
             self._free -= 1
 
-    def _give_place(self, wire: Wire | None, *, in_order: bool) -> None:
+    def _give_place(self, wire: Wire | None, era: int | None) -> None:
+        """Take a wire back, to be lent again where it has an era."""
         with self._changed:
             self._free += 1
-            if wire is not None and in_order and not self._closed:
-                self._idle.append(wire)
+            if wire is not None and era is not None and not self._closed:
+                self._idle.append((era, wire))
                 wire = None
             self._changed.notify()
         if wire is not None:
@@ -230,8 +241,8 @@ class Connections:
             with self._changed:
                 if not self._idle:
                     return None
-                wire = self._idle.pop()
-            if wire.alive():
+                era, wire = self._idle.pop()
+            if era == self._breaker.num_failures and wire.alive():
                 return wire
             wire.close()
 
@@ -240,7 +251,10 @@ class Connections:
         if limit_s <= 0:
             raise TimeoutError("the deadline passed before connecting")
         settings = dict(self._template.connection_kwargs)
-        settings |= self._address
+        if self._place is not None:
+            began = time.monotonic()
+            settings["host"], settings["port"] = self._place if isinstance(self._place, tuple) else self._place(limit_s)
+            limit_s = max(0.01, limit_s - (time.monotonic() - began))
         settings |= {
             "socket_connect_timeout": limit_s,
             "socket_timeout": limit_s,
@@ -257,5 +271,5 @@ class Connections:
             self._closed = True
             idle, self._idle = self._idle, []
             self._changed.notify_all()
-        for wire in idle:
+        for _, wire in idle:
             wire.close()
