@@ -7,6 +7,7 @@ slower on two cores: each step lets the socket run dry, and a thread fetches all
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, NamedTuple
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 _AHEAD_BYTES = 4 << 20
 """Values asked for beyond the one being received: enough to hide a round trip, little for the server to hold."""
 _MAX_AHEAD = 64
+_RUN_BYTES = _AHEAD_BYTES // 2
+"""Small values are received so many bytes at a time, and looked at then; as much again was asked for meanwhile."""
 _RAW_ID = CODECS.load("raw").wire_id
 
 
@@ -80,13 +83,27 @@ class _ReadAhead:
     def keep_up(self, position: int, deadline: float) -> None:
         """Called before value `position` is read."""
         first = self._asked
-        if self._asked - position < 2 or self._ahead_bytes < _AHEAD_BYTES // 2:
+        if self._asked - position < 2 or self._ahead_bytes <= _AHEAD_BYTES - _RUN_BYTES:
             while self._wants_more(position):
                 self._ahead_bytes += len(self._into[self._keys[self._asked]])
                 self._asked += 1
         if self._asked > first:
             self._wire.send([self._names.pipeline("GET", self._keys[first : self._asked])], deadline)
         self._ahead_bytes -= len(self._into[self._keys[position]])
+
+    def run(self, position: int, num_bytes: int) -> list[tuple[PartKey, memoryview]]:
+        """Parts from `position` on that were asked for and have this size, up to `_RUN_BYTES`."""
+        found: list[tuple[PartKey, memoryview]] = []
+        for key in self._keys[position : min(self._asked, position + _RUN_BYTES // num_bytes)]:
+            buffer = self._into[key].cast("B")
+            if len(buffer) != num_bytes:
+                break
+            found.append((key, buffer))
+        return found
+
+    def is_more_than(self, position: int) -> bool:
+        """Whether values behind `position` were asked for."""
+        return self._asked > position
 
     def _wants_more(self, position: int) -> bool:
         num_ahead = self._asked - position
@@ -120,10 +137,18 @@ class Reader:
         `moved` is told of keys that lie on another node of a Cluster; they are not there for this read.
         """
         ahead = _ReadAhead(self._names, wire, into)
+        expected: deque[bool] = deque()  # of values received before their turn: whether they are the parts asked for
         for position, (key, buffer) in enumerate(into.items()):
             ahead.keep_up(position, deadline)
+            if not expected:
+                failure = self._receive_run(wire, ahead, position, deadline, expected, damaged, counts)
+                if failure is not None and not expected:
+                    raise failure
             try:
-                arrived = self._receive(wire, key, buffer.cast("B"), deadline, damaged, counts)
+                if expected:
+                    arrived = expected.popleft()
+                else:
+                    arrived = self._receive(wire, key, buffer.cast("B"), deadline, damaged, counts)
             except ReplyError as exc:
                 to = redirection(exc)
                 if moved is None or to is None:
@@ -134,6 +159,52 @@ class Reader:
                 counts.read_blocks += 1
                 counts.read_bytes += len(buffer)
                 yield key
+            if failure is not None and not expected:
+                raise failure
+
+    def _receive_run(
+        self,
+        wire: Wire,
+        ahead: _ReadAhead,
+        position: int,
+        deadline: float,
+        expected: deque[bool],
+        damaged: list[PartKey],
+        counts: Counts,
+    ) -> Exception | None:
+        """Read values that look like the one before in one go, and say of each whether it is the part asked for.
+
+        None come where they are large, or do not look like it. Returns what to raise after those that came.
+        """
+        shape = self._shape
+        payload_bytes = shape.length - shape.head_bytes
+        run = ahead.run(position, payload_bytes) if payload_bytes > 0 else []
+        if len(run) < 2 or self._sealer is not None:  # what is sealed is opened piece by piece, as it comes
+            return None
+        buffers = [buffer for _, buffer in run]
+        more = ahead.is_more_than(position + len(run))
+        heads, failure = wire.values_like(shape.line, shape.head_bytes, buffers, deadline, more=more)
+        for (key, buffer), head in zip(run, heads, strict=False):
+            try:
+                self._verify(head, key, buffer)
+                expected.append(True)
+            except FrameError as exc:
+                self._note(exc, key, damaged, counts)
+                expected.append(False)
+        return failure
+
+    def _verify(self, head: bytes, key: PartKey, buffer: memoryview) -> None:
+        """Raises FrameError unless a value, of which `buffer` holds all but `head`, is the part; then it holds that."""
+        payload = buffer
+        if (length := frame.measure(head)) != len(head):  # the header is longer or shorter than those before
+            value = head + bytes(buffer)
+            head, payload = value[:length], memoryview(value)[length:]
+        told = frame.payload_of(head, key)
+        codec = self._fitting_codec(told, len(payload), len(buffer))
+        if frame.checksum(payload) != told.xxh3:
+            raise FrameError("the payload's checksum does not fit")
+        if codec is not None:
+            _decode(codec, payload, told.item_bytes, buffer)
 
     def _receive(
         self,
@@ -158,17 +229,22 @@ class Reader:
             counts.corrupt_blocks += 1
             damaged.append(key)
             return False
-        except LockedFrame:
-            counts.locked_blocks += 1
-            self._locked.add(key)
-        except ForeignFrame:
-            counts.foreign_blocks += 1
-            damaged.append(key)
-        except FrameError:
-            counts.corrupt_blocks += 1
-            damaged.append(key)
+        except FrameError as exc:
+            self._note(exc, key, damaged, counts)
         wire.finish_bulk(deadline, self._shape.peek_bytes)
         return arrived
+
+    def _note(self, error: FrameError, key: PartKey, damaged: list[PartKey], counts: Counts) -> None:
+        """A value is not the part asked for: to be counted, and removed unless others may be able to read it."""
+        if isinstance(error, LockedFrame):
+            counts.locked_blocks += 1
+            self._locked.add(key)
+            return
+        if isinstance(error, ForeignFrame):
+            counts.foreign_blocks += 1
+        else:
+            counts.corrupt_blocks += 1
+        damaged.append(key)
 
     def _receive_value(self, wire: Wire, key: PartKey, into: memoryview, deadline: float) -> None:
         """Read a value as far as it is what it should be."""

@@ -19,6 +19,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from kvstore.native import Received, receive, receives
+
 Buffer = bytes | bytearray | memoryview
 Reply = int | bytes | list["Reply"] | None
 
@@ -46,6 +48,11 @@ class Stream(Protocol):
         """Send some of `buffers`; while the other side is not ready, `meanwhile` may be called, see `Wire.send`."""
 
     def recv(self, view: memoryview, deadline: float, *, fill: bool) -> int: ...
+
+    def recv_values(
+        self, line: bytes, head_bytes: int, buffers: Sequence[memoryview], begun: bytes, deadline: float, *, more: bool
+    ) -> Received | None:
+        """As `native.receive`; None where this stream cannot."""
 
     def silent(self) -> bool:
         """Open, and nothing waits to be read."""
@@ -106,6 +113,16 @@ class PlainStream:
         except BlockingIOError as exc:
             raise TimeoutError("the deadline passed while receiving") from exc
 
+    def recv_values(
+        self, line: bytes, head_bytes: int, buffers: Sequence[memoryview], begun: bytes, deadline: float, *, more: bool
+    ) -> Received | None:
+        if not receives:
+            return None
+        armed_s = self._armed_s[socket.SO_RCVTIMEO]
+        got = receive(self._sock.fileno(), line, head_bytes, buffers, begun, deadline, armed_s, more=more)
+        self._armed_s[socket.SO_RCVTIMEO] = got.armed_s
+        return got
+
     def silent(self) -> bool:
         return _silent(self._sock)
 
@@ -130,6 +147,11 @@ class TlsStream:
     def recv(self, view: memoryview, deadline: float, *, fill: bool) -> int:
         self._sock.settimeout(_remaining_s(deadline))
         return self._sock.recv_into(view)
+
+    def recv_values(
+        self, line: bytes, head_bytes: int, buffers: Sequence[memoryview], begun: bytes, deadline: float, *, more: bool
+    ) -> Received | None:
+        return None
 
     def silent(self) -> bool:
         return self._sock.pending() == 0 and _silent(self._sock)
@@ -299,6 +321,30 @@ class Wire:
         self._start = end
         self.left = length - head_bytes
         return bytes(self._view[body:end])
+
+    def values_like(
+        self, line: bytes, head_bytes: int, buffers: Sequence[memoryview], deadline: float, *, more: bool
+    ) -> tuple[list[bytes], Exception | None]:
+        """Read values that begin with this length line and a header, to their ends, up to the first that does not.
+
+        Returns the headers of those that came, whose payloads lie in their buffers, none of them looked at; and what
+        to raise once they were seen to. None come where the stream cannot do this: read them one by one.
+        """
+        begun = self._end - self._start
+        if begun > len(line) + head_bytes or self.left:
+            return [], None
+        pending = bytes(self._view[self._start : self._end])
+        got = self._stream.recv_values(line, head_bytes, buffers, pending, deadline, more=more)
+        if got is None:
+            return [], None
+        self.heard = self.heard or bool(got.heads) or len(got.rest) > begun
+        self._scratch[: len(got.rest)] = got.rest
+        self._start, self._end = 0, len(got.rest)
+        if isinstance(got.failure, EOFError):
+            return got.heads, ProtocolBroken("the server closed the connection")
+        if isinstance(got.failure, ValueError):
+            return got.heads, ProtocolBroken("a value is not followed by its end")
+        return got.heads, got.failure
 
     def put_back(self, num_bytes: int) -> None:
         """Unread the last bytes that `begin_like` gave."""
