@@ -59,10 +59,10 @@ static size_t receive_some(struct receiving *from, uint8_t *into, size_t num_byt
 
 /* Receives up to `count` values that begin with `line` and a header of `head_bytes`, each payload of `payload_bytes`
  * into its buffer, each header into `heads`. `edge` has room for the line, a header and two bytes more; `*edge_bytes`
- * of the first value are in it already, and at the end what was received beyond the values counted. `more`: other
- * values were asked for behind these, so that it does not have to be waited for what is read ahead. */
+ * of the first value are in it already, and at the end what was received beyond the values counted: what lies ready is
+ * taken with an end, and never waited for. */
 int kvstore_receive(int fd, const uint8_t *line, size_t line_bytes, size_t head_bytes, size_t payload_bytes,
-                    size_t count, uint8_t *const *buffers, uint8_t *heads, uint8_t *edge, size_t *edge_bytes, int more,
+                    size_t count, uint8_t *const *buffers, uint8_t *heads, uint8_t *edge, size_t *edge_bytes,
                     double deadline_s, double *armed_s, size_t *num_done)
 {
     struct receiving from = {fd, deadline_s, *armed_s};
@@ -79,9 +79,8 @@ int kvstore_receive(int fd, const uint8_t *line, size_t line_bytes, size_t head_
         have = 0;
         for (size_t at = 0; at < payload_bytes && !why;)
             at += receive_some(&from, buffers[*num_done] + at, payload_bytes - at, MSG_WAITALL, &why);
-        const size_t wanted = 2 + (more || *num_done + 1 < count ? begin_bytes : 0);
         while (have < 2 && !why)
-            have += receive_some(&from, edge + have, wanted - have, 0, &why);
+            have += receive_some(&from, edge + have, 2 + begin_bytes - have, 0, &why);
         if (why)
             break;
         if (edge[0] != '\r' || edge[1] != '\n')

@@ -38,7 +38,7 @@ def _load() -> Any:
         count = ctypes.POINTER(size)
         seconds = ctypes.POINTER(ctypes.c_double)
         library.kvstore_receive.argtypes = [ctypes.c_int, chars, size, size, size, size, ctypes.POINTER(pointer)]
-        library.kvstore_receive.argtypes += [pointer, pointer, count, ctypes.c_int, ctypes.c_double, seconds, count]
+        library.kvstore_receive.argtypes += [pointer, pointer, count, ctypes.c_double, seconds, count]
         library.kvstore_receive.restype = ctypes.c_int
     return library
 
@@ -90,8 +90,6 @@ def receive(
     begun: bytes,
     deadline: float,
     armed_s: float,
-    *,
-    more: bool,
 ) -> Received:
     """Receive values that begin with `line` and a header into buffers of one size, up to the first that does not.
 
@@ -99,7 +97,6 @@ def receive(
         begun: what was received of the first already, no more than its line and header.
         deadline: on `time.monotonic`.
         armed_s: SO_RCVTIMEO as it is set; afterwards as the result says.
-        more: other values were asked for behind these.
     """
     count = len(buffers)
     # Each names the caller's memory and keeps it: nothing is copied.
@@ -110,7 +107,7 @@ def receive(
     edge_bytes, num_done = ctypes.c_size_t(len(begun)), ctypes.c_size_t()
     armed = ctypes.c_double(armed_s)
     why = _library.kvstore_receive(
-        fd, line, len(line), head_bytes, len(buffers[0]), count, addresses, heads, edge, edge_bytes, more, deadline,
+        fd, line, len(line), head_bytes, len(buffers[0]), count, addresses, heads, edge, edge_bytes, deadline,
         armed, num_done,
     )  # fmt: skip
     del owners

@@ -442,3 +442,26 @@ def test_closing_a_store_ends_its_loads(make_store: MakeStore, root: Root) -> No
     assert list(load) == []
     load.close()
     tier.before_read = lambda key: None
+
+
+def test_a_tier_that_refuses_is_not_asked_and_keeps_nobody_waiting(make_store: MakeStore, root: Root) -> None:
+    class Refusing(DictTier):
+        refusing = True
+
+        @property
+        def refuses(self) -> bool:
+            return self.refusing
+
+    tier = Refusing()
+    store = make_store(tiers=[tier])
+    chain = chain_of(root, 3)
+    match = store.match(chain, "while it refuses")
+    assert match.settled
+    assert match.num_blocks == 0
+    assert tier.asked == []
+    assert store.stats()["dict.lookup_failures"] == 1
+    tier.refusing = False
+    store.match(chain, "later", wait_s=5)
+    assert tier.asked == [3]
+    store.forget("while it refuses")
+    store.forget("later")

@@ -93,6 +93,11 @@ class Tier(ABC):
         """Index, `at` or more, up to which other stores say that they compute the chain `blocks` from `at` on."""
         return at
 
+    @property
+    def refuses(self) -> bool:
+        """Whether any call made now would fail at once. Waits for nothing: no lock, no system call."""
+        return False
+
     def bind(self, stats: Stats) -> None:
         """Count into `stats` from now on, under names that begin with the tier's."""
         self.stats = stats

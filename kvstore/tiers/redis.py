@@ -49,6 +49,9 @@ if TYPE_CHECKING:
 
 EMBEDDED = "embedded"
 _EMBEDDED_CAPACITY_BYTES = 1 << 30
+_WAKING_S = 0.02
+_WAKING_SHARE = 0.05
+"""Of a deadline, to act upon it: kernel timers fire up to 5 ms late, and a busy machine runs threads later."""
 _LONG_CALL_S = 60.0
 """For calls that look at everything there is."""
 
@@ -156,8 +159,13 @@ class RedisTier(Tier):
     def open(self, layout: BlockLayout) -> None:
         self._writer.learn(layout)
 
+    @property
+    def refuses(self) -> bool:
+        return self._nodes.refuses
+
     def contains(self, keys: Sequence[PartKey], deadline_s: float) -> list[bool]:
-        deadline = time.monotonic() + deadline_s
+        # A request waits for this: time to wake up, and to say that nothing came, is part of it.
+        deadline = time.monotonic() + deadline_s - min(_WAKING_S, _WAKING_SHARE * deadline_s)
         if not keys:
             return []
         if self._cluster is not None:

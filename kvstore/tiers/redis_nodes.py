@@ -104,6 +104,11 @@ class Nodes:
             self._refresh(deadline)
         return self._of_stripe[stripe]
 
+    @property
+    def refuses(self) -> bool:
+        """Whether every call would be refused now. Of a Cluster each node has its own say: not known."""
+        return not self.is_cluster and self._of_stripe[0].breaker.refuses
+
     def at(self, address: Address) -> Node:
         """The node at an address that another node named."""
         with self._lock:

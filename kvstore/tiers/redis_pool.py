@@ -29,7 +29,7 @@ Address = tuple[str, int]
 Place = Address | Callable[[float], Address] | None
 """Where to connect instead of to the URL's host: an address, or who says it, given the seconds there are."""
 TIER = "redis"
-_FAIR_WAIT_S = 0.1
+_FAIR_WAIT_S = 0.09
 """A working server answers something within this, even behind a few large values of others."""
 _DOUBTS_ARE_FAILURE = 3
 
@@ -81,11 +81,18 @@ class Breaker:
         """Raises TierUnavailable unless a call may be made now."""
         if not self._failing:
             return
-        with self._lock:
-            now = time.monotonic()
-            if self._probes or now < self._retry_at:
-                raise TierUnavailable(TIER, f"not tried again yet after: {self._last_error}")
-            self._retry_at = now + self._open_s  # this call is the probe; others wait for its outcome
+        if not self.refuses:
+            with self._lock:
+                if not self.refuses:
+                    # This call is the probe; others wait for its outcome.
+                    self._retry_at = time.monotonic() + self._open_s
+                    return
+        raise TierUnavailable(TIER, f"not tried again yet after: {self._last_error}")
+
+    @property
+    def refuses(self) -> bool:
+        """Whether a call made now would be refused. Waits for nobody."""
+        return self._failing and (self._probes or time.monotonic() < self._retry_at)
 
     @property
     def _probes(self) -> bool:
@@ -121,14 +128,15 @@ class Breaker:
             self.num_failures += 1
             self._last_error = str(error)
             self._retry_at = time.monotonic() + self._open_s
-            if not self._failing:
-                self._failing = True
-                self._changed(False)
-                log.warning("redis: off until it answers again: %s", error)
-                if self.probe is not None and self._probes:
-                    thread = threading.Thread(target=self._keep_probing, args=(self.probe,), daemon=True)
-                    thread.name = "kvstore-redis-probe"
-                    thread.start()
+            if self._failing:
+                return
+            self._failing = True
+            self._changed(False)
+        log.warning("redis: off until it answers again: %s", error)
+        if self.probe is not None and self._probes:
+            thread = threading.Thread(target=self._keep_probing, args=(self.probe,), daemon=True)
+            thread.name = "kvstore-redis-probe"
+            thread.start()
 
     def doubted(self, error: TierError) -> None:
         """A short deadline passed in silence: the server may just be busy. A few of these in a row are a failure."""

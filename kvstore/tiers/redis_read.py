@@ -101,10 +101,6 @@ class _ReadAhead:
             found.append((key, buffer))
         return found
 
-    def is_more_than(self, position: int) -> bool:
-        """Whether values behind `position` were asked for."""
-        return self._asked > position
-
     def _wants_more(self, position: int) -> bool:
         num_ahead = self._asked - position
         return self._asked < len(self._keys) and (
@@ -182,8 +178,7 @@ class Reader:
         if len(run) < 2 or self._sealer is not None:  # what is sealed is opened piece by piece, as it comes
             return None
         buffers = [buffer for _, buffer in run]
-        more = ahead.is_more_than(position + len(run))
-        heads, failure = wire.values_like(shape.line, shape.head_bytes, buffers, deadline, more=more)
+        heads, failure = wire.values_like(shape.line, shape.head_bytes, buffers, deadline)
         for (key, buffer), head in zip(run, heads, strict=False):
             try:
                 self._verify(head, key, buffer)

@@ -50,7 +50,7 @@ class Stream(Protocol):
     def recv(self, view: memoryview, deadline: float, *, fill: bool) -> int: ...
 
     def recv_values(
-        self, line: bytes, head_bytes: int, buffers: Sequence[memoryview], begun: bytes, deadline: float, *, more: bool
+        self, line: bytes, head_bytes: int, buffers: Sequence[memoryview], begun: bytes, deadline: float
     ) -> Received | None:
         """As `native.receive`; None where this stream cannot."""
 
@@ -114,12 +114,12 @@ class PlainStream:
             raise TimeoutError("the deadline passed while receiving") from exc
 
     def recv_values(
-        self, line: bytes, head_bytes: int, buffers: Sequence[memoryview], begun: bytes, deadline: float, *, more: bool
+        self, line: bytes, head_bytes: int, buffers: Sequence[memoryview], begun: bytes, deadline: float
     ) -> Received | None:
         if not receives:
             return None
         armed_s = self._armed_s[socket.SO_RCVTIMEO]
-        got = receive(self._sock.fileno(), line, head_bytes, buffers, begun, deadline, armed_s, more=more)
+        got = receive(self._sock.fileno(), line, head_bytes, buffers, begun, deadline, armed_s)
         self._armed_s[socket.SO_RCVTIMEO] = got.armed_s
         return got
 
@@ -149,7 +149,7 @@ class TlsStream:
         return self._sock.recv_into(view)
 
     def recv_values(
-        self, line: bytes, head_bytes: int, buffers: Sequence[memoryview], begun: bytes, deadline: float, *, more: bool
+        self, line: bytes, head_bytes: int, buffers: Sequence[memoryview], begun: bytes, deadline: float
     ) -> Received | None:
         return None
 
@@ -323,7 +323,7 @@ class Wire:
         return bytes(self._view[body:end])
 
     def values_like(
-        self, line: bytes, head_bytes: int, buffers: Sequence[memoryview], deadline: float, *, more: bool
+        self, line: bytes, head_bytes: int, buffers: Sequence[memoryview], deadline: float
     ) -> tuple[list[bytes], Exception | None]:
         """Read values that begin with this length line and a header, to their ends, up to the first that does not.
 
@@ -334,7 +334,7 @@ class Wire:
         if begun > len(line) + head_bytes or self.left:
             return [], None
         pending = bytes(self._view[self._start : self._end])
-        got = self._stream.recv_values(line, head_bytes, buffers, pending, deadline, more=more)
+        got = self._stream.recv_values(line, head_bytes, buffers, pending, deadline)
         if got is None:
             return [], None
         self.heard = self.heard or bool(got.heads) or len(got.rest) > begun

@@ -335,6 +335,7 @@ def test_calls_while_the_breaker_is_open_cost_next_to_nothing(make_tier: MakeTie
     tier = make_tier(f"unix://{tmp_path}/nobody", healthy=False, breaker_open_s=60.0)
     with pytest.raises(TierUnavailable):
         tier.contains(content.keys, DEADLINE_S)
+    assert tier.refuses
     calls: list[Callable[[], object]] = [
         lambda: tier.contains(content.keys, DEADLINE_S),
         lambda: list(tier.read(content.buffers(), DEADLINE_S)),

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Values of one shape are received many at a time: what comes of each is what came of it one by one."""
+
+from __future__ import annotations
+
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+
+from kvstore import native
+from kvstore.block import BlockId, BlockMeta, PartKey, RootId
+from kvstore.codecs import CODECS
+from kvstore.native import Received
+from kvstore.tiers.redis_names import Names
+from kvstore.tiers.redis_read import Counts, Reader
+from kvstore.tiers.redis_wire import PlainStream, ProtocolBroken, Wire
+from kvstore.wire import frame
+from kvstore.wire.frame import Header
+from tests.redis.test_wire import drip, soon
+
+ROOT = RootId(bytes(32))
+NUM_BYTES = 5000
+NUM_PARTS = 40
+FIRST_AND_TWO = 3
+
+
+class OneByOne(PlainStream):
+    """As where the C loops were not built."""
+
+    def recv_values(
+        self, line: bytes, head_bytes: int, buffers: Sequence[memoryview], begun: bytes, deadline: float
+    ) -> Received | None:
+        return None
+
+
+class Many(PlainStream):
+    """Counts values that came with others."""
+
+    num_values = 0
+
+    def recv_values(
+        self, line: bytes, head_bytes: int, buffers: Sequence[memoryview], begun: bytes, deadline: float
+    ) -> Received | None:
+        got = super().recv_values(line, head_bytes, buffers, begun, deadline)
+        self.num_values += len(got.heads) if got else 0
+        return got
+
+
+def value_of(number: int, *, num_extra: int = 0, num_bytes: int = NUM_BYTES) -> tuple[PartKey, bytes, bytes]:
+    """Key, whole value and payload of a part."""
+    draw = random.Random(number)
+    meta = BlockMeta(BlockId(bytes(32)), 0, draw.randbytes(256), b"x" * num_extra)
+    payload = draw.randbytes(num_bytes)
+    key = PartKey(ROOT, meta.block_id(), 0)
+    raw = CODECS.load("raw").wire_id
+    head = frame.pack(Header(key, meta, raw, 2, NUM_BYTES, len(payload), frame.checksum(payload)))
+    return key, head + payload, payload
+
+
+def bulk(value: bytes) -> bytes:
+    return b"$%d\r\n%b\r\n" % (len(value), value)
+
+
+def flipped(value: bytes, at: int) -> bytes:
+    return value[:at] + bytes([value[at] ^ 1]) + value[at + 1 :]
+
+
+HARM: dict[str, Callable[[bytes], bytes]] = {
+    "nil": lambda value: b"$-1\r\n",
+    "another type": lambda value: b"-WRONGTYPE it is a list\r\n",
+    "a flipped bit": lambda value: bulk(flipped(value, len(value) - 7)),
+    "a flipped header": lambda value: bulk(flipped(value, 150)),
+    "no magic": lambda value: bulk(flipped(value, 0)),
+    "another part": lambda value: bulk(value_of(999)[1]),
+    "shorter": lambda value: bulk(value[:-1]),
+    "empty": lambda value: b"$0\r\n\r\n",
+    "longer": lambda value: bulk(value + b"\r\n$-1\r\n"),
+    "a longer header": lambda value: bulk(value_of(998, num_extra=40, num_bytes=NUM_BYTES - 40)[1]),
+    "no frame": lambda value: bulk(b"\r\n$-1\r\n"),
+}
+
+
+def replies_with(harm: Sequence[str | None]) -> tuple[bytes, dict[PartKey, bytes | None]]:
+    """A reply for each entry, and what should arrive of it: None for a value that was harmed."""
+    replies, expected = b"", {}
+    for number, kind in enumerate(harm):
+        key, value, payload = value_of(number)
+        replies += bulk(value) if kind is None else HARM[kind](value)
+        expected[key] = payload if kind is None else None
+    return replies, expected
+
+
+def read_onto(arrived: list[PartKey], wire: Wire, into: dict[PartKey, memoryview], deadline: float) -> None:
+    for key in Reader(Names(16)).read(wire, into, deadline, [], Counts()):
+        arrived.append(key)  # not list(): an error leaves those before it
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
+    ours, theirs = socket.socketpair()
+    yield ours, theirs
+    ours.close()
+    theirs.close()
+
+
+@pytest.mark.parametrize("seed", [None, 0, 1])
+@pytest.mark.parametrize("kind", HARM)
+@pytest.mark.parametrize("stream_type", [Many, OneByOne])
+def test_a_harmed_value_among_others_is_a_miss_and_the_others_arrive(
+    ends: tuple[socket.socket, socket.socket], stream_type: type[PlainStream], kind: str, seed: int | None
+) -> None:
+    ours, theirs = ends
+    draw = random.Random(kind)
+    harm = [None, *(kind if draw.random() < 0.2 else None for _ in range(NUM_PARTS - 2)), kind]
+    replies, expected = replies_with(harm)
+    stream = stream_type(ours)
+    wire, damaged, counts = Wire(stream), [], Counts()
+    into = {key: memoryview(bytearray(NUM_BYTES)) for key in expected}
+    thread = threading.Thread(target=theirs.sendall, args=(replies,))
+    if seed is None:
+        thread.start()
+    else:
+        thread = drip(theirs, replies, random.Random(seed))
+    arrived = list(Reader(Names(16)).read(wire, into, soon(20), damaged, counts))
+    thread.join()
+    assert arrived == [key for key, payload in expected.items() if payload is not None]
+    assert all(into[key] == expected[key] for key in arrived)
+    assert len(damaged) == (0 if kind == "nil" else len(harm) - len(arrived))
+    assert counts.read_blocks + counts.missing_blocks + counts.corrupt_blocks + counts.foreign_blocks == NUM_PARTS
+    assert wire.in_step()
+    if isinstance(stream, Many) and native.receives:
+        assert stream.num_values > NUM_PARTS // 4
+
+
+@pytest.mark.parametrize("cut", [3, 150, 400, 2000])
+def test_a_stream_that_ends_among_many_values_gives_those_before_and_an_error(
+    ends: tuple[socket.socket, socket.socket], cut: int
+) -> None:
+    ours, theirs = ends
+    replies, expected = replies_with([None] * NUM_PARTS)
+    per_value = len(replies) // NUM_PARTS
+    into = {key: memoryview(bytearray(NUM_BYTES)) for key in expected}
+
+    def send() -> None:
+        theirs.sendall(replies[: 17 * per_value + cut])
+        theirs.shutdown(socket.SHUT_WR)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    arrived: list[PartKey] = []
+    with pytest.raises(ProtocolBroken):
+        read_onto(arrived, Wire(PlainStream(ours)), into, soon())
+    thread.join()
+    assert arrived == list(expected)[:17]
+    assert all(into[key] == expected[key] for key in arrived)
+
+
+def test_a_peer_that_falls_silent_among_many_values_costs_the_deadline_and_no_more(
+    ends: tuple[socket.socket, socket.socket],
+) -> None:
+    ours, theirs = ends
+    replies, expected = replies_with([None] * NUM_PARTS)
+    into = {key: memoryview(bytearray(NUM_BYTES)) for key in expected}
+    wire = Wire(PlainStream(ours))
+    thread = threading.Thread(target=theirs.sendall, args=(replies[:60_000],))
+    thread.start()
+    began = time.monotonic()
+    arrived: list[PartKey] = []
+    with pytest.raises(TimeoutError):
+        read_onto(arrived, wire, into, began + 0.3)
+    assert 0.29 < time.monotonic() - began < 0.5
+    assert arrived == list(expected)[: 60_000 // (len(replies) // NUM_PARTS)]
+    assert wire.heard
+    thread.join()
+
+
+def test_who_waits_for_many_values_goes_on_when_the_wire_is_aborted(
+    ends: tuple[socket.socket, socket.socket],
+) -> None:
+    ours, theirs = ends
+    replies, expected = replies_with([None] * NUM_PARTS)
+    into = {key: memoryview(bytearray(NUM_BYTES)) for key in expected}
+    wire = Wire(PlainStream(ours))
+    theirs.sendall(replies[:20_000])
+    timer = threading.Timer(0.1, wire.abort)
+    timer.start()
+    began = time.monotonic()
+    with pytest.raises(ProtocolBroken):
+        list(Reader(Names(16)).read(wire, into, soon(10), [], Counts()))
+    assert time.monotonic() - began < 5
+    timer.join()
+
+
+def test_an_end_that_is_none_breaks_the_stream(ends: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = ends
+    replies, expected = replies_with([None] * 6)
+    per_value = len(replies) // 6
+    theirs.sendall(replies[: 4 * per_value - 2] + b"xx" + replies[4 * per_value :])
+    into = {key: memoryview(bytearray(NUM_BYTES)) for key in expected}
+    arrived: list[PartKey] = []
+    with pytest.raises(ProtocolBroken):
+        read_onto(arrived, Wire(PlainStream(ours)), into, soon())
+    assert arrived == list(expected)[:FIRST_AND_TWO]
