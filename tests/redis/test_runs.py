@@ -17,6 +17,7 @@ from kvstore.codecs import CODECS
 from kvstore.native import Received
 from kvstore.tiers.redis_names import Names
 from kvstore.tiers.redis_read import Counts, Reader
+from kvstore.tiers.redis_sealed import Locked
 from kvstore.tiers.redis_wire import PlainStream, ProtocolBroken, Wire
 from kvstore.wire import frame
 from kvstore.wire.frame import Header
@@ -95,7 +96,7 @@ def replies_with(harm: Sequence[str | None]) -> tuple[bytes, dict[PartKey, bytes
 
 
 def read_onto(arrived: list[PartKey], wire: Wire, into: dict[PartKey, memoryview], deadline: float) -> None:
-    for key in Reader(Names(16)).read(wire, into, deadline, [], Counts()):
+    for key in Reader(Names(16), Locked(), None).read(wire, into, deadline, [], Counts()):
         arrived.append(key)  # not list(): an error leaves those before it
 
 
@@ -125,7 +126,7 @@ def test_a_harmed_value_among_others_is_a_miss_and_the_others_arrive(
         thread.start()
     else:
         thread = drip(theirs, replies, random.Random(seed))
-    arrived = list(Reader(Names(16)).read(wire, into, soon(20), damaged, counts))
+    arrived = list(Reader(Names(16), Locked(), None).read(wire, into, soon(20), damaged, counts))
     thread.join()
     assert arrived == [key for key, payload in expected.items() if payload is not None]
     assert all(into[key] == expected[key] for key in arrived)
@@ -190,7 +191,7 @@ def test_who_waits_for_many_values_goes_on_when_the_wire_is_aborted(
     timer.start()
     began = time.monotonic()
     with pytest.raises(ProtocolBroken):
-        list(Reader(Names(16)).read(wire, into, soon(10), [], Counts()))
+        list(Reader(Names(16), Locked(), None).read(wire, into, soon(10), [], Counts()))
     assert time.monotonic() - began < 5
     timer.join()
 

@@ -16,6 +16,7 @@ from kvstore.block import BlockId, BlockMeta, PartKey, RootId
 from kvstore.codecs import CODECS
 from kvstore.tiers.redis_names import Names
 from kvstore.tiers.redis_read import Counts, Reader
+from kvstore.tiers.redis_sealed import Locked
 from kvstore.tiers.redis_wire import ProtocolBroken, ReplyError, Wire, command, integer, real, stream_over
 from kvstore.wire import frame
 from kvstore.wire.frame import Header
@@ -211,7 +212,7 @@ def test_values_of_one_length_with_headers_of_another_are_read_whole(
         thread = drip(theirs, replies, random.Random(seed))
     into = {key: memoryview(bytearray(len(payload))) for key, payload in values.items()}
     damaged: list[PartKey] = []
-    assert list(Reader(Names(16)).read(wire, into, soon(), damaged, Counts())) == list(values)
+    assert list(Reader(Names(16), Locked(), None).read(wire, into, soon(), damaged, Counts())) == list(values)
     assert into == values
     assert damaged == []
     thread.join()
