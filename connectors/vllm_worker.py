@@ -26,7 +26,7 @@ from connectors.vllm_pages import EnginePages
 from connectors.vllm_plan import LoadOrder, LoadReport, Orders, Report, SaveOrder, VllmSettings, failed_pages
 from kvstore.api import Load, LoadedBlock, SaysWhole, Store
 from kvstore.block import Chain, ModelId
-from kvstore.transfer import Moment
+from kvstore.transfer import Moment, SlotViews
 
 log = logging.getLogger("kvstore.connector.vllm")
 
@@ -36,6 +36,9 @@ _IDLE_WAIT_S = 0.002
 
 _COPIERS = min(4, len(os.sched_getaffinity(0)))
 """Threads that copy one load together. Two copied 64 MiB of packed pages in 10 ms where one took 20."""
+
+_FEW = 4
+"""Blocks that are not worth waking a thread for."""
 
 
 @dataclass(eq=False)
@@ -269,9 +272,25 @@ class WorkerSide:
         """(blocks published, blocks refused). Raises what the store raises."""
         chain = self._chains[order.request]
         with self._store.save(chain, order.start, order.stop, parts=self._pages.parts) as save:
-            for index in save.indices:
-                self._pages.gather(order.pages, index, save.views(index))
+            self._gather(order.pages, [(index, save.views(index)) for index in save.indices])
             return save.commit(*save.indices) if save.indices else 0, save.num_refused
+
+    def _gather(self, pages: Sequence[int], blocks: Sequence[tuple[int, SlotViews]]) -> None:
+        """Copy blocks out, several threads at once: the engine waits, and its cores are idle. 16 MiB took 5 ms in one."""
+
+        def some(those: Sequence[tuple[int, SlotViews]]) -> None:
+            for index, views in those:
+                self._pages.gather(pages, index, views)
+
+        copiers = _COPIERS if self._pages.now() is None else 1  # on a device copies go side by side as it is
+        size = max(_FEW, -(-len(blocks) // copiers))
+        helping = [self._helpers.submit(some, blocks[at : at + size]) for at in range(size, len(blocks), size)]
+        try:
+            some(blocks[:size])
+        finally:
+            wait(helping)  # nothing may write to slots that are given up
+        for done in helping:
+            done.result()
 
     def _count(self, name: str, value: float) -> None:
         if value:
