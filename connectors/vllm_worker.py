@@ -276,7 +276,7 @@ class WorkerSide:
             return save.commit(*save.indices) if save.indices else 0, save.num_refused
 
     def _gather(self, pages: Sequence[int], blocks: Sequence[tuple[int, SlotViews]]) -> None:
-        """Copy blocks out, several threads at once: the engine waits, and its cores are idle. 16 MiB took 5 ms in one."""
+        """Copy blocks out, on several threads: the engine waits, its cores are idle. On one, 16 MiB took 5 ms."""
 
         def some(those: Sequence[tuple[int, SlotViews]]) -> None:
             for index, views in those:
