@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Many copies of one size between addresses, done by a device's copy engines rather than by its processors.
 
-BatchCopies   one call for thousands of rows: cudaMemcpyBatchAsync, where cuda-python is installed
+BatchCopies   one call for any number of rows: cuMemcpyBatchAsync, in drivers for CUDA 12.8 and later
 RowCopies     one cudaMemcpyAsync a row, through torch
 HostCopies    the CPU's, which says what the others must do
 """
@@ -9,7 +9,7 @@ HostCopies    the CPU's, which says what the others must do
 from __future__ import annotations
 
 import ctypes
-import importlib.util
+from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -18,8 +18,9 @@ import torch
 
 Addresses = npt.NDArray[np.int64]
 
-_MOST_ROWS = 4096
-"""In one batch: the call takes lists, which are made while the batch before is being copied."""
+# From cuda.h.
+_ORDER_STREAM = 1
+_CAN_USE_HOST_POINTER = 91
 
 
 class CopyEngine(Protocol):
@@ -37,26 +38,62 @@ class HostCopies:
             ctypes.memmove(to, source, row_bytes)
 
 
+class _Location(ctypes.Structure):
+    _fields_ = (("type", ctypes.c_uint), ("id", ctypes.c_int))
+
+
+class _Attributes(ctypes.Structure):
+    """CUmemcpyAttributes."""
+
+    _fields_ = (
+        ("src_access_order", ctypes.c_uint),
+        ("src_hint", _Location),
+        ("dst_hint", _Location),
+        ("flags", ctypes.c_uint),
+    )
+
+
 class BatchCopies:
-    """See the module. Raises ImportError where cuda-python lacks the call."""
+    """See the module. Raises OSError without a driver, AttributeError where it lacks the call.
 
-    def __init__(self) -> None:
-        from cuda.bindings import runtime
+    The driver's own call, which takes arrays: cuda-python's takes lists, and making those of 65,536 rows of 32 KiB
+    takes as long as a good part of the 40 ms in which the link moves them. The name without a suffix is the call's
+    first version, which says which copy failed; CUDA 13's headers mean `_v2` by it, the library keeps both.
+    """
 
-        self._call = runtime.cudaMemcpyBatchAsync
-        attributes = runtime.cudaMemcpyAttributes()
-        attributes.srcAccessOrder = runtime.cudaMemcpySrcAccessOrder.cudaMemcpySrcAccessOrderStream
-        self._attributes = attributes
+    def __init__(self, driver: Any = None, stream: Callable[[], int] | None = None) -> None:
+        self._call = (driver or ctypes.CDLL("libcuda.so.1")).cuMemcpyBatchAsync
+        address, size = ctypes.c_void_p, ctypes.c_size_t
+        self._call.argtypes = (address, address, address, size, address, address, size, address, address)
+        self._call.restype = ctypes.c_uint
+        self._stream = stream or _stream
+        self._attributes = _Attributes(src_access_order=_ORDER_STREAM)
 
     def copy(self, into: Addresses, sources: Addresses, row_bytes: int, *, to_host: bool) -> None:
-        stream = torch.cuda.current_stream().cuda_stream
-        for first in range(0, len(into), _MOST_ROWS):
-            part = slice(first, first + _MOST_ROWS)
-            to, source = into[part].tolist(), sources[part].tolist()
-            # CUDA 12 also returns which copy failed; the error comes first in both.
-            error = self._call(to, source, [row_bytes] * len(to), len(to), [self._attributes], [0], 1, stream)[0]
-            if int(error):
-                raise RuntimeError(f"cudaMemcpyBatchAsync of {len(to)} rows of {row_bytes} bytes failed: {error}")
+        into, sources = np.ascontiguousarray(into, np.int64), np.ascontiguousarray(sources, np.int64)
+        sizes = np.full(len(into), row_bytes, np.uint64)
+        first, failed = ctypes.c_size_t(0), ctypes.c_size_t(0)
+        error = self._call(
+            into.ctypes.data,
+            sources.ctypes.data,
+            sizes.ctypes.data,
+            len(into),
+            ctypes.addressof(self._attributes),
+            ctypes.addressof(first),
+            1,
+            ctypes.addressof(failed),
+            self._stream(),
+        )
+        if error:
+            raise RuntimeError(
+                f"cuMemcpyBatchAsync of {len(into)} rows of {row_bytes} bytes failed: CUDA error {error}, row "
+                f"{failed.value}"
+            )
+
+
+def _stream() -> int:
+    """The current one; never the legacy default stream, which the call refuses."""
+    return int(torch.cuda.current_stream().cuda_stream)
 
 
 class RowCopies:
@@ -91,10 +128,25 @@ def engine_of(device: torch.device) -> CopyEngine:
     """The quickest there is for `device`."""
     if device.type != "cuda":
         return HostCopies()
-    # Not find_spec("cuda.bindings"): it imports the parent, which may be missing.
-    if importlib.util.find_spec("cuda") is not None:
-        try:
-            return BatchCopies()
-        except (ImportError, AttributeError):
-            pass
-    return RowCopies()
+    try:
+        return BatchCopies()
+    except (OSError, AttributeError):
+        return RowCopies()
+
+
+def reads_host_memory(device: torch.device) -> bool:
+    """Whether kernels on `device` may use the host's own addresses of registered memory.
+
+    By cudaHostGetDevicePointer's documentation that is so where CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM is set.
+    """
+    if device.type != "cuda":
+        return True
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    number, found = ctypes.c_int(), ctypes.c_int()
+    if driver.cuDeviceGet(ctypes.byref(number), device.index or 0):
+        return False
+    failed = driver.cuDeviceGetAttribute(ctypes.byref(found), _CAN_USE_HOST_POINTER, number)
+    return not failed and bool(found.value)

@@ -26,6 +26,7 @@ if HAS_TRITON:
 _BLOCK_BYTES = 16 << 10
 _NUM_WARPS = 8
 _MAX_WORD_BYTES = 8
+_NUMBERS = ("items", "num_planes", "chunks", "plane_bytes", "piece_bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +154,9 @@ def _launcher(device_type: str) -> Any:
         from triton.runtime.interpreter import InterpretedFunction
 
         return InterpretedFunction(_copy)
-    return triton.JITFunction(_copy)
+    # A number that divides by sixteen, or is one, would otherwise be a kernel of its own: a second of compiling in the
+    # middle of serving, for some count of blocks that had not come up before.
+    return triton.JITFunction(_copy, do_not_specialize=list(_NUMBERS))
 
 
 @functools.cache

@@ -36,7 +36,7 @@ import numpy as np
 import torch
 
 from kvstore import copy_kernel
-from kvstore.copy_engine import CopyEngine, engine_of, host_bytes
+from kvstore.copy_engine import CopyEngine, engine_of, host_bytes, reads_host_memory
 from kvstore.copy_kernel import Tables, copy_pieces
 from kvstore.copy_windows import Ints, Part, PartWork, Window, address_of
 from kvstore.layout import BlockLayout, PartLayout
@@ -68,12 +68,18 @@ class Copying:
     """
 
     def __init__(
-        self, num_bytes: int, streams: Streams, steps: Sequence[tuple[int, Moment]] = (), held: object = None
+        self,
+        num_bytes: int,
+        streams: Streams,
+        steps: Sequence[tuple[int, Moment]] = (),
+        held: object = None,
+        read: Moment | None = None,
     ) -> None:
         self.num_bytes = num_bytes
         self._streams = streams
         self._steps = steps  # (first layer, reached when the step is done), in order
         self._held = held  # what the copies read and write stays alive
+        self._read = read  # of a save: when the last page was read, which is before the last byte crossed the link
 
     @property
     def is_done(self) -> bool:
@@ -88,8 +94,13 @@ class Copying:
     def order(self, layer: int | None = None) -> None:
         """Have the engine's work, as submitted by this thread from now on, wait for `layer` (of the model) or for all.
 
-        It does not block the caller; `finish` must still be called before the slots are released.
+        After a load the engine then finds it in its pages; after a save it may write the pages again, though their
+        bytes may still be on the link. It does not block the caller; `finish` must still be called before the slots
+        are released.
         """
+        if self._read is not None:
+            self._streams.wait(self._streams.engine(), self._read)
+            return
         moments = [moment for first, moment in self._steps if layer is None or first <= layer]
         if moments:
             self._streams.wait(self._streams.engine(), moments[-1])
@@ -142,6 +153,7 @@ class DeviceCopier:
         self._format = FORMATS[layout.packed] if layout.packed else None
         self._dtype = planes[0][0][0].dtype
         self._engine = copy_engine or engine_of(self.device)
+        self._reads_host = reads_host_memory(self.device)
         self._stage_bytes = stage_bytes
         self._save = _Direction("save")
         self._load = _Direction("load")
@@ -185,14 +197,15 @@ class DeviceCopier:
                 for stream in (kernels, copies):
                     streams.finish(streams.record(stream))
                 raise
-        return Copying(num_bytes, streams, steps, (self, work))
+            read = streams.record(kernels) if to_slots and way is not Way.BATCH and steps else None
+        return Copying(num_bytes, streams, steps, (self, work), read)
 
     def _possible(self, work: Sequence[tuple[int, PartWork]]) -> Way:
         """The chosen way, or the one that works for these slots and pages too."""
         if self.way not in (Way.DIRECT, Way.BATCH):
             return self.way
         other = best_way(self.device)
-        if self._format is not None:
+        if self._format is not None or (self.way is Way.DIRECT and not self._reads_host):
             return other
         if self.way is Way.BATCH and any(self._parts[at].piece.row_bytes < _MIN_ROW_BYTES for at, _ in work):
             return other
@@ -311,7 +324,7 @@ class DeviceCopier:
         part = window.part
         views = window.work.views[window.first : window.stop]
         starts = np.array([address_of(view) for view in views], np.int64) + window.low * part.slot_layer_bytes
-        slots = torch.from_numpy(starts).to(self.device, non_blocking=True)
+        slots = _on_device(starts, self.device)
         self._by_kernel(window, slots, 0, int(np.gcd.reduce(starts)), _DIRECT_PROGRAMS, to_slots)
 
     def _by_kernel(
@@ -338,7 +351,7 @@ class DeviceCopier:
         within = np.arange(part.piece_tokens)
         pages = np.repeat(window.work.pages[chosen].reshape(-1), part.piece_tokens)
         tokens = (window.work.pieces[chosen].reshape(-1, 1) * part.piece_tokens + within).reshape(-1)
-        where = tuple(torch.from_numpy(at).to(self.device, non_blocking=True) for at in (pages, tokens))
+        where = tuple(_on_device(at, self.device) for at in (pages, tokens))
         for layer in range(window.low, window.high):
             for kv, plane in enumerate(part.planes[layer]):
                 held = shaped[:, layer - window.low, kv]
@@ -395,6 +408,15 @@ def _allocate(stage: _Stage, device: torch.device) -> None:
 
 def _sent(numbers: Ints, device: torch.device, into: list[torch.Tensor]) -> Callable[[], None]:
     def send() -> None:
-        into.append(torch.from_numpy(numbers).to(device, non_blocking=True))
+        into.append(_on_device(numbers, device))
 
     return send
+
+
+def _on_device(numbers: Ints, device: torch.device) -> torch.Tensor:
+    """On the current stream. Through pinned memory of torch's, which it keeps until the copy is done.
+
+    A copy from pageable memory would hold up the caller until all that the stream has before it is done.
+    """
+    host = torch.from_numpy(numbers)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)

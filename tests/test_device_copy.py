@@ -19,7 +19,7 @@ from kvstore.device_copy import Way, best_way
 from kvstore.layout import BlockLayout, layout_of
 from kvstore.lossy import FORMATS
 from kvstore.pinning import PinnedRanges
-from kvstore.transfer import PageCopier, PagedKV
+from kvstore.transfer import Copying, PageCopier, PagedKV
 from tests.devices import DEVICES
 from tests.lazy_streams import LazyStreams
 from tests.test_transfer import (
@@ -341,6 +341,29 @@ def test_a_forward_can_begin_before_the_last_layers_are_there() -> None:
         streams.run_engine(lambda copying=copying, seen=seen: seen.append(copying.is_done))
         streams.drain()
         early += not seen[0]
+    assert early > 0
+
+
+def test_a_forward_may_write_saved_pages_again_while_their_bytes_are_still_on_the_link() -> None:
+    layout = layout_of(model())
+    early = 0
+    for seed in range(20):
+        kv = cross_layer(torch.bfloat16, 16).kv
+        fill(kv, [5], 2.0)
+        streams = LazyStreams(seed)
+        slots = [(0, slots_of(layout, (0,), 0))]
+        copying = make_copier(layout, kv, Way.INDEX, streams).start_gather([5], slots)
+        copying.order()
+        seen: list[bool] = []
+
+        def overwrite(copying: Copying = copying, seen: list[bool] = seen, kv: PagedKV = kv) -> None:
+            seen.append(copying.is_done)
+            fill(kv, [5], 3.0)
+
+        streams.run_engine(overwrite)
+        streams.drain()
+        early += not seen[0]
+        assert set(torch.frombuffer(slots[0][1][0] or b"", dtype=torch.bfloat16).tolist()) == {2.0}
     assert early > 0
 
 

@@ -160,7 +160,7 @@ RULES: dict[str, Rule] = {
     "kvstore.mapping": Rule(2, (*FOUNDATIONS, "kvstore.memory")),
     "kvstore.memory": Rule(2, FOUNDATIONS),
     "kvstore.transfer": Rule(2, (*FOUNDATIONS, "kvstore.copying", *COPIES), ("torch",)),
-    "kvstore.copy_engine": Rule(2, FOUNDATIONS, ("torch", "cuda")),
+    "kvstore.copy_engine": Rule(2, FOUNDATIONS, ("torch",)),
     "kvstore.copy_kernel": Rule(2, FOUNDATIONS, ("torch", "triton")),
     "kvstore.copy_windows": Rule(2, (*FOUNDATIONS, "kvstore.copy_kernel"), ("torch",)),
     "kvstore.device_copy": Rule(2, (*FOUNDATIONS, *COPIES), ("torch",)),
