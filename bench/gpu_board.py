@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -34,6 +35,9 @@ class Sizes:
     suffix_tokens: int
     step_layers: int
     repeats: int
+    users: int
+    context_tokens: int
+    """Of each user's chat before the measured turns, in the phase of chats."""
 
 
 REAL = Sizes(
@@ -52,7 +56,10 @@ REAL = Sizes(
     suffix_tokens=128,
     step_layers=4,
     repeats=5,
+    users=16,
+    context_tokens=4096,
 )
+QUICK = replace(REAL, num_blocks=128, pin_bytes=4 << 30, prefixes=(8192,), repeats=2, users=8, context_tokens=2048)
 TINY = Sizes(
     layers=3,
     heads=2,
@@ -68,6 +75,8 @@ TINY = Sizes(
     suffix_tokens=16,
     step_layers=1,
     repeats=2,
+    users=4,
+    context_tokens=64,
 )
 
 
@@ -82,8 +91,9 @@ class Board:
     device: torch.device
     sizes: Sizes
     env: Stamp
-    json: str | None
+    path: str | None
     limit_s: float
+    only_direct: bool = False
     rows: list[dict[str, object]] = field(default_factory=list)
     summary: dict[str, Scalar] = field(default_factory=dict)
     began_s: float = field(default_factory=time.perf_counter)
@@ -113,8 +123,16 @@ class Board:
         self.rows.append({"phase": phase, **values})
 
     def write(self) -> None:
-        if self.json:
-            write_json(Path(self.json), "gpu", self.env, self.rows, self.summary)
+        if self.path:
+            write_json(Path(self.path), "gpu", self.env, self.rows, self.summary)
+
+    def take(self, written: Path) -> None:
+        """Take over what a phase wrote in a process of its own; nothing where it did not come to write."""
+        if not written.exists():
+            return
+        record = json.loads(written.read_text())
+        self.rows += record["rows"]
+        self.summary |= record["summary"]
 
     def sync(self) -> None:
         if self.on_cuda:

@@ -72,9 +72,29 @@ def copy_rig(board: Board) -> Iterator[CopyRig]:
 
 
 def ways(board: Board) -> list[Way]:
-    """Those that can run here."""
+    """Those that can run here, but DIRECT: should a device fault on the host's addresses, nothing runs there any more.
+
+    So it has a phase of its own, after all others.
+    """
+    if board.only_direct:
+        return [] if copy_kernel.fault(board.device) else [Way.DIRECT]
     kernel = not copy_kernel.fault(board.device)
-    return [way for way in Way if kernel or way not in (Way.STAGED, Way.DIRECT)]
+    return [way for way in Way if way is not Way.DIRECT and (kernel or way is not Way.STAGED)]
+
+
+def direct(board: Board) -> None:
+    """The same checks and rates for DIRECT: `…_direct` beside the figures of the others."""
+    from bench.gpu_beside import decode_beside
+
+    board.only_direct = True
+    if not ways(board):
+        board.row("direct", skipped=copy_kernel.fault(board.device))
+        return
+    check_bytes(board)
+    board.write()
+    link(board)
+    board.write()
+    decode_beside(board)
 
 
 # -- the same bytes ----------------------------------------------------------------------------------------------
@@ -98,8 +118,12 @@ def check_bytes(board: Board) -> None:
                 same = _same_bytes(board, axes, page_tokens, way)
                 wrong += not same
                 board.row("check", axes=axes, page_tokens=page_tokens, way=way.value, equal=same)
-    board.figure("bytes_equal", wrong == 0)
-    board.figure("order_kept", min(_order_kept(board, way) for way in ways(board)))
+            board.write()
+    end = "_direct" if board.only_direct else ""
+    board.figure(f"bytes_equal{end}", wrong == 0)
+    board.figure(f"order_kept{end}", min(_order_kept(board, way) for way in ways(board)))
+    if board.only_direct:
+        return
     for name in FORMATS:
         values = torch.randn(4, 2, 2, 64, 8, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
         on_device = FORMATS[name].encode(values.to(board.device))
@@ -231,6 +255,8 @@ def link(board: Board) -> None:
                 board.figure(f"{direction}_ratio_{name.split()[1]}", share)
             else:
                 board.figure(f"{direction}_ceiling_gb_per_s", rate / 1e9)
+        if board.only_direct:
+            return
         chosen = rig.copier()._on_device().way.value
         board.figure("way", chosen)
         for direction in ("d2h", "h2d", "bidi"):

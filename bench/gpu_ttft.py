@@ -9,10 +9,12 @@ both of the same run.
 
 from __future__ import annotations
 
+import gc
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -91,9 +93,18 @@ class Arm:
         assert self.store is not None
         return self.store.stats().get("redis.hit_blocks" if self.drop_host else "host.hit_blocks", 0.0)
 
-    def serve(self, ids: torch.Tensor) -> torch.Tensor:
-        """Logits of the last token of a prompt."""
-        return self.connector.prefill(ids)[0][0].float()
+    def serve(self, board: Board, ids: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """Logits of the last token of a prompt, and the seconds until they were there."""
+        board.sync()
+        began_s = time.perf_counter()
+        took_s: list[float] = []
+
+        def note(_: torch.Tensor) -> None:
+            board.sync()
+            took_s.append(time.perf_counter() - began_s)
+
+        logits, _ = self.connector.prefill(ids, on_logits=note)
+        return logits[0].float(), took_s[0]
 
     def prepare(self) -> None:
         if self.store is not None:
@@ -153,7 +164,8 @@ def arms_for(board: Board, model: LlamaForCausalLM, longest: int) -> Iterator[li
 
 
 def ttft(board: Board) -> None:
-    """ttft_* figures, one length after the other until the time is over."""
+    """ttft_* figures, one length after the other until the time is over. Raises at the end what a length raised."""
+    failed: Exception | None = None
     with torch.no_grad():
         model = make_model(board)
         bandwidth = _pinned_bandwidth(board)
@@ -162,8 +174,17 @@ def ttft(board: Board) -> None:
                 if board.left_s < _LEAST_S and board.on_cuda:
                     board.row("ttft", prefix=length, skipped="no time left")
                     continue
-                _one_length(board, model, arms, length, bandwidth)
+                try:
+                    _one_length(board, model, arms, length, bandwidth)
+                except (RuntimeError, MemoryError) as error:  # no room for this length: the others are still to come
+                    traceback.print_exc()
+                    failed = failed or error
+                    board.row("ttft", prefix=length, error=f"{type(error).__name__}: {error}"[:300])
+                    gc.collect()
+                    torch.cuda.empty_cache()
                 board.write()
+    if failed is not None:
+        raise failed
 
 
 def _pinned_bandwidth(board: Board) -> float:
@@ -213,15 +234,14 @@ def _one_length(board: Board, model: LlamaForCausalLM, arms: list[Arm], length: 
         whole = torch.cat((prefix, suffix.cpu()), 1)
         for arm in arms:
             arm.prepare()
-            got: list[torch.Tensor] = []
             before = arm.hit_blocks
-            took_s = board.timed(partial(_serve, arm, whole, got))
+            got, took_s = arm.serve(board, whole)
             hit = arm.hit_blocks - before == length // layout.model.block_tokens
             if turn:
                 seconds.setdefault(arm.name, []).append(took_s)
-            error = ((got[0] - wanted[0]).norm() / wanted[0].norm()).item()
+            error = ((got - wanted[0]).norm() / wanted[0].norm()).item()
             drifts.setdefault(arm.name, []).append(error)
-            equal = int(got[0].argmax()) == int(wanted[0].argmax())
+            equal = int(got.argmax()) == int(wanted[0].argmax())
             exact = equal if arm.name == "host_fp8" else error == 0.0
             same[arm.name] = same.get(arm.name, True) and hit and exact
     overlap = _overlapped(board, model, native, arms, prefix, length)
@@ -229,10 +249,6 @@ def _one_length(board: Board, model: LlamaForCausalLM, arms: list[Arm], length: 
     if overlap:
         board.row("overlap", prefix=length, **overlap)
         board.figure(f"overlap_gain_{name}", overlap["apart_s"] / overlap["overlapped_s"])
-
-
-def _serve(arm: Arm, ids: torch.Tensor, into: list[torch.Tensor]) -> None:
-    into.append(arm.serve(ids))
 
 
 def _figures(

@@ -13,6 +13,7 @@ prompt cached, `generate` returns wrong tokens without an error. One sequence at
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import time
 import uuid
@@ -214,6 +215,9 @@ class TransformersConnector:
             raise ConfigError("the model has an adapter loaded: give its content digest as adapter=")
         self.model = model
         self._generate: Callable[..., torch.Tensor] = model.generate  # type: ignore[assignment]
+        # The head over a chunk of 4,096 tokens costs a gigabyte for one row that is used.
+        takes_one = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._last_only: dict[str, int] = {"logits_to_keep": 1} if takes_one else {}
         self.model_id = model_id_of(
             model,
             revision=revision,
@@ -334,9 +338,17 @@ class TransformersConnector:
         )
 
     def prefill(
-        self, input_ids: torch.Tensor, *, hint: Hint = NO_HINT, request: str | None = None, conversation: str = ""
+        self,
+        input_ids: torch.Tensor,
+        *,
+        hint: Hint = NO_HINT,
+        request: str | None = None,
+        conversation: str = "",
+        on_logits: Callable[[torch.Tensor], None] | None = None,
     ) -> tuple[torch.Tensor, BlockCache]:
         """Logits of the last prompt token, `[1, vocabulary]`, and the prompt's cache, which is the caller's.
+
+        `on_logits` gets the logits as soon as they are there; new blocks are saved after that.
 
         For forward passes of one's own: go on with `model(next_ids, past_key_values=cache)`.
         """
@@ -357,9 +369,12 @@ class TransformersConnector:
             computed = self._prefill_chunks(prompt, cache, session)
             began_s = time.perf_counter()
             with torch.no_grad():
-                logits = self.model(prompt[:, computed:], past_key_values=cache, use_cache=True).logits[:, -1]
+                made = self.model(prompt[:, computed:], past_key_values=cache, use_cache=True, **self._last_only)
+                logits = made.logits[:, -1]
             cache.finish()
             self.cost.seen_prefill(num_tokens - computed, computed, time.perf_counter() - began_s)
+            if on_logits is not None:
+                on_logits(logits)
             session.computed(num_tokens)
         finally:
             session.close()

@@ -21,6 +21,7 @@ from kvstore.lossy import FORMATS
 from kvstore.pinning import PinnedRanges
 from kvstore.transfer import Copying, PageCopier, PagedKV
 from tests.devices import DEVICES
+from tests.devices import test_all_of_this_module_ran_on_cuda_too as test_all_of_this_module_ran_on_cuda_too
 from tests.lazy_streams import LazyStreams
 from tests.test_transfer import (
     ENGINES,
@@ -40,7 +41,8 @@ from tests.test_transfer import (
 )
 
 NEEDS_TRITON = pytest.mark.skipif(not copy_kernel.HAS_TRITON, reason="NOT TESTED HERE: triton is not installed")
-WAYS = [pytest.param(way, id=way.value, marks=[NEEDS_TRITON] if way in (Way.STAGED, Way.DIRECT) else []) for way in Way]
+INTERPRETED = (NEEDS_TRITON, pytest.mark.slow)  # on the CPU the kernel is interpreted
+WAYS = [pytest.param(way, id=way.value, marks=INTERPRETED if way in (Way.STAGED, Way.DIRECT) else ()) for way in Way]
 Make = Callable[[torch.dtype, int], Engine]
 
 

@@ -16,6 +16,7 @@ from kvstore.errors import ConfigError
 from kvstore.layout import PACKED, engine_dtype, layout_of
 from kvstore.lossy import FORMATS, drift
 from tests.devices import DEVICES
+from tests.devices import test_all_of_this_module_ran_on_cuda_too as test_all_of_this_module_ran_on_cuda_too
 
 EXACT = ModelId(model="m", revision="r", kv_dtype="bfloat16", num_layers=3, num_kv_heads=2, head_dim=32, block_tokens=4)
 SHAPE = (3, 2, 4, 2, 32)

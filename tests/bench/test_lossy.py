@@ -25,6 +25,7 @@ def rig(capacity_bytes: int = 8 << 20) -> Rig:
     return Rig(random_llama(3, dtype=torch.bfloat16), "seed-3", block_tokens=16, capacity_bytes=capacity_bytes)
 
 
+@pytest.mark.slow
 def test_exact_blocks_change_no_bit_and_lossy_ones_drift_by_their_format() -> None:
     made = rig()
     rows = measure(made, TEXTS, 12, 16, 24)
