@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench import gpu_preflight
+from bench.record import write_json
 
 if TYPE_CHECKING:
     from bench.gpu_board import Board
@@ -101,7 +102,7 @@ _GRACE_S = 10.0
 def main(argv: list[str]) -> int:
     options = _options(argv)
     lacking = gpu_preflight.lacks(on_cuda=options.device != "cpu")
-    able = gpu_preflight.say(lacking)
+    able = not any(lack.stops for lack in lacking) if options.phase else gpu_preflight.say(lacking)
     if options.preflight or not able:
         return 0 if able else 2
     build_native()
@@ -114,6 +115,7 @@ def main(argv: list[str]) -> int:
             "--device cpu runs the script on the CPU at tiny sizes, which gives no figures.",
             file=sys.stderr,
         )
+        _write_absence(options.json)
         return 2
     board = _board(options, on_cuda, options.json)
     board.env["missing"] = "; ".join(lack.what for lack in lacking) or None
@@ -137,8 +139,21 @@ def _options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--phase", type=_spec, metavar="NAME", help="this one, in this process: what --phases starts")
     parser.add_argument("--quick", action="store_true", help="less of everything: a trial run, whose figures are none")
     parser.add_argument("--preflight", action="store_true", help="say what is missing here, and measure nothing")
-    parser.add_argument("--json", metavar="FILE", help="write {name, env, rows, summary}, after every phase")
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        help="write {name, env, rows, summary}, after every phase; nulls where there is no device",
+    )
     return parser.parse_args(argv)
+
+
+def _write_absence(path: str | None) -> None:
+    """A result without figures: each one's name, and null."""
+    if path:
+        env = _environment(False)
+        env["device"] = None
+        reason = "no CUDA device: nothing of this was measured, and nothing of the device path has run on one"
+        write_json(path, "gpu", env, [{"reason": reason}], dict.fromkeys(TARGETS))
 
 
 def _spec(text: str) -> Phase:

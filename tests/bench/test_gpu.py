@@ -26,8 +26,12 @@ FIGURES = (
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device: the command would measure")
-def test_without_a_device_it_says_so_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu.main([]) == 2
+def test_without_a_device_it_says_so_and_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "absent.json"
+    assert gpu.main(["--json", str(path)]) == 2
+    found = json.loads(path.read_text())
+    assert found["summary"] == dict.fromkeys(gpu.TARGETS)
+    assert "nothing of this was measured" in found["rows"][0]["reason"]
     assert "no CUDA device here, so nothing was measured" in capsys.readouterr().err
 
 
