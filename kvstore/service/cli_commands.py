@@ -46,6 +46,7 @@ Config = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file w
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, such as mover.write=through.")
 ]
+HostCapacity = Annotated[str, typer.Option(metavar="SIZE", help="Host memory, such as 32GiB. (host.capacity_bytes)")]
 RedisUrl = Annotated[str, typer.Option(help="Shared Redis or Valkey. (tiers.redis.url)")]
 Model = Annotated[
     str, typer.Option("--model", help="JSON or TOML file with the fields of ModelId; else the one that is open.")
@@ -86,9 +87,7 @@ def _root(
 def serve(
     config: Config = None,
     listen: Annotated[str, typer.Option(help="unix:PATH, or host:port. (service.listen)")] = "",
-    host_capacity: Annotated[
-        str, typer.Option(metavar="SIZE", help="Host memory, such as 32GiB. (host.capacity_bytes)")
-    ] = "",
+    host_capacity: HostCapacity = "",
     redis_url: RedisUrl = "",
     settings: Set = None,
 ) -> None:
@@ -108,6 +107,7 @@ def serve(
 @app.command(name="doctor")
 def examine(
     config: Config = None,
+    host_capacity: HostCapacity = "",
     redis_url: RedisUrl = "",
     settings: Set = None,
     address: Address = "",
@@ -117,9 +117,10 @@ def examine(
 
     Give it the settings that the server has. Exits with 1 where there is a problem.
 
-    Example:  kvstore doctor --config /etc/kvstore/kvstore.toml
+    Example:  kvstore doctor --config /etc/kvstore/kvstore.toml, or --host-capacity 32GiB before the first start
     """
-    read = cli_serve.read_config(config, {"tiers.redis.url": redis_url}, settings or [])
+    named = {"host.capacity_bytes": host_capacity, "tiers.redis.url": redis_url}
+    read = cli_serve.read_config(config, named, settings or [])
     listed = read.service.listen if "service.listen" in read.sources else ""
     target = Target.of(address, default=listed)
     findings: list[doctor.Finding] = []

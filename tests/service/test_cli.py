@@ -342,6 +342,19 @@ def test_doctor_is_content_with_a_sound_server_and_with_none_says_what_is_missin
     assert ill.returncode == 1
     assert "problem server: no server answers at" in ill.stdout
     assert "fix: kvstore serve" in ill.stdout
+    assert "problem memory" not in ill.stdout
+    large = server.ask("doctor", "--host-capacity", "900TiB")
+    assert "problem memory" in large.stdout
+    assert "lower host.capacity_bytes" in large.stdout
+
+
+def test_doctor_says_that_the_store_is_sound_where_only_redis_is_away(serve: MakeServing) -> None:
+    server = serve("--redis-url", "redis://127.0.0.1:1")
+    report = json.loads(server.ask("doctor", "--json").stdout)
+    store = [(found["verdict"], found["detail"]) for found in report["findings"] if found["name"] == "store"]
+    assert [verdict for verdict, _ in store] == ["note", "ok"]
+    assert store[0][1].startswith("no account of a tier that does not answer now (")
+    assert {found["name"] for found in report["findings"] if found["verdict"] == "problem"} == {"redis"}
 
 
 def test_clear_asks_before_it_empties_everything(serve: MakeServing) -> None:
