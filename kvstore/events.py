@@ -7,7 +7,10 @@ since, and is told of a gap where it fell behind the ring.
 Invariants
 1. Snapshot and stream together tell of each block exactly once: what left before the snapshot reached it is in
    neither, what came meanwhile is in the stream. Parents come before children, but for a parent that left before
-   the snapshot reached it: its children are told of, and that they left as well.
+   the snapshot reached it: its children are told of, and that they left as well. This holds for the host tier.
+   Of a lower one, which others write and evict too, it tells what this store wrote, as the tier confirmed it, and what
+   this store cleared: not what was there before, what other stores do, nor what the tier evicts. There a stored event
+   is a place to look, and may come twice.
 2. A subscription's numbers rise by one for each event it may see, whatever else happens: `sequence` counts the
    events of its roots, and is the same for every subscription to the same roots.
 3. The ring's lock is a leaf: it is taken under the pool's, and nothing is called while it is held.
@@ -19,7 +22,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import islice
@@ -30,7 +33,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore.api import HOST_TIER
-from kvstore.block import DIGEST_BYTES, RootId
+from kvstore.block import DIGEST_BYTES, BlockId, BlockMeta, RootId
 from kvstore.idmap import NO_ROW, Rows
 from kvstore.pool import BlockPool
 
@@ -127,6 +130,31 @@ class EventLog:
 
     def cleared(self, root: RootId) -> None:
         self._append(_Entry(BlockEvent(EventKind.CLEARED, HOST_TIER, root), None, None))
+
+    # -- what the store says of lower tiers ----------------------------------------------------------------------
+
+    def demoted(self, tier: str, blocks: Sequence[tuple[RootId, BlockId, BlockMeta]]) -> None:
+        """A lower tier has confirmed these blocks, parents before children."""
+        if not self.listening:
+            return
+        run: list[tuple[RootId, BlockId, BlockMeta]] = []
+        for each in blocks:
+            root, _, meta = each
+            if run and (root != run[-1][0] or meta.parent != run[-1][1]):
+                self._append(_Entry(_stored(tier, run), None, None))
+                run = []
+            run.append(each)
+        if run:
+            self._append(_Entry(_stored(tier, run), None, None))
+
+    def cleared_below(self, tier: str, root: RootId | None) -> None:
+        """A lower tier has removed all there was under a root; None: under all of them."""
+        if not self.listening:
+            return
+        with self._moved:
+            roots = list(self._counts) if root is None else [root]  # of no other was anything ever told
+        for each in roots:
+            self._append(_Entry(BlockEvent(EventKind.CLEARED, tier, each), None, None))
 
     def _append(self, entry: _Entry) -> int:
         root = entry.event.root
@@ -321,6 +349,13 @@ class Subscription:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _stored(tier: str, run: Sequence[tuple[RootId, BlockId, BlockMeta]]) -> BlockEvent:
+    root, _, first = run[0]
+    ids = b"".join(block for _, block, _ in run)
+    tokens = b"".join(meta.tokens for _, _, meta in run)
+    return BlockEvent(EventKind.STORED, tier, root, ids, first.parent, first.depth, tokens)
 
 
 def _size(entry: _Entry) -> int:

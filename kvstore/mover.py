@@ -18,7 +18,7 @@ from enum import Enum
 import numpy as np
 
 from kvstore.api import Hint
-from kvstore.block import BlockId, BlockMeta, Chain, PartKey
+from kvstore.block import BlockId, BlockMeta, Chain, PartKey, RootId
 from kvstore.clock import Clock
 from kvstore.errors import ConfigError, TierError
 from kvstore.stats import Stats
@@ -107,6 +107,8 @@ class Mover:
         self._writing: frozenset[BlockId] = frozenset()
         self._queued_bytes = 0
         self.lost: Callable[[Sequence[BlockId]], None] = lambda blocks: None
+        self.demoted: Callable[[str, Sequence[tuple[RootId, BlockId, BlockMeta]]], None] = lambda tier, blocks: None
+        """Told what a tier has confirmed, parents before children. On the demotion thread, no lock held."""
         """Told of blocks that were to go down and will not."""
         self._touches: dict[BlockId, tuple[Chain, int, tuple[int, ...], Hint]] = {}
         self._busy = False
@@ -281,10 +283,12 @@ class Mover:
         pool, tier = self._host.pool, self._tiers[number]
         parts: dict[PartKey, memoryview] = {}
         meta: dict[BlockId, BlockMeta] = {}
+        roots: dict[BlockId, RootId] = {}
         cells: dict[int, tuple[int, ...]] = {}
         for block, row in batch:
             root, layout = pool.place_of(row)
             meta[block] = pool.meta_of(row)
+            roots[block] = root
             cells[row] = pool.ready_parts(row)
             views = self._host.views(row, layout, cells[row])
             parts |= {PartKey(root, block, cell): view for cell, view in zip(cells[row], views, strict=True)}
@@ -299,6 +303,9 @@ class Mover:
         done = [row for block, row in batch if block not in partial]
         pool.set_below(np.array(done, np.int64), number, [cells[row] for row in done])
         self._stats.add("mover.demoted_blocks", len(done))
+        if done:
+            confirmed = [(roots[block], block, meta[block]) for block, _ in batch if block not in partial]
+            self.demoted(tier.name, confirmed)
         if not partial:
             return _Outcome.DONE, num_bytes
         first = batch[0][0]

@@ -133,6 +133,7 @@ class KVStore:
         self._marks = Marks(self._clock)
         self._fleet = FleetMarks(self._tiers, self._mover.on_its_way, self._clock.now_s)
         self._mover.lost = self._fleet.lost
+        self._mover.demoted = self.events.demoted
         self._warm_numbers = itertools.count()
         self._layouts: dict[ModelId, BlockLayout] = {}
         self._holds: dict[str, _Hold] = {}
@@ -492,6 +493,9 @@ class KVStore:
                 tier.clear(root)
             except TierError:
                 self._stats.add(f"{tier.name}.clear_failures")
+            else:
+                if not tier.read_only:
+                    self.events.cleared_below(tier.name, root)
         return removed
 
     def limit(self, root: RootId, group: str, max_bytes: int | None) -> None:

@@ -19,6 +19,7 @@ from kvstore.layout import layout_of
 from kvstore.policies.lru import LruPolicy
 from kvstore.pool import BlockPool
 from tests.conftest import MakeStore, chain_of, save_all
+from tests.fakes import DictTier
 
 
 class Picture:
@@ -298,6 +299,41 @@ def test_a_store_tells_of_saves_and_of_what_is_cleared(make_store: MakeStore, ro
     assert (stored.kind, unpack_ids(stored.ids), stored.tier) == (EventKind.STORED, chain.ids, "host")
     assert stored.tokens == b"".join(chain.meta(index).tokens for index in range(4))
     assert (cleared.kind, cleared.root) == (EventKind.CLEARED, root.id)
+
+
+def test_a_store_tells_of_what_a_lower_tier_confirmed_and_of_its_clearing(make_store: MakeStore, root: Root) -> None:
+    tier = DictTier()
+    store = make_store(tiers=[tier], mover={"write": "through"})
+    chain, other = chain_of(root, 4), chain_of(root, 3, seed=1)
+    with store.events.subscribe(snapshot=False) as subscription:
+        save_all(store, chain)
+        assert store.flush()
+        below = [event for event in subscription.poll().events if event.tier == tier.name]
+        assert [(event.kind, event.depth) for event in below] == [(EventKind.STORED, 0)]
+        assert unpack_ids(below[0].ids) == chain.ids
+        assert below[0].tokens == b"".join(chain.meta(index).tokens for index in range(4))
+        assert below[0].parent == root.id
+        tier.down = True
+        save_all(store, other)
+        assert store.flush()
+        assert {event.tier for event in subscription.poll().events} == {"host"}, "what was not confirmed is not told"
+        store.clear()
+        assert {event.tier for event in subscription.poll().events} == {"host"}, "nor what could not be cleared"
+        tier.down = False
+        store.clear(root.id)
+        cleared = [event for event in subscription.poll().events if event.kind is EventKind.CLEARED]
+        assert (tier.name, root.id) in {(event.tier, event.root) for event in cleared}
+
+
+def test_runs_of_a_lower_tier_are_consecutive_blocks_of_one_chain(make_store: MakeStore, root: Root) -> None:
+    store = make_store()
+    chains = [chain_of(root, 3, seed=seed) for seed in (1, 2)]
+    told = [(root.id, chain.ids[index], chain.meta(index)) for chain in chains for index in range(3)]
+    del told[1]
+    with store.events.subscribe(snapshot=False) as subscription:
+        store.events.demoted("below", told)
+        events = subscription.poll().events
+    assert [(event.depth, event.num_blocks) for event in events] == [(0, 1), (2, 1), (0, 3)]
 
 
 def test_a_block_removed_while_pinned_is_neither_in_the_snapshot_nor_in_the_stream(model: ModelId) -> None:
