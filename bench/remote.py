@@ -37,10 +37,10 @@ def measure_remote(seed: int, *, total_mib: int = 256, repeats: int = 7) -> tupl
         block_bytes = store.open(LLAMA_8B).block_bytes
         chain = prefix(LLAMA_8B, total_bytes // block_bytes)
         block = memoryview(np.random.default_rng(seed).bytes(block_bytes))
-        place = np.empty(total_bytes, np.uint8)
+        place = memoryview(bytearray(total_bytes))
         for _ in range(_WARM_UP + repeats):
             seconds["dropped"].append(bare.receive_s())
-            seconds["bare"].append(bare.receive_s(memoryview(place)))
+            seconds["bare"].append(bare.receive_s(place))
             seconds["save"].append(_save_s(store, chain, block))
             seconds["load"].append(_load_s(store, chain, block))
             store.clear()
