@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -230,6 +230,7 @@ class EngineRequest(Protocol):
     mm_features: Sequence[MediaFeature]
     prompt_embeds: Any
     skip_reading_prefix_cache: bool
+    kv_transfer_params: Mapping[str, object] | None
 
 
 def media_of(request: EngineRequest) -> list[tuple[int, bytes]]:

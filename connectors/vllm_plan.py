@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 from connectors.base import LoadRule
+from kvstore.api import NO_HINT, Hint
 from kvstore.errors import ConfigError
 
 
@@ -168,6 +169,7 @@ class SaveOrder:
         tokens: the tokens that follow, u32 little-endian; media: (offset, digest) items among them.
         pages: the request's page table from token 0.
         holds: the request has ended and its pages wait for the report of this save.
+        hint: what eviction may use.
     """
 
     request: str
@@ -180,6 +182,7 @@ class SaveOrder:
     media: tuple[tuple[int, bytes], ...]
     pages: tuple[int, ...]
     holds: bool
+    hint: Hint = NO_HINT
 
 
 @dataclass(frozen=True, slots=True)

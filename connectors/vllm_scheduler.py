@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 from connectors.base import CostModel, FailOpen, LoadRule, plan_save
+from connectors.hints import hint_of
 from connectors.vllm_identity import AdapterDigests, EngineRequest, Roots, media_of
 from connectors.vllm_plan import (
     LoadOrder,
@@ -186,7 +187,8 @@ class SchedulerSide:
         return self._store.match(chain, tracked.key, hint=self._hint(tracked))
 
     def _hint(self, tracked: _Tracked) -> Hint:
-        return Hint(prompt_tokens=tracked.request.num_prompt_tokens)
+        request = tracked.request
+        return hint_of(request.kv_transfer_params, prompt_tokens=request.num_prompt_tokens)
 
     def _waited_s(self, tracked: _Tracked) -> float:
         now_s = self._now_s()
@@ -345,6 +347,7 @@ class SchedulerSide:
                 media=media,
                 pages=tuple(pages),
                 holds=holds,
+                hint=self._hint(tracked),
             )
         )
         tracked.num_saved = stop

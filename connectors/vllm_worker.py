@@ -271,7 +271,7 @@ class WorkerSide:
     def _copy_out(self, order: SaveOrder) -> tuple[int, int]:
         """(blocks published, blocks refused). Raises what the store raises."""
         chain = self._chains[order.request]
-        with self._store.save(chain, order.start, order.stop, parts=self._pages.parts) as save:
+        with self._store.save(chain, order.start, order.stop, parts=self._pages.parts, hint=order.hint) as save:
             self._gather(order.pages, [(index, save.views(index)) for index in save.indices])
             return save.commit(*save.indices) if save.indices else 0, save.num_refused
 

@@ -7,12 +7,14 @@ Nothing here raises for a miss, a rejection or back-pressure; those are values.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self, runtime_checkable
 
 from kvstore.block import Chain, ModelId, RootId
+from kvstore.errors import ConfigError
 from kvstore.layout import BlockLayout
 
 DEVICE_TIER = "device"
@@ -23,13 +25,18 @@ HOST_TIER = "host"
 class Retention:
     """How long a range of a prompt's tokens should stay: `priority` 0 to 100 for `duration_s`, None for any time.
 
-    `stop` is the first token after the range, None for the chain's end.
+    `stop` is the first token after the range, None for the chain's end. Raises ConfigError for what is no range.
     """
 
     start: int
     stop: int | None
     priority: int
     duration_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.start < 0 or (self.stop is not None and self.stop < self.start):
+            raise ConfigError(f"retention is of tokens {self.start}…{self.stop}: give a range such as 0…1024")
+        _check_wish("retention.priority", self.priority, "retention.duration_s", self.duration_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +66,16 @@ class Hint:
     time_s: float = 0.0
     asked: bool = False
     block_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        _check_wish("hint.priority", self.priority, "hint.ttl_s", self.ttl_s)
+
+
+def _check_wish(name: str, priority: int, time_name: str, time_s: float | None) -> None:
+    if not 0 <= priority <= 100:
+        raise ConfigError(f"{name} is {priority}: give 0 (first to go) to 100")
+    if time_s is not None and not (math.isfinite(time_s) and time_s >= 0):
+        raise ConfigError(f"{time_name} is {time_s}: give seconds from 0 on")
 
 
 NO_HINT = Hint()

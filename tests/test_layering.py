@@ -245,6 +245,7 @@ RULES: dict[str, Rule] = {
     # 6: engines
     "connectors": Rule(6, (*PUBLIC, "connectors.base", "kvstore.registry")),
     "connectors.base": Rule(6, PUBLIC),
+    "connectors.hints": Rule(6, PUBLIC),
     "connectors.session": Rule(6, (*PUBLIC, "connectors.base"), ("torch",)),
     "connectors.transformers": Rule(
         6,
@@ -258,7 +259,7 @@ RULES: dict[str, Rule] = {
     "connectors.vllm_pages": Rule(6, (*PUBLIC, "kvstore.copying"), ("torch",)),
     # An engine that offloads by itself: no store, a tier for its own keys.
     "connectors.vllm_tiering": Rule(6, (*PUBLIC, "kvstore.keyed", "connectors.vllm_identity"), ("torch", "vllm")),
-    "connectors.vllm_*": Rule(6, (*PUBLIC, "connectors.base", "connectors.vllm_*"), ("torch", "vllm")),
+    "connectors.vllm_*": Rule(6, (*PUBLIC, "connectors.base", "connectors.hints", "connectors.vllm_*"), ("torch", "vllm")),
     "connectors.*": Rule(6, (*PUBLIC, "connectors.base"), ("torch",), library_of_its_own=True),
     # 7: what nothing imports
     **dict.fromkeys(("bench", "bench.*", "tests", "tests.*"), Rule(7, ("*",), ("*",))),

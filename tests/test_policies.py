@@ -273,8 +273,10 @@ def test_a_hole_in_a_run_leaves_both_sides() -> None:
     assert sorted(order(runs)) == [1, 2, 4, 6, 11, 13, 14]
 
 
-def long_and_short(policy: Policy, num_steps: int, returning: int, *, half_full: bool = False, room: int = 400) -> int:
+def long_and_short(policy: Policy, num_steps: int, returning: int, *, half_full: bool = False, room: int = 120) -> int:
     """Requests of eight blocks and of one by turns; those of `returning` blocks come back once, 60 s later.
+
+    By last use alone there is no room for them so long.
 
     `half_full`: each ends with a block that its next turn has otherwise. Returns the number of the next block.
     """
@@ -330,21 +332,47 @@ def test_returns_keeps_what_several_went_on_from() -> None:
     assert victims.index(shared + 3) < victims.index(shared)
 
 
-def test_shadow_says_so_when_the_levels_lose_and_not_by_chance() -> None:
-    """Two hundred chats in a room of fifty: level 1 is what comes back, and the worth says otherwise, or not."""
+def shadowed(shadow: Shadow, steps: range, worth_of: tuple[float, float], rng: random.Random) -> list[bool]:
+    """Half of the requests are for one of sixty blocks, at level 1, the others for new ones, at level 0.
 
-    def loses(worth_of: tuple[float, float], seed: int) -> bool:
-        rng, shadow = random.Random(seed), Shadow(2)
+    `worth_of` levels: a lower one goes first. Returns whether the levels are believed, after each request.
+    """
+    believed = []
+    for step in steps:
+        again = rng.random() < 0.5
+        number = rng.randrange(60) if again else 1000 + step
+        block = BlockId(hashlib.sha256(str(number).encode()).digest())
+        shadow.use([block], 0, [(0, int(again))], float(step), lambda level, _: worth_of[level])
+        believed.append(shadow.wins)
+    return believed
+
+
+RIGHT, WRONG, SAME = (0.0, 1.0), (1.0, 0.0), (0.0, 0.0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_shadow_believes_levels_that_are_right_and_none_that_are_wrong(seed: int) -> None:
+    for worth_of, expected in ((RIGHT, 1.0), (WRONG, 0.0)):
+        shadow = Shadow(2)
         shadow.resize(100)
-        for step in range(6000):
-            again = rng.random() < 0.5
-            number = rng.randrange(60) if again else 1000 + step
-            block = BlockId(hashlib.sha256(str(number).encode()).digest())
-            shadow.use([block], 0, int(again), int(again), float(step), lambda level, _: worth_of[level])
-        return shadow.loses
+        believed = shadowed(shadow, range(6000), worth_of, random.Random(seed))
+        assert sum(believed[1000:]) / 5000 == pytest.approx(expected, abs=0.02)
 
-    assert all(loses((1.0, 0.0), seed) for seed in range(5))
-    assert not any(loses((0.0, 1.0), seed) for seed in range(5))
+
+def test_shadow_believes_nothing_where_nothing_differs() -> None:
+    shadow = Shadow(2)
+    shadow.resize(5000)
+    assert not any(shadowed(shadow, range(2000), RIGHT, random.Random(3)))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_shadow_takes_its_trust_back_soon_and_gives_it_again(seed: int) -> None:
+    """However long the levels were right before."""
+    rng, shadow = random.Random(seed), Shadow(2)
+    shadow.resize(100)
+    assert shadowed(shadow, range(8000), RIGHT, rng)[-1]
+    assert not any(shadowed(shadow, range(8000, 9000), WRONG, rng)[400:])
+    assert shadowed(shadow, range(9000, 11_000), RIGHT, rng)[-1]
 
 
 def test_returns_is_lru_until_it_has_learned() -> None:

@@ -49,8 +49,8 @@ class ReturnsPolicy(RunPolicy):
     went on: how often those that return use it is learned too. And what several requests went on from any of them may
     come back to: it counts as likely.
 
-    Where a sample of its own says that LRU had more hits of late (`kvstore.policies.shadow`), and until some
-    conversations have returned, it goes by last use alone. Blocks of a conversation that was closed go before all.
+    It goes by last use alone until a sample of its own has shown that it has more hits than LRU, and again when that
+    says otherwise (`kvstore.policies.shadow`). Blocks of a conversation that was closed go before all.
     Nothing is saved over a restart: it relearns, by LRU meanwhile.
 
     The idea is that of "KVCache Cache in the Wild" (Wang et al., USENIX ATC 2025), which ranks blocks by the
@@ -114,11 +114,21 @@ class ReturnsPolicy(RunPolicy):
                 last.queue = self._level_of(last)
                 if last is not runs[-1]:
                     runs.append(last)
-        level, last_level = (min(run.queue, NUM_LEVELS - 1) for run in (runs[max(0, len(runs) - 2)], runs[-1]))
         asked_from = 0 if hint.asked else fresh_from
-        self._shadow.use(blocks, asked_from, level, last_level, self._now_s, self._odds.worth)
+        self._shadow.use(blocks, asked_from, self._pieces(runs, starts, len(blocks)), self._now_s, self._odds.worth)
         for run in reversed(runs):
             run.at_s, run.key = self._now_s, self._latest_key()
+
+    def _pieces(self, runs: Sequence[Run], starts: Sequence[int], num_blocks: int) -> list[tuple[int, int]]:
+        """Levels of a chain's runs and where they begin, the last one first; none outlives what it hangs from."""
+        begins = list(starts)
+        if len(begins) < len(runs):  # the last one was cut off just now
+            begins.append(num_blocks - len(runs[-1].blocks))
+        pieces, level = [], 0
+        for run, begin in zip(reversed(runs), reversed(begins), strict=True):
+            level = min(max(level, run.queue), NUM_LEVELS - 1)
+            pieces.append((begin, level))
+        return pieces
 
     def _recognise(self, fresh_from: int, blocks: Sequence[BlockId], hint: Hint) -> int | None:
         """Find the request that this one follows, or is; returns what it is like now, None if that is not known."""
@@ -191,7 +201,7 @@ class ReturnsPolicy(RunPolicy):
 
     def _walk_begins(self) -> None:
         self._shadow.resize(len(self))
-        self._by_odds = self._odds.num_returned >= _FEW_RETURNS and not self._shadow.loses
+        self._by_odds = self._odds.num_returned >= _FEW_RETURNS and self._shadow.wins
         self._changed.update(range(self.num_queues))
 
     def _next_queue(self) -> int:

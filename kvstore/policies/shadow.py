@@ -4,7 +4,12 @@
 A block is in the sample by its id, so every block of a chain has the same chance whoever uses it, and a cache of a
 share of the blocks behaves like the whole one of which it is the share (Waldspurger et al., "Efficient MRC
 Construction with SHARDS", FAST 2015). A suffix is never fresher than its prefix, so a block's own presence stands for
-its prefix's. Both caches see every sampled use, whichever order the real one follows.
+its prefix's. Both caches see every sampled use, whichever order the real one follows, so they are compared with each
+other and neither with the real one.
+
+LRU is what is believed. The other has to show that it wins, by more standard errors than chance gives, over a memory of
+some hundred requests: a loss of one point of hit rate is under a tenth of a standard error a request, and no shorter
+memory can tell it from luck. What it won counts up to a credit, so that a change of traffic takes it back soon.
 """
 
 from __future__ import annotations
@@ -14,11 +19,14 @@ from collections.abc import Callable, Sequence
 
 from kvstore.block import BlockId
 
-_SAMPLED_BLOCKS = 1024  # in each cache, about: fewer say too little, more cost time
-_MEMORY = 2  # so many times the sampled blocks are remembered of past uses
+_SAMPLED_BLOCKS = 2048  # in each cache, about: with 1024, 0.2 points less where the room is large
 _WHOLE = 1 << 16
-_CREDIT = 0.3  # standard errors
-_CERTAIN = 0.5  # squared standard errors
+_HALF_LIFE = 512  # requests, after which a hit counts half
+_KEEP = 0.5 ** (1 / _HALF_LIFE)
+_SHOWN = 0.5  # standard errors of the lead at which it is believed: with 1.0, up to 0.7 points less
+_CREDIT = 1.5  # to which it can rise,
+_DOUBTED = 0.0  # and at which it is believed no longer
+_DEBT = -1.0  # and to which it can fall
 
 
 class Shadow:
@@ -35,12 +43,8 @@ class Shadow:
         """Hits of the levels more than of LRU, what is long ago counting less."""
         self._square = 0.0
         """Of the lead's steps, a request each: its blocks hit or miss together."""
-        self._keep = 1.0
-
-    @property
-    def loses(self) -> bool:
-        """Whether LRU had more hits, by more than chance explains."""
-        return self._lead < 0 and self._lead * self._lead > _CERTAIN * self._square
+        self.wins = False
+        """Whether the levels have shown that they have more hits than LRU, and nothing says otherwise since."""
 
     def resize(self, num_blocks: int) -> None:
         """The real cache holds so many blocks."""
@@ -54,43 +58,42 @@ class Shadow:
                 queue.clear()
         self._limit = limit
         self._capacity = max(1, num_blocks * limit // _WHOLE)
-        self._keep = 1 - 1 / (_MEMORY * self._capacity)
 
     def use(
         self,
         blocks: Sequence[BlockId],
         asked_from: int,
-        level: int,
-        last_level: int,
+        levels: Sequence[tuple[int, int]],
         now_s: float,
         worth: Callable[[int, float], float],
     ) -> None:
-        """A chain was used, head to tail; hits of those from `asked_from` on count."""
+        """A chain was used, head to tail; hits of those from `asked_from` on count.
+
+        `levels` are those of its pieces, each with the place in `blocks` where it begins, the last piece first.
+        """
         if not self._capacity:
             return
         lru, level_of, queues = self._lru, self._level_of, self._queues
-        limit, last = self._limit, len(blocks) - 1
+        limit, stop = self._limit, len(blocks)
         more = used = 0
-        for at in range(len(blocks) - 1, -1, -1):
-            block = blocks[at]
-            if (block[30] << 8 | block[31]) >= limit:
-                continue
-            before = level_of.get(block, -1)
-            if at >= asked_from:
-                more += (before >= 0) - (block in lru)
-                used += 1
-            lru[block] = now_s
-            lru.move_to_end(block)
-            if before >= 0:
-                del queues[before][block]
-            own = level if at < last else last_level
-            queues[own][block] = now_s
-            level_of[block] = own
+        for start, level in levels:
+            for at in range(stop - 1, start - 1, -1):
+                block = blocks[at]
+                if (block[30] << 8 | block[31]) >= limit:
+                    continue
+                before = level_of.get(block, -1)
+                if at >= asked_from:
+                    more += (before >= 0) - (block in lru)
+                    used += 1
+                lru[block] = now_s
+                lru.move_to_end(block)
+                if before >= 0:
+                    del queues[before][block]
+                queues[level][block] = now_s
+                level_of[block] = level
+            stop = start
         if used:
-            keep = self._keep**used
-            self._square = self._square * keep + more * more
-            # What it won long ago must not pay for what it loses now.
-            self._lead = min(self._lead * keep + more, _CREDIT * self._square**0.5)
+            self._judge(more)
         while len(lru) > self._capacity:
             lru.popitem(last=False)
         while len(level_of) > self._capacity:
@@ -102,3 +105,11 @@ class Shadow:
             while len(level_of) > self._capacity and queue and next(iter(queue.values())) == since_s:
                 block, _ = queue.popitem(last=False)  # used at one time, so worth the same
                 del level_of[block]
+
+    def _judge(self, more: int) -> None:
+        """A request had so many hits more with the levels than with LRU."""
+        self._square = self._square * _KEEP + more * more
+        error = self._square**0.5
+        # What it won long ago must not pay for what it loses now.
+        self._lead = min(max(self._lead * _KEEP + more, _DEBT * error), _CREDIT * error)
+        self.wins = self._lead > (_DOUBTED if self.wins else _SHOWN) * error

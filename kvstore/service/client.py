@@ -451,4 +451,8 @@ def _hint(hint: Hint) -> pb.Hint | None:
         priority=hint.priority,
         ttl_s=hint.ttl_s,
         closed=hint.closed,
+        retention=[
+            pb.Retention(start=each.start, stop=each.stop, priority=each.priority, duration_s=each.duration_s)
+            for each in hint.retention
+        ],
     )

@@ -9,14 +9,13 @@ Invariants
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
 
-from kvstore.api import HOST_TIER, NO_HINT, Hint
+from kvstore.api import HOST_TIER, NO_HINT, Hint, Retention
 from kvstore.block import Root
 from kvstore.clock import Clock
 from kvstore.errors import AccessDenied, CapacityError, ConfigError, LeaseExpired, ProtocolError, UnknownLease
@@ -36,6 +35,7 @@ ABSENT = (1 << 64) - 1
 MAX_SAVE_PARTS = 131_072
 _MAX_REQUEST_BYTES = 256
 _MAX_TEXT_BYTES = 1_024
+_MAX_RANGES = 64
 _MAX_ADAPTER_BYTES = 256
 _MAX_MODELS = 64
 _MAX_ROOTS = 16_384
@@ -396,18 +396,25 @@ def _hint(request: pb.MatchRequest | pb.SaveRequest | pb.TouchRequest) -> Hint:
     if not request.HasField("hint"):
         return NO_HINT
     message = request.hint
-    priority = message.priority if message.HasField("priority") else 50
-    ttl_s = message.ttl_s if message.HasField("ttl_s") else None
-    if priority > 100 or (ttl_s is not None and not (math.isfinite(ttl_s) and ttl_s >= 0)):
-        raise ConfigError(f"hint.priority is {priority}, hint.ttl_s {ttl_s}: give 0 to 100, and seconds from 0 on")
     if len(message.conversation) > _MAX_TEXT_BYTES:
         raise ConfigError(f"hint.conversation has {len(message.conversation)} characters: at most {_MAX_TEXT_BYTES}")
+    if len(message.retention) > _MAX_RANGES:
+        raise ConfigError(f"hint.retention has {len(message.retention)} ranges: at most {_MAX_RANGES}")
     return Hint(
         conversation=message.conversation,
         turn=message.turn,
         prompt_tokens=message.prompt_tokens,
         new_blocks=message.new_blocks,
-        priority=priority,
-        ttl_s=ttl_s,
+        priority=message.priority if message.HasField("priority") else NO_HINT.priority,
+        ttl_s=message.ttl_s if message.HasField("ttl_s") else None,
         closed=message.closed,
+        retention=tuple(
+            Retention(
+                each.start,
+                each.stop if each.HasField("stop") else None,
+                each.priority,
+                each.duration_s if each.HasField("duration_s") else None,
+            )
+            for each in message.retention
+        ),
     )

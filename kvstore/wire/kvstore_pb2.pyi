@@ -178,7 +178,7 @@ class Extra(_message.Message):
     def __init__(self, index: _Optional[int] = ..., extra: _Optional[bytes] = ...) -> None: ...
 
 class Hint(_message.Message):
-    __slots__ = ("conversation", "turn", "prompt_tokens", "new_blocks", "priority", "ttl_s", "closed")
+    __slots__ = ("conversation", "turn", "prompt_tokens", "new_blocks", "priority", "ttl_s", "closed", "retention")
     CONVERSATION_FIELD_NUMBER: _ClassVar[int]
     TURN_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -186,6 +186,7 @@ class Hint(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     TTL_S_FIELD_NUMBER: _ClassVar[int]
     CLOSED_FIELD_NUMBER: _ClassVar[int]
+    RETENTION_FIELD_NUMBER: _ClassVar[int]
     conversation: str
     turn: int
     prompt_tokens: int
@@ -193,7 +194,20 @@ class Hint(_message.Message):
     priority: int
     ttl_s: float
     closed: bool
-    def __init__(self, conversation: _Optional[str] = ..., turn: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., new_blocks: _Optional[int] = ..., priority: _Optional[int] = ..., ttl_s: _Optional[float] = ..., closed: _Optional[bool] = ...) -> None: ...
+    retention: _containers.RepeatedCompositeFieldContainer[Retention]
+    def __init__(self, conversation: _Optional[str] = ..., turn: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., new_blocks: _Optional[int] = ..., priority: _Optional[int] = ..., ttl_s: _Optional[float] = ..., closed: _Optional[bool] = ..., retention: _Optional[_Iterable[_Union[Retention, _Mapping]]] = ...) -> None: ...
+
+class Retention(_message.Message):
+    __slots__ = ("start", "stop", "priority", "duration_s")
+    START_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    DURATION_S_FIELD_NUMBER: _ClassVar[int]
+    start: int
+    stop: int
+    priority: int
+    duration_s: float
+    def __init__(self, start: _Optional[int] = ..., stop: _Optional[int] = ..., priority: _Optional[int] = ..., duration_s: _Optional[float] = ...) -> None: ...
 
 class MatchRequest(_message.Message):
     __slots__ = ("session", "request", "chain", "hint", "parts", "wait_ms", "ended")

@@ -136,6 +136,7 @@ class FakeStore:
         self.touched: list[int] = []
         self.live_announcements = 0
         self.saved_s = 0.0
+        self.hints: list[Hint] = []
         self.open_loads: set[int] = set()
         self.num_pending = 0
         self._holds: dict[str, tuple[Chain, int]] = {}
@@ -163,6 +164,7 @@ class FakeStore:
         wait_s: float = 0.0,
     ) -> Match:
         self.enter("match")
+        self.hints.append(hint)
         run = 0
         while run < len(chain) and chain.ids[run] in self.blocks:
             run += 1
@@ -196,6 +198,7 @@ class FakeStore:
         hint: Hint = NO_HINT,
     ) -> FakeSave:
         self.enter("save")
+        self.hints.append(hint)
         absent = [index for index in range(start, stop) if chain.ids[index] not in self.blocks]
         orphan = start > 0 and chain.ids[start - 1] not in self.blocks
         if self.faults.full or orphan:

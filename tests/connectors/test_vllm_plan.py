@@ -29,7 +29,7 @@ from connectors.vllm_plan import (
 )
 from connectors.vllm_scheduler import SchedulerSide
 from connectors.vllm_worker import WorkerSide
-from kvstore.api import Load, Match
+from kvstore.api import Hint, Load, Match
 from kvstore.block import ModelId
 from kvstore.errors import ConfigError
 from tests.connectors.fakes import FakeLoad, FakeStore
@@ -61,6 +61,7 @@ class FakeRequest:
     lora_request: Any = None
     mm_features: Sequence[Any] = ()
     prompt_embeds: Any = None
+    kv_transfer_params: dict[str, object] | None = None
     skip_reading_prefix_cache: bool = False
 
     def __post_init__(self) -> None:
@@ -727,3 +728,16 @@ def test_a_request_that_must_not_read_gets_nothing() -> None:
 def test_settings_that_cannot_be_meant_are_refused(extra: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         VllmSettings.of(extra)
+
+
+def test_what_a_request_says_to_eviction_goes_with_its_match_and_its_save() -> None:
+    bench = Bench()
+    said = {"kvstore": {"conversation": "chat-17", "priority": 90, "closed": True}}
+    request = FakeRequest("a", [7] * 40, kv_transfer_params=said)
+    bench.side.match(request, 0)
+    bench.side.allocated(request, bench.pages_for(request), 0)
+    orders = bench.step((request, 40))
+    assert [order.hint for order in orders.saves] == [
+        Hint(conversation="chat-17", priority=90, closed=True, prompt_tokens=40)
+    ]
+    assert bench.store.hints == [orders.saves[0].hint] * 2

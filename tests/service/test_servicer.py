@@ -306,8 +306,11 @@ def test_a_chain_that_diverges_leaves_what_was_held_of_the_other_alone(peer: Pee
         (lambda r: setattr(r, "parts", b"\x05"), "parts are [5]"),
         (lambda r: setattr(r, "parts", b"\x00\x00"), "parts are [0, 0]"),
         (lambda r: setattr(r.hint, "priority", 101), "hint.priority is 101"),
-        (lambda r: setattr(r.hint, "ttl_s", float("nan")), "hint.ttl_s nan"),
+        (lambda r: setattr(r.hint, "ttl_s", float("nan")), "hint.ttl_s is nan"),
         (lambda r: setattr(r.hint, "conversation", "x" * 2000), "hint.conversation has 2000"),
+        (lambda r: r.hint.retention.add(start=9, stop=3), "retention is of tokens 9…3"),
+        (lambda r: r.hint.retention.add(priority=101), "retention.priority is 101"),
+        (lambda r: r.hint.retention.extend([pb.Retention()] * 65), "hint.retention has 65 ranges"),
         (lambda r: setattr(r, "ended", pb.Ended(loads=b"123")), "ended.loads has 3 bytes"),
     ],
 )
