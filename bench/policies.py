@@ -3,7 +3,7 @@
 
 The trace goes through the real policies in a real pool (`bench/policies_replay.py`), cold at its beginning; what is
 counted is the last half of time. Parameters of policies are to be chosen on the first. A capacity is a share of all
-blocks that the trace names.
+blocks that the trace names. Of several traces each has its rows, and `worst_vs_lru_pts` is over all.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.env import stamp
+from bench.policies_generated import PREFIX, generated, names_of
 from bench.policies_optimum import optimal_hits
 from bench.policies_replay import Replay, replay
 from bench.policies_trace import Trace, read_trace
@@ -122,20 +124,49 @@ def _number(row: Mapping[str, object], key: str) -> float:
     return float(value)
 
 
-def draw(trace: Trace, rows: Sequence[Row]) -> Figure:
-    """Hit rate over capacity: the room between LRU and the optimum, and what each policy makes of it."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
+def measure_all(
+    traces: Sequence[Trace], names: Sequence[str], capacities_pct: Sequence[float]
+) -> tuple[dict[str, list[Row]], dict[str, float]]:
+    """Rows by trace, and figures: of one trace its own; of several, the worst over all and of each."""
+    rows: dict[str, list[Row]] = {}
+    summaries: dict[str, dict[str, float]] = {}
+    for trace in traces:
+        made, summaries[trace.name] = measure(trace, names, capacities_pct)
+        rows[trace.name] = [{"trace": trace.name, **row} for row in made]
+    found = [each for each in summaries.values() if each]
+    if len(traces) == 1 or not found:
+        return rows, found[0] if found else {}
+    summary = {"worst_vs_lru_pts": min(each["worst_vs_lru_pts"] for each in found)}
+    summary["us_per_block"] = max(each["us_per_block"] for each in found)
+    summary |= {f"worst_vs_lru_pts_{name}": each["worst_vs_lru_pts"] for name, each in summaries.items()}
+    return rows, summary
+
+
+def draw(rows: Mapping[str, Sequence[Row]]) -> Figure:
+    """Hit rate over capacity by trace: the room between LRU and the optimum, and what each policy makes of it."""
+    across = min(3, len(rows))
+    down = -(-len(rows) // across)
+    figure = Figure(figsize=(8 if across == 1 else 5 * across, 5 if down == 1 else 4 * down), layout="constrained")
+    grid = figure.subplots(down, across, squeeze=False).ravel().tolist()
+    for axes, (name, own) in zip(grid, rows.items(), strict=False):
+        _draw_one(axes, name, own)
+    for axes in grid[len(rows) :]:
+        axes.set_axis_off()
+    return figure
+
+
+def _draw_one(axes: Axes, name: str, rows: Sequence[Row]) -> None:
+    title = f"{name}: last half of time"
     curves: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         curves.setdefault(str(row["policy"]), []).append((_number(row, "capacity_pct"), _number(row, "hit_pct")))
-    same = [name for name, points in curves.items() if points == curves[BASELINE]]
-    for name, points in curves.items():
-        if name in same and name != BASELINE:
+    same = [name for policy, points in curves.items() if points == curves[BASELINE]]
+    for policy, points in curves.items():
+        if policy in same and policy != BASELINE:
             continue  # it would hide the baseline: `priority` is LRU where nobody states one
         style = {"optimum": ("#30383F", "--", 1.5), BASELINE: ("#30383F", "-", 1.5), LEARNED: ("#0B7A4B", "-", 2.5)}
-        color, line, width = style.get(name, (None, "-", 1.2))
-        label = ", ".join(same) if name == BASELINE else name
+        color, line, width = style.get(policy, (None, "-", 1.2))
+        label = ", ".join(same) if policy == BASELINE else policy
         axes.plot(*zip(*points, strict=True), line, color=color, linewidth=width, marker="o", markersize=4, label=label)
     base, best = dict(curves[BASELINE]), dict(curves["optimum"])
     axes.fill_between(list(base), list(base.values()), [best[each] for each in base], color="#30383F", alpha=0.06)
@@ -145,16 +176,22 @@ def draw(trace: Trace, rows: Sequence[Row]) -> Figure:
     axes.minorticks_off()
     axes.set_xlabel("capacity, % of the trace's unique blocks")
     axes.set_ylabel("hit rate, % of asked blocks")
-    axes.set_title(f"{trace.name}: last half of time", loc="left")
+    axes.set_title(title, loc="left")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper left", frameon=False)
-    return figure
+    axes.legend(loc="best", frameon=False)
+
+
+def traces_of(names: Sequence[str]) -> list[Trace]:
+    """Traces by file or made-up name. Raises OSError and ConfigError."""
+    wanted = [each for name in names for each in names_of(name)]
+    return [generated(name) if name.startswith(PREFIX) else read_trace(Path(name)) for name in wanted]
 
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench policies", description=__doc__)
-    parser.add_argument("--trace", metavar="FILE", type=Path, required=True, help="requests, one JSON object a line")
+    trace_help = "requests, one JSON object a line; or generated:KIND, such as generated:agents or generated:all"
+    parser.add_argument("--trace", metavar="FILE", action="append", required=True, help=f"{trace_help}; repeatable")
     parser.add_argument(
         "--capacity", metavar="PCT,…", type=capacities, default=[1.0, 2.0, 5.0, 10.0, 20.0], help="default: 1,2,5,10,20"
     )
@@ -162,17 +199,18 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", metavar="FILE", type=Path, help="the result; its plot lies beside it as .png")
     options = parser.parse_args(argv)
     try:
-        trace = read_trace(options.trace)
+        traces = traces_of(options.trace)
     except (OSError, ConfigError) as error:
         parser.error(str(error))
-    rows, summary = measure(trace, options.policies, options.capacity)
+    rows, summary = measure_all(traces, options.policies, options.capacity)
     columns = ["capacity_pct", "policy", "hit_pct", "gap_closed_pct", "memory_saved_pct", "us_per_block"]
-    print_table(f"Policies on {trace.name}, last half of time", rows, columns)
+    for name, own in rows.items():
+        print_table(f"Policies on {name}, last half of time", own, columns)
     for key, value in summary.items():
         print(f"{key}: {value:.2f}")
     if options.json:
-        write_json(options.json, "policies", stamp(), rows, dict(summary))
+        write_json(options.json, "policies", stamp(), [row for own in rows.values() for row in own], dict(summary))
         picture = options.json.with_suffix(".png")
-        draw(trace, rows).savefig(picture, dpi=120)
+        draw(rows).savefig(picture, dpi=120)
         print(f"result: {options.json}, plot: {picture}")
     return 0

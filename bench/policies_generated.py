@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Made-up traffic of other kinds than the published traces have: `--trace generated:KIND` or `generated:KIND:SEED`.
 
-Small enough to replay in seconds (about 100,000 blocks asked), and different on purpose: what a policy learned from chats
-must not cost where there are none. Equal seeds give equal traces.
+Small enough to replay in seconds (about 100,000 blocks asked), and different on purpose: what a policy learned from
+chats must not cost where there are none. Equal seeds give equal traces; generated:all is one of each kind.
 """
 
 from __future__ import annotations
@@ -20,6 +20,14 @@ _BLOCK_TOKENS = 512
 Line = tuple[float, int, list[int]]
 Lines = Iterator[Line]
 Ids = Iterator[int]
+
+
+def names_of(name: str) -> list[str]:
+    """What generated:all and generated:all:SEED stand for; any other name for itself."""
+    kind, _, seed = name.removeprefix(PREFIX).partition(":")
+    if not name.startswith(PREFIX) or kind != "all":
+        return [name]
+    return [f"{PREFIX}{each}{':' if seed else ''}{seed}" for each in KINDS]
 
 
 def generated(name: str, counted_share: float = 0.5) -> Trace:
@@ -66,7 +74,8 @@ def _chat(
 
 def chats(rng: random.Random, ids: Ids, start_s: float = 0.0, count: int = 2500, per_s: float = 1.0) -> Lines:
     """Conversations, of which few return after the first turn and more after each."""
-    at_s, shared, lines = start_s, _new(ids, 1), []
+    at_s, shared = start_s, _new(ids, 1)
+    lines: list[Line] = []
     for _ in range(count):
         at_s += rng.expovariate(per_s)
         lines += _chat(rng, ids, at_s, shared, 14, 0.3, 90)

@@ -53,6 +53,9 @@ class MoverOptions:
 
     Attributes:
         write: when blocks go to lower tiers: through, on_reuse or on_evict.
+        min_priority: blocks of which the request that commits or reuses them says less stay in the host; 0 to 100.
+        min_return_probability: those that the host's policy (`returns`) thinks less likely used again stay there.
+            What a block that goes down hangs from goes too, whatever is thought of it.
         write_bytes_per_s: budget; 0 for none.
         queue_bytes: blocks waiting to go down; more are dropped.
         write_deadline_s: for one batch of at most 64 MiB.
@@ -60,6 +63,8 @@ class MoverOptions:
     """
 
     write: str = "on_reuse"
+    min_priority: int = 0
+    min_return_probability: float = 0.0
     write_bytes_per_s: int = 0
     queue_bytes: int = 1 << 30
     write_deadline_s: float = 10.0
@@ -69,9 +74,20 @@ class MoverOptions:
         accepted = [mode.value for mode in WriteMode]
         if self.write not in accepted:
             raise ConfigError(f"mover.write is {self.write!r}: use one of {', '.join(accepted)}")
+        if self.min_priority > 100:
+            raise ConfigError(f"mover.min_priority is {self.min_priority}: give 0 (all) to 100")
+        if self.min_priority and self.write == WriteMode.ON_EVICT.value:
+            raise ConfigError("mover.min_priority needs mover.write through or on_reuse: nobody asks at eviction")
+        if not 0 <= self.min_return_probability <= 1:
+            raise ConfigError(f"mover.min_return_probability is {self.min_return_probability}: give 0 (all) to 1")
         for name, least_s in (("write_deadline_s", 0.001), ("flush_s", 0.0)):
             if not least_s <= getattr(self, name) <= _MAX_S:
                 raise ConfigError(f"mover.{name} is {getattr(self, name)}: give seconds from {least_s:g} to {_MAX_S:g}")
+
+
+def _after_last(wanted: Sequence[bool]) -> int:
+    """How many leading blocks there are up to the last that is wanted: a tail without its head cannot be found."""
+    return next((at for at in range(len(wanted), 0, -1) if wanted[at - 1]), 0)
 
 
 class _Outcome(Enum):
@@ -124,16 +140,29 @@ class Mover:
 
     # -- what the store says -----------------------------------------------------------------------------------
 
-    def committed(self, chain: Chain, indices: Sequence[int], block_bytes: int) -> None:
+    def committed(self, chain: Chain, indices: Sequence[int], block_bytes: int, hint: Hint) -> None:
         """Blocks became resident, head to tail."""
         self._dirty = True
         if self._written and self._mode is WriteMode.THROUGH:
-            self._enqueue([chain.ids[index] for index in indices], block_bytes)
+            self._enqueue_wanted(chain, indices, block_bytes, hint)
 
-    def reused(self, chain: Chain, num_blocks: int, block_bytes: int) -> None:
+    def reused(self, chain: Chain, num_blocks: int, block_bytes: int, hint: Hint) -> None:
         """A request matched the chain's first `num_blocks` in the host."""
         if self._written and self._mode is not WriteMode.ON_EVICT and num_blocks:
-            self._enqueue(chain.ids[:num_blocks], block_bytes)
+            self._enqueue_wanted(chain, range(num_blocks), block_bytes, hint)
+
+    def _enqueue_wanted(self, chain: Chain, indices: Sequence[int], block_bytes: int, hint: Hint) -> None:
+        least = self._options.min_priority
+        blocks = [chain.ids[index] for index in indices]
+        stop = _after_last([hint.priority_of(index) >= least for index in indices]) if least else len(blocks)
+        self._enqueue(blocks[:stop], block_bytes)
+        self._leave(blocks[stop:])
+
+    def _leave(self, blocks: Sequence[BlockId]) -> None:
+        """These stay in the host alone."""
+        if blocks:
+            self._stats.add("mover.declined_blocks", len(blocks))
+            self.lost(blocks)
 
     def touched(self, chain: Chain, num_blocks: int, parts: tuple[int, ...], hint: Hint) -> None:
         """The chain's first `num_blocks` were used, wherever they lie: keep them warm below, head to tail.
@@ -216,10 +245,19 @@ class Mover:
                 except TierError as error:
                     self._note_failure(number, error)
 
+    def _likely(self, blocks: Sequence[BlockId]) -> list[bool]:
+        """Whether each is as likely used again as is asked for."""
+        least = self._options.min_return_probability
+        return [odds >= least for odds in self._host.pool.return_odds(blocks)]
+
     def _demote(self, job: _Job) -> None:
         again: list[int] = []
-        blocks = job.blocks
         try:
+            if self._options.min_return_probability:
+                stop = _after_last(self._likely(job.blocks))
+                job.blocks, unlikely = job.blocks[:stop], job.blocks[stop:]
+                self._leave(unlikely)
+            blocks = job.blocks
             for number in job.tiers:
                 outcome = self._write_blocks(job.blocks, number)
                 if outcome is not _Outcome.DONE:
@@ -320,6 +358,8 @@ class Mover:
         if arena.acquired_bytes < (1 - _EVICT_AHEAD_SHARE) * arena.capacity_bytes:
             return
         cold = pool.coldest(max(1, int(len(pool) * _EVICT_AHEAD_SHARE)))
+        if self._options.min_return_probability:
+            cold = [block for block, likely in zip(cold, self._likely(cold), strict=True) if likely]
         chains = dict.fromkeys(block for tail in cold for block in pool.ancestry(tail))
         for number in self._written:
             self._write_blocks(list(chains), number)

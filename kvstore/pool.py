@@ -431,6 +431,12 @@ class BlockPool:
             self._residents.apply_touches()
             return [block for block, _ in zip(self._residents.policy.victims(), range(num_blocks), strict=False)]
 
+    def return_odds(self, blocks: Sequence[BlockId]) -> list[float]:
+        """How likely each block is used again, as far as the policy knows."""
+        with self.lock:
+            self._residents.apply_touches()
+            return self._residents.policy.return_odds(blocks)
+
     # -- what lower tiers are believed to hold -----------------------------------------------------------------
 
     def below(self, rows: Rows, tier: int) -> list[bool]:

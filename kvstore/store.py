@@ -253,7 +253,7 @@ class KVStore:
         """Keep the chain warm everywhere, and count."""
         self._host.pool.touch(hold.chain.ids, num_host, hold.hint)
         self._mover.touched(hold.chain, num_host, hold.parts, hold.hint)
-        self._mover.reused(hold.chain, num_host, hold.layout.block_bytes)
+        self._mover.reused(hold.chain, num_host, hold.layout.block_bytes, hold.hint)
         self._stats.add_all(
             {
                 "match.requests": 1,
@@ -425,7 +425,7 @@ class KVStore:
 
         def committed(indices: Sequence[int]) -> None:
             self._marks.fulfil(chain.root.id, [chain.ids[index] for index in indices])
-            self._mover.committed(chain, indices, layout.block_bytes)
+            self._mover.committed(chain, indices, layout.block_bytes, plan.hint)
             self._stats.add_all(
                 {
                     "save.blocks": len(indices),

@@ -259,7 +259,9 @@ RULES: dict[str, Rule] = {
     "connectors.vllm_pages": Rule(6, (*PUBLIC, "kvstore.copying"), ("torch",)),
     # An engine that offloads by itself: no store, a tier for its own keys.
     "connectors.vllm_tiering": Rule(6, (*PUBLIC, "kvstore.keyed", "connectors.vllm_identity"), ("torch", "vllm")),
-    "connectors.vllm_*": Rule(6, (*PUBLIC, "connectors.base", "connectors.hints", "connectors.vllm_*"), ("torch", "vllm")),
+    "connectors.vllm_*": Rule(
+        6, (*PUBLIC, "connectors.base", "connectors.hints", "connectors.vllm_*"), ("torch", "vllm")
+    ),
     "connectors.*": Rule(6, (*PUBLIC, "connectors.base"), ("torch",), library_of_its_own=True),
     # 7: what nothing imports
     **dict.fromkeys(("bench", "bench.*", "tests", "tests.*"), Rule(7, ("*",), ("*",))),

@@ -54,6 +54,10 @@ class Policy(ABC):
         stays known is yielded at most once. Nothing changes by iterating.
         """
 
+    def return_odds(self, blocks: Sequence[BlockId]) -> list[float]:
+        """How likely each is used again, 0 to 1; 1 for those of which the policy cannot say."""
+        return [1.0] * len(blocks)
+
     @abstractmethod
     def __len__(self) -> int:
         """Number of known blocks."""

@@ -91,6 +91,7 @@ class Odds:
         self._weights: Floats = np.zeros(_DESIGN.shape[1])
         self._weights[0] = np.log(_PRIOR_P / (1 - _PRIOR_P))
         self._hazard: Floats = _PRIOR_EVENTS / _PRIOR_AT_RISK
+        self._share_of: list[float] = []
         self._level_of: list[int] = []
         self._worth: list[list[float]] = []
         self._tabulate()
@@ -122,6 +123,10 @@ class Odds:
     def levels(self, cells: npt.NDArray[np.int16]) -> npt.NDArray[np.uint8]:
         """`level` of many."""
         return np.array(self._level_of, np.uint8)[cells]
+
+    def share(self, cell: int) -> float:
+        """How many requests of a cell are followed."""
+        return self._share_of[cell]
 
     def worth(self, level: int, age_s: float) -> float:
         """Hits per second of keeping a block of a level, `age_s` seconds after its request."""
@@ -165,6 +170,7 @@ class Odds:
 
     def _tabulate(self) -> None:
         shares = _logistic(_DESIGN @ self._weights)
+        self._share_of = [*shares.tolist(), 0.0, *(shares * self.whole_share).tolist()]
         self._level_of = [*np.searchsorted(_LEVELS, shares).tolist(), NUM_LEVELS]
         self._level_of += np.searchsorted(_LEVELS, shares * self.whole_share).tolist()
         middles = np.concatenate([[_LEVELS[0] / 2], (_LEVELS[1:] + _LEVELS[:-1]) / 2, [0.92]])

@@ -197,6 +197,13 @@ class ReturnsPolicy(RunPolicy):
         record.marks = tuple(blocks[at] for at in places if at <= last)
         self._marks.update(dict.fromkeys(record.marks, record.number))
 
+    def return_odds(self, blocks: Sequence[BlockId]) -> list[float]:
+        """As learned, whether or not the order goes by it; 1 until some have returned, and of what several share."""
+        if self._odds.num_returned < _FEW_RETURNS:
+            return [1.0] * len(blocks)
+        runs = [self._runs.get(self._number_of.get(block, 0)) for block in blocks]
+        return [1.0 if run is None or run.forked else self._odds.share(run.kind) for run in runs]
+
     # -- order -------------------------------------------------------------------------------------------------
 
     def _walk_begins(self) -> None:

@@ -30,7 +30,7 @@ class HostOptions:
     """
 
     capacity_bytes: int = 4 << 30
-    policy: str = "lru"
+    policy: str = "returns"
     policy_options: Mapping[str, object] = field(default_factory=dict)
     prefault: bool = True
     huge_pages: bool = False

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from bench.policies import main, measure
+from bench.policies_generated import KINDS, generated, names_of
 from bench.policies_optimum import optimal_hits
 from bench.policies_replay import replay
 from bench.policies_trace import make_trace, read_trace
@@ -107,3 +108,26 @@ def test_the_command_leaves_figures_and_a_picture(tmp_path: Path) -> None:
     summary = json.loads(result.read_text())["summary"]
     assert {"gap_closed_pct_20", "gap_closed_pct_50", "worst_vs_lru_pts", "us_per_block"} <= set(summary)
     assert result.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_several_traces_have_rows_each_and_one_summary_of_the_worst(tmp_path: Path) -> None:
+    result = tmp_path / "result.json"
+    small = tmp_path / "small.jsonl"
+    lines = [{"timestamp": 1000 * at, "input_length": 512, "hash_ids": [at % 7, 100 + at]} for at in range(50)]
+    small.write_text("\n".join(map(json.dumps, lines)))
+    command = ["--trace", str(small), "--trace", "generated:uniform", "--capacity", "10"]
+    assert main([*command, "--policies", "returns", "--json", str(result)]) == 0
+    made = json.loads(result.read_text())
+    assert {row["trace"] for row in made["rows"]} == {"small", "generated:uniform"}
+    of_each = [made["summary"][f"worst_vs_lru_pts_{name}"] for name in ("small", "generated:uniform")]
+    assert made["summary"]["worst_vs_lru_pts"] == min(of_each)
+
+
+def test_made_up_traffic_is_the_same_for_a_seed_and_another_for_another() -> None:
+    first, same, other = (generated(f"generated:flips:{seed}") for seed in (7, 7, 8))
+    assert [each.blocks for each in first.requests] == [each.blocks for each in same.requests]
+    assert [each.time_s for each in first.requests] == [each.time_s for each in same.requests]
+    assert [each.blocks for each in first.requests] != [each.blocks for each in other.requests]
+    with pytest.raises(ConfigError, match=r"no traffic is called 'generated:rain': .*agents"):
+        generated("generated:rain")
+    assert [name.split(":")[1] for name in names_of("generated:all:3")] == list(KINDS)
