@@ -67,7 +67,12 @@ class KeyedValues:
         if len(config.tiers) != 1:
             raise ConfigError(f"{len(config.tiers)} tiers are given: give one, e.g. {{'redis': {{'url': …}}}}")
         ((name, options),) = config.tiers.items()
-        return cls(TIERS.load(name)(options), namespace, value_bytes)
+        tier = TIERS.load(name)(options)
+        try:
+            return cls(tier, namespace, value_bytes)
+        except ConfigError:
+            tier.close()
+            raise
 
     def key(self, foreign: bytes) -> PartKey:
         return PartKey(self.root.id, self._meta(foreign).block_id(), 0)
