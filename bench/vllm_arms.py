@@ -20,8 +20,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 
+def _let_vllm_look_at_llvmlite() -> None:
+    """Where a connector has imported numba, vLLM 0.32 looks at every object of every module and stumbles over one."""
+    try:
+        from llvmlite.binding import ffi
+    except ImportError:
+        return
+    ffi.lib._fntab["__dict__"] = {}  # where it looks up its attributes, each a function of the library
+
+
 def main() -> None:
     options: dict[str, Any] = json.loads(sys.argv[1])
+    if options["transfer"] and options["transfer"]["kv_connector"].startswith("LMCache"):
+        _let_vllm_look_at_llvmlite()
     from vllm import LLM, SamplingParams
 
     llm = LLM(
