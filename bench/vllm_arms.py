@@ -7,6 +7,7 @@ answer, after "ROW ": seconds to the first token and to the last, tokens that we
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -23,7 +24,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 def _let_vllm_look_at_llvmlite() -> None:
     """Where a connector has imported numba, vLLM 0.32 looks at every object of every module and stumbles over one."""
     try:
-        from llvmlite.binding import ffi
+        ffi = importlib.import_module("llvmlite.binding.ffi")
     except ImportError:
         return
     ffi.lib._fntab["__dict__"] = {}  # where it looks up its attributes, each a function of the library
