@@ -59,7 +59,7 @@ def test_another_namespace_or_size_finds_nothing(url: str) -> None:
     one.write({b"key": value(1)}, 5)
     others = [
         connect(url, dtype="bfloat16"),
-        KeyedValues.connect({"redis": {"url": url}}, {"model": "", "m": ""}, SIZE),  # fields never run together
+        KeyedValues.connect({"redis": {"url": url}}, {"modelm": ""}, SIZE),  # fields never run together
         KeyedValues.connect({"redis": {"url": url}}, {"model": "m"}, 2 * SIZE),
     ]
     assert [other.contains([b"key"], 5) for other in others] == [[False]] * 3

@@ -206,7 +206,8 @@ def test_vllm_and_transformers_load_what_the_other_saved(run: Run, scenario: str
     assert facts["equal"] == [True, True]
     assert facts["transformers_hits"] == hits
     assert facts["vllm_hits"] == [hits]
-    assert facts["error"] < error  # SmolLM2's keys reach 30
+    # SmolLM2's keys reach 30: 6.7e-5 apart with AVX-512, 1.2e-4 with AVX2, which sums in another order.
+    assert facts["error"] < error
     assert facts["num_distinct"] > 20
     assert facts["control_differs"]
     assert facts["transformers_control_differs"]
