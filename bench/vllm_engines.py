@@ -76,11 +76,11 @@ def native_dtype() -> str:
 class Engine:
     """`bench.vllm_arms` in a process of its own; `wait` before the first request."""
 
-    def __init__(self, python: Path, options: dict[str, object]) -> None:
+    def __init__(self, python: Path, options: dict[str, object], *, module: str = "bench.vllm_arms") -> None:
         environ = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the engine
         self._process = subprocess.Popen(
-            [str(python), "-m", "bench.vllm_arms", json.dumps(options)],
+            [str(python), "-m", module, json.dumps(options)],
             cwd=ROOT,
             env={**environ, "PYTHONPATH": str(ROOT)},
             stdin=subprocess.PIPE,
@@ -91,15 +91,22 @@ class Engine:
 
     def wait(self) -> None:
         """Until it is up: engines start side by side, and then each is waited for once."""
-        self._answer()
+        self.answer()
 
     def serve(self, prompt: Sequence[int], *, new: int = 1, forget: bool = True) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"prompt": list(prompt), "new": new, "forget": forget}) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
+        return self.ask({"prompt": list(prompt), "new": new, "forget": forget})
 
-    def _answer(self) -> dict[str, Any]:
+    def ask(self, order: dict[str, object]) -> dict[str, Any]:
+        self.send(order)
+        return self.answer()
+
+    def send(self, order: dict[str, object]) -> None:
+        """Ask without waiting: `answer` must follow."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+
+    def answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if line.startswith("ROW "):
@@ -131,7 +138,7 @@ class Sidecar:
         self.address = f"unix:{directory}/s"
         self._log = directory / "sidecar.log"
         self._command = [sys.executable, "-m", "kvstore.service.cli", "serve", "--listen", self.address]
-        self._command += ["--host-capacity", "2GiB", "--redis-url", redis_url]
+        self._command += ["--host-capacity", "2GiB", *(("--redis-url", redis_url) if redis_url else ())]
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, *settings: str) -> None:
