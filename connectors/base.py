@@ -29,6 +29,9 @@ T = TypeVar("T")
 _PREFILL_DECAY = 0.95
 """Weight of what was known when a new prefill is seen: about the last twenty count."""
 _LOAD_DECAY = 0.8
+_PATIENCE = 1.25
+"""Waiting for a producer may take so much longer than computing is predicted to. At 1 one that runs exactly as fast as
+this engine was given up just before it was done, whenever a prediction was a little short."""
 _RELIEF = 1.02
 """A tier that is passed over gains 2 % of believed speed each time, so that one bad spell is not for ever."""
 _MAX_CONVERSATIONS = 4096
@@ -162,12 +165,16 @@ class CostModel:
         return best
 
     def plan_wait_s(self, match: Match, prompt_tokens: int) -> float:
-        """How long waiting for the pending blocks can pay: what computing them here would take."""
+        """How long waiting for the pending blocks can pay: what computing them here would take, and some patience.
+
+        Counted from the last time that one of them arrived: who sees progress waits for the rest alone.
+        """
         cap = self.max_blocks(prompt_tokens)
         pending = min(match.num_blocks + match.num_pending_blocks, cap) - match.num_blocks
         if pending <= 0:
             return 0.0
-        return self.prefill_s(pending * self.block_tokens, match.num_blocks * self.block_tokens) or 0.0
+        computing_s = self.prefill_s(pending * self.block_tokens, match.num_blocks * self.block_tokens) or 0.0
+        return _PATIENCE * computing_s
 
     def max_blocks(self, prompt_tokens: int) -> int:
         """Blocks of a prompt that may come from elsewhere: those of its first `prompt_tokens` − 1 tokens."""

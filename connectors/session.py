@@ -17,6 +17,8 @@ from kvstore.block import Chain
 from kvstore.device import DeviceOverlay
 
 _PENDING_POLL_S = 0.002
+_PENDING_POLL_SHARE = 0.01
+"""Between two looks at pending blocks, of what they are predicted to take: who waits must not slow who computes."""
 _RENEW_S = 1.0
 """Between renewals of an announcement; a mark lives for 2.5 s."""
 
@@ -190,10 +192,15 @@ class Session:
     def _match(self, store: Store) -> Match:
         """What the store has, after waiting for blocks that somebody else will finish before we could."""
         match = store.match(self._chain, self._request, hint=self._hint, wait_s=self._connection.max_wait_s)
-        deadline_s = time.monotonic() + self._connection.cost.plan_wait_s(match, self._prompt_tokens)
-        while match.num_pending_blocks and time.monotonic() < deadline_s:
-            time.sleep(_PENDING_POLL_S)
+        cost, since_s, num_blocks = self._connection.cost, time.monotonic(), match.num_blocks
+        while match.num_pending_blocks:
+            wait_s = cost.plan_wait_s(match, self._prompt_tokens)
+            if time.monotonic() - since_s >= wait_s:
+                break
+            time.sleep(max(_PENDING_POLL_S, _PENDING_POLL_SHARE * wait_s))
             match = store.match(self._chain, self._request, hint=self._hint)
+            if match.num_blocks > num_blocks:
+                since_s, num_blocks = time.monotonic(), match.num_blocks
         return match
 
     def _count(self, tier: str, num_blocks: int) -> None:

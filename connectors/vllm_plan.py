@@ -33,7 +33,8 @@ class VllmSettings:
             request this much twice, in the scheduler and in the worker, and the next ones nothing.
         match_deadline_ms: longest wait of a request for the answer of lower tiers.
         load_deadline_ms: after so long a load is reported as failed, from its first missing token on.
-        pending_deadline_ms: longest wait for blocks that somebody else is computing; 0 never waits.
+        pending_deadline_ms: longest wait for blocks that somebody else is computing, beside what computing them is
+            predicted to take, which ends it sooner; 0 never waits.
         load_threads: loads under way at once.
         load, save: False leaves that half out; vLLM's roles kv_producer and kv_consumer do the same.
         secret: keys block ids, so that nobody without it can guess them from prompts.
@@ -52,7 +53,7 @@ class VllmSettings:
     call_deadline_ms: float = 500.0
     match_deadline_ms: float = 250.0
     load_deadline_ms: float = 5000.0
-    pending_deadline_ms: float = 1000.0
+    pending_deadline_ms: float = 20000.0
     load_threads: int = 2
     load: bool = True
     save: bool = True

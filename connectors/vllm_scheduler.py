@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 
 from connectors.base import CostModel, FailOpen, LoadRule, plan_save
 from connectors.hints import hint_of
+from connectors.vllm_announced import Announced, KeptMark
 from connectors.vllm_identity import AdapterDigests, EngineRequest, Roots, media_of
 from connectors.vllm_plan import (
     LoadOrder,
@@ -27,13 +28,18 @@ from connectors.vllm_plan import (
     storable_finished,
     storable_running,
 )
-from kvstore.api import HOST_TIER, Announcement, Hint, Load, Match, Store
+from kvstore.api import HOST_TIER, Hint, Load, Match, Store
 from kvstore.block import Chain, ModelId, as_u32
 
 log = logging.getLogger("kvstore.connector.vllm")
 
 _IN_TIME = 0.9
 """Share of a deadline after which waiting ends: that it has is noticed between steps, and takes effect in the next."""
+_LOOK_S, _LOOK_SHARE = 0.002, 0.01
+"""Between two looks at pending blocks: at least, and of what computing them is predicted to take. Asked in every step,
+four waiting requests took a third of a core from the engine beside them that was computing."""
+_REST_S = 0.005
+"""A step of an engine whose requests all wait. Longer would delay a new one, shorter only spins."""
 _UNSEEN_BYTES_PER_S = 2e9
 """What the first load is taken to run at, when it is decided whether the step can wait for it."""
 
@@ -52,6 +58,11 @@ class _Tracked:
     told: int = 0
     """Tokens that workers' copies of the chain have."""
     asked_s: float | None = None
+    found_blocks: int = 0
+    """Of the longest match since `asked_s`; it was first seen at `found_s`."""
+    found_s: float = 0.0
+    look_s: float = 0.0
+    """No look at pending blocks before."""
     local_tokens: int = 0
     planned: int = 0
     """Blocks the plan ends at; 0 for no plan."""
@@ -59,7 +70,9 @@ class _Tracked:
     in_store: int = 0
     gave_up: bool = False
     """A load failed: what is computed once is not asked for again."""
-    announcement: Announcement | None = None
+    announcement: KeptMark | None = None
+    announced_to: int = 0
+    """Blocks up to here are."""
 
 
 @dataclass(slots=True)
@@ -141,6 +154,9 @@ class SchedulerSide:
         self._saves: list[SaveOrder] = []
         self._ended: list[str] = []
         self._step: _Step | None = None
+        self._num_waiting = 0
+        """Requests that wait for pending blocks, of the step being scheduled."""
+        self._announced = Announced(self.fail_open)
         self._next = 0
 
     # -- matching ----------------------------------------------------------------------------------------------
@@ -175,6 +191,9 @@ class SchedulerSide:
         if chain is None or len(chain) * self._block_tokens <= local_tokens:
             return 0, False
         self._withdraw(tracked)
+        if tracked.asked_s is not None and self._now_s() < tracked.look_s:
+            self._num_waiting += 1
+            return None, False
         found = self.fail_open.call(lambda: self._ask(tracked, chain), None)
         if found is None:
             return 0, False
@@ -193,18 +212,22 @@ class SchedulerSide:
     def _waited_s(self, tracked: _Tracked) -> float:
         now_s = self._now_s()
         if tracked.asked_s is None:
-            tracked.asked_s = now_s
+            tracked.asked_s = tracked.found_s = now_s
+            tracked.found_blocks, tracked.look_s = 0, 0.0
         return now_s - tracked.asked_s
 
     def _worth_waiting(self, tracked: _Tracked, match: Match, waited_s: float) -> bool:
         """Whether lower tiers may still answer in time, or somebody else finishes sooner than we would."""
         if not match.settled and waited_s < self._settings.match_deadline_ms / 1e3 * _IN_TIME:
             return True
-        if match.num_pending_blocks:
-            limit_s = min(
-                self._settings.pending_deadline_ms / 1e3, self.cost.plan_wait_s(match, tracked.request.num_tokens)
-            )
-            return waited_s < limit_s
+        if match.num_pending_blocks and waited_s < self._settings.pending_deadline_ms / 1e3:
+            now_s, limit_s = self._now_s(), self.cost.plan_wait_s(match, tracked.request.num_tokens)
+            if match.num_blocks > tracked.found_blocks:
+                tracked.found_blocks, tracked.found_s = match.num_blocks, now_s
+            if now_s - tracked.found_s < limit_s:
+                tracked.look_s = now_s + max(_LOOK_S, _LOOK_SHARE * limit_s)
+                self._num_waiting += 1
+                return True
         return False
 
     def _plan(self, tracked: _Tracked, match: Match, local_tokens: int) -> tuple[int, bool]:
@@ -298,12 +321,14 @@ class SchedulerSide:
         chain = tracked.chain
         start = max(tracked.in_store, tracked.num_saved)
         if self._settings.save and chain is not None and tracked.announcement is None and start < len(chain):
-            tracked.announcement = self.fail_open.call(lambda: self._store.announce(chain, start, len(chain)), None)
+            mark = self.fail_open.call(lambda: self._store.announce(chain, start, len(chain)), None)
+            tracked.announcement = None if mark is None else self._announced.keep(mark)
+            tracked.announced_to = len(chain)
 
     def _withdraw(self, tracked: _Tracked) -> None:
         mark, tracked.announcement = tracked.announcement, None
         if mark is not None:
-            self.fail_open.call(mark.withdraw, None)
+            mark.withdraw()
 
     # -- saving ------------------------------------------------------------------------------------------------
 
@@ -321,6 +346,9 @@ class SchedulerSide:
                     )
                     if stop > tracked.num_saved:
                         self._save(tracked, stop, step.pages[request_id], holds=False)
+        if not step.num_scheduled and self._num_waiting and not self._loads:
+            time.sleep(_REST_S)
+        self._num_waiting = 0
         made = Orders(tuple(self._loads), tuple(self._saves), tuple(self._ended), idle=not step.num_scheduled)
         self._loads, self._saves, self._ended = [], [], []
         return made
@@ -331,6 +359,8 @@ class SchedulerSide:
         blocks = plan_save(stop * self._block_tokens, tracked.num_saved, self._block_tokens)
         if chain is None or not blocks or self.fail_open.resting:
             return False
+        if tracked.num_saved >= tracked.announced_to:
+            self._withdraw(tracked)  # the steps that saved what was announced have run
         known, tracked.told = tracked.told, stop * self._block_tokens
         media = tuple(item for item in tracked.media if known <= item[0] < tracked.told)
         tokens = as_u32(tracked.request.all_token_ids[known : tracked.told]).astype("<u4", copy=False).tobytes()
@@ -351,8 +381,6 @@ class SchedulerSide:
             )
         )
         tracked.num_saved = stop
-        if tracked.announcement is not None:
-            self.fail_open.call(tracked.announcement.renew, None)
         return True
 
     def ended(self, request: EngineRequest, pages: Sequence[int]) -> bool:
@@ -452,6 +480,7 @@ class SchedulerSide:
             self.fail_open.call(loading.load.close, None)
         self._tracked.clear()
         self._loading.clear()
+        self._announced.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._adapters.close()
 

@@ -103,7 +103,9 @@ def test_blocks_that_are_on_the_device_cost_nothing() -> None:
 def test_waiting_for_pending_blocks_lasts_as_long_as_computing_them() -> None:
     cost = model_that_knows()
     waiting = cost.plan_wait_s(match_of(("host", 2), pending=5), 1000)
-    assert waiting == pytest.approx(cost.prefill_s(20, 8))
+    computing = cost.prefill_s(20, 8)
+    assert computing is not None
+    assert computing < waiting < 1.5 * computing
     assert cost.plan_wait_s(match_of(("host", 2)), 1000) == 0
     assert CostModel(4, 1000).plan_wait_s(match_of(pending=5), 1000) == 0
 

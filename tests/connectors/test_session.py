@@ -9,6 +9,7 @@ import pytest
 
 from connectors.base import FailOpen
 from connectors.session import KeptAnnouncement
+from connectors.vllm_announced import Announced
 from kvstore.errors import ServiceUnavailable
 from tests.waiting import wait_until
 
@@ -52,3 +53,17 @@ def test_a_renewal_that_fails_is_a_failure_of_the_store_and_of_nothing_else() ->
     wait_until(lambda: fail_open.num_failures >= 2)
     kept.withdraw()
     assert mark.told[-1] == "withdraw"
+
+
+def test_announcements_of_a_scheduler_are_renewed_by_one_thread_until_each_is_withdrawn() -> None:
+    marks = [Mark(), Mark()]
+    announced = Announced(FailOpen(), every_s=0.001)
+    kept = [announced.keep(mark) for mark in marks]
+    wait_until(lambda: all(mark.told.count("renew") >= 2 for mark in marks))
+    kept[0].withdraw()
+    before = marks[1].told.count("renew")
+    wait_until(lambda: marks[1].told.count("renew") > before + 2)
+    assert marks[0].told[-1] == "withdraw"
+    kept[1].withdraw()
+    announced.close()
+    assert len(marks[1].told) == 1 + marks[1].told.count("renew")

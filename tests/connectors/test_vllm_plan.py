@@ -309,8 +309,55 @@ def test_blocks_that_somebody_computes_are_waited_for_as_long_as_that_can_pay() 
     assert bench.side.match(request, 0) == (None, False)
     bench.clock.time_s += 0.4
     assert bench.side.match(request, 0) == (None, False)
-    bench.clock.time_s += 0.2
+    bench.clock.time_s += 0.3  # 0.5 s is what computing takes, and a quarter more is patience
     assert bench.side.match(request, 0) == (32, False)
+    bench.side.ended(request, [])
+    bench.close()
+
+
+def test_who_sees_pending_blocks_arrive_waits_for_the_rest_anew() -> None:
+    bench = Bench()
+    bench.fill(tokens(32))
+    bench.store.num_pending = 4
+    request = FakeRequest("r", tokens(120))
+    bench.side.cost.seen_prefill(64, 32, 0.5)
+    assert bench.side.match(request, 0) == (None, False)
+    bench.clock.time_s += 0.5
+    bench.fill(tokens(64))
+    bench.store.num_pending = 2
+    assert bench.side.match(request, 0) == (None, False)
+    bench.clock.time_s += 0.25
+    assert bench.side.match(request, 0) == (None, False)  # 0.75 s in all, of the rest's 0.31 only 0.25
+    bench.clock.time_s += 0.1
+    assert bench.side.match(request, 0) == (64, False)
+    bench.side.ended(request, [])
+    bench.close()
+
+
+def test_a_producer_that_gave_up_ends_the_wait() -> None:
+    bench = Bench()
+    bench.store.num_pending = 4
+    request = FakeRequest("r", tokens(120))
+    bench.side.cost.seen_prefill(64, 32, 0.5)
+    assert bench.side.match(request, 0) == (None, False)
+    bench.store.num_pending = 0
+    bench.clock.time_s += 0.01
+    assert bench.side.match(request, 0) == (0, False)
+    bench.side.ended(request, [])
+    bench.close()
+
+
+def test_waiting_requests_ask_the_store_now_and_then_only() -> None:
+    bench = Bench()
+    bench.store.num_pending = 4
+    request = FakeRequest("r", tokens(120))
+    bench.side.cost.seen_prefill(64, 32, 0.5)
+    for _ in range(5):
+        assert bench.side.match(request, 0) == (None, False)
+    assert bench.store.calls.count("match") == 1
+    bench.clock.time_s += 0.01
+    assert bench.side.match(request, 0) == (None, False)
+    assert bench.store.calls.count("match") == 2
     bench.side.ended(request, [])
     bench.close()
 
