@@ -31,6 +31,7 @@ from bench.env import stamp
 from bench.models import cache_directory, publish, smollm2
 from bench.options import whole
 from bench.report import print_table, write_json
+from bench.reuse_plots import plot_burst
 from bench.sidecar import sidecar
 from bench.vllm import ROOT, VOCABULARY, Engine, Sidecar, make_model
 from bench.workload import documents
@@ -309,7 +310,9 @@ def _table(rows: Rows) -> Rows:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m bench burst", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench ttft --scenario burst",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--engine", choices=["transformers", "vllm"], default="vllm")
@@ -321,7 +324,7 @@ def main(argv: list[str]) -> int:
     add("--step-tokens", type=whole(64, 8192), default=2048, help="vLLM's max_num_batched_tokens (default: 2048)")
     add("--python", type=Path, default=ROOT / ".venv-vllm/bin/python", help="a Python that has vLLM")
     add("--seed", type=whole(0, 2**32 - 1), default=0)
-    add("--json", metavar="FILE", help="write {name, env, rows, summary}")
+    add("--json", type=Path, metavar="FILE", help="write {name, env, rows, summary}, and a plot beside it")
     options = parser.parse_args(argv)
 
     def fleet(stack: ExitStack, num_tokens: int) -> Fleet:
@@ -336,5 +339,6 @@ def main(argv: list[str]) -> int:
         print(f"{key:32} {value if isinstance(value, bool) else format(value, '.3f')}")
     if options.json:
         write_json(options.json, "burst", stamp(), rows, {**summary, "engine": options.engine, "seed": options.seed})
+        plot_burst(rows, options.json.with_suffix(".png"))
         print(f"written: {options.json}")
     return 0

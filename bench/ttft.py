@@ -13,6 +13,7 @@ import argparse
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -255,6 +256,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m bench ttft", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = made.add_argument
+    add("--scenario", choices=SCENARIOS, default=SCENARIOS[0], help="others have options of their own: add --help")
     add("--engine", choices=list(ENGINES), default=defaults.engine, help="or vllm: see `python -m bench vllm --help`")
     add("--users", type=whole(1, 64), default=defaults.users, help="chats (default: %(default)s)")
     add("--turns", type=whole(2, 64), default=defaults.turns, help="requests a chat (default: %(default)s)")
@@ -299,20 +301,29 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def engine_option() -> argparse.ArgumentParser:
-    """`--engine` alone: what else may be said depends on it."""
+SCENARIOS = ("chats", "burst", "breakeven", "blocks")
+"""Each but the first is a module of this package, with options of its own."""
+
+
+def leading_options() -> argparse.ArgumentParser:
+    """`--scenario` and `--engine` alone: what else may be said depends on them."""
     made = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    made.add_argument("--scenario", choices=SCENARIOS, default=SCENARIOS[0])
     made.add_argument("--engine")
     return made
 
 
 def main(argv: list[str]) -> int:
-    known, rest = engine_option().parse_known_args(argv)
+    known, rest = leading_options().parse_known_args(argv)
+    if known.scenario != SCENARIOS[0]:
+        engine = [] if known.engine is None else ["--engine", known.engine]
+        return int(import_module(f"bench.{known.scenario}").main([*engine, *rest]))
     if known.engine == "vllm":  # an engine of its own, in a Python of its own, with other arms
         from bench import vllm
 
         return vllm.main(rest)
     options = vars(parser().parse_args(argv))
+    del options["scenario"]
     json, html = options.pop("json"), options.pop("html")
     if html is None and json is not None:
         html = str(Path(json).with_suffix(".html"))

@@ -12,14 +12,15 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import Enum
 from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from kvstore.api import Match
+from connectors.fit import Fit
+from kvstore.api import HOST_TIER, Match
 from kvstore.block import Chain, Root, Tokens, as_u32
 from kvstore.errors import KVStoreError, LeaseError
 
@@ -73,60 +74,42 @@ class LoadRule(Enum):
 class CostModel:
     """Learns what prefill and loading cost here, and plans loads by it.
 
-    Prefill of `new` tokens after `past` ones takes a·new + b·new·(past + new/2) seconds: a for the matrix
-    products, b for attention. Both are fitted by least squares on relative errors, newest first. A tier loads
-    at an averaged rate in bytes per second. What was never seen is taken as free to load or dear to compute: the
-    first try of everything is a load, and is measured. Not thread-safe; races cost precision alone.
+    Prefill of `new` tokens after `past` ones takes a·new + b·new·(past + new/2) + c seconds: a for the matrix
+    products, b for attention, c for what every pass costs. Loading from a tier takes so much a byte, and so much a
+    load. All are fitted by least squares on relative errors, newest first. What was never seen is taken as free to
+    load or dear to compute: the first try of everything is a load, and is measured. Not thread-safe; races cost
+    precision alone.
     """
 
     def __init__(self, block_tokens: int, block_bytes: int, *, rule: LoadRule = LoadRule.MEASURED) -> None:
         self.rule = rule
         self.block_tokens = block_tokens
         self.block_bytes = block_bytes
-        self._rates: dict[str, float] = {}
-        self._moments: npt.NDArray[np.float64] = np.zeros(5)
-        self._fit: tuple[float, float] | None = None
+        self._prefill = Fit(3, decay=_PREFILL_DECAY)
+        self._loads: dict[str, Fit] = {}
+        self._relief: dict[str, float] = {}
 
     def seen_prefill(self, new_tokens: int, past_tokens: int, seconds: float) -> None:
         """A forward pass over `new_tokens` after `past_tokens` took `seconds`."""
-        if new_tokens < 1 or seconds <= 0:
-            return
-        x, y = new_tokens / seconds, new_tokens * (past_tokens + new_tokens / 2) / seconds
-        self._moments = self._moments * _PREFILL_DECAY + np.array([x * x, x * y, y * y, x, y])
-        self._fit = self._solve()
-
-    def _solve(self) -> tuple[float, float]:
-        """(a, b), none negative: where the fit wants one below zero, the other explains all."""
-        xx, xy, yy, sum_x, sum_y = self._moments
-        det = xx * yy - xy * xy
-        if det > 1e-6 * xx * yy:  # else all seen had one shape, which tells a and b apart no more
-            a, b = (sum_x * yy - sum_y * xy) / det, (sum_y * xx - sum_x * xy) / det
-            if a >= 0 and b >= 0:
-                return float(a), float(b)
-            if a < 0:
-                return 0.0, float(sum_y / yy)
-        return float(sum_x / xx), 0.0
+        if new_tokens >= 1 and seconds > 0:
+            self._prefill.see(_prefill_terms(new_tokens, past_tokens), seconds)
 
     def seen_load(self, tier: str, num_bytes: int, seconds: float) -> None:
         """Bytes of `tier` took `seconds` to be in the engine's memory."""
-        if num_bytes < 1 or seconds <= 0:
-            return
-        rate = num_bytes / seconds
-        before = self._rates.get(tier, rate)
-        # Averaged as time per byte: a mean of rates would believe the fast ones.
-        self._rates[tier] = 1 / (_LOAD_DECAY / before + (1 - _LOAD_DECAY) / rate)
+        if num_bytes >= 1 and seconds > 0:
+            self._loads.setdefault(tier, Fit(2, decay=_LOAD_DECAY)).see((num_bytes, 1), seconds)
+            self._relief[tier] = 1.0
 
     def prefill_s(self, new_tokens: int, past_tokens: int) -> float | None:
         """Predicted seconds; None before any prefill was seen."""
-        if self._fit is None:
-            return None
-        a, b = self._fit
-        return a * new_tokens + b * new_tokens * (past_tokens + new_tokens / 2)
+        return self._prefill.predict(_prefill_terms(new_tokens, past_tokens))
 
     def load_s(self, tier: str, num_blocks: int) -> float:
         """Predicted seconds; 0 for a tier never loaded from."""
-        rate = self._rates.get(tier)
-        return 0.0 if rate is None else num_blocks * self.block_bytes / rate
+        fit = self._loads.get(tier)
+        if fit is None or num_blocks < 1:
+            return 0.0
+        return (fit.predict((num_blocks * self.block_bytes, 1)) or 0.0) * self._relief[tier]
 
     def saved_s(self, num_tokens: int, load_s: float, *, past_tokens: int = 0) -> float:
         """Seconds that loading tokens after `past_tokens`, which took `load_s`, saved over computing them."""
@@ -159,10 +142,28 @@ class CostModel:
                     passed_over.clear()
                 else:
                     passed_over.append(tier)
-        for tier in passed_over:
-            if tier in self._rates:
-                self._rates[tier] *= _RELIEF
+        self._relieve(passed_over)
         return best
+
+    def _relieve(self, tiers: Iterable[str]) -> None:
+        for tier in tiers:
+            if tier in self._relief:
+                self._relief[tier] /= _RELIEF
+
+    def plan_ask_s(self, prompt_tokens: int, limit_s: float) -> float:
+        """How long a request should wait to hear what lower tiers hold, at most `limit_s`.
+
+        0 where all of the prompt would not be worth loading, whichever of the known tiers had it.
+        """
+        num_blocks = self.max_blocks(prompt_tokens)
+        computing_s, rest_s = self.prefill_s(prompt_tokens, 0), self._rest_s(prompt_tokens, num_blocks)
+        lower = [tier for tier in self._loads if tier != HOST_TIER]
+        if self.rule is LoadRule.ALWAYS or computing_s is None or rest_s is None or not lower:
+            return limit_s
+        gain_s = computing_s - rest_s - min(self.load_s(tier, num_blocks) for tier in lower)
+        if gain_s <= 0:
+            self._relieve(lower)  # they are passed over, too
+        return min(limit_s, max(0.0, gain_s))
 
     def plan_wait_s(self, match: Match, prompt_tokens: int) -> float:
         """How long waiting for the pending blocks can pay: what computing them here would take, and some patience.
@@ -183,6 +184,10 @@ class CostModel:
     def _rest_s(self, prompt_tokens: int, num_blocks: int) -> float | None:
         past = num_blocks * self.block_tokens
         return self.prefill_s(prompt_tokens - past, past)
+
+
+def _prefill_terms(new_tokens: int, past_tokens: int) -> tuple[float, float, float]:
+    return new_tokens, new_tokens * (past_tokens + new_tokens / 2), 1
 
 
 def plan_save(num_computed_tokens: int, num_saved_blocks: int, block_tokens: int) -> range:

@@ -191,7 +191,8 @@ class Session:
 
     def _match(self, store: Store) -> Match:
         """What the store has, after waiting for blocks that somebody else will finish before we could."""
-        match = store.match(self._chain, self._request, hint=self._hint, wait_s=self._connection.max_wait_s)
+        wait_s = self._connection.cost.plan_ask_s(self._prompt_tokens, self._connection.max_wait_s)
+        match = store.match(self._chain, self._request, hint=self._hint, wait_s=wait_s)
         cost, since_s, num_blocks = self._connection.cost, time.monotonic(), match.num_blocks
         while match.num_pending_blocks:
             wait_s = cost.plan_wait_s(match, self._prompt_tokens)

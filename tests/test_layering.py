@@ -244,8 +244,9 @@ RULES: dict[str, Rule] = {
     "kvstore.service.top": replace(SERVICE, libraries=(*SERVICE.libraries, "rich")),
     # 6: engines
     "connectors": Rule(6, (*PUBLIC, "connectors.base", "kvstore.registry")),
-    "connectors.base": Rule(6, PUBLIC),
     "connectors.hints": Rule(6, PUBLIC),
+    "connectors.base": Rule(6, (*PUBLIC, "connectors.fit")),
+    "connectors.fit": Rule(6, ()),
     "connectors.session": Rule(6, (*PUBLIC, "connectors.base"), ("torch",)),
     "connectors.transformers": Rule(
         6,
