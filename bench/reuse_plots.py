@@ -79,3 +79,29 @@ def plot_burst(rows: Rows, path: Path) -> None:
         axes.grid(axis="y", color="#E6E9EC")
         axes.legend(frameon=False)
         figure.savefig(path, dpi=130)
+
+
+def plot_blocks(table: Rows, path: Path) -> None:
+    """Share of reusable tokens that were reused, bytes stored and TTFT, by block size and way."""
+    ways = list(dict.fromkeys(str(row["way"]) for row in table))
+    panels = (
+        ("hit_pct", 1.0, "reused, % of what could be"),
+        ("saved_bytes", 2.0**-20, "stored, MiB"),
+        ("ttft_s", 1e3, "TTFT where something is reusable, ms (median)"),
+    )
+    with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
+        figure = Figure(figsize=(10.5, 3.4), layout="constrained")
+        for axes, (key, scale, title) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+            for number, way in enumerate(ways):
+                mine = [row for row in table if row["way"] == way]
+                sizes = _of(mine, "block")
+                values = [value * scale for value in _of(mine, key)]
+                axes.plot(sizes, values, "o-", color=_COLOURS[number], markersize=4, label=way)
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_locator(FixedLocator(sizes))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+            axes.set_xlabel("tokens a block")
+            axes.set_title(title, loc="left", fontsize=9)
+            axes.grid(color="#E6E9EC")
+        figure.axes[0].legend(frameon=False)
+        figure.savefig(path, dpi=130)

@@ -165,6 +165,23 @@ class CostModel:
             self._relieve(lower)  # they are passed over, too
         return min(limit_s, max(0.0, gain_s))
 
+    def plan_partial(self, match: Match, stop: int, prompt_tokens: int) -> bool:
+        """Whether to ask for the beginning of one block more, where `stop` blocks are to be loaded.
+
+        Not where blocks of lower tiers follow, nor for what takes longer to copy than a whole block to compute.
+        """
+        rest = prompt_tokens - 1 - stop * self.block_tokens
+        if stop < match.num_blocks or match.num_blocks > match.num_host_blocks or rest < 1:
+            return False
+        if self.rule is LoadRule.ALWAYS:
+            return True
+        num_tokens, past = min(rest, self.block_tokens), stop * self.block_tokens
+        whole_s, less_s = (
+            self._rest_s(prompt_tokens, stop),
+            self.prefill_s(prompt_tokens - past - num_tokens, past + num_tokens),
+        )
+        return whole_s is None or less_s is None or self.load_s(HOST_TIER, 1) < whole_s - less_s
+
     def plan_wait_s(self, match: Match, prompt_tokens: int) -> float:
         """How long waiting for the pending blocks can pay: what computing them here would take, and some patience.
 

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from connectors.base import CostModel, FailOpen, plan_save
-from kvstore.api import DEVICE_TIER, NO_HINT, Announcement, Hint, KnowsWindows, Match, Store
+from kvstore.api import DEVICE_TIER, HOST_TIER, NO_HINT, Announcement, Hint, KnowsWindows, Match, Store
 from kvstore.block import Chain
 from kvstore.device import DeviceOverlay
 
@@ -115,6 +115,7 @@ class Session:
         self._on_device = 0  # leading blocks the overlay has
         self._in_store = 0  # leading blocks the store's host tier has
         self._refused = False
+        self._partial_tokens = 0  # after the loaded blocks, from one that begins alike
 
     # -- loading ---------------------------------------------------------------------------------------------
 
@@ -127,13 +128,14 @@ class Session:
         if num_blocks > on_device:
             self._save_to_device(num_blocks)
         self.load_s = time.monotonic() - began_s
-        self._note_saved(num_blocks)
-        return num_blocks * self._chain.block_tokens
+        num_tokens = num_blocks * self._chain.block_tokens + self._partial_tokens
+        self._note_saved(num_tokens)
+        return num_tokens
 
-    def _note_saved(self, num_blocks: int) -> None:
+    def _note_saved(self, num_tokens: int) -> None:
         """Tell the store what it was good for."""
         store = self._connection.store
-        saved_s = self._connection.cost.saved_s(num_blocks * self._chain.block_tokens, self.load_s)
+        saved_s = self._connection.cost.saved_s(num_tokens, self.load_s)
         if store is not None and saved_s and self.loaded_bytes:
             self._connection.fail_open.call(lambda: store.note_saved(saved_s), None)
 
@@ -162,19 +164,21 @@ class Session:
             # Served from above, the chain's head would go cold below.
             store.touch(self._chain, on_device, self._hint)
         stop = self._connection.cost.plan_load(match, self._prompt_tokens, start=on_device)
-        if stop <= on_device:
+        partial_tokens = self._match_partial(store, match, stop) if stop >= on_device else 0
+        if stop <= on_device and not partial_tokens:
             store.forget(self._request)
             return on_device
+        last = stop + bool(partial_tokens)
         counts: dict[str, int] = {}
         seconds: dict[str, float] = {}
         at, then_s = on_device, time.monotonic()
-        with store.load(self._request, stop, start=on_device) as load:
+        with store.load(self._request, stop, start=on_device, partial_tokens=partial_tokens) as load:
             for block in load:
                 if block.index != at:
                     break
                 self._memory.write_block(at, block.views)
                 at += 1
-                if not (at < stop and isinstance(load, KnowsWindows) and not load.comes_in_windows(at)):
+                if not (at < last and isinstance(load, KnowsWindows) and not load.comes_in_windows(at)):
                     self._memory.finish()  # the block may be gone as soon as the next one is asked for
                 now_s = time.monotonic()
                 counts[block.tier] = counts.get(block.tier, 0) + 1
@@ -183,11 +187,23 @@ class Session:
             self._memory.finish()
             if not load.intact():
                 return on_device  # something may have been overwritten while it was copied: none of it counts
-        self._in_store = max(self._in_store, at)
+        whole = min(at, stop)
+        self._in_store = max(self._in_store, whole)
         for tier, count in counts.items():
             self._count(tier, count)
             self._connection.cost.seen_load(tier, count * self._connection.cost.block_bytes, seconds[tier])
-        return at
+        if at > stop:
+            self._partial_tokens = partial_tokens
+            # What came with the block beyond its beginning is not this prompt's, and counts for nothing.
+            self.hit_tokens[HOST_TIER] -= self._chain.block_tokens - partial_tokens
+        return whole
+
+    def _match_partial(self, store: Store, match: Match, stop: int) -> int:
+        """Tokens after `stop` blocks that the beginning of another chain's block brings."""
+        if not self._connection.cost.plan_partial(match, stop, self._prompt_tokens):
+            return 0
+        rest = self._prompt_tokens - 1 - stop * self._chain.block_tokens
+        return min(store.match_partial(self._request), rest)
 
     def _match(self, store: Store) -> Match:
         """What the store has, after waiting for blocks that somebody else will finish before we could."""

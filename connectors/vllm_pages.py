@@ -54,9 +54,9 @@ class EnginePages(Protocol):
         """What the engine's thread, which calls this, has ordered so far; None where its pages are the CPU's."""
 
     def scatter(
-        self, pages: Sequence[int], index: int, views: Sequence[memoryview], first_token: int, after: Moment | None
+        self, pages: Sequence[int], index: int, views: Sequence[memoryview], tokens: range, after: Moment | None
     ) -> None:
-        """Copy block `index` in, without the sequence's tokens below `first_token`.
+        """Copy block `index` in, as far as the sequence's `tokens` go: nothing below, and no page past them.
 
         Nothing is written before what the engine had ordered at `after` is done: the pages' last reader may still be
         running, and the streams of other threads say nothing about it.
@@ -82,24 +82,30 @@ class StridedPages:
         return self._copier.now() if self._paged.device.type == "cuda" else None
 
     def scatter(
-        self, pages: Sequence[int], index: int, views: Sequence[memoryview], first_token: int, after: Moment | None
+        self, pages: Sequence[int], index: int, views: Sequence[memoryview], tokens: range, after: Moment | None
     ) -> None:
         layout = self._copier.layout
         first = index * layout.model.block_tokens
-        if first_token <= first:
+        stop = first + layout.model.block_tokens
+        if tokens.start <= first and stop <= tokens.stop:
             self._copier.start_scatter(pages, [(index, views)], after=after).finish()
             return
         if after is not None:
             self._copier.wait_for(after)
-        for part, view in zip(self.parts, views, strict=True):  # at most one block a load is cut
+        for part, view in zip(self.parts, views, strict=True):  # at most two blocks of a load are cut
             cell = layout.parts[part]
             held = to_tensor(view, cell, self._paged.dtype).to(self._paged.device)
             heads = slice(cell.heads.start - self._heads.start, cell.heads.stop - self._heads.start)
-            for token in range(first_token, first + layout.model.block_tokens):
-                page, at = int(pages[token // self.page_tokens]), token % self.page_tokens
+            at, end = max(first, tokens.start), min(stop, tokens.stop)
+            while at < end:
+                until = min(end, (at // self.page_tokens + 1) * self.page_tokens)
+                page, slots = int(pages[at // self.page_tokens]), at % self.page_tokens
                 for layer in cell.layers:
                     for kv, plane in enumerate(self._paged.planes[layer - self._layers.start]):
-                        plane[page, at, heads] = held[layer - cell.layers.start, kv, token - first]
+                        plane[page, slots : slots + until - at, heads] = held[
+                            layer - cell.layers.start, kv, at - first : until - first
+                        ]
+                at = until
         if after is not None:
             torch.cuda.current_stream(self._paged.device).synchronize()
 
@@ -262,15 +268,16 @@ class PackedPages:
         self._try(write, key_dtype)
 
     def gather(self, pages: Sequence[int], index: int, views: SlotViews) -> None:
-        self._copy(pages, index, views, index * self._layout.model.block_tokens, to_slots=True)
+        first = index * self._layout.model.block_tokens
+        self._copy(pages, index, views, range(first, first + self._layout.model.block_tokens), to_slots=True)
 
     def now(self) -> None:
         return None
 
     def scatter(
-        self, pages: Sequence[int], index: int, views: Sequence[memoryview], first_token: int, after: Moment | None
+        self, pages: Sequence[int], index: int, views: Sequence[memoryview], tokens: range, after: Moment | None
     ) -> None:
-        self._copy(pages, index, views, first_token, to_slots=False)
+        self._copy(pages, index, views, tokens, to_slots=False)
 
     def _plan(self, cell: PartLayout, kv: int) -> _Piece:
         model, order, item = self._layout.model, self.order, self._dtype.itemsize
@@ -293,10 +300,11 @@ class PackedPages:
             slot_offset=kv * model.block_tokens * held_token_step * item,
         )
 
-    def _copy(self, pages: Sequence[int], index: int, views: SlotViews, first_token: int, *, to_slots: bool) -> None:
+    def _copy(self, pages: Sequence[int], index: int, views: SlotViews, within: range, *, to_slots: bool) -> None:
         block_tokens = self._layout.model.block_tokens
         first = index * block_tokens
-        tokens = range(max(first, first_token), first + block_tokens, self._piece)
+        # A piece that begins within is copied to its end, which lies in the same page and is computed anew.
+        tokens = range(max(first, within.start), min(first + block_tokens, within.stop), self._piece)
         for part, view, pieces in zip(self.parts, views, self._pieces, strict=True):
             if view is None:
                 continue
@@ -368,6 +376,6 @@ class PackedPages:
                 raise ConfigError("the engine's pages do not hold what its kernel wrote, in the order found")
         for tensor in trial._tensors:
             tensor.zero_()
-        trial.scatter(pages, 0, held, 0, None)
+        trial.scatter(pages, 0, held, range(model.block_tokens), None)
         if not all(torch.equal(a, b) for a, b in zip(trial._tensors, want, strict=True)):
             raise ConfigError("blocks loaded into the engine's pages are not what its kernel would have written")

@@ -146,6 +146,8 @@ class LoadOrder:
 
     Attributes:
         first_token: nothing below it is written: other requests may be reading those pages.
+        stop_token: what the load brings ends here. In the last block, where that is another chain's which begins like
+            this one, and at its end otherwise.
         pages: the request's page table from token 0.
         lease: what the worker's store makes the load of.
         in_step: must be in place before this step's forward pass; otherwise it runs beside the steps.
@@ -153,6 +155,7 @@ class LoadOrder:
 
     request: str
     first_token: int
+    stop_token: int
     start: int
     stop: int
     pages: tuple[int, ...]

@@ -66,6 +66,8 @@ class _Tracked:
     local_tokens: int = 0
     planned: int = 0
     """Blocks the plan ends at; 0 for no plan."""
+    partial_tokens: int = 0
+    """Tokens of the plan's last block, where that is another chain's which begins alike; 0 where it is whole."""
     in_step: bool = False
     in_store: int = 0
     gave_up: bool = False
@@ -234,16 +236,30 @@ class SchedulerSide:
         tracked.asked_s = None
         start = local_tokens // self._block_tokens
         stop = self.cost.plan_load(match, tracked.request.num_tokens, start=start)
-        tokens = stop * self._block_tokens - local_tokens
         tracked.in_store = match.num_host_blocks
+        partial_tokens = 0
+        if (stop + 1) * self._block_tokens > local_tokens:
+            partial_tokens = self._match_partial(tracked, match, stop)
+        tokens = stop * self._block_tokens + partial_tokens - local_tokens
+        stop += bool(partial_tokens)
         if stop <= start or tokens <= 0:
             self._forget(tracked)
             return 0, False
-        tracked.planned, tracked.local_tokens = stop, local_tokens
+        tracked.planned, tracked.partial_tokens, tracked.local_tokens = stop, partial_tokens, local_tokens
         seconds = self.cost.load_s(HOST_TIER, stop - start)
         seconds = seconds or (stop - start) * self.cost.block_bytes / _UNSEEN_BYTES_PER_S
-        tracked.in_step = stop <= match.num_host_blocks and seconds * 1e3 <= self._settings.sync_load_ms
+        tracked.in_step = (
+            stop - bool(partial_tokens) <= match.num_host_blocks and seconds * 1e3 <= self._settings.sync_load_ms
+        )
         return tokens, not tracked.in_step
+
+    def _match_partial(self, tracked: _Tracked, match: Match, stop: int) -> int:
+        """Tokens after `stop` blocks that the beginning of another chain's block brings."""
+        num_tokens = tracked.request.num_tokens
+        if not self.cost.plan_partial(match, stop, num_tokens):
+            return 0
+        found: int = self.fail_open.call(lambda: self._store.match_partial(tracked.key), 0)
+        return min(found, num_tokens - 1 - stop * self._block_tokens)
 
     def _forget(self, tracked: _Tracked) -> None:
         self.fail_open.call(lambda: self._store.forget(tracked.key), None)
@@ -281,10 +297,15 @@ class SchedulerSide:
             return
         start, stop = tracked.local_tokens // self._block_tokens, tracked.planned
         tracked.planned = 0
-        load = self.fail_open.call(lambda: self._store.load(tracked.key, stop, start=start), None)
+        partial_tokens = tracked.partial_tokens
+        num_whole = stop - bool(partial_tokens)
+        load = self.fail_open.call(
+            lambda: self._store.load(tracked.key, num_whole, start=start, partial_tokens=partial_tokens), None
+        )
         order = LoadOrder(
             request=request.request_id,
             first_token=tracked.local_tokens,
+            stop_token=num_whole * self._block_tokens + partial_tokens,
             start=start,
             stop=stop,
             pages=tuple(pages),

@@ -184,13 +184,14 @@ class WorkerSide:
     def _copy_some(self, job: _Job, copier: int, blocks: Sequence[LoadedBlock]) -> int:
         """Copy blocks until the load is cancelled or late; how many were."""
         order = job.order
+        tokens = range(order.first_token, order.stop_token)
         for at, block in enumerate(blocks):
             with job.locks[copier]:
                 if job.cancelled or self._now_s() > job.deadline_s:
                     return at
                 # A match is over all parts, so that a hit is one on every rank; this rank copies its own.
                 views = [block.views[part] for part in self._pages.parts]
-                self._pages.scatter(order.pages, block.index, views, order.first_token, job.after)
+                self._pages.scatter(order.pages, block.index, views, tokens, job.after)
         return len(blocks)
 
     def _note(self, job: _Job) -> None:
@@ -200,7 +201,7 @@ class WorkerSide:
         stop = job.stop if job.ended else order.start
         if stop < order.stop:
             first = max(stop * self._block_tokens, order.first_token)
-            failed = failed_pages(order.pages, self._pages.page_tokens, first, order.stop * self._block_tokens)
+            failed = failed_pages(order.pages, self._pages.page_tokens, first, order.stop_token)
             self._bad_pages.update(failed)
             if order.in_step:  # a request whose load ran beside the steps was not in this one
                 self._bad_now.update(failed)

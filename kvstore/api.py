@@ -211,10 +211,20 @@ class Store(Protocol):
         or this one if `wait_s` allows, has their answer. Repeating it replaces the request's hold.
         """
 
-    def load(self, request: str, num_blocks: int | None = None, *, start: int = 0) -> Load:
+    def load(self, request: str, num_blocks: int | None = None, *, start: int = 0, partial_tokens: int = 0) -> Load:
         """Turn the hold of `request` into a lease and fetch blocks `start` … `num_blocks` of its match.
 
+        `partial_tokens`: as many as `match_partial` said, together with all blocks of the match. The load then has
+        one block more, another chain's, whose first `partial_tokens` tokens are this chain's as well. The rest are not.
+
         Raises UnknownLease where the request has no hold. A hold that expired gives an empty load.
+        """
+
+    def match_partial(self, request: str) -> int:
+        """Tokens after the run of `request`'s match with which a block in the host begins as well, and hold that one.
+
+        KV of a token depends on the tokens up to it alone, so a load may bring these. 0 without a match, and where
+        blocks of lower tiers follow the host's. To be asked after the match was settled; matching again drops it.
         """
 
     def forget(self, request: str) -> None:

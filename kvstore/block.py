@@ -280,6 +280,13 @@ class Chain:
         extra = self._extra(index) if self._media else b""
         return BlockMeta(self.parent_id(index), index, tokens, extra)
 
+    def tokens_after(self, index: int) -> npt.NDArray[np.uint32]:
+        """Tokens from block `index` on, a block's worth of them at most; none where media begin among them."""
+        first = index * self.block_tokens
+        if self._media and any(first <= offset < first + self.block_tokens for offset, _ in self._media):
+            return np.empty(0, np.uint32)
+        return np.frombuffer(bytes(self._tokens[4 * first : 4 * (first + self.block_tokens)]), "<u4")
+
     def contents(self, start: int, stop: int) -> tuple[bytes, list[tuple[int, bytes]]]:
         """Tokens of full blocks `start`…`stop` as u32 little-endian, and (index, extra) of those that have some."""
         block_bytes = 4 * self.block_tokens

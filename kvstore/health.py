@@ -64,7 +64,25 @@ def _family_faults(residents: Residents, rows: Rows) -> list[str]:
     found += [f"pool: row {row} hangs from a block that it cannot follow" for row in children[foreign].tolist()]
     counted = np.bincount(parents, minlength=table.ids.capacity)[rows]
     wrong = rows[counted != table.children[rows]]
+    found += _sibling_faults(residents, rows)
     return found + [f"pool: row {row} counts {table.children[row]} children, and has others" for row in wrong.tolist()]
+
+
+def _sibling_faults(residents: Residents, rows: Rows) -> list[str]:
+    """Walks every family: each row must be met once, under its parent and its root."""
+    table = residents.table
+    met: set[int] = set()
+    for parent, first in [
+        *((NO_ROW, row) for row in table.heads.values()),
+        *zip(rows.tolist(), table.newest[rows].tolist(), strict=True),
+    ]:
+        row = first
+        while row != NO_ROW and row not in met:
+            if table.parent[row] != parent:
+                return [f"pool: row {row} is among the children of {parent}, and is none"]
+            met.add(row)
+            row = int(table.older[row])
+    return [] if met == set(rows.tolist()) else ["pool: a row is not among its parent's children"]
 
 
 def _slot_faults(residents: Residents, rows: Rows) -> list[str]:

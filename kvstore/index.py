@@ -19,7 +19,10 @@ from kvstore.idmap import IdMap, longer
 from kvstore.idmap import Rows as Rows
 
 NO_SLOT = -1
-_COLUMNS = ("ready", "filling", "slots", "parent", "children", "pins", "depth", "root", "layout", "below", "born")
+_COLUMNS = (
+    *("ready", "filling", "slots", "parent", "children", "pins", "depth", "root", "layout", "below", "born"),
+    *("newest", "younger", "older"),
+)
 
 
 class BlockTable:
@@ -28,6 +31,8 @@ class BlockTable:
     ready, filling     bit p set: part p holds verified bytes / is being written (uint64)
     slots              slot of each part, NO_SLOT where absent (int64 [rows, parts])
     parent, children   row of the parent or NO_ROW; number of rows whose parent this is
+    newest             row of the child that came last; NO_ROW where there is none (`heads` for the first of a chain)
+    younger, older     the parent's child that came next, and the one that came before; NO_ROW at the ends
     pins               holds, leases, and copies in flight
     depth              0 for the first block of a chain
     root, layout       small integers given by the owner
@@ -50,6 +55,11 @@ class BlockTable:
         self.root: npt.NDArray[np.int32] = np.zeros(0, np.int32)
         self.layout: npt.NDArray[np.int16] = np.zeros(0, np.int16)
         self.below: npt.NDArray[np.uint8] = np.zeros(0, np.uint8)
+        self.newest: npt.NDArray[np.int32] = np.zeros(0, np.int32)
+        self.younger: npt.NDArray[np.int32] = np.zeros(0, np.int32)
+        self.older: npt.NDArray[np.int32] = np.zeros(0, np.int32)
+        self.heads: dict[int, int] = {}
+        """Row of the first block that came last, by root."""
         self.born: npt.NDArray[np.int64] = np.zeros(0, np.int64)
         self.tokens: npt.NDArray[np.uint8] = np.zeros((0, 0), np.uint8)
         self._grow()
@@ -85,6 +95,7 @@ class BlockTable:
             self.children[rows[:-1]] = 1
         if parent != NO_ROW:
             self.children[parent] += 1
+        self._adopt(rows, parent, root)
         self.depth[rows] = np.arange(metas[0].depth, metas[0].depth + len(rows))
         self.root[rows] = root
         self.layout[rows] = layout
@@ -105,6 +116,7 @@ class BlockTable:
     def drop_all(self, rows: Rows) -> None:
         """Forget rows, all that hang from them being among them."""
         parents = self.parent[rows]
+        self._part(rows)
         if len(rows) == 1:
             if parents[0] != NO_ROW:
                 self.children[parents[0]] -= 1
@@ -117,6 +129,46 @@ class BlockTable:
             for row in rows.tolist():
                 self.extra.pop(row, None)
         self.ids.free(rows)
+
+    def _adopt(self, rows: Rows, parent: int, root: int) -> None:
+        """Make a run's rows children: of each other, the first one of `parent`."""
+        self.newest[rows[:-1]] = rows[1:]
+        self.newest[rows[-1]] = NO_ROW
+        self.younger[rows] = self.older[rows] = NO_ROW
+        first = int(rows[0])
+        before = int(self.newest[parent]) if parent != NO_ROW else self.heads.get(root, NO_ROW)
+        self.older[first] = before
+        if before != NO_ROW:
+            self.younger[before] = first
+        if parent != NO_ROW:
+            self.newest[parent] = first
+        else:
+            self.heads[root] = first
+
+    def _part(self, rows: Rows) -> None:
+        """Take rows from among their siblings. Those whose parents go with them need nothing."""
+        tops = rows if len(rows) == 1 else rows[~np.isin(self.parent[rows], rows)]
+        for row in tops.tolist():
+            younger, older = int(self.younger[row]), int(self.older[row])
+            if older != NO_ROW:
+                self.younger[older] = younger
+            if younger != NO_ROW:
+                self.older[younger] = older
+            elif (parent := int(self.parent[row])) != NO_ROW:
+                self.newest[parent] = older
+            elif older != NO_ROW:
+                self.heads[int(self.root[row])] = older
+            else:
+                del self.heads[int(self.root[row])]
+
+    def children_of(self, parent: int, root: int, most: int) -> list[int]:
+        """Rows of up to `most` children of `parent`, those that came last first; of first blocks for NO_ROW."""
+        row = int(self.newest[parent]) if parent != NO_ROW else self.heads.get(root, NO_ROW)
+        found: list[int] = []
+        while row != NO_ROW and len(found) < most:
+            found.append(row)
+            row = int(self.older[row])
+        return found
 
     def leading(self, blocks: Sequence[BlockId], need: int, root: int) -> Rows:
         """Rows of the longest run of one chain under `root` in which every block has all parts of mask `need`.

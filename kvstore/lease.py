@@ -67,6 +67,15 @@ class LeaseBook:
                 return
             self._pool.unpin(np.array(rows, np.int64))
 
+    def append(self, lease: Lease, row: int) -> bool:
+        """Hand over a pin of one more row, after those the lease began with; given back, and False, if it is dead."""
+        with self._lock:
+            if lease.alive:
+                lease.rows = np.append(lease.rows, row)
+                return True
+            self._pool.unpin(np.array([row], np.int64))
+            return False
+
     def shorten(self, lease: Lease, num_rows: int) -> None:
         """Return the pins of the last `num_rows` rows: a window moves on from its tail."""
         with self._lock:

@@ -30,6 +30,7 @@ from kvstore.residents import Observer, Residents, Slots, mask_of
 from kvstore.residents import part_mask as part_mask
 from kvstore.victims import Victims
 
+_MOST_SIMILAR = 64  # children of one block that are looked at for the longest beginning
 _CHUNK = 4096  # rows freed, or told of, before the lock is given up for a moment
 
 
@@ -127,6 +128,35 @@ class BlockPool:
             rows = self._leading(blocks, need, root)
             self._table.pins[rows] += 1
             return rows
+
+    def pin_similar(
+        self, parent: BlockId | None, tokens: npt.NDArray[np.uint32], need: int, root: RootId
+    ) -> tuple[int, int]:
+        """Pin the block after `parent` that begins with most of `tokens`: (its row, how many); NO_ROW for none.
+
+        `parent` None asks for first blocks under `root`. Tokens are compared themselves, no digests of them; blocks
+        with media are passed over, since what their tokens stand for is not in them. Of very many that follow one
+        block only those that came last are looked at.
+        """
+        with self.lock:
+            table, number = self._table, self._residents.accounts.find(root)
+            row = NO_ROW if parent is None else table.ids.get(parent)
+            if number < 0 or not len(tokens) or (parent is not None and (row == NO_ROW or table.root[row] != number)):
+                return NO_ROW, 0
+            rows = np.array(table.children_of(row, number, _MOST_SIMILAR), np.int64)
+            mask = np.uint64(need)
+            rows = rows[((table.ready[rows] & mask) == mask) & table.ids.findable(rows)]
+            if table.extra:
+                rows = rows[[each not in table.extra for each in rows.tolist()]]
+            if not len(rows):
+                return NO_ROW, 0
+            theirs = table.tokens[rows, : 4 * len(tokens)].view("<u4")
+            same = np.logical_and.accumulate(theirs == tokens, axis=1).sum(axis=1)
+            best = int(same.argmax())
+            if not same[best]:
+                return NO_ROW, 0
+            table.pins[rows[best]] += 1
+            return int(rows[best]), int(same[best])
 
     def pin_resident(self, blocks: Sequence[BlockId]) -> tuple[list[BlockId], Rows]:
         """Pin those of `blocks`, from anywhere, that have any part; returns them and their rows."""

@@ -82,6 +82,9 @@ class _Hold:
     asked_to: int
     """Chain indices between which lower tiers were asked."""
     answer: Future[_Answer] | None
+    num_host: int = 0
+    """Blocks of the chain among the lease's rows; one row after them is another chain's, which begins alike."""
+    num_partial_tokens: int = 0
     again: Future[_Answer] | None = None
     """The same asked once more, while the answer still counts."""
 
@@ -221,6 +224,7 @@ class KVStore:
             hold = _Hold(
                 chain, layout, cells, lease, _filled_in(hint, chain, now_s, asked=True), num_host, len(chain), None
             )
+            hold.num_host = num_host
             if before is not None and before.answers(hold):
                 hold.asked_from, hold.answer, hold.again = before.asked_from, before.answer, before.again
             first_time = before is None
@@ -287,6 +291,25 @@ class KVStore:
         answer.set_result(_Answer((), start, self._clock.now_s()))
         return answer
 
+    def match_partial(self, request: str) -> int:
+        with self._lock:
+            hold = self._holds.get(request)
+        return 0 if hold is None else self.hold_similar(request, hold.num_host, hold.chain.tokens_after(hold.num_host))
+
+    def hold_similar(self, request: str, index: int, tokens: npt.NDArray[np.uint32]) -> int:
+        """`match_partial` for a chain whose tokens are not known here: `tokens` follow its first `index` blocks."""
+        with self._lock:
+            hold = self._holds.get(request)
+        if hold is None or hold.num_host != index or hold.sources(index):
+            return 0
+        if not hold.num_partial_tokens:
+            chain, need = hold.chain, part_mask(hold.layout, hold.parts)
+            before = chain.ids[index - 1] if index else None
+            row, num_tokens = self._host.pool.pin_similar(before, tokens, need, chain.root.id)
+            if num_tokens and self._leases.append(hold.lease, row):
+                hold.num_partial_tokens = num_tokens
+        return hold.num_partial_tokens
+
     def _ask(self, chain: Chain, start: int, parts: tuple[int, ...]) -> _Answer:
         """Ask lower tiers, one after the other, what they hold of `chain` from `start` on."""
         found: list[tuple[Tier, int]] = []
@@ -336,7 +359,9 @@ class KVStore:
 
     # -- loading -----------------------------------------------------------------------------------------------
 
-    def load(self, request: str, num_blocks: int | None = None, *, start: int = 0) -> BlockLoad:
+    def load(
+        self, request: str, num_blocks: int | None = None, *, start: int = 0, partial_tokens: int = 0
+    ) -> BlockLoad:
         with self._lock:
             hold = self._holds.pop(request, None)
         if hold is None:
@@ -345,16 +370,24 @@ class KVStore:
             raise ConfigError(f"start is {start}: it is a chain index, 0 for the first block")
         settings = self.config.request
         alive = self._leases.renew(hold.lease, self._clock.now_s() + settings.lease_s)
-        num_host = len(hold.lease.rows) if alive else 0
+        num_host = hold.num_host if alive else 0
+        if alive and 0 < partial_tokens <= hold.num_partial_tokens and num_blocks in (None, num_host):
+            # Nothing of lower tiers comes after it: it would have the same place.
+            self._stats.add("host.partial_hit_tokens", partial_tokens)
+            return self._load(hold, min(start, num_host), num_host + 1, ())
         stop = num_host + sum(count for _, count in hold.sources(num_host)) if alive else 0
         stop = stop if num_blocks is None else min(stop, num_blocks)
         sources = _first(hold.sources(num_host), stop - num_host) if alive else ()
+        return self._load(hold, min(start, stop), min(num_host, stop), sources)
+
+    def _load(self, hold: _Hold, start: int, num_host_blocks: int, sources: _Sources) -> BlockLoad:
+        settings = self.config.request
         plan = LoadPlan(
             chain=hold.chain,
             layout=hold.layout,
             parts=hold.parts,
-            start=min(start, stop),
-            num_host_blocks=min(num_host, stop),
+            start=start,
+            num_host_blocks=num_host_blocks,
             sources=sources,
             hint=hold.hint,
             read_deadline_s=settings.read_deadline_s,

@@ -10,7 +10,7 @@ Invariants
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 from kvstore.block import BlockId
 from kvstore.service.sessions import Held, Session
@@ -67,8 +67,9 @@ class PinBudget:
         return saved_bytes + _distinct_bytes(held)
 
 
-def _distinct_bytes(held: Iterable[Held]) -> int:
+def _distinct_bytes(held: Sequence[Held]) -> int:
     blocks: defaultdict[int, set[BlockId]] = defaultdict(set)
     for each in held:
         blocks[each.block_bytes].update(each.chain.ids[: each.num_blocks])
-    return sum(block_bytes * len(ids) for block_bytes, ids in blocks.items())
+    similar_bytes = sum(each.num_similar * each.block_bytes for each in held)
+    return similar_bytes + sum(block_bytes * len(ids) for block_bytes, ids in blocks.items())

@@ -26,7 +26,7 @@ import numpy as np
 
 from kvstore.api import NO_HINT, Hint, Load, Match, Register, Registration, Save
 from kvstore.block import Chain, ModelId, RootId
-from kvstore.errors import ConfigError, LeaseError, UnknownLease
+from kvstore.errors import ConfigError, KVStoreError, LeaseError, UnknownLease
 from kvstore.layout import BlockLayout, layout_of
 from kvstore.service.buffers import Buffers
 from kvstore.service.connection import Connection, LinkOptions
@@ -159,7 +159,29 @@ class SidecarStore:
 
     # -- loading -----------------------------------------------------------------------------------------------
 
-    def load(self, request: str, num_blocks: int | None = None, *, start: int = 0) -> Load:
+    def match_partial(self, request: str) -> int:
+        with self._lock:
+            matched = self._matches.get(request)
+        if matched is None or matched.connection is None or matched.connection.lost.is_set():
+            return 0
+        found, connection = matched.match, matched.connection
+        tokens = matched.chain.tokens_after(found.num_host_blocks)
+        if found.num_blocks > found.num_host_blocks or not len(tokens):
+            return 0
+        message = pb.MatchPartialRequest(
+            session=connection.session,
+            request=request,
+            num_host_blocks=found.num_host_blocks,
+            tokens=tokens.astype("<u4", copy=False).tobytes(),
+        )
+        try:
+            self._link.up()
+            reply: pb.MatchPartialReply = self._link.call(connection, connection.stub.MatchPartial, message)
+            return reply.num_tokens
+        except (Down, KVStoreError):  # a server of before does not know this call
+            return 0
+
+    def load(self, request: str, num_blocks: int | None = None, *, start: int = 0, partial_tokens: int = 0) -> Load:
         self._link.check_process()
         with self._lock:
             matched = self._matches.pop(request, None)
@@ -177,6 +199,7 @@ class SidecarStore:
             start=min(start, stop),
             contents=_contents(matched.chain, num_host, stop) if stop > num_host else None,
             lease=connection.next_lease(),
+            partial_tokens=partial_tokens,
         )
         try:
             self._link.up()

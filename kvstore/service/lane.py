@@ -36,7 +36,9 @@ from kvstore.service.status import ERROR_KEY, code_of, name_of
 
 log = logging.getLogger("kvstore.service.lane")
 
-METHODS = ("OpenModel", "Match", "Announce", "Release", "LoadHost", "Save", "Commit", "Join", "Touch")
+METHODS = (
+    *("OpenModel", "Match", "MatchPartial", "Announce", "Release", "LoadHost", "Save", "Commit", "Join", "Touch"),
+)
 """Calls that take a lane: those of a request's life."""
 
 _REQUEST = struct.Struct("<III16s")

@@ -147,6 +147,25 @@ class Requests:
             tiers=[pb.TierRun(tier=tier, num_blocks=count) for tier, count in match.tiers],
         )
 
+    def match_partial(self, session: Session, request: pb.MatchPartialRequest) -> pb.MatchPartialReply:
+        name = _name(request.request)
+        with session.lock:
+            held = session.holds.get(name)
+        if held is None or held.num_blocks != request.num_host_blocks:
+            return pb.MatchPartialReply()
+        # The tokens are a claim, and only compared with those of blocks under the client's own root and parent.
+        tokens = np.frombuffer(request.tokens, "<u4") if len(request.tokens) % 4 == 0 else np.empty(0, np.uint32)
+        most = held.chain.root.model.block_tokens
+        num_tokens = self._store.hold_similar(session.key(name), request.num_host_blocks, tokens[:most])
+        if num_tokens:
+            with session.lock:
+                if session.holds.get(name) is held:
+                    session.holds[name] = held._replace(num_similar=1)
+            if not self._budget.allows(session, name):
+                self._store.forget(session.key(name))
+                return pb.MatchPartialReply()
+        return pb.MatchPartialReply(num_tokens=num_tokens)
+
     def announce(self, session: Session, request: pb.AnnounceRequest) -> None:
         key = (request.chain.chain, request.start, request.stop)
         with session.lock:
@@ -186,7 +205,7 @@ class Requests:
             held = session.holds.pop(name, None)
         if held is None:
             raise UnknownLease(f"request {name!r} has no hold: call match first")
-        chain, num_host, block_bytes, _ = held
+        chain, num_host, block_bytes = held.chain, held.num_blocks, held.block_bytes
         contents = None
         stop = num_host
         if request.contents.tokens:
@@ -198,10 +217,10 @@ class Requests:
             stop = min(stop, request.num_blocks)
         load = None
         try:
-            load = self._store.load(session.key(name), stop, start=request.start)
+            load = self._store.load(session.key(name), stop, start=request.start, partial_tokens=request.partial_tokens)
             if not load.intact():
                 raise LeaseExpired(f"the hold of request {name!r} ran out: match again")
-            served = ServedLoad(load, Held(chain, stop, block_bytes), contents)
+            served = ServedLoad(load, Held(chain, stop, block_bytes, num_similar=held.num_similar), contents)
             session.add_load(request.lease, served)
         except BaseException:
             if load is not None:

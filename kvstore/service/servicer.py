@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The calls of kvstore.v1, each of them a line or two over the rooms that do the work.
 
-sessions   Open, OpenModel, Session, Release        requests   Match, Announce, Load, Save, Commit, Join, Touch
+sessions   Open, OpenModel, Session, Release        requests   Match(Partial), Announce, Load, Save, Commit, Join, Touch
 streams    Read, Write, Peek, Fetch                 watch      Watch
 care       Stats, Inspect, Clear, Warm, Check
 """
@@ -37,8 +37,8 @@ from kvstore.wire.kvstore_pb2_grpc import KVStoreServicer
 _MAX_NAME_BYTES = 256
 _NOTHING = pb.Empty()
 _UNARY = (
-    *("Open", "OpenModel", "Match", "Announce", "Release", "LoadHost", "Save", "Commit", "Join", "Touch"),
-    *("Stats", "Inspect", "Clear", "Warm", "Check", "Peek"),
+    *("Open", "OpenModel", "Match", "MatchPartial", "Announce", "Release", "LoadHost", "Save", "Commit", "Join"),
+    *("Touch", "Stats", "Inspect", "Clear", "Warm", "Check", "Peek"),
 )
 _STREAMS = ("Session", "Load", "Read", "Fetch", "Watch")
 _UPLOADS = ("Write",)
@@ -229,6 +229,11 @@ class Servicer(KVStoreServicer):
         session = self._known(request.session, request.ended)
         self._refuse_while_draining()
         return self._requests.match(session, request, remaining_s(context) if request.wait_ms else None)
+
+    def _matchpartial(self, request: pb.MatchPartialRequest, context: Timed) -> pb.MatchPartialReply:
+        session = self._known(request.session, request.ended)
+        self._refuse_while_draining()
+        return self._requests.match_partial(session, request)
 
     def _announce(self, request: pb.AnnounceRequest, context: Timed) -> pb.Empty:
         self._requests.announce(self._known(request.session, request.ended), request)

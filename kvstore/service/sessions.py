@@ -57,10 +57,12 @@ class Held(NamedTuple):
     """Of the parts asked."""
     until_s: float = math.inf
     """When it lapses by itself."""
+    num_similar: int = 0
+    """Blocks of other chains among them: one at most."""
 
     @property
     def num_bytes(self) -> int:
-        return self.num_blocks * self.block_bytes
+        return (self.num_blocks + self.num_similar) * self.block_bytes
 
 
 @dataclass(slots=True, eq=False)

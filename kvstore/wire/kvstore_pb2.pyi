@@ -249,6 +249,26 @@ class TierRun(_message.Message):
     num_blocks: int
     def __init__(self, tier: _Optional[str] = ..., num_blocks: _Optional[int] = ...) -> None: ...
 
+class MatchPartialRequest(_message.Message):
+    __slots__ = ("session", "request", "num_host_blocks", "tokens", "ended")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    NUM_HOST_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ENDED_FIELD_NUMBER: _ClassVar[int]
+    session: bytes
+    request: str
+    num_host_blocks: int
+    tokens: bytes
+    ended: Ended
+    def __init__(self, session: _Optional[bytes] = ..., request: _Optional[str] = ..., num_host_blocks: _Optional[int] = ..., tokens: _Optional[bytes] = ..., ended: _Optional[_Union[Ended, _Mapping]] = ...) -> None: ...
+
+class MatchPartialReply(_message.Message):
+    __slots__ = ("num_tokens",)
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    num_tokens: int
+    def __init__(self, num_tokens: _Optional[int] = ...) -> None: ...
+
 class AnnounceRequest(_message.Message):
     __slots__ = ("session", "chain", "start", "stop", "withdraw", "ended")
     SESSION_FIELD_NUMBER: _ClassVar[int]
@@ -266,13 +286,14 @@ class AnnounceRequest(_message.Message):
     def __init__(self, session: _Optional[bytes] = ..., chain: _Optional[_Union[ChainDelta, _Mapping]] = ..., start: _Optional[int] = ..., stop: _Optional[int] = ..., withdraw: _Optional[bool] = ..., ended: _Optional[_Union[Ended, _Mapping]] = ...) -> None: ...
 
 class LoadRequest(_message.Message):
-    __slots__ = ("session", "request", "num_blocks", "start", "contents", "lease", "ended")
+    __slots__ = ("session", "request", "num_blocks", "start", "contents", "lease", "partial_tokens", "ended")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     CONTENTS_FIELD_NUMBER: _ClassVar[int]
     LEASE_FIELD_NUMBER: _ClassVar[int]
+    PARTIAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ENDED_FIELD_NUMBER: _ClassVar[int]
     session: bytes
     request: str
@@ -280,8 +301,9 @@ class LoadRequest(_message.Message):
     start: int
     contents: Contents
     lease: int
+    partial_tokens: int
     ended: Ended
-    def __init__(self, session: _Optional[bytes] = ..., request: _Optional[str] = ..., num_blocks: _Optional[int] = ..., start: _Optional[int] = ..., contents: _Optional[_Union[Contents, _Mapping]] = ..., lease: _Optional[int] = ..., ended: _Optional[_Union[Ended, _Mapping]] = ...) -> None: ...
+    def __init__(self, session: _Optional[bytes] = ..., request: _Optional[str] = ..., num_blocks: _Optional[int] = ..., start: _Optional[int] = ..., contents: _Optional[_Union[Contents, _Mapping]] = ..., lease: _Optional[int] = ..., partial_tokens: _Optional[int] = ..., ended: _Optional[_Union[Ended, _Mapping]] = ...) -> None: ...
 
 class LoadReply(_message.Message):
     __slots__ = ("num_blocks", "windowed", "first", "offsets", "generations", "tiers")

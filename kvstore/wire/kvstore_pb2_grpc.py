@@ -55,6 +55,11 @@ class KVStoreStub:
                 request_serializer=kvstore_dot_wire_dot_kvstore__pb2.MatchRequest.SerializeToString,
                 response_deserializer=kvstore_dot_wire_dot_kvstore__pb2.MatchReply.FromString,
                 _registered_method=True)
+        self.MatchPartial = channel.unary_unary(
+                '/kvstore.v1.KVStore/MatchPartial',
+                request_serializer=kvstore_dot_wire_dot_kvstore__pb2.MatchPartialRequest.SerializeToString,
+                response_deserializer=kvstore_dot_wire_dot_kvstore__pb2.MatchPartialReply.FromString,
+                _registered_method=True)
         self.Announce = channel.unary_unary(
                 '/kvstore.v1.KVStore/Announce',
                 request_serializer=kvstore_dot_wire_dot_kvstore__pb2.AnnounceRequest.SerializeToString,
@@ -180,6 +185,13 @@ class KVStoreServicer:
 
         How much of a chain is there. Answers from the host at once; lower tiers are asked in the background, and a
         later call, or this one within wait_ms, has their answer. Leaves a short hold under `request`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MatchPartial(self, request, context):
+        """How many tokens after the run of a match a block in the host begins with, and adds that block to the hold.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -345,6 +357,11 @@ def add_KVStoreServicer_to_server(servicer, server):
                     servicer.Match,
                     request_deserializer=kvstore_dot_wire_dot_kvstore__pb2.MatchRequest.FromString,
                     response_serializer=kvstore_dot_wire_dot_kvstore__pb2.MatchReply.SerializeToString,
+            ),
+            'MatchPartial': grpc.unary_unary_rpc_method_handler(
+                    servicer.MatchPartial,
+                    request_deserializer=kvstore_dot_wire_dot_kvstore__pb2.MatchPartialRequest.FromString,
+                    response_serializer=kvstore_dot_wire_dot_kvstore__pb2.MatchPartialReply.SerializeToString,
             ),
             'Announce': grpc.unary_unary_rpc_method_handler(
                     servicer.Announce,
@@ -546,6 +563,33 @@ class KVStore:
             '/kvstore.v1.KVStore/Match',
             kvstore_dot_wire_dot_kvstore__pb2.MatchRequest.SerializeToString,
             kvstore_dot_wire_dot_kvstore__pb2.MatchReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MatchPartial(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvstore.v1.KVStore/MatchPartial',
+            kvstore_dot_wire_dot_kvstore__pb2.MatchPartialRequest.SerializeToString,
+            kvstore_dot_wire_dot_kvstore__pb2.MatchPartialReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -172,7 +172,11 @@ class FakeStore:
         on_host = run if self.tier == HOST_TIER else 0
         return Match(run, on_host, self.num_pending, True, ((self.tier, run),) if run else ())
 
-    def load(self, request: str, num_blocks: int | None = None, *, start: int = 0) -> FakeLoad:
+    def match_partial(self, request: str) -> int:
+        self.enter("match_partial")
+        return 0
+
+    def load(self, request: str, num_blocks: int | None = None, *, start: int = 0, partial_tokens: int = 0) -> FakeLoad:
         self.enter("load")
         if request not in self._holds:
             raise UnknownLease(f"request {request!r} has no hold")

@@ -275,6 +275,25 @@ def test_blocks_are_saved_as_each_chunk_fills_them(llama: LlamaForCausalLM) -> N
     assert store.calls.count("save") == 4
 
 
+@pytest.mark.parametrize(
+    ("shared", "length", "hit"), [(40, 90, 40), (33, 70, 33), (7, 40, 7), (60, 60, 59), (48, 90, 48)]
+)
+def test_beginning_of_anothers_block_is_reused_to_the_token(
+    llama: LlamaForCausalLM, shared: int, length: int, hit: int
+) -> None:
+    with KVStore(StoreConfig.load({"host": {"capacity_bytes": 16 << 20, "prefault": False}}, environ={})) as store:
+        connector = connect(llama, store)
+        connector.generate(prompt(100), max_new_tokens=2)
+        ids = torch.cat([prompt(100)[:, :shared], prompt(length - shared, seed=9)], dim=1)
+        done = connector.generate(ids, max_new_tokens=NEW)
+        assert hits(done) == hit
+        assert torch.equal(done.sequences, plain(llama, ids))
+        again = connector.generate(ids, max_new_tokens=NEW)  # its own blocks were saved under their own ids
+        assert torch.equal(again.sequences, done.sequences)
+        assert hits(again) >= (length - 1) // BLOCK * BLOCK
+        assert store.check() == []
+
+
 def test_an_error_of_the_model_lets_go_of_everything(llama: LlamaForCausalLM) -> None:
     store = FakeStore()
     connector = connect(llama, store)

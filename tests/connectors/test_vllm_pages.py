@@ -104,7 +104,7 @@ def test_what_the_kernel_wrote_is_gathered_and_what_is_scattered_it_would_have_w
         assert torch.equal(torch.frombuffer(view, dtype=torch.float32).view(part.shape), want)
     there = [tensor.clone() for tensor in mine]
     other = [4, 7, 2, 6]
-    pages.scatter(other, index, held, 0, None)
+    pages.scatter(other, index, held, range(1 << 20), None)
     wanted = places[index * block_tokens : (index + 1) * block_tokens]
     moved = torch.tensor(other)[torch.div(wanted.new_tensor(range(64, 64 + block_tokens)), PAGE, rounding_mode="floor")]
     moved = moved * PAGE + wanted % PAGE
@@ -133,10 +133,10 @@ def test_nothing_below_the_first_token_is_written(
     held = slots_of(pages, made)
     for view in held:
         torch.frombuffer(view, dtype=torch.float32).fill_(1.0)
-    pages.scatter([5, 3, 8, 1], 1, held, 96, None)
+    pages.scatter([5, 3, 8, 1], 1, held, range(96, 128), None)
     assert all(not tensor[8].any() for tensor in mine)
     assert all(bool((tensor[1] == 1).all()) for tensor in mine)
-    pages.scatter([5, 3, 8, 1], 1, held, 64, None)
+    pages.scatter([5, 3, 8, 1], 1, held, range(64, 128), None)
     assert all(bool((tensor[8] == 1).all()) for tensor in mine)
     assert all(not tensor[page].any() for tensor in mine for page in (0, 2, 3, 4, 5, 6, 7))
 

@@ -88,9 +88,9 @@ class FakePages:
     def now(self) -> None:
         return None
 
-    def scatter(self, pages: Sequence[int], index: int, views: Any, first_token: int, after: None) -> None:
+    def scatter(self, pages: Sequence[int], index: int, views: Any, tokens: range, after: None) -> None:
         assert len(views) == len(self.parts)
-        self.written.append((index, first_token))
+        self.written.append((index, tokens.start))
 
 
 class Bench:
@@ -518,7 +518,7 @@ def test_a_copy_that_fails_in_one_thread_makes_the_load_fail(caplog: pytest.LogC
     bench = Bench(WholeStore(), sync_load_ms=1000)
     request = loading(bench)
 
-    def scatter(pages: Sequence[int], index: int, views: Any, first_token: int, after: None) -> None:
+    def scatter(pages: Sequence[int], index: int, views: Any, tokens: range, after: None) -> None:
         if index == 5:
             raise RuntimeError("no such page")
 
@@ -536,11 +536,11 @@ def test_what_counts_ends_where_the_first_thread_stopped() -> None:
     bench = Bench(WholeStore(), sync_load_ms=1000, load_deadline_ms=500)
     request = loading(bench)
 
-    def scatter(pages: Sequence[int], index: int, views: Any, first_token: int, after: None) -> None:
+    def scatter(pages: Sequence[int], index: int, views: Any, tokens: range, after: None) -> None:
         if index == 0:
             assert eventually(lambda: len(bench.pages.written) == 4)  # those of the other threads
             bench.clock.time_s += 1
-        bench.pages.written.append((index, first_token))
+        bench.pages.written.append((index, tokens.start))
 
     bench.pages.scatter = scatter  # type: ignore[method-assign]
     bench.step()
@@ -558,11 +558,11 @@ def test_after_a_load_is_given_up_none_of_its_threads_writes() -> None:
     begun: list[int] = []
     go = threading.Event()
 
-    def scatter(pages: Sequence[int], index: int, views: Any, first_token: int, after: None) -> None:
+    def scatter(pages: Sequence[int], index: int, views: Any, tokens: range, after: None) -> None:
         begun.append(index)
         go.wait(10)
         time.sleep(0.2 if index else 0)  # the first thread is done before the others
-        bench.pages.written.append((index, first_token))
+        bench.pages.written.append((index, tokens.start))
 
     bench.pages.scatter = scatter  # type: ignore[method-assign]
     bench.step()

@@ -78,6 +78,24 @@ def turns(workdir: Path, **options: Any) -> Facts:
     }
 
 
+def partial_blocks(workdir: Path) -> Facts:
+    """Prompts that part from another within a block, in its middle, by a token, and in the very first one."""
+    reference = Reference(workdir)
+    store = FaultyStore()
+    engine = Engine(reference.directory, store)
+    first = tokens_of(1)
+    prompts = [first, *([*first[:shared], *tokens_of(20 + shared, 90)] for shared in (210, 33, 20))]
+    equal, hits, error = [], [], 0.0
+    for prompt in prompts:
+        engine.forget()
+        answers, found = engine.generate([prompt])
+        want = reference.generate(prompt, NEW)
+        equal.append(answers[0] == want)
+        hits.append(found[0])
+        error = max(error, worst_error(store, engine.model_id, reference, [*prompt, *want])[0])
+    return {"equal": equal, "hits": hits, "error": error, "held": engine.close(), "check": store.check()}
+
+
 NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 
 
@@ -451,6 +469,7 @@ def interface(workdir: Path) -> Facts:
 
 
 SCENARIOS: dict[str, Callable[[Path], Facts]] = {
+    "partial": partial_blocks,
     "base": turns,
     "chunks_64": lambda workdir: turns(workdir, max_num_batched_tokens=64),
     "chunks_256": lambda workdir: turns(workdir, max_num_batched_tokens=256),

@@ -115,10 +115,10 @@ class FaultyStore(KVStore):
             return Match(found.num_blocks, found.num_host_blocks, 0, False, found.tiers)
         return found
 
-    def load(self, request: str, num_blocks: int | None = None, *, start: int = 0) -> Any:
+    def load(self, request: str, num_blocks: int | None = None, *, start: int = 0, partial_tokens: int = 0) -> Any:
         if self.breaks:
             raise TierUnavailable("test", "breaks")
-        return _FaultyLoad(self, super().load(request, num_blocks, start=start))
+        return _FaultyLoad(self, super().load(request, num_blocks, start=start, partial_tokens=partial_tokens))
 
 
 class _FaultyLoad:
