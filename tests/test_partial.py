@@ -70,7 +70,7 @@ def test_longest_of_several_beginnings_is_taken(store: Store, root: Root) -> Non
     store.forget("r")
 
 
-@pytest.mark.parametrize("other", [{"salt": b"b"}, {"adapter": b"lora"}, {"secret": b"key"}])
+@pytest.mark.parametrize("other", [{"salt": b"b"}, {"adapter": b"lora"}])
 def test_nothing_is_found_under_another_root(
     store: Store,
     model: ModelId,

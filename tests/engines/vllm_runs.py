@@ -93,7 +93,18 @@ def partial_blocks(workdir: Path) -> Facts:
         equal.append(answers[0] == want)
         hits.append(found[0])
         error = max(error, worst_error(store, engine.model_id, reference, [*prompt, *want])[0])
-    return {"equal": equal, "hits": hits, "error": error, "held": engine.close(), "check": store.check()}
+    engine.forget()
+    poison(store, engine.model_id, first)
+    last = [*first[:20], *tokens_of(5, 90)]
+    control, _ = engine.generate([last])
+    return {
+        "equal": equal,
+        "hits": hits,
+        "error": error,
+        "control_differs": control[0] != reference.generate(last, NEW),
+        "held": engine.close(),
+        "check": store.check(),
+    }
 
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}

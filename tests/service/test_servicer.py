@@ -143,6 +143,7 @@ def test_every_call_of_an_unknown_session_is_unauthenticated(peer: Peer, root: R
         lambda: stranger.commit(1, 0),
         lambda: stranger.end(loads=[1]),
         lambda: peer.stub.OpenModel(pb.OpenModelRequest(**session)),
+        lambda: peer.stub.MatchPartial(pb.MatchPartialRequest(**session)),
         lambda: peer.stub.Announce(pb.AnnounceRequest(**session)),
         lambda: peer.stub.Touch(pb.TouchRequest(**session)),
         lambda: peer.stub.Join(pb.JoinRequest(**session)),
