@@ -33,7 +33,6 @@ from bench.options import whole
 from bench.report import print_table, write_json
 from bench.reuse_plots import plot_breakeven
 from bench.slow_link import SlowLink
-from bench.vllm import interval
 from connectors.base import LoadRule
 from connectors.transformers import TransformersConnector
 from kvstore.config import StoreConfig
@@ -173,6 +172,13 @@ def _write_down(model: PreTrainedModel, stored: dict[int, torch.Tensor], config:
             connector.generate(prompt, max_new_tokens=1)
         if not store.flush(60):
             raise RuntimeError("the prompts were not written to Redis in a minute")
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """95 % confidence interval of the median, from order statistics: about √n ranks to each side."""
+    ordered = sorted(values)
+    reach, middle = 0.98 * len(ordered) ** 0.5, (len(ordered) - 1) / 2
+    return ordered[max(0, int(middle - reach))], ordered[min(len(ordered) - 1, int(middle + reach + 1))]
 
 
 def summarise(cells: list[Cell], grid: Grid) -> tuple[list[Row], dict[str, float | bool | str]]:

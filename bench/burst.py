@@ -28,12 +28,12 @@ from rich.progress import Progress
 
 import kvstore
 from bench.env import stamp
-from bench.models import cache_directory, publish, smollm2
+from bench.models import smollm2
 from bench.options import whole
 from bench.report import print_table, write_json
 from bench.reuse_plots import plot_burst
 from bench.sidecar import sidecar
-from bench.vllm import ROOT, VOCABULARY, Engine, Sidecar, make_model
+from bench.vllm_engines import PYTHON, VOCABULARY, Engine, Sidecar, model_options, transfer_to
 from bench.workload import documents
 from connectors.transformers import TransformersConnector
 from kvstore.api import Hint
@@ -169,18 +169,11 @@ class VllmFleet:
         server = stack.enter_context(Sidecar(directory, ""))
         server.start()
         options: dict[str, object] = {
-            "model": str(publish(cache_directory() / "llama-100m-seed0", make_model)),
-            "dtype": dtype,
+            **model_options("random", dtype),
             "max_tokens": num_tokens + 256,
             "step_tokens": step_tokens,
         }
-        transfer = {
-            "kv_connector": "KVStoreConnector",
-            "kv_connector_module_path": "connectors.vllm",
-            "kv_role": "kv_both",
-            "kv_load_failure_policy": "recompute",
-            "kv_connector_extra_config": {"address": server.address},
-        }
+        transfer = transfer_to("KVStoreConnector", "connectors.vllm", {"address": server.address})
 
         def start(connector: object) -> list[Engine]:
             made = {**options, "transfer": connector}
@@ -322,7 +315,7 @@ def main(argv: list[str]) -> int:
     add("--within", type=float, default=0.1, help="seconds over which they arrive (default: 0.1)")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of a vLLM engine (default: float32)")
     add("--step-tokens", type=whole(64, 8192), default=2048, help="vLLM's max_num_batched_tokens (default: 2048)")
-    add("--python", type=Path, default=ROOT / ".venv-vllm/bin/python", help="a Python that has vLLM")
+    add("--python", type=Path, default=PYTHON, help="a Python that has vLLM")
     add("--seed", type=whole(0, 2**32 - 1), default=0)
     add("--json", type=Path, metavar="FILE", help="write {name, env, rows, summary}, and a plot beside it")
     options = parser.parse_args(argv)

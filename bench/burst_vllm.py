@@ -28,7 +28,6 @@ def main() -> None:
     options: dict[str, Any] = json.loads(sys.argv[1])
     from vllm import LLM, SamplingParams
 
-    token_bytes = 32 << 10 if options["dtype"] == "float32" else 16 << 10
     llm = LLM(
         options["model"],
         skip_tokenizer_init=True,
@@ -38,7 +37,7 @@ def main() -> None:
         max_num_seqs=8,
         max_num_batched_tokens=options["step_tokens"],
         block_size=128,
-        kv_cache_memory_bytes=10 * options["max_tokens"] * token_bytes,
+        kv_cache_memory_bytes=10 * options["max_tokens"] * options["token_bytes"],
         seed=0,
         kv_transfer_config=options["transfer"],
     )
