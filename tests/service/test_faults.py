@@ -17,6 +17,7 @@ import pytest
 
 from kvstore.block import Chain, Root
 from kvstore.errors import LeaseExpired
+from kvstore.marks import MARK_TTL_S
 from kvstore.service.client import SidecarStore, connect
 from kvstore.service.server import Server
 from tests.conftest import chain_of, content, load_all, save_all
@@ -65,6 +66,20 @@ def nothing_is_held(server: Server) -> bool:
     stats = server.stats()
     gauges = ("lease.live", "save.quarantined_slots", "host.pinned_blocks", "marks.live")
     return len(server.sessions) == 1 and all(stats[name] == 0 for name in gauges)
+
+
+def test_what_a_killed_producer_was_computing_is_a_miss_before_its_mark_would_lapse(
+    server: Server, store: SidecarStore
+) -> None:
+    victim = Victim(server.address, "announce", 7)
+    assert victim.said() == "under way"
+    chain = chain_of(Root(MODEL), 8, seed=7)
+    wait_until(lambda: store.match(chain, "waits").num_pending_blocks == 8)
+    began_s = time.monotonic()
+    victim.kill()
+    wait_until(lambda: store.match(chain, "waits").num_pending_blocks == 0)
+    assert time.monotonic() - began_s < 0.8 * MARK_TTL_S
+    store.forget("waits")
 
 
 @pytest.mark.parametrize("what", ["save", "load", "match"])

@@ -50,6 +50,12 @@ def main(address: str, what: str, seed: str) -> None:
             case "match":
                 store.match(chain_of(Root(MODEL), 8, seed=0), "r")
                 store.announce(chain, 0, 8)
+            case "announce":
+                mark = store.announce(chain, 0, 8)
+                print("under way", flush=True)
+                while True:
+                    time.sleep(0.1)
+                    mark.renew()
         print("under way", flush=True)
         time.sleep(600)
 
