@@ -5,8 +5,8 @@ Every prompt lies in Redis and nowhere else. Each is served by three connectors:
 store, which never does, and one that decides by what it has learnt. Arms take turns within a repeat, in rotating order,
 and are compared within it, so that the machine's drift is in all of them. Regret is the plan's TTFT over that of the
 better of the other two, which is whichever has the lower median in that cell; a cell's is the median over repeats. The
-connector that never loads is served twice in each repeat: what its two servings differ by is what noise alone gives,
-as `worst_null_pct` (same arm, same estimate, so a regret of this size shows nothing).
+connector that never loads is served twice in each repeat (not for the longest prompts): what its two servings differ by
+is what noise alone gives, as `worst_null_pct`: a regret of this size shows nothing.
 
 Cold start: before each row of the grid, which has one speed, the plan's connector is new. It is then served three
 prompts that nobody has and two that are in Redis; nothing else is known to it, and it goes on learning in the cells.
@@ -48,6 +48,7 @@ ARMS = (ALWAYS, PLAN, NEVER, NEVER_AGAIN)
 TARGET_PCT = 5.0
 _VOCABULARY = 512
 _REVISION = "seed 0"
+_NULL_UP_TO = 2048
 _FRESH_LENGTHS = (256, 1024, 4096)
 _STORED_LENGTHS = (512, 2048)
 
@@ -115,16 +116,17 @@ class Grid:
 
     def cell(self, speed: float, prompt: torch.Tensor, repeats: int) -> Cell:
         tokens = prompt.shape[1] - 1
-        seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
+        arms = ARMS if tokens <= _NULL_UP_TO else ARMS[:-1]
+        seconds: dict[str, list[float]] = {arm: [] for arm in arms}
         for repeat in range(repeats):
-            at = repeat % len(ARMS)
+            at = repeat % len(arms)
             firsts = {}
-            for arm in (*ARMS[at:], *ARMS[:at]):
+            for arm in (*arms[at:], *arms[:at]):
                 ttft_s, reused, firsts[arm] = self.serve(arm, prompt)
                 seconds[arm].append(ttft_s)
                 row = {"gb_per_s": speed, "tokens": tokens, "arm": arm, "repeat": repeat, "ttft_s": ttft_s}
                 self.rows.append({**row, "reused": reused})
-            for row in self.rows[-len(ARMS) :]:
+            for row in self.rows[-len(arms) :]:
                 row["equal"] = firsts[str(row["arm"])] == firsts[NEVER]
         return Cell(speed, tokens, seconds)
 
@@ -202,14 +204,16 @@ def summarise(cells: list[Cell], grid: Grid) -> tuple[list[Row], dict[str, float
                 "regret_pct": statistics.median(regrets),
                 "low": low,
                 "high": high,
-                "null_pct": statistics.median(cell.over_pct(NEVER_AGAIN, NEVER)),
+                "null_pct": statistics.median(cell.over_pct(NEVER_AGAIN, NEVER))
+                if NEVER_AGAIN in cell.seconds
+                else None,
             }
         )
     worst = max(table, key=lambda row: float(str(row["regret_pct"])))
     return table, {
         "worst_regret_pct": float(str(worst["regret_pct"])),
         "worst_cell": f"{worst['GB/s']} GB/s, {worst['tokens']} tokens",
-        "worst_null_pct": max(abs(float(str(row["null_pct"]))) for row in table),
+        "worst_null_pct": max(abs(float(str(row["null_pct"]))) for row in table if row["null_pct"] is not None),
         "cells_over_target": sum(float(str(row["regret_pct"])) > TARGET_PCT for row in table),
         "cells_surely_over_target": sum(float(str(row["low"])) > TARGET_PCT for row in table),
         "cells": len(table),
