@@ -57,6 +57,7 @@ venv-lmcache: $(LMCACHE_VENV)/.ready ## prepare .venv-lmcache, vLLM with LMCache
 $(LMCACHE_VENV)/.ready: $(VLLM_READY)
 	rm -rf $(LMCACHE_VENV)
 	cp -al $(VLLM_VENV)/ $(LMCACHE_VENV)
+	rm $(LMCACHE_VENV)/.ready  # or an installation that was cut short would look whole
 	$(LMCACHE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-input --no-compile --no-deps \
 		--only-binary :all: lmcache==0.5.6 aiofile==3.12.3 aiofiles==25.1.0 awscrt==0.38.1 caio==0.12.10 \
 		cufile-python==0.2.0 nvtx==0.2.17 opentelemetry-exporter-prometheus==0.66b2 sortedcontainers==2.4.0 \
