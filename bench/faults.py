@@ -311,7 +311,7 @@ class _Worker:
         elif kind == "flushall" and self._rng.random() < 0.5:
             self._client.flushall()
         elif kind == "flushall":  # most of the chain is there, its middle is not
-            for name in self._client.scan_iter("kvs1:*:v:*", count=100):
+            for name in self._client.scan_iter("kvs2:*:v:*", count=100):
                 self._client.delete(name)
                 break
 
@@ -347,7 +347,7 @@ class _Worker:
 
 def _is_for_the_sweep(fault: str) -> bool:
     """What flipped replies and lost values leave behind until the next sweep, which `run_soak` makes and checks."""
-    return "kvs1:" in fault or fault[:16].strip("0123456789abcdef") == ""
+    return "kvs2:" in fault or fault[:16].strip("0123456789abcdef") == ""
 
 
 def run_soak(num_faults: int, seed: int, tick: Callable[[], None]) -> Soak:

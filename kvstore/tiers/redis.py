@@ -70,6 +70,8 @@ class RedisTier(Tier):
                 For a primary that Sentinels know: redis+sentinel://host:port,host:port/service (`redis_sentinel`).
             capacity_bytes: limit of what all stores on this server keep together; give all the same. 0 takes
                 80 % of the server's `maxmemory`, and where it has none, no limit (1 GiB for `embedded`).
+            namespace_capacity_bytes: limit of each namespace (a model with its adapter under a tenant's salt): what is
+                written beyond it evicts the coldest of the same namespace. Give all stores the same. 0 for none.
             num_buckets: how many ways a namespace is cut, and over how many slots of a Cluster it is spread (64 or
                 more then). Part of key names: stores that share must agree.
             connections: for loads, and as many again for all else, so that loads never wait behind stores.
@@ -89,6 +91,7 @@ class RedisTier(Tier):
 
         url: str = field(default=EMBEDDED, repr=False)  # it may hold a password
         capacity_bytes: int = 0
+        namespace_capacity_bytes: int = 0
         num_buckets: int = 16
         connections: int = 2
         codec: str = "raw"
@@ -104,7 +107,7 @@ class RedisTier(Tier):
                 raise ConfigError(f"num_buckets is {self.num_buckets}: use 1 to {MAX_BUCKETS} (16 is a good default)")
             if self.connections < 1:
                 raise ConfigError(f"connections is {self.connections}: use at least 1 (2 to 4 is a good choice)")
-            for name in ("capacity_bytes", "ttl_s", "sweep_every_s", "breaker_open_s"):
+            for name in ("capacity_bytes", "namespace_capacity_bytes", "ttl_s", "sweep_every_s", "breaker_open_s"):
                 if getattr(self, name) < 0:
                     raise ConfigError(f"{name} is {getattr(self, name)}: it must not be negative")
             for name in ("connect_timeout_s", "call_timeout_s"):
@@ -132,7 +135,7 @@ class RedisTier(Tier):
             self._note_state,
         )
         self._names = names
-        self._accounting = Accounting(names, capacity_bytes)
+        self._accounting = Accounting(names, capacity_bytes, self.options.namespace_capacity_bytes)
         self._locked = Locked()
         self._writer = Writer(
             self._accounting, codec, self.options.ttl_s, self._locked, sealer, by_stripe=self._nodes.is_cluster

@@ -3,7 +3,8 @@
 
 Invariants, held by Redis itself at every moment, however many writers there are and wherever one dies:
 - a value is there exactly if its member and its accounted size are (but for a value whose TTL ran out: `sweep`);
-- a bucket's byte count is the sum of its accounted sizes.
+- a bucket's byte count is the sum of its accounted sizes, a stripe's the sum of its buckets';
+- no member scores below its namespace's place in the stripe's registry.
 They hold because a value and its account change in one transaction (write) or one script (remove, evict).
 
 Scripts go as EVAL with their text and not as EVALSHA: inside the write's transaction an unknown hash would leave
@@ -14,11 +15,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kvstore.block import PartKey
-from kvstore.tiers.redis_names import EPOCH_S, Bucket, Names, registry
+from kvstore.tiers.redis_names import EPOCH_S, Bucket, Names, prefix, registry, used
 from kvstore.tiers.redis_nodes import Talk, many
 from kvstore.tiers.redis_wire import ProtocolBroken, command, integer, real
 
@@ -26,46 +27,53 @@ log = logging.getLogger("kvstore.tiers.redis")
 
 _COLDEST_PER_BUCKET = 256
 _EVICT_PER_CALL = 1000
+_ROOTS_PER_CALL = 64
+_MAX_ROUNDS = 1000
+"""Of an eviction: each evicts, or learns how cold some more namespaces are."""
 _TARGET_SHARE = 0.99
 """How full it is after an eviction: each gives room to the writes of a while, and empty room holds no hits."""
 _CLOCK_GOOD_FOR_S = 60.0
 _TOTAL_GOOD_FOR_S = 0.25
 
-# KEYS: registry, order, sizes, total of each part. ARGV: root, member, score, bytes of each part.
+# KEYS: registry, used, order, sizes, total of each part. ARGV: root, member, score, bytes of each part.
 _ACCOUNT = """
 for i = 0, #ARGV / 4 - 1 do
-  local roots, order, sizes, total = KEYS[4 * i + 1], KEYS[4 * i + 2], KEYS[4 * i + 3], KEYS[4 * i + 4]
-  local root, member, score, size = ARGV[4 * i + 1], ARGV[4 * i + 2], ARGV[4 * i + 3], ARGV[4 * i + 4]
+  local roots, used, order, sizes, total = unpack(KEYS, 5 * i + 1, 5 * i + 5)
+  local root, member, score, size = unpack(ARGV, 4 * i + 1, 4 * i + 4)
   local old = redis.call('HGET', sizes, member)
   if old ~= size then
     redis.call('HSET', sizes, member, size)
     redis.call('INCRBY', total, size - (old or 0))
+    redis.call('INCRBY', used, size - (old or 0))
   end
   redis.call('ZADD', order, 'GT', score, member)
-  redis.call('SADD', roots, root)
+  redis.call('ZADD', roots, 'LT', score, root)
 end
 return #ARGV / 4
 """
 
 _FORGET = """
-local function forget(value, member)
-  local size = redis.call('HGET', KEYS[2], member) or 0
+local function forget(value, member, order, sizes, total, used)
+  local size = redis.call('HGET', sizes, member) or 0
   redis.call('UNLINK', value)
-  redis.call('ZREM', KEYS[1], member)
-  if redis.call('HDEL', KEYS[2], member) == 1 then redis.call('DECRBY', KEYS[3], size) end
+  redis.call('ZREM', order, member)
+  if redis.call('HDEL', sizes, member) == 1 then
+    redis.call('DECRBY', total, size)
+    redis.call('DECRBY', used, size)
+  end
   return tonumber(size)
 end
 """
 
-# KEYS: order, sizes, total, then values. ARGV: 'all' or 'missing', then members.
+# KEYS: used, order, sizes, total, then values. ARGV: 'all' or 'missing', then members.
 _REMOVE = (
     _FORGET
     + """
 local bytes, count = 0, 0
 for i = 2, #ARGV do
-  local value = KEYS[i + 2]
+  local value = KEYS[i + 3]
   if ARGV[1] == 'all' or redis.call('EXISTS', value) == 0 then
-    bytes = bytes + forget(value, ARGV[i])
+    bytes = bytes + forget(value, ARGV[i], KEYS[2], KEYS[3], KEYS[4], KEYS[1])
     count = count + 1
   end
 end
@@ -73,27 +81,76 @@ return {count, bytes}
 """
 )
 
-# KEYS: order, sizes, total. ARGV: what value names begin with, highest score to go, how many at most.
+# Sets a root's place in the registry to where its coldest member is; takes a root without members out of it.
+_SETTLE = """
+local function settle(roots, root, order, total)
+  local coldest = redis.call('ZRANGE', order, 0, 0, 'WITHSCORES')
+  -- First what frees memory: a script that began so may go on where the server has none left.
+  redis.call('ZREM', roots, root)
+  if coldest[2] then
+    redis.call('ZADD', roots, coldest[2], root)
+  elseif (redis.call('GET', total) or '0') == '0' then
+    redis.call('DEL', total)
+  else
+    redis.call('ZADD', roots, 'inf', root)
+  end
+end
+"""
+
+# KEYS: registry, used. ARGV: what a bucket's names begin with before its root, highest score to go, how many at most,
+# root or nothing for all. Returns members, bytes, and whether there may be more.
 _EVICT = (
     _FORGET
-    + """
-local bytes = 0
-local members = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', ARGV[2], 'LIMIT', 0, ARGV[3])
-for _, member in ipairs(members) do bytes = bytes + forget(ARGV[1] .. member, member) end
-return {#members, bytes}
+    + _SETTLE
+    + f"""
+local bytes, count, left = 0, 0, tonumber(ARGV[3])
+local roots = {{ARGV[4]}}
+if ARGV[4] == '' then
+  roots = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', ARGV[2], 'LIMIT', 0, {_ROOTS_PER_CALL})
+end
+for _, root in ipairs(roots) do
+  if count == left then break end
+  local at = ARGV[1] .. root
+  local order, sizes, total = at .. ':z', at .. ':s', at .. ':b'
+  local members = redis.call('ZRANGEBYSCORE', order, '-inf', ARGV[2], 'LIMIT', 0, left - count)
+  for _, member in ipairs(members) do
+    bytes = bytes + forget(at .. ':v:' .. member, member, order, sizes, total, KEYS[2])
+  end
+  count = count + #members
+  settle(KEYS[1], root, order, total)
+end
+return {{count, bytes, (count == left or #roots == {_ROOTS_PER_CALL}) and 1 or 0}}
 """
 )
 
-# KEYS: order, sizes. ARGV: how many. Returns score, bytes, score, bytes, … from the coldest up.
-_COLDEST = """
-local coldest = redis.call('ZRANGE', KEYS[1], 0, ARGV[1] - 1, 'WITHSCORES')
-local reply = {}
-for i = 1, #coldest, 2 do
-  reply[i] = coldest[i + 1]
-  reply[i + 1] = redis.call('HGET', KEYS[2], coldest[i]) or '0'
+# KEYS: registry. ARGV: what a bucket's names begin with before its root, how many, root or nothing for all. Returns the
+# score below which nothing was left out, then score, bytes, score, bytes, … of members, in no order.
+_COLDEST = (
+    _SETTLE
+    + f"""
+local want, num = tonumber(ARGV[2]), 0
+local reply, horizon = {{''}}, 'inf'
+local roots = {{ARGV[3], '-inf'}}
+if ARGV[3] == '' then roots = redis.call('ZRANGE', KEYS[1], 0, {_ROOTS_PER_CALL}, 'WITHSCORES') end
+for i = 1, #roots, 2 do
+  if num >= want or i > 2 * {_ROOTS_PER_CALL} then
+    if tonumber(roots[i + 1]) < tonumber(horizon) then horizon = roots[i + 1] end
+    break
+  end
+  local at = ARGV[1] .. roots[i]
+  local coldest = redis.call('ZRANGE', at .. ':z', 0, want - 1, 'WITHSCORES')
+  for j = 1, #coldest, 2 do
+    reply[#reply + 1] = coldest[j + 1]
+    reply[#reply + 1] = redis.call('HGET', at .. ':s', coldest[j]) or '0'
+  end
+  num = num + #coldest / 2
+  if #coldest == 2 * want and tonumber(coldest[#coldest]) < tonumber(horizon) then horizon = coldest[#coldest] end
+  if coldest[2] ~= roots[i + 1] then settle(KEYS[1], roots[i], at .. ':z', at .. ':b') end
 end
+reply[1] = horizon
 return reply
 """
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,10 +178,12 @@ class Accounting:
         names: how keys are named.
         capacity_bytes: the limit over all buckets of all namespaces; 0 takes 80 % of the server's `maxmemory`,
             or no limit where it has none.
+        namespace_bytes: the limit of each namespace; 0 for none.
     """
 
-    def __init__(self, names: Names, capacity_bytes: int) -> None:
+    def __init__(self, names: Names, capacity_bytes: int, namespace_bytes: int = 0) -> None:
         self.names = names
+        self.namespace_bytes = namespace_bytes
         self._capacity_bytes = capacity_bytes
         self._facts: Facts | None = None
         self._clock_offset_s = 0.0
@@ -180,7 +239,7 @@ class Accounting:
         values: list[bytes | str] = []
         for key, score, num_bytes in parts:
             bucket = self.names.bucket(key)
-            keys += (bucket.registry, bucket.order, bucket.sizes, bucket.total)
+            keys += (bucket.registry, bucket.used, bucket.order, bucket.sizes, bucket.total)
             values += (bucket.root, self.names.member(key.block, key.part), repr(score), str(num_bytes))
         return _eval(_ACCOUNT, keys, values)
 
@@ -211,22 +270,25 @@ class Accounting:
             for at in range(0, len(members), _EVICT_PER_CALL):
                 some = members[at : at + _EVICT_PER_CALL]
                 values = [bucket.values + member for member in some]
-                commands.append(_eval(_REMOVE, [bucket.order, bucket.sizes, bucket.total, *values], [only, *some]))
-        return sum(count for count, _ in self._removals(talk, commands, deadline))
+                commands.append(
+                    _eval(_REMOVE, [bucket.used, bucket.order, bucket.sizes, bucket.total, *values], [only, *some])
+                )
+        return sum(count for count, _, _ in self._removals(talk, commands, deadline))
 
-    def _removals(self, talk: Talk, commands: Sequence[bytes], deadline: float) -> list[tuple[int, int]]:
+    def _removals(self, talk: Talk, commands: Sequence[bytes], deadline: float) -> list[tuple[int, int, bool]]:
+        """Of each command, parts and bytes removed, and whether there may be more to remove."""
         results = []
         for reply in many(talk, commands, deadline, partial=True) if commands else []:
             if reply is None:  # its node does not answer, or the slot is on its way to another
-                results.append((0, 0))
+                results.append((0, 0, False))
                 continue
-            if not isinstance(reply, list) or len(reply) != 2:
+            if not isinstance(reply, list) or len(reply) < 2:
                 raise ProtocolBroken("a removal did not say what it removed")
-            count, num_bytes = reply
+            count, num_bytes, *more = reply
             if not isinstance(count, int) or not isinstance(num_bytes, int):
                 raise ProtocolBroken("a removal did not say what it removed")
             self._total_bytes -= num_bytes
-            results.append((count, num_bytes))
+            results.append((count, num_bytes, more == [1]))
         return results
 
     # ── evicting ───────────────────────────────────────────────────────────────────────────────────────────
@@ -234,7 +296,8 @@ class Accounting:
     def buckets(self, talk: Talk, deadline: float) -> list[Bucket]:
         """Every bucket anyone wrote to, as far as nodes answer."""
         stripes = self.names.stripes
-        replies = many(talk, [command("SMEMBERS", registry(stripe)) for stripe in stripes], deadline, partial=True)
+        commands = [command("ZRANGE", registry(stripe), 0, -1) for stripe in stripes]
+        replies = many(talk, commands, deadline, partial=True)
         return sorted(
             Bucket(stripe, root.decode(errors="replace"))
             for stripe, roots in zip(stripes, replies, strict=True)
@@ -242,16 +305,33 @@ class Accounting:
             if isinstance(root, bytes)
         )
 
-    def total_bytes(self, talk: Talk, deadline: float) -> int:
-        """Accounted bytes over all buckets."""
-        commands = [command("GET", bucket.total) for bucket in self.buckets(talk, deadline)]
-        replies = many(talk, commands, deadline, partial=True) if commands else []
-        self._total_bytes = sum(integer(reply) for reply in replies if isinstance(reply, bytes))
-        self._total_read_at = time.monotonic()
-        return self._total_bytes
+    def total_bytes(self, talk: Talk, deadline: float, root: str = "") -> int:
+        """Accounted bytes of all namespaces, or of one."""
+        stripes = self.names.stripes
+        counters = [Bucket(stripe, root).total if root else used(stripe) for stripe in stripes]
+        replies = many(talk, [command("GET", counter) for counter in counters], deadline, partial=True)
+        total = sum(integer(reply) for reply in replies if isinstance(reply, bytes))
+        if not root:
+            self._total_bytes = total
+            self._total_read_at = time.monotonic()
+        return total
 
-    def make_room(self, talk: Talk, num_bytes: int, deadline: float) -> tuple[int, int]:
-        """Evict so that `num_bytes` more fit. Returns parts and bytes evicted, in this order."""
+    def make_room(self, talk: Talk, num_bytes: Mapping[str, int], deadline: float) -> tuple[int, int]:
+        """Evict so that so many bytes more fit, by namespace; of each first what is its own.
+
+        Returns parts and bytes evicted, in this order.
+        """
+        num_parts = freed_bytes = 0
+        for root, more_bytes in num_bytes.items() if self.namespace_bytes else ():
+            if self.total_bytes(talk, deadline, root) + more_bytes > self.namespace_bytes:
+                target_bytes = max(0, int(self.namespace_bytes * _TARGET_SHARE) - more_bytes)
+                parts, freed = self.evict(talk, target_bytes, deadline, root)
+                num_parts += parts
+                freed_bytes += freed
+        parts, freed = self._make_room_for_all(talk, sum(num_bytes.values()), deadline)
+        return num_parts + parts, freed_bytes + freed
+
+    def _make_room_for_all(self, talk: Talk, num_bytes: int, deadline: float) -> tuple[int, int]:
         capacity_bytes = self.facts(talk, deadline).capacity_bytes
         crowded, self.crowded = self.crowded, False
         if not capacity_bytes and not crowded:
@@ -266,58 +346,66 @@ class Accounting:
             return 0, 0
         return self.evict(talk, max(0, int(limit_bytes * _TARGET_SHARE) - num_bytes), deadline)
 
-    def evict(self, talk: Talk, target_bytes: int, deadline: float) -> tuple[int, int]:
-        """Evict the coldest of all buckets, under one watermark, until at most `target_bytes` are left."""
+    def evict(self, talk: Talk, target_bytes: int, deadline: float, root: str = "") -> tuple[int, int]:
+        """Evict the coldest of all namespaces, or of one, under one watermark, down to `target_bytes`."""
         num_parts = num_bytes = 0
-        while (excess := self.total_bytes(talk, deadline) - target_bytes) > 0:
-            buckets = self.buckets(talk, deadline)
-            watermark = self._watermark(talk, buckets, excess, deadline)
-            if watermark is None:
+        for _ in range(_MAX_ROUNDS):
+            excess = self.total_bytes(talk, deadline, root) - target_bytes
+            if excess <= 0:
                 break
-            parts, freed = self.evict_below(talk, buckets, watermark, deadline)
+            watermark, more = self._watermark(talk, excess, deadline, root)
+            if watermark is None:
+                if more:
+                    continue
+                break
+            parts, freed = self.evict_below(talk, watermark, deadline, root)
             num_parts += parts
             num_bytes += freed
             if not parts:
                 break  # used meanwhile, or on nodes that do not answer
         return num_parts, num_bytes
 
-    def _watermark(self, talk: Talk, buckets: Sequence[Bucket], excess: int, deadline: float) -> bytes | None:
-        """The score up to which `excess` bytes lie, as far as the coldest of each bucket let one see."""
-        commands = [_eval(_COLDEST, [bucket.order, bucket.sizes], [str(_COLDEST_PER_BUCKET)]) for bucket in buckets]
+    def _watermark(self, talk: Talk, excess: int, deadline: float, root: str) -> tuple[bytes | None, bool]:
+        """The score up to which `excess` bytes lie, as far as the coldest of each stripe let one see.
+
+        And whether one would see more by looking again: namespaces that were used are warmer than the registry said.
+        """
+        commands = [
+            _eval(_COLDEST, [registry(stripe)], [prefix(stripe), str(_COLDEST_PER_BUCKET), root])
+            for stripe in self.names.stripes
+        ]
         entries: list[tuple[float, bytes, int]] = []
         horizon = float("inf")
-        for reply in many(talk, commands, deadline, partial=True) if commands else []:
+        for reply in many(talk, commands, deadline, partial=True):
             flat = [item for item in reply if isinstance(item, bytes)] if isinstance(reply, list) else []
-            pairs = list(zip(flat[0::2], flat[1::2], strict=True))
-            entries += ((real(score), score, integer(size)) for score, size in pairs)
-            if len(pairs) == _COLDEST_PER_BUCKET:
-                # What lies beyond was not seen, and may be colder than what other buckets offer.
-                horizon = min(horizon, real(pairs[-1][0]))
+            entries += ((real(score), score, integer(size)) for score, size in zip(flat[1::2], flat[2::2], strict=True))
+            if flat:  # what lies beyond was not seen, and may be colder than what other stripes offer
+                horizon = min(horizon, real(flat[0]))
         watermark: bytes | None = None
         for value, score, size in sorted(entries):
             if excess <= 0 or value > horizon:
                 break
             watermark = score
             excess -= size
-        return watermark
+        return watermark, horizon < float("inf")
 
-    def evict_below(self, talk: Talk, buckets: Sequence[Bucket], watermark: bytes, deadline: float) -> tuple[int, int]:
+    def evict_below(self, talk: Talk, watermark: bytes, deadline: float, root: str = "") -> tuple[int, int]:
         """Evict whatever scores up to `watermark`. Returns parts and bytes. What was used meanwhile stays."""
         num_parts = num_bytes = 0
-        pending = list(buckets)
+        pending = list(self.names.stripes)
         while pending:
             commands = [
                 _eval(
                     _EVICT,
-                    [bucket.order, bucket.sizes, bucket.total],
-                    [bucket.values, watermark, str(_EVICT_PER_CALL)],
+                    [registry(stripe), used(stripe)],
+                    [prefix(stripe), watermark, str(_EVICT_PER_CALL), root],
                 )
-                for bucket in pending
+                for stripe in pending
             ]
             results = self._removals(talk, commands, deadline)
-            num_parts += sum(count for count, _ in results)
-            num_bytes += sum(freed for _, freed in results)
-            pending = [bucket for bucket, (count, _) in zip(pending, results, strict=True) if count == _EVICT_PER_CALL]
+            num_parts += sum(count for count, _, _ in results)
+            num_bytes += sum(freed for _, freed, _ in results)
+            pending = [stripe for stripe, (_, _, more) in zip(pending, results, strict=True) if more]
         return num_parts, num_bytes
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Announcements in Redis: who is computing which blocks, so that another replica waits instead of doing it again.
 
-    kvs1:{<stripe>}:<root>:m:<block>    producer (16 bytes), then the first 8 bytes of each block being computed
+    kvs2:{<stripe>}:<root>:m:<block>    producer (16 bytes), then the first 8 bytes of each block being computed
 
 One mark a chain, named by the first block that is being computed. It lives for its TTL and is renewed by its producer:
 a producer that died is no longer waited for. As blocks land the producer names the mark anew, by where it has got to;

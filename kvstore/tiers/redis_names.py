@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Names and scores in Redis: which key a part lies under, and where it stands in the order of eviction.
 
-    kvs1:{<stripe>}:r                       set of the roots that have something in this stripe
-    kvs1:{<stripe>}:<root>:v:<block>:<part>  value: frame header + payload
-    kvs1:{<stripe>}:<root>:z                 sorted set: member "<block>:<part>", score below
-    kvs1:{<stripe>}:<root>:s                 hash: member → accounted bytes
-    kvs1:{<stripe>}:<root>:b                 sum of that hash
-    kvs1:{<stripe>}:<root>:m:<block>         who computes the chain from this block on (`redis_marks`)
+    kvs2:{<stripe>}:r                       sorted set: root that has something in this stripe, score no member is below
+    kvs2:{<stripe>}:u                       bytes of all roots in this stripe
+    kvs2:{<stripe>}:<root>:v:<block>:<part>  value: frame header + payload
+    kvs2:{<stripe>}:<root>:z                 sorted set: member "<block>:<part>", score below
+    kvs2:{<stripe>}:<root>:s                 hash: member → accounted bytes
+    kvs2:{<stripe>}:<root>:b                 sum of that hash
+    kvs2:{<stripe>}:<root>:m:<block>         who computes the chain from this block on (`redis_marks`)
 
 A *bucket* is what one namespace has in one stripe. <root> is 16 hex digits, <block> 64, <stripe> and <part> three
 decimals: all names of one kind have one length, so commands can be put together without measuring. The stripe follows
@@ -55,11 +56,15 @@ class Bucket(NamedTuple):
 
     @property
     def prefix(self) -> str:
-        return f"kvs1:{{{self.stripe:03d}}}:{self.root}"
+        return prefix(self.stripe) + self.root
 
     @property
     def registry(self) -> str:
         return registry(self.stripe)
+
+    @property
+    def used(self) -> str:
+        return used(self.stripe)
 
     @property
     def order(self) -> str:
@@ -79,18 +84,28 @@ class Bucket(NamedTuple):
         return f"{self.prefix}:v:"
 
 
-VALUE_NAME_BYTES = len(Bucket(0, 16 * "0").values) + 64 + len(":000")
+def prefix(stripe: int) -> str:
+    """What all names of a stripe begin with; a bucket's go on with its root."""
+    return f"kvs2:{{{stripe:03d}}}:"
 
 
 def registry(stripe: int) -> str:
-    """The set of roots that have something in a stripe."""
-    return f"kvs1:{{{stripe:03d}}}:r"
+    """The roots that have something in a stripe, the coldest first, as far as it is known."""
+    return f"kvs2:{{{stripe:03d}}}:r"
+
+
+def used(stripe: int) -> str:
+    """Bytes of all that is in a stripe."""
+    return f"kvs2:{{{stripe:03d}}}:u"
+
+
+VALUE_NAME_BYTES = len(Bucket(0, 16 * "0").values) + 64 + len(":000")
 
 
 def bucket_of(name: str) -> tuple[Bucket, str] | None:
     """Bucket and member that a value's name speaks of."""
     head, found, member = name.partition(":v:")
-    stripe, _, root = head.removeprefix("kvs1:{").partition("}:")
+    stripe, _, root = head.removeprefix("kvs2:{").partition("}:")
     return (Bucket(int(stripe), root), member) if found and stripe.isdigit() else None
 
 

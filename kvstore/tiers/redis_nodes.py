@@ -292,7 +292,7 @@ def redirection(error: ReplyError) -> Redirection | None:
 
 def stripe_of(request: bytes) -> int:
     """The stripe in a command's first key; 0 for commands without one."""
-    at = request.find(b"kvs1:{")
+    at = request.find(b"kvs2:{")
     return int(request[at + 6 : at + 9]) if at >= 0 else 0
 
 

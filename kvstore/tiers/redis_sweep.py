@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from kvstore.block import PartKey, RootId
 from kvstore.tiers.redis_accounting import Accounting
-from kvstore.tiers.redis_names import STEP_S, Bucket, bucket_of, root_tag
+from kvstore.tiers.redis_names import STEP_S, Bucket, bucket_of, prefix, registry, root_tag, used
 from kvstore.tiers.redis_nodes import Talk, many
 from kvstore.tiers.redis_wire import Reply, command, integer, real
 from kvstore.wire import frame
@@ -24,7 +24,8 @@ _HEAD_BYTES = frame.MIN_HEADER_BYTES + frame.SEAL_BYTES + 4 * frame.MAX_TOKENS +
 """What is fetched of each value: all of its header, unless many images end in the block."""
 _MAX_PASSES = 16
 
-# KEYS: order, sizes, total. Makes both lists name the same members, and the total their sum.
+# KEYS: order, sizes, total, registry. ARGV: root. Makes both lists name the same members, the total their sum, and the
+# registry's score that of the coldest.
 _RECOUNT = """
 local sum, fixed = 0, 0
 for _, member in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do
@@ -43,17 +44,35 @@ for i = 1, #sizes, 2 do
   end
 end
 if sum ~= tonumber(redis.call('GET', KEYS[3]) or 0) then
+  redis.call('DEL', KEYS[3])  -- or a server without memory refuses
   redis.call('SET', KEYS[3], string.format('%.0f', sum))
   fixed = fixed + 1
 end
+local coldest = redis.call('ZRANGE', KEYS[1], 0, 0, 'WITHSCORES')
+if coldest[2] then
+  redis.call('ZREM', KEYS[4], ARGV[1])
+  redis.call('ZADD', KEYS[4], coldest[2], ARGV[1])
+end
 return fixed
+"""
+
+# KEYS: registry, used. ARGV: what a bucket's names begin with before its root. Makes used the sum of all totals.
+_RESUM = """
+local sum = 0
+for _, root in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do
+  sum = sum + (redis.call('GET', ARGV[1] .. root .. ':b') or 0)
+end
+local used = tonumber(redis.call('GET', KEYS[2]) or 0)
+if used ~= sum or sum == 0 then redis.call('DEL', KEYS[2]) end
+if used ~= sum and sum ~= 0 then redis.call('SET', KEYS[2], string.format('%.0f', sum)) end
+return used == sum and 0 or 1
 """
 
 # KEYS: registry, order, total. ARGV: root. A bucket without members is named no longer; its next write names it again.
 _RETIRE = """
 if redis.call('EXISTS', KEYS[2]) == 1 then return 0 end
 redis.call('DEL', KEYS[3])
-return redis.call('SREM', KEYS[1], ARGV[1])
+return redis.call('ZREM', KEYS[1], ARGV[1])
 """
 
 
@@ -97,10 +116,14 @@ class Sweeper:
                 break
         found["recounted"] = 0
         for bucket in self._accounting.buckets(talk, deadline):
-            recount = command("EVAL", _RECOUNT, 3, bucket.order, bucket.sizes, bucket.total)
+            keys = (bucket.order, bucket.sizes, bucket.total, bucket.registry)
+            recount = command("EVAL", _RECOUNT, 4, *keys, bucket.root)
             retire = command("EVAL", _RETIRE, 3, bucket.registry, bucket.order, bucket.total, bucket.root)
             fixed, _ = many(talk, [recount, retire], deadline)
             found["recounted"] += fixed if isinstance(fixed, int) else 0
+        stripes = self._names.stripes
+        sums = [command("EVAL", _RESUM, 2, registry(stripe), used(stripe), prefix(stripe)) for stripe in stripes]
+        found["recounted"] += sum(fixed for fixed in many(talk, sums, deadline) if isinstance(fixed, int))
         return found
 
     def _pass(self, talk: Talk, deadline: float) -> dict[str, int]:
@@ -149,7 +172,7 @@ class Sweeper:
     def _unaccounted_at(self, talk: Talk, place: int, deadline: float) -> Iterator[str]:
         cursor = b"0"
         while True:
-            scan = command("SCAN", cursor, "MATCH", "kvs1:{*}:*:v:*", "COUNT", _PAGE)
+            scan = command("SCAN", cursor, "MATCH", "kvs2:{*}:*:v:*", "COUNT", _PAGE)
             (reply,) = many(talk, [scan], deadline, place=place)
             if not isinstance(reply, list) or not isinstance(reply[1], list):
                 return
@@ -268,17 +291,25 @@ class Sweeper:
                     problems.append(f"{where} lacks its parent")
                 elif entry.parent_score is not None and entry.parent_score <= entry.score:
                     problems.append(f"{where} scores above its parent")
-        for bucket in self._accounting.buckets(talk, deadline):
+        buckets = self._accounting.buckets(talk, deadline)
+        for bucket in buckets:
             problems += self._check_sums(talk, bucket, deadline)
+        for stripe in self._names.stripes:
+            totals = [command("GET", bucket.total) for bucket in buckets if bucket.stripe == stripe]
+            says, *each = map(_as_int, many(talk, [command("GET", used(stripe)), *totals], deadline))
+            if says != sum(each):
+                problems.append(f"{used(stripe)} says {says}, its namespaces sum to {sum(each)}")
         return problems
 
     def _check_sums(self, talk: Talk, bucket: Bucket, deadline: float) -> list[str]:
-        members, sizes, total = many(
+        members, sizes, total, coldest, place = many(
             talk,
             [
                 command("ZRANGE", bucket.order, 0, -1),
                 command("HGETALL", bucket.sizes),
                 command("GET", bucket.total),
+                command("ZRANGE", bucket.order, 0, 0, "WITHSCORES"),
+                command("ZSCORE", bucket.registry, bucket.root),
             ],
             deadline,
         )
@@ -286,6 +317,9 @@ class Sweeper:
         flat = sizes if isinstance(sizes, list) else []
         by_member = dict(zip(flat[0::2], (_as_int(size) for size in flat[1::2]), strict=True))
         problems = []
+        lowest = coldest[1] if isinstance(coldest, list) and len(coldest) == 2 else b"inf"
+        if isinstance(place, bytes) and isinstance(lowest, bytes) and real(place) > real(lowest):
+            problems.append(f"{bucket.prefix}: a member scores below its place in the registry")
         if named != set(by_member):
             problems.append(f"{bucket.prefix}: {len(named)} members are ordered and {len(by_member)} have sizes")
         if sum(by_member.values()) != _as_int(total):
@@ -299,9 +333,7 @@ class Sweeper:
 
     def clear(self, talk: Talk, root: RootId | None, deadline: float) -> None:
         """Remove everything of a namespace, or of all."""
-        for bucket in self._accounting.buckets(talk, deadline):
-            if root is None or bucket.root == root_tag(root):
-                self._accounting.evict_below(talk, [bucket], b"+inf", deadline)
+        self._accounting.evict_below(talk, b"+inf", deadline, "" if root is None else root_tag(root))
         if root is None:
             self._remove_strays(talk, deadline)
 

@@ -28,7 +28,7 @@ _MAX_DAMAGED = 65_536
 _MAX_REMEMBERED = 65_536
 _AGE_EVERY_S = 60.0
 _KEYS_PER_PIPELINE = 2048
-SWEEP_MARK = "kvs1:{000}:sweep"
+SWEEP_MARK = "kvs2:{000}:sweep"
 
 
 class Upkeep:
@@ -178,8 +178,7 @@ class Upkeep:
     def _age(self, talk: Talk, deadline: float) -> None:
         """Evict what nobody used for half the TTL, tails first, so that the TTL never has to."""
         oldest = repr(self._accounting.now_s(talk, deadline) - self._ttl_s / 2).encode()
-        buckets = self._accounting.buckets(talk, deadline)
-        num_parts, num_bytes = self._accounting.evict_below(talk, buckets, oldest, deadline)
+        num_parts, num_bytes = self._accounting.evict_below(talk, oldest, deadline)
         self.stats.set("redis.used_bytes", self._accounting.total_bytes(talk, deadline))
         if num_parts:
             self.stats.add_all({"redis.aged_blocks": num_parts, "redis.aged_bytes": num_bytes})

@@ -16,7 +16,7 @@ from kvstore.block import BlockId, BlockMeta, PartKey
 from kvstore.codecs import CODECS, Codec
 from kvstore.layout import BlockLayout
 from kvstore.tiers.redis_accounting import Accounting, Facts
-from kvstore.tiers.redis_names import STEP_S
+from kvstore.tiers.redis_names import STEP_S, root_tag
 from kvstore.tiers.redis_nodes import MOVING, Talk, many
 from kvstore.tiers.redis_sealed import Locked, Scratch
 from kvstore.tiers.redis_wire import Buffer, ProtocolBroken, ReplyError, Wire, command, real
@@ -167,7 +167,10 @@ class Writer:
         counts: dict[str, float],
     ) -> bool:
         facts = self._accounting.facts(talk, deadline)
-        num_bytes = sum(self._most_bytes(parts[key], meta[key.block], facts) for key in keys)
+        num_bytes: dict[str, int] = {}
+        for key in keys:
+            tag = root_tag(key.root)
+            num_bytes[tag] = num_bytes.get(tag, 0) + self._most_bytes(parts[key], meta[key.block], facts)
         if not num_bytes:
             return False
         num_parts, freed = self._accounting.make_room(talk, num_bytes, deadline)
@@ -185,9 +188,10 @@ class Writer:
     ) -> Sequence[PartKey]:
         """The head of `keys` that fits into the capacity at all."""
         facts = self._accounting.facts(talk, deadline)
-        if not facts.capacity_bytes:
+        limits = [limit for limit in (facts.capacity_bytes, self._accounting.namespace_bytes) if limit]
+        if not limits:
             return keys
-        room = facts.capacity_bytes
+        room = min(limits)
         for index, key in enumerate(keys):
             room -= self._most_bytes(parts[key], meta[key.block], facts)
             if room < 0:

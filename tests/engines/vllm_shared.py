@@ -94,7 +94,7 @@ class Redis(Process):
             return False
 
     def num_values(self) -> int:
-        return sum(1 for _ in self.client().scan_iter("kvs1:{*}:*:v:*"))
+        return sum(1 for _ in self.client().scan_iter("kvs2:{*}:*:v:*"))
 
     def wait_for(self, num_values: int) -> None:
         deadline_s = time.monotonic() + 30
@@ -103,7 +103,7 @@ class Redis(Process):
             time.sleep(0.05)
 
     def value_of(self, block: str, part: int) -> bytes:
-        (key,) = self.client().scan_iter(f"kvs1:{{*}}:*:v:{block}:{part:03d}")
+        (key,) = self.client().scan_iter(f"kvs2:{{*}}:*:v:{block}:{part:03d}")
         return bytes(key)
 
 

@@ -167,7 +167,7 @@ def test_several_tiers_writing_at_once_keep_one_set_of_books(cluster: Cluster, m
 
 def test_a_command_goes_where_its_hash_tag_says() -> None:
     names = Names(NUM_STRIPES)
-    assert stripe_of(command("EVAL", "script", 1, "kvs1:{017}:ab:z")) == 17
+    assert stripe_of(command("EVAL", "script", 1, "kvs2:{017}:ab:z")) == 17
     assert stripe_of(command("TIME")) == 0
     assert names.stripes == range(NUM_STRIPES)
 

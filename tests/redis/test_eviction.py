@@ -54,7 +54,9 @@ def use(tier: RedisTier, content: Content) -> None:
 def buckets(client: redis.Redis) -> list[Bucket]:
     """Every bucket that its stripe's list names."""
     return [
-        Bucket(stripe, root.decode()) for stripe in range(MAX_BUCKETS) for root in client.smembers(registry(stripe))
+        Bucket(stripe, root.decode())
+        for stripe in range(MAX_BUCKETS)
+        for root in client.zrange(registry(stripe), 0, -1)
     ]
 
 
@@ -356,6 +358,90 @@ def test_namespaces_of_other_stores_count_and_can_be_evicted(
     assert mine.accounted_bytes() <= capacity_bytes
 
 
+def test_each_namespace_keeps_to_its_own_capacity_and_evicts_its_own_coldest(
+    server: EmbeddedServer, make_tier: MakeTier, root: Root, part_bytes: int
+) -> None:
+    tier = make_tier(
+        server.url,
+        capacity_bytes=100 * part_bytes,
+        namespace_capacity_bytes=30 * part_bytes,
+        num_buckets=NUM_BUCKETS,
+    )
+    quiet = Content(Root(root.model, salt=b"quiet"), 20)  # the coldest of all, and within its share
+    quiet.write(tier)
+    noisy = Root(root.model, salt=b"noisy")
+    contents = [Content(noisy, 10, seed=seed) for seed in range(8)]
+    for content in contents:
+        assert content.write(tier) == set(content.keys)
+        assert sum(len(resident(tier, each)) for each in contents) <= 30
+    assert resident(tier, quiet) == quiet.keys
+    assert resident(tier, contents[-1]) == contents[-1].keys
+    assert resident(tier, contents[0]) == []
+    assert all(is_prefix(resident(tier, each), each.keys) for each in contents)
+    oversized = Content(noisy, 50, seed=99)
+    assert len(oversized.write(tier)) <= 30
+    assert is_prefix(resident(tier, oversized), oversized.keys)
+
+
+def test_writers_of_several_namespaces_at_once_keep_each_to_its_capacity(
+    server: EmbeddedServer, client: redis.Redis, make_tier: MakeTier, root: Root, part_bytes: int
+) -> None:
+    tiers = [
+        make_tier(
+            server.url,
+            capacity_bytes=90 * part_bytes,
+            namespace_capacity_bytes=40 * part_bytes,
+            num_buckets=NUM_BUCKETS,
+        )
+        for _ in range(3)
+    ]
+    roots = [Root(root.model, salt=bytes([salt])) for salt in range(3)]
+
+    def work(number: int) -> None:
+        rng = random.Random(number)
+        for _ in range(40):
+            chat = Content(roots[rng.randrange(3)], rng.randrange(4, 12), seed=rng.randrange(30))
+            chat.write(tiers[number % 3])
+            chat.read(tiers[number % 3])
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(work, range(4)))
+    in_flight = 4 * 12 * part_bytes  # what writers may have added at once
+    by_root: dict[str, int] = {}
+    for bucket in buckets(client):
+        by_root[bucket.root] = by_root.get(bucket.root, 0) + int(client.get(bucket.total) or 0)
+    assert len(by_root) == 3
+    assert max(by_root.values()) <= 40 * part_bytes + in_flight
+    assert sum(by_root.values()) == tiers[0].accounted_bytes() <= 90 * part_bytes + in_flight
+    for each in roots:  # alone, a writer brings it down to the limit itself
+        Content(each, 2, seed=1000).write(tiers[0])
+        used = sum(int(client.get(b.total) or 0) for b in buckets(client) if b.root == each.id[:8].hex())
+        assert used <= 40 * part_bytes
+
+
+def test_thousands_of_namespaces_cost_a_write_no_more_than_one(
+    server: EmbeddedServer, client: redis.Redis, make_tier: MakeTier, root: Root, part_bytes: int
+) -> None:
+    tier = make_tier(server.url, capacity_bytes=1500 * part_bytes, num_buckets=NUM_BUCKETS)
+    contents = [Content(Root(root.model, salt=salt.to_bytes(4, "big")), 1) for salt in range(2000)]
+    client.config_resetstat()
+    for content in contents:
+        assert content.write(tier) == set(content.keys)
+    stats = client.info("commandstats")
+    # Were each namespace asked for its bytes, or its coldest, this would be hundreds of thousands.
+    assert stats["cmdstat_get"]["calls"] < 20 * len(contents)
+    assert tier.accounted_bytes() <= 1500 * part_bytes
+    there = [bool(resident(tier, content)) for content in contents]
+    assert there == sorted(there)
+    assert len(buckets(client)) <= 1500
+    for content in contents[600:700]:
+        use(tier, content)  # warmer than the registry says
+    for content in contents[:400]:
+        content.write(tier)
+    assert all(resident(tier, content) for content in contents[600:700])
+    assert tier.accounted_bytes() <= 1500 * part_bytes
+
+
 # ── memory and time ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -433,6 +519,7 @@ def test_what_nobody_used_ages_out_tails_first(
     for depth, key in enumerate(old.keys):
         age = 480 if depth < 2 else 520
         client.zincrby(names.bucket(key).order, -age, names.member(key.block, key.part))
+        client.zincrby(names.bucket(key).registry, -2 * age, names.bucket(key).root)
     deadline = time.monotonic() + DEADLINE_S
     with tier._nodes.talk(deadline) as talk:
         tier._upkeep._age(talk, deadline)

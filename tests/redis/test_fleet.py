@@ -52,7 +52,7 @@ def make_replica(server: EmbeddedServer, model: ModelId) -> Iterator[MakeReplica
         assert store.check() == []
         store.close()
     with redis.Redis.from_url(server.url) as client:
-        assert list(client.scan_iter("kvs1:*:m:*")) == []
+        assert list(client.scan_iter("kvs2:*:m:*")) == []
 
 
 def compute(store: KVStore, chain: Chain, start: int, stop: int) -> None:
