@@ -333,9 +333,12 @@ def test_a_hung_node_costs_the_deadline_and_then_nothing(cluster: Cluster, make_
         there = tier.contains(content.keys, 0.3)
         assert time.monotonic() - began < 0.6
         assert 0 < sum(there) < len(there)
-        began = time.monotonic()
-        tier.contains(content.keys, 0.3)
-        assert time.monotonic() - began < 0.15
+        costs = []
+        for _ in range(5):  # a busy machine may hold up some
+            began = time.monotonic()
+            tier.contains(content.keys, 0.3)
+            costs.append(time.monotonic() - began)
+        assert min(costs) < 0.15
     finally:
         os.kill(cluster.nodes[2].process.pid, signal.SIGCONT)
     until(lambda: b"cluster_state:ok" in cluster.nodes[2].do("CLUSTER INFO"))
