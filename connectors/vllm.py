@@ -19,6 +19,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from vllm.config import CUDAGraphMode
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -31,7 +32,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 import kvstore
 from connectors.vllm_identity import check_groups, model_id_of, rank_slice
 from connectors.vllm_metrics import KVStorePromMetrics, KVStoreStats
-from connectors.vllm_pages import EnginePages, PackedPages, StridedPages
+from connectors.vllm_pages import DevicePages, EnginePages, PackedPages, StridedPages
 from connectors.vllm_plan import Orders, Report, Scheduled, VllmSettings
 from connectors.vllm_scheduler import SchedulerSide
 from connectors.vllm_worker import WorkerSide
@@ -60,6 +61,8 @@ _INTERFACE: Mapping[str, tuple[str, ...]] = {
     "register_kv_caches": ("kv_caches",),
     "get_finished": ("finished_req_ids",),
     "get_block_ids_with_load_errors": (),
+    "start_load_kv": ("forward_context",),
+    "wait_for_layer_load": ("layer_name",),
     "build_connector_worker_meta": (),
     "reset_cache": (),
 }
@@ -224,6 +227,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         self._pages: dict[str, list[int]] = {}
+        self._layers: dict[str, int] = {}
         if role == KVConnectorRole.SCHEDULER:
             self._scheduler = SchedulerSide(
                 self._settings,
@@ -317,19 +321,32 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         from vllm.distributed import get_tensor_model_parallel_rank
 
         mine = rank_slice(self._config, get_tensor_model_parallel_rank())
-        tensors = _tensors_of(kv_caches, mine.layers)
+        tensors, self._layers = _tensors_of(kv_caches, mine.layers)
         layout = self._link.store.open(self._model)
         pages = _pages_of(self._config, layout, tensors, mine.layers, mine.heads)
         self._worker = WorkerSide(
-            self._settings, self._model, self._link.store, self._link.adopt, pages, saves=mine.saves
+            self._settings,
+            self._model,
+            self._link.store,
+            self._link.adopt,
+            pages,
+            layers=mine.layers,
+            saves=mine.saves,
         )
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         if self._worker is not None:
-            self._worker.load(self._orders())
+            self._worker.load(self._orders(), layered=_goes_by_layers(forward_context))
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Loads of this step were done before it began."""
+        layer = self._layers.get(layer_name)
+        if self._worker is not None and layer is not None:
+            self._worker.wait_for_layer(layer)
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """No: it would slow every step down, and whether a step calls the layers' hooks is seen before each load."""
+        return False
 
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
         """Whole blocks are saved when the step has run."""
@@ -372,11 +389,25 @@ def _nothing(*_: object) -> Any:
 _CLOSED = _Link(None, _nothing, _nothing, lambda: None)  # type: ignore[arg-type]
 
 
-def _tensors_of(kv_caches: Mapping[str, torch.Tensor], layers: range) -> list[torch.Tensor]:
-    """The model's own layers in order; a draft model's, which share the engine's pages, are left out."""
+def _goes_by_layers(forward_context: Any) -> bool:
+    """Whether the coming forward pass calls `wait_for_layer_load` before it reads a layer's KV.
+
+    Not where there is none, nor where all of it is one CUDA graph (the runner that captures by itself then gives a
+    context without metadata), nor in two halves of a batch that run on streams of their own.
+    """
+    return (
+        getattr(forward_context, "attn_metadata", None) is not None
+        and getattr(forward_context, "cudagraph_runtime_mode", CUDAGraphMode.FULL) != CUDAGraphMode.FULL
+        and getattr(forward_context, "ubatch_slices", None) is None
+    )
+
+
+def _tensors_of(kv_caches: Mapping[str, torch.Tensor], layers: range) -> tuple[list[torch.Tensor], dict[str, int]]:
+    """The model's own layers in order, and by name; a draft model's, which share the pages, are left out."""
     from vllm.model_executor.models.utils import extract_layer_index
 
     found: dict[int, torch.Tensor] = {}
+    names: dict[str, int] = {}
     for name, tensor in kv_caches.items():
         index = extract_layer_index(name)
         if name.startswith("draft_model") or index not in layers:
@@ -386,15 +417,16 @@ def _tensors_of(kv_caches: Mapping[str, torch.Tensor], layers: range) -> list[to
                 f"two of the engine's tensors are layer {index} ({name}): which is the model's is unclear"
             )
         found[index] = tensor
+        names[name] = index
     missing = [index for index in layers if index not in found]
     if missing:
         raise ConfigError(f"the engine registered no KV for layers {missing} of the model")
-    return [found[index] for index in layers]
+    return [found[index] for index in layers], names
 
 
 def _pages_of(
     config: VllmConfig, layout: BlockLayout, tensors: list[torch.Tensor], layers: range, heads: range
-) -> EnginePages:
+) -> EnginePages | DevicePages:
     if tensors[0].device.type != "cpu":
         return StridedPages(layout, tensors, layers, heads)
     from vllm import _custom_ops as ops

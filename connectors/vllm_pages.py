@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ import torch
 from kvstore.copying import Shape, copy_places
 from kvstore.errors import ConfigError
 from kvstore.layout import BlockLayout, PartLayout
-from kvstore.transfer import Moment, PageCopier, PagedKV, SlotViews, to_tensor
+from kvstore.transfer import Copying, Moment, PageCopier, PagedKV, SlotViews, Streams, to_tensor
 
 Axes = tuple[tuple[int, int], ...]
 """(size, step in elements) of each axis that an index splits into, outermost first."""
@@ -38,7 +38,7 @@ _DIGIT = 4
 
 
 class EnginePages(Protocol):
-    """The pages of one worker, seen as blocks."""
+    """The pages of one worker in host memory, seen as blocks. A copy is done when the call returns."""
 
     @property
     def parts(self) -> tuple[int, ...]:
@@ -50,13 +50,36 @@ class EnginePages(Protocol):
     def gather(self, pages: Sequence[int], index: int, views: SlotViews) -> None:
         """Copy block `index` out into slots, one a part, None where it is there already."""
 
-    def now(self) -> Moment | None:
-        """What the engine's thread, which calls this, has ordered so far; None where its pages are the CPU's."""
+    def scatter(self, pages: Sequence[int], index: int, views: Sequence[memoryview], tokens: range) -> None:
+        """Copy block `index` in, as far as the sequence's `tokens` go: nothing below, and no page past them."""
 
-    def scatter(
-        self, pages: Sequence[int], index: int, views: Sequence[memoryview], tokens: range, after: Moment | None
-    ) -> None:
-        """Copy block `index` in, as far as the sequence's `tokens` go: nothing below, and no page past them.
+
+@runtime_checkable
+class DevicePages(Protocol):
+    """The pages of one worker on a device: many blocks in one call, and nothing waits for them. See `Copying`."""
+
+    @property
+    def parts(self) -> tuple[int, ...]: ...
+
+    @property
+    def page_tokens(self) -> int: ...
+
+    def now(self) -> Moment:
+        """What the engine's thread, which calls this, has ordered so far."""
+
+    def start_save(self, pages: Sequence[int], blocks: Sequence[tuple[int, SlotViews]]) -> Copying:
+        """Begin to copy blocks out, after what the calling thread has ordered so far."""
+
+    def start_load(
+        self,
+        pages: Sequence[int],
+        blocks: Sequence[tuple[int, SlotViews]],
+        tokens: range,
+        *,
+        after: Moment,
+        step_layers: int = 0,
+    ) -> Copying:
+        """Begin to copy blocks in: those of the sequence's `tokens`, and nothing else.
 
         Nothing is written before what the engine had ordered at `after` is done: the pages' last reader may still be
         running, and the streams of other threads say nothing about it.
@@ -64,50 +87,43 @@ class EnginePages(Protocol):
 
 
 class StridedPages:
-    """Pages that strides describe: every GPU layout, and the CPU's where it is not packed."""
+    """Pages that strides describe: every GPU layout. Implements `DevicePages`.
 
-    def __init__(self, layout: BlockLayout, tensors: Sequence[torch.Tensor], layers: range, heads: range) -> None:
+    `streams`: the device's; a test brings its own.
+    """
+
+    def __init__(
+        self,
+        layout: BlockLayout,
+        tensors: Sequence[torch.Tensor],
+        layers: range,
+        heads: range,
+        *,
+        streams: Streams | None = None,
+    ) -> None:
         dim = layout.model.head_dim
         keys, values = [one[..., :dim] for one in tensors], [one[..., dim:] for one in tensors]
-        self._paged = PagedKV.separate(keys, values, "page head token dim")
-        self._copier = PageCopier(layout, self._paged, layers=layers, heads=heads)
-        self._layers, self._heads = layers, heads
+        paged = PagedKV.separate(keys, values, "page head token dim")
+        self._copier = PageCopier(layout, paged, layers=layers, heads=heads, streams=streams)
         self.parts = self._copier.parts
-        self.page_tokens = self._paged.page_tokens
+        self.page_tokens = paged.page_tokens
 
-    def gather(self, pages: Sequence[int], index: int, views: SlotViews) -> None:
-        self._copier.gather(pages, [(index, views)])
+    def now(self) -> Moment:
+        return self._copier.now()
 
-    def now(self) -> Moment | None:
-        return self._copier.now() if self._paged.device.type == "cuda" else None
+    def start_save(self, pages: Sequence[int], blocks: Sequence[tuple[int, SlotViews]]) -> Copying:
+        return self._copier.start_gather(pages, blocks)
 
-    def scatter(
-        self, pages: Sequence[int], index: int, views: Sequence[memoryview], tokens: range, after: Moment | None
-    ) -> None:
-        layout = self._copier.layout
-        first = index * layout.model.block_tokens
-        stop = first + layout.model.block_tokens
-        if tokens.start <= first and stop <= tokens.stop:
-            self._copier.start_scatter(pages, [(index, views)], after=after).finish()
-            return
-        if after is not None:
-            self._copier.wait_for(after)
-        for part, view in zip(self.parts, views, strict=True):  # at most two blocks of a load are cut
-            cell = layout.parts[part]
-            held = to_tensor(view, cell, self._paged.dtype).to(self._paged.device)
-            heads = slice(cell.heads.start - self._heads.start, cell.heads.stop - self._heads.start)
-            at, end = max(first, tokens.start), min(stop, tokens.stop)
-            while at < end:
-                until = min(end, (at // self.page_tokens + 1) * self.page_tokens)
-                page, slots = int(pages[at // self.page_tokens]), at % self.page_tokens
-                for layer in cell.layers:
-                    for kv, plane in enumerate(self._paged.planes[layer - self._layers.start]):
-                        plane[page, slots : slots + until - at, heads] = held[
-                            layer - cell.layers.start, kv, at - first : until - first
-                        ]
-                at = until
-        if after is not None:
-            torch.cuda.current_stream(self._paged.device).synchronize()
+    def start_load(
+        self,
+        pages: Sequence[int],
+        blocks: Sequence[tuple[int, SlotViews]],
+        tokens: range,
+        *,
+        after: Moment,
+        step_layers: int = 0,
+    ) -> Copying:
+        return self._copier.start_scatter(pages, blocks, after=after, step_layers=step_layers, tokens=tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,12 +287,7 @@ class PackedPages:
         first = index * self._layout.model.block_tokens
         self._copy(pages, index, views, range(first, first + self._layout.model.block_tokens), to_slots=True)
 
-    def now(self) -> None:
-        return None
-
-    def scatter(
-        self, pages: Sequence[int], index: int, views: Sequence[memoryview], tokens: range, after: Moment | None
-    ) -> None:
+    def scatter(self, pages: Sequence[int], index: int, views: Sequence[memoryview], tokens: range) -> None:
         self._copy(pages, index, views, tokens, to_slots=False)
 
     def _plan(self, cell: PartLayout, kv: int) -> _Piece:
@@ -376,6 +387,6 @@ class PackedPages:
                 raise ConfigError("the engine's pages do not hold what its kernel wrote, in the order found")
         for tensor in trial._tensors:
             tensor.zero_()
-        trial.scatter(pages, 0, held, range(model.block_tokens), None)
+        trial.scatter(pages, 0, held, range(model.block_tokens))
         if not all(torch.equal(a, b) for a, b in zip(trial._tensors, want, strict=True)):
             raise ConfigError("blocks loaded into the engine's pages are not what its kernel would have written")

@@ -36,6 +36,8 @@ class VllmSettings:
         pending_deadline_ms: longest wait for blocks that somebody else is computing, beside what computing them is
             predicted to take, which ends it sooner; 0 never waits.
         load_threads: loads under way at once.
+        step_layers: on a device, layers that a forward pass waits for together where a load belongs to its step; it
+            begins when the first are there. 0: it waits for the whole load. A pass that is one CUDA graph does as well.
         load, save: False leaves that half out; vLLM's roles kv_producer and kv_consumer do the same.
         secret: keys block ids, so that nobody without it can guess them from prompts.
     """
@@ -55,6 +57,7 @@ class VllmSettings:
     load_deadline_ms: float = 5000.0
     pending_deadline_ms: float = 20000.0
     load_threads: int = 2
+    step_layers: int = 4
     load: bool = True
     save: bool = True
     secret: str = field(default="", repr=False)
@@ -75,6 +78,8 @@ class VllmSettings:
             raise ConfigError(f"load_rule is {made.load_rule!r}: use one of {', '.join(r.value for r in LoadRule)}")
         if made.load_threads < 1:
             raise ConfigError(f"load_threads is {made.load_threads}: it must be at least 1")
+        if made.step_layers < 0:
+            raise ConfigError(f"step_layers is {made.step_layers}: it must be 0 or more")
         if made.address and (made.store or made.embedded):
             raise ConfigError(
                 "address and store (or embedded) are both given: the sidecar at address has its own store"

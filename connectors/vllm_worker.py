@@ -5,6 +5,7 @@ Invariants
 1. Every load that was ordered is reported, by its deadline at the latest, aborted requests' too.
 2. Once a load is reported, nothing of it writes to the engine's pages any more.
 3. Nothing is saved in a step in which a page it builds on failed to load.
+4. On a device a load that belongs to a step is settled, and its failure known, before the step's results are reported.
 """
 
 from __future__ import annotations
@@ -15,18 +16,20 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from connectors.base import FailOpen
+from connectors.vllm_device import DeviceLoad, DeviceSave
 from connectors.vllm_identity import Roots
-from connectors.vllm_pages import EnginePages
+from connectors.vllm_pages import DevicePages, EnginePages
 from connectors.vllm_plan import LoadOrder, LoadReport, Orders, Report, SaveOrder, VllmSettings, failed_pages
-from kvstore.api import Load, LoadedBlock, SaysWhole, Store
+from kvstore.api import Load, LoadedBlock, Save, SaysWhole, Store
 from kvstore.block import Chain, ModelId
-from kvstore.transfer import Moment, SlotViews
+from kvstore.transfer import SlotViews
 
 log = logging.getLogger("kvstore.connector.vllm")
 
@@ -47,9 +50,12 @@ class _Job:
 
     order: LoadOrder
     deadline_s: float
-    after: Moment | None
-    """What the engine had ordered when the load was."""
     locks: tuple[threading.Lock, ...]
+    copies: DeviceLoad | None = None
+    """Where the pages are a device's."""
+    held: ExitStack = field(default_factory=ExitStack)
+    load: Load | None = None
+    """What lets go of the load, and the load, if it was begun, where it belongs to a step and pages are a device's."""
     cancelled: bool = False
     ended: bool = False
     stop: int = 0
@@ -60,6 +66,8 @@ class _Job:
     def cancel(self) -> None:
         """Nothing of it writes to the engine's pages afterwards."""
         self.cancelled = True
+        if self.copies is not None and not self.ended:
+            self.copies.give_up()
         for lock in self.locks:
             with lock:  # whoever takes it next sees that the load is cancelled
                 pass
@@ -70,7 +78,7 @@ class _Job:
 
 
 class WorkerSide:
-    """See the module. `adopt` makes a Load of what the scheduler's side shared."""
+    """See the module. `adopt` makes a Load of what the scheduler's side shared; `layers` are the pages'."""
 
     def __init__(
         self,
@@ -78,14 +86,19 @@ class WorkerSide:
         model: ModelId,
         store: Store,
         adopt: Callable[[object], Load],
-        pages: EnginePages,
+        pages: EnginePages | DevicePages,
         *,
+        layers: range = range(0),
         saves: bool = True,
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
         self._adopt = adopt
         self._pages = pages
+        self._device = pages if isinstance(pages, DevicePages) else None
+        self._host = None if isinstance(pages, DevicePages) else pages
+        self._layers = layers
+        self._step_layers = settings.step_layers
         self._saves = saves and settings.save
         self._now_s = now_s
         self._roots = Roots(model, settings.secret.encode())
@@ -99,18 +112,30 @@ class WorkerSide:
         self._bad_pages: set[int] = set()
         self._bad_now: set[int] = set()
         self._sent: set[str] = set()
+        self._in_step: list[_Job] = []
+        self._saving: list[tuple[SaveOrder, float, Future[tuple[int, int] | None]]] = []
         self._report = Report()
         self._pool = ThreadPoolExecutor(settings.load_threads, thread_name_prefix="kvstore-load")
         self._helpers = ThreadPoolExecutor(max(1, _COPIERS - 1), thread_name_prefix="kvstore-copy")
+        self._savers = ThreadPoolExecutor(1, thread_name_prefix="kvstore-save")  # one: parents before children
 
     # -- loading -----------------------------------------------------------------------------------------------
 
-    def load(self, orders: Orders) -> None:
-        """Carry out loads that belong to this step, start the others. Before the forward pass where any is in it."""
+    def load(self, orders: Orders, *, layered: bool = False) -> None:
+        """Carry out loads that belong to this step, start the others. Before the forward pass where any is in it.
+
+        `layered`: the pass will say before which layer it is, with `wait_for_layer`.
+        """
         for order in orders.loads:
             locks = tuple(threading.Lock() for _ in range(_COPIERS))
-            job = _Job(order, self._now_s() + order.timeout_s, self._pages.now(), locks, stop=order.start)
-            if order.in_step:
+            job = _Job(order, self._now_s() + order.timeout_s, locks, stop=order.start)
+            if self._device is not None:
+                step_layers = self._step_layers if layered and order.in_step else 0
+                job.copies = DeviceLoad(self._device, order, self._device.now(), self._block_bytes, step_layers)
+            if order.in_step and job.copies is not None:
+                self._guard(job, lambda job=job, copies=job.copies: self._begin(job, copies))  # type: ignore[misc]
+                self._in_step.append(job)
+            elif order.in_step:
                 self._run(job)
                 self._note(job)
             else:
@@ -118,17 +143,84 @@ class WorkerSide:
                 self._pool.submit(self._run, job)
 
     def _run(self, job: _Job) -> None:
-        sound = False
+        self._end(job, sound=self._guard(job, lambda: self._copy(job)))
+
+    def _guard(self, job: _Job, action: Callable[[], bool]) -> bool:
+        """The top of a load: a fault of ours costs a computation, not the engine."""
         try:
-            sound = self.fail_open.call(lambda: self._copy(job), False)
-        except Exception:  # the top of a load: a fault of ours costs a computation, not the engine
+            return self.fail_open.call(action, False)
+        except Exception:
             log.exception("a load of request %s failed", job.order.request)
+            return False
+
+    def _end(self, job: _Job, *, sound: bool) -> None:
+        with self._ended:
+            if not sound:
+                job.stop = job.order.start  # something may be wrong with any of it: none counts
+            job.ended = True
+            self._ended.notify_all()
+
+    # On a device: begun before the forward pass, which waits for it; settled when the pass is on its way.
+
+    def _begin(self, job: _Job, copies: DeviceLoad) -> bool:
+        if job.order.lease is None:
+            return False
+        load = job.held.enter_context(self._adopt(job.order.lease))
+        try:
+            self._bring(job, copies, load)
         finally:
-            with self._ended:
-                if not sound:
-                    job.stop = job.order.start  # something may be wrong with any of it: none counts
-                job.ended = True
-                self._ended.notify_all()
+            if not copies.step_layers:
+                copies.wait_for()
+        job.load = load
+        return True
+
+    def _bring(self, job: _Job, copies: DeviceLoad, load: Load) -> None:
+        """Begin copies, and finish those of blocks that do not stay."""
+        then_s = self._now_s()
+
+        def note(tier: str) -> bool:
+            nonlocal then_s
+            before_s, then_s = then_s, self._now_s()
+            if job.cancelled or then_s > job.deadline_s:
+                return False
+            job.note(tier, 1, then_s - before_s)
+            return True
+
+        try:
+            job.stop = copies.bring(load, note)
+        except BaseException:
+            copies.finish()
+            raise
+
+    def wait_for_layer(self, layer: int) -> None:
+        """On the engine's thread, before what of the forward pass reads the KV of `layer` is ordered."""
+        for job in self._in_step:
+            if job.copies is not None and job.copies.step_layers:
+                job.copies.wait_for(layer)
+
+    def _settle(self) -> None:
+        """Wait for the copies of this step's loads, as the pass does, and see whether they count."""
+        jobs, self._in_step = self._in_step, []
+        for job in jobs:
+            assert job.copies is not None
+            began_s, late = self._now_s(), not job.copies.is_done
+            job.copies.finish()  # whatever the store does
+            for tier, count in job.num_blocks.items() if late else ():
+                # What was done before is not known; that it was quick is near enough.
+                job.seconds[tier] += (self._now_s() - began_s) * count / sum(job.num_blocks.values())
+            self._end(job, sound=self._guard(job, lambda job=job: self._is_sound(job)))  # type: ignore[misc]
+            self._note(job)
+
+    def _is_sound(self, job: _Job) -> bool:
+        """Let go of the load; True where what was copied is what it held, and the pass read nothing before."""
+        with job.held:
+            if job.load is None or job.copies is None:
+                return False
+            if not job.copies.was_waited_for(self._layers):
+                self._step_layers = 0
+                log.warning("the engine did not wait layer by layer as it does elsewhere: it computes one load again")
+                return False
+            return job.load.intact()
 
     def _copy(self, job: _Job) -> bool:
         """Copy blocks in; True where all that was copied is sound. Raises what the store raises."""
@@ -136,8 +228,13 @@ class WorkerSide:
         if order.lease is None:
             return True
         with self._adopt(order.lease) as load:
-            # On a device copies go side by side as it is, and from one thread.
-            if _COPIERS > 1 and job.after is None and isinstance(load, SaysWhole) and load.is_whole:
+            if job.copies is not None:
+                self._bring(job, job.copies, load)
+                began_s = self._now_s()
+                job.copies.finish()
+                for tier, count in job.num_blocks.items():
+                    job.seconds[tier] += (self._now_s() - began_s) * count / sum(job.num_blocks.values())
+            elif _COPIERS > 1 and isinstance(load, SaysWhole) and load.is_whole:
                 self._copy_whole(job, load)
             else:
                 self._copy_coming(job, load)
@@ -183,7 +280,8 @@ class WorkerSide:
 
     def _copy_some(self, job: _Job, copier: int, blocks: Sequence[LoadedBlock]) -> int:
         """Copy blocks until the load is cancelled or late; how many were."""
-        order = job.order
+        order, pages = job.order, self._host
+        assert pages is not None
         tokens = range(order.first_token, order.stop_token)
         for at, block in enumerate(blocks):
             with job.locks[copier]:
@@ -191,7 +289,7 @@ class WorkerSide:
                     return at
                 # A match is over all parts, so that a hit is one on every rank; this rank copies its own.
                 views = [block.views[part] for part in self._pages.parts]
-                self._pages.scatter(order.pages, block.index, views, tokens, job.after)
+                pages.scatter(order.pages, block.index, views, tokens)
         return len(blocks)
 
     def _note(self, job: _Job) -> None:
@@ -213,6 +311,8 @@ class WorkerSide:
 
     def finished(self, *, idle: bool) -> tuple[set[str], set[str]]:
         """(requests whose last save is done, requests whose load has ended, well or not), each named once."""
+        self._settle()
+        self._collect(wait_for_held=idle)
         if self._jobs and idle:
             with self._ended:
                 self._ended.wait_for(lambda: any(job.ended for job in self._jobs.values()), _IDLE_WAIT_S)
@@ -225,24 +325,28 @@ class WorkerSide:
 
     def bad_pages(self) -> set[int]:
         """Pages of loads reported since the last call that the engine must compute."""
+        self._settle()
         bad, self._bad_pages = self._bad_pages, set()
         return bad
 
     # -- saving ------------------------------------------------------------------------------------------------
 
     def save(self, orders: Orders) -> None:
-        """Copy out and publish what the step has filled."""
+        """Copy out and publish what the step has filled; from a device, begin to."""
+        self._settle()
         for order in orders.saves:
+            begun = False
             try:
                 if self._bad_now.intersection(order.pages):
                     # Computed on top of pages that did not load: the engine is about to compute it again.
                     self._report.unsaved[order.request] = order.start
                     self._grow(order)
                 elif self._grow(order) and self._saves:
-                    self._publish(order)
+                    begun = self._publish(order)
             finally:
                 if order.holds:
-                    self._sent.add(order.request)
+                    if not begun:
+                        self._sent.add(order.request)
                     self._chains.pop(order.request, None)
         self._bad_now.clear()
         for request in orders.ended:
@@ -258,10 +362,26 @@ class WorkerSide:
         chain.extend(np.frombuffer(order.tokens, "<u4").astype(np.uint32), media=order.media)
         return True
 
-    def _publish(self, order: SaveOrder) -> None:
-        """Save one order's blocks; where the store fails, they are to be ordered again."""
+    def _publish(self, order: SaveOrder) -> bool:
+        """Save one order's blocks; True where that goes on beside the steps."""
         began_s = self._now_s()
-        done = self.fail_open.call(lambda: self._copy_out(order), None)
+        if (pages := self._device) is not None:
+            begun = self.fail_open.call(lambda: DeviceSave.begin(pages, order, self._reserve(order)), None)
+            if begun is None:
+                self._published(order, None, began_s)
+                return False
+            self._saving.append((order, began_s, self._savers.submit(self._finish_save, begun)))
+            return True
+        self._published(order, self.fail_open.call(lambda: self._copy_out(order), None), began_s)
+        return False
+
+    def _finish_save(self, begun: DeviceSave) -> tuple[int, int] | None:
+        done = self.fail_open.call(begun.publish, None)
+        begun.let_go()  # where the store rests it was not called
+        return done
+
+    def _published(self, order: SaveOrder, done: tuple[int, int] | None, began_s: float) -> None:
+        """Count what was saved; where the store failed, it is to be ordered again."""
         if done is None:
             self._report.unsaved[order.request] = order.start
             return
@@ -269,22 +389,41 @@ class WorkerSide:
         self._count("refused_blocks", done[1])
         self._count("save_s", self._now_s() - began_s)
 
+    def _collect(self, *, wait_for_held: bool) -> None:
+        """Take in saves that ended beside the steps. With nothing to compute, pages are not held for longer either."""
+        if wait_for_held:
+            wait([future for order, _, future in self._saving if order.holds])
+        waiting = []
+        for order, began_s, future in self._saving:
+            if not future.done():
+                waiting.append((order, began_s, future))
+                continue
+            self._published(order, None if future.exception() else future.result(), began_s)
+            if order.holds:
+                self._sent.add(order.request)
+        self._saving = waiting
+
+    def _reserve(self, order: SaveOrder) -> Save:
+        chain = self._chains[order.request]
+        return self._store.save(chain, order.start, order.stop, parts=self._pages.parts, hint=order.hint)
+
     def _copy_out(self, order: SaveOrder) -> tuple[int, int]:
         """(blocks published, blocks refused). Raises what the store raises."""
-        chain = self._chains[order.request]
-        with self._store.save(chain, order.start, order.stop, parts=self._pages.parts, hint=order.hint) as save:
+        with self._reserve(order) as save:
             self._gather(order.pages, [(index, save.views(index)) for index in save.indices])
             return save.commit(*save.indices) if save.indices else 0, save.num_refused
 
     def _gather(self, pages: Sequence[int], blocks: Sequence[tuple[int, SlotViews]]) -> None:
         """Copy blocks out, on several threads: the engine waits, its cores are idle. On one, 16 MiB took 5 ms."""
 
+        engine = self._host
+        assert engine is not None
+
         def some(those: Sequence[tuple[int, SlotViews]]) -> None:
             for index, views in those:
-                self._pages.gather(pages, index, views)
+                engine.gather(pages, index, views)
 
-        copiers = _COPIERS if self._pages.now() is None else 1  # on a device copies go side by side as it is
-        size = max(_FEW, -(-len(blocks) // copiers))
+        size = max(_FEW, -(-len(blocks) // _COPIERS))
         helping = [self._helpers.submit(some, blocks[at : at + size]) for at in range(size, len(blocks), size)]
         try:
             some(blocks[:size])
@@ -301,13 +440,17 @@ class WorkerSide:
 
     def report(self) -> Report | None:
         """News for the scheduler's side; None for none."""
+        self._settle()
+        self._collect(wait_for_held=False)
         if not self._report:
             return None
         taken, self._report = self._report, Report()
         return taken
 
     def close(self) -> None:
+        self._settle()
         for job in self._jobs.values():
             job.cancel()
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._savers.shutdown(wait=True)
         self._helpers.shutdown(wait=True)

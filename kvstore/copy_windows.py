@@ -18,11 +18,15 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PartWork:
-    """Blocks of one part: pages, and which of a page's pieces, `[blocks, pieces of a block]`; their slots."""
+    """Blocks of one part: pages, and which of a page's pieces, `[blocks, pieces of a block]`; their slots.
+
+    With `tokens` it is one block, of which only these are written; where none of a piece is, its page is not looked at.
+    """
 
     pages: Ints
     pieces: Ints
     views: Sequence[memoryview]
+    tokens: slice | None = None
 
 
 class Part:

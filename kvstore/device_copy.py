@@ -189,7 +189,12 @@ class DeviceCopier:
                 for first_layer, windows in self._steps(work, step_layers, kernels):
                     for window in windows:
                         num_bytes += window.num_blocks * window.slot_bytes
-                        self._submit(way, direction, number, window, to_slots, kernels, copies)
+                        if window.work.tokens is None:
+                            self._submit(way, direction, number, window, to_slots, kernels, copies)
+                        else:  # the other ways know whole pieces only
+                            self._submit(Way.INDEX, direction, number, window, to_slots, kernels, copies)
+                            if way is Way.BATCH:  # whose moments are on `copies`
+                                streams.wait(copies, streams.record(kernels))
                         number += 1
                     on_copies = way is Way.BATCH or (to_slots and way is not Way.DIRECT)
                     steps.append((first_layer, streams.record(copies if on_copies else kernels)))
@@ -351,14 +356,15 @@ class DeviceCopier:
         within = np.arange(part.piece_tokens)
         pages = np.repeat(window.work.pages[chosen].reshape(-1), part.piece_tokens)
         tokens = (window.work.pieces[chosen].reshape(-1, 1) * part.piece_tokens + within).reshape(-1)
-        where = tuple(_on_device(at, self.device) for at in (pages, tokens))
+        cut = window.work.tokens or slice(None)
+        where = tuple(_on_device(np.ascontiguousarray(at[cut]), self.device) for at in (pages, tokens))
         for layer in range(window.low, window.high):
             for kv, plane in enumerate(part.planes[layer]):
                 held = shaped[:, layer - window.low, kv]
                 if to_slots:
                     held.copy_(plane[where].view(held.shape))
                 else:
-                    plane[where] = held.reshape(-1, *held.shape[2:])
+                    plane[where] = held.reshape(-1, *held.shape[2:])[cut]
 
     def _over_the_link(self, held: torch.Tensor, window: Window, *, to_slots: bool) -> None:
         """Between `held`, the window's blocks one after the other, and their slots: as few copies as can be."""

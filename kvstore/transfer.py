@@ -48,8 +48,9 @@ from kvstore.device_copy import DeviceCopier
 from kvstore.device_copy import Way as Way
 from kvstore.errors import ConfigError
 from kvstore.layout import BlockLayout, PartLayout, engine_dtype
-from kvstore.streams import InOrder, Streams
+from kvstore.streams import InOrder
 from kvstore.streams import Moment as Moment
+from kvstore.streams import Streams as Streams
 
 SlotViews = Sequence[memoryview | None]
 """Bytes of a block, one entry for each part of the copier; None where the part is not to be copied."""
@@ -220,7 +221,7 @@ class PageCopier:
         paged: the engine's tensors.
         layers, heads: which of the model's these tensors hold (one rank's under TP or PP); all if None.
         way: how a device copies, see `kvstore.device_copy`; None for the best that works there.
-        streams: the device's; a test brings its own.
+        streams: the device's; a test brings its own, and then gets a device's path on the CPU too.
 
     Raises ConfigError where the tensors do not fit the layout, where pages are neither a divisor nor a
     multiple of a block, or where the part grid is coarser than the rank.
@@ -250,7 +251,7 @@ class PageCopier:
         self._layer_at = layers.start
         self._head_at = heads.start
         self._runs: list[list[_Run]] = []
-        self._by_address = paged.device.type == "cpu" and not layout.packed
+        self._by_address = paged.device.type == "cpu" and not layout.packed and streams is None
         self._way, self._streams = way, streams
         self._device: DeviceCopier | None = None
         self._lock = threading.Lock()
@@ -383,12 +384,50 @@ class PageCopier:
         *,
         after: Moment = None,
         step_layers: int = 0,
+        tokens: range | None = None,
     ) -> Copying:
         """`scatter`, begun, as in `start_gather`. With `step_layers` a forward pass may begin before it ends.
 
         The first layers of all blocks are there first: `Copying.order(layer)` before each layer of the pass.
+
+        Args:
+            tokens: of the sequence; of blocks that reach beyond them only these are written, whatever else the page
+                holds: a forward pass may be writing it. The page table may end with them.
         """
-        return self._start(page_ids, list(blocks), to_slots=False, after=after, step_layers=step_layers)
+        work = list(blocks)
+        if tokens is None or all(self._is_within(index, tokens) for index, _ in work):
+            return self._start(page_ids, work, to_slots=False, after=after, step_layers=step_layers)
+        self._check(work, False)
+        whole = [item for item in work if self._is_within(item[0], tokens)]
+        parts = self._parts_of(self._places(page_ids, [index for index, _ in whole]), whole)
+        for item in work:
+            if not self._is_within(item[0], tokens):
+                parts += self._cut(page_ids, item, tokens)
+        return self._on_device().start(parts, to_slots=False, after=after, step_layers=step_layers)
+
+    def _is_within(self, index: int, tokens: range) -> bool:
+        start = index * self._block_tokens
+        return tokens.start <= start and start + self._block_tokens <= tokens.stop
+
+    def _cut(self, page_ids: Sequence[int], item: tuple[int, SlotViews], tokens: range) -> list[tuple[int, PartWork]]:
+        """Work for those of a block's tokens that are among `tokens`."""
+        index, views = item
+        first = index * self._block_tokens
+        low, high = max(first, tokens.start), min(first + self._block_tokens, tokens.stop)
+        if low >= high:
+            return []
+        page_tokens = self.paged.page_tokens
+        if index < 0 or high > len(page_ids) * page_tokens:
+            raise ValueError(f"token {high - 1} is outside a page table of {len(page_ids)} × {page_tokens} tokens")
+        places = np.zeros((1, self._pieces, 2), np.int64)
+        for piece in range((low - first) // self._piece_tokens, -(-(high - first) // self._piece_tokens)):
+            token = first + piece * self._piece_tokens
+            page = page_ids[token // page_tokens]
+            if not 0 <= page < self.paged.num_pages:
+                raise ValueError(f"block {index}: page {page} is outside the engine's {self.paged.num_pages} pages")
+            places[0, piece] = page, token % page_tokens // self._piece_tokens
+        cut = slice(low - first, high - first)
+        return self._parts_of(places, [(index, views)], cut)
 
     def now(self) -> Moment:
         """The moment at which all that this thread's stream of the engine has by now is done: for `after`.
@@ -397,11 +436,6 @@ class PageCopier:
         """
         streams = self._on_device().streams
         return streams.record(streams.engine())
-
-    def wait_for(self, moment: Moment) -> None:
-        """Have this thread's work on the engine's device, from now on, wait for `moment`."""
-        streams = self._on_device().streams
-        streams.wait(streams.engine(), moment)
 
     def copy_on_device(self, page_ids: Sequence[int], work: Sequence[tuple[int, SlotViews]], *, to_slots: bool) -> None:
         """The path for device tensors and for lossy formats, to its end; it runs on any torch device."""
@@ -433,13 +467,19 @@ class PageCopier:
         after: Moment,
         step_layers: int,
     ) -> Copying:
+        parts = self._parts_of(places, work)
+        return self._on_device().start(parts, to_slots=to_slots, after=after, step_layers=step_layers)
+
+    def _parts_of(
+        self, places: Places, work: Sequence[tuple[int, SlotViews]], cut: slice | None = None
+    ) -> list[tuple[int, PartWork]]:
         parts: list[tuple[int, PartWork]] = []
         for at in range(len(self._cells)):
             chosen = [number for number, (_, views) in enumerate(work) if views[at] is not None]
             if chosen:
                 views = [view for _, views in work if (view := views[at]) is not None]
-                parts.append((at, PartWork(places[chosen, :, 0], places[chosen, :, 1], views)))
-        return self._on_device().start(parts, to_slots=to_slots, after=after, step_layers=step_layers)
+                parts.append((at, PartWork(places[chosen, :, 0], places[chosen, :, 1], views, cut)))
+        return parts
 
     def _on_device(self) -> DeviceCopier:
         with self._lock:

@@ -7,6 +7,7 @@ A device does the same, only rarely enough that a missing event passes every oth
 from __future__ import annotations
 
 import random
+import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,44 +32,61 @@ class LazyStream:
 
 
 class LazyStreams:
-    """Implements `kvstore.streams.Streams`. `run_engine` is the engine's forward pass."""
+    """Implements `kvstore.streams.Streams`. `run_engine` is the engine's forward pass.
+
+    As on a device, another thread's engine stream is another. Until `may_finish` is set, other threads than the one
+    that made it wait in `finish`.
+    """
 
     def __init__(self, seed: int = 0) -> None:
+        self.may_finish = threading.Event()
+        self.may_finish.set()
+        self._owner = threading.get_ident()
+        self._lock = threading.RLock()
         self._random = random.Random(seed)
         self._streams = {"engine": LazyStream("engine")}
         self.log: list[str] = []
 
     def engine(self) -> LazyStream:
-        return self._streams["engine"]
+        mine = threading.get_ident()
+        return self.side("engine" if mine == self._owner else f"engine of {mine}")
 
     def side(self, name: str) -> LazyStream:
-        return self._streams.setdefault(name, LazyStream(name))
+        with self._lock:
+            return self._streams.setdefault(name, LazyStream(name))
 
     def submit(self, stream: LazyStream, action: Callable[[], None]) -> None:
-        stream.queue.append(action)
-        stream.num_given += 1
+        with self._lock:
+            stream.queue.append(action)
+            stream.num_given += 1
 
     def record(self, stream: LazyStream) -> LazyMoment:
-        return LazyMoment(stream, stream.num_given)
+        with self._lock:
+            return LazyMoment(stream, stream.num_given)
 
     def wait(self, stream: LazyStream, moment: LazyMoment) -> None:
-        stream.queue.append(moment)
-        stream.num_given += 1
+        with self._lock:
+            stream.queue.append(moment)
+            stream.num_given += 1
 
     def is_reached(self, moment: LazyMoment) -> bool:
         return moment.reached
 
     def finish(self, moment: LazyMoment) -> None:
         """Run what the moment needs, and now and then what it does not."""
-        while not moment.reached:
-            self.step()
+        if threading.get_ident() != self._owner:
+            assert self.may_finish.wait(10)
+        with self._lock:
+            while not moment.reached:
+                self.step()
 
     def run_engine(self, action: Callable[[], None]) -> None:
         self.submit(self.engine(), action)
 
     def drain(self) -> None:
-        while any(stream.queue for stream in self._streams.values()):
-            self.step()
+        with self._lock:
+            while any(stream.queue for stream in self._streams.values()):
+                self.step()
 
     def step(self) -> None:
         """Do one thing of a stream that may go on."""

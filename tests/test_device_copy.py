@@ -236,6 +236,31 @@ def test_lossy_blocks_hold_the_format_and_come_back_decoded(make: Make, name: st
                 assert torch.equal(got, decoded[at, number])
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("page", [4, 16, 64])
+@pytest.mark.parametrize("tokens", [range(5, 43), range(0, 39), range(16, 48), range(9, 11)])
+@pytest.mark.parametrize("step_layers", [0, 1])
+def test_a_load_of_some_tokens_writes_these_and_nothing_else(
+    step_layers: int, tokens: range, page: int, way: Way, device: str
+) -> None:
+    layout = layout_of(model(part_layers=2, part_heads=2))
+    engine = hnd(torch.bfloat16, page)
+    before = engine.logical().clone()
+    kv = placed(engine, device)
+    full = table(page, 48)
+    pages = full[: -(-tokens.stop // page)]  # ends with the tokens
+    blocks = [(index, slots_of(layout, layout.all_parts)) for index in range(tokens.start // 16, -(-tokens.stop // 16))]
+    make_copier(layout, kv, way).start_scatter(pages, blocks, tokens=tokens, step_layers=step_layers).finish()
+    wanted = hnd(torch.bfloat16, page)
+    PageCopier(layout, wanted.kv).scatter(full, blocks)
+    everything = wanted.logical()
+    for token in tokens:
+        at = pages[token // page], token % page
+        before[:, :, at[0], at[1]] = everything[:, :, at[0], at[1]]
+    assert torch.equal(logical(kv), before)
+
+
 # -- order --------------------------------------------------------------------------------------------------------
 
 

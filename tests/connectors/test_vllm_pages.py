@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from connectors.vllm_pages import EnginePages, PackedPages, StridedPages, WriteKernel
+from connectors.vllm_pages import PackedPages, StridedPages, WriteKernel
 from kvstore.block import ModelId
 from kvstore.errors import ConfigError
 from kvstore.layout import BlockLayout, layout_of
@@ -67,7 +67,7 @@ def tensors() -> list[torch.Tensor]:
     return [torch.zeros(9, HEADS, PAGE, 2 * DIM) for _ in range(LAYERS)]
 
 
-def slots_of(pages: EnginePages, made: BlockLayout) -> list[memoryview]:
+def slots_of(pages: PackedPages, made: BlockLayout) -> list[memoryview]:
     return [memoryview(bytearray(made.parts[part].num_bytes)) for part in pages.parts]
 
 
@@ -104,7 +104,7 @@ def test_what_the_kernel_wrote_is_gathered_and_what_is_scattered_it_would_have_w
         assert torch.equal(torch.frombuffer(view, dtype=torch.float32).view(part.shape), want)
     there = [tensor.clone() for tensor in mine]
     other = [4, 7, 2, 6]
-    pages.scatter(other, index, held, range(1 << 20), None)
+    pages.scatter(other, index, held, range(1 << 20))
     wanted = places[index * block_tokens : (index + 1) * block_tokens]
     moved = torch.tensor(other)[torch.div(wanted.new_tensor(range(64, 64 + block_tokens)), PAGE, rounding_mode="floor")]
     moved = moved * PAGE + wanted % PAGE
@@ -114,29 +114,30 @@ def test_what_the_kernel_wrote_is_gathered_and_what_is_scattered_it_would_have_w
         assert torch.equal(mine[layer], tensor)
 
 
-def packed(made: BlockLayout, mine: list[torch.Tensor]) -> EnginePages:
-    return PackedPages(made, mine, range(LAYERS), range(HEADS), write=kernel(turned, plain), key_dtype=torch.float32)
+def packed(made: BlockLayout, mine: list[torch.Tensor], held: list[memoryview], tokens: range) -> None:
+    pages = PackedPages(made, mine, range(LAYERS), range(HEADS), write=kernel(turned, plain), key_dtype=torch.float32)
+    pages.scatter([5, 3, 8, 1], 1, held, tokens)
 
 
-def strided(made: BlockLayout, mine: list[torch.Tensor]) -> EnginePages:
-    return StridedPages(made, mine, range(LAYERS), range(HEADS))
+def strided(made: BlockLayout, mine: list[torch.Tensor], held: list[memoryview], tokens: range) -> None:
+    pages = StridedPages(made, mine, range(LAYERS), range(HEADS))
+    pages.start_load([5, 3, 8, 1], [(1, held)], tokens, after=pages.now()).finish()
 
 
-@pytest.mark.parametrize("make", [packed, strided])
+@pytest.mark.parametrize("load", [packed, strided])
 @pytest.mark.parametrize("grid", [{}, {"part_layers": 1, "part_heads": 1}])
 def test_nothing_below_the_first_token_is_written(
-    make: Callable[[BlockLayout, list[torch.Tensor]], EnginePages], grid: dict[str, int]
+    load: Callable[[BlockLayout, list[torch.Tensor], list[memoryview], range], None], grid: dict[str, int]
 ) -> None:
     made = layout(**grid)
     mine = tensors()
-    pages = make(made, mine)
-    held = slots_of(pages, made)
+    held = [memoryview(bytearray(made.parts[part].num_bytes)) for part in made.all_parts]
     for view in held:
         torch.frombuffer(view, dtype=torch.float32).fill_(1.0)
-    pages.scatter([5, 3, 8, 1], 1, held, range(96, 128), None)
+    load(made, mine, held, range(96, 128))
     assert all(not tensor[8].any() for tensor in mine)
     assert all(bool((tensor[1] == 1).all()) for tensor in mine)
-    pages.scatter([5, 3, 8, 1], 1, held, range(64, 128), None)
+    load(made, mine, held, range(64, 128))
     assert all(bool((tensor[8] == 1).all()) for tensor in mine)
     assert all(not tensor[page].any() for tensor in mine for page in (0, 2, 3, 4, 5, 6, 7))
 

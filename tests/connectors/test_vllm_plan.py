@@ -85,10 +85,7 @@ class FakePages:
         assert len(pages) * self.page_tokens >= (index + 1) * BLOCK
         self.read.append(index)
 
-    def now(self) -> None:
-        return None
-
-    def scatter(self, pages: Sequence[int], index: int, views: Any, tokens: range, after: None) -> None:
+    def scatter(self, pages: Sequence[int], index: int, views: Any, tokens: range) -> None:
         assert len(views) == len(self.parts)
         self.written.append((index, tokens.start))
 
@@ -518,7 +515,7 @@ def test_a_copy_that_fails_in_one_thread_makes_the_load_fail(caplog: pytest.LogC
     bench = Bench(WholeStore(), sync_load_ms=1000)
     request = loading(bench)
 
-    def scatter(pages: Sequence[int], index: int, views: Any, tokens: range, after: None) -> None:
+    def scatter(pages: Sequence[int], index: int, views: Any, tokens: range) -> None:
         if index == 5:
             raise RuntimeError("no such page")
 
@@ -536,7 +533,7 @@ def test_what_counts_ends_where_the_first_thread_stopped() -> None:
     bench = Bench(WholeStore(), sync_load_ms=1000, load_deadline_ms=500)
     request = loading(bench)
 
-    def scatter(pages: Sequence[int], index: int, views: Any, tokens: range, after: None) -> None:
+    def scatter(pages: Sequence[int], index: int, views: Any, tokens: range) -> None:
         if index == 0:
             assert eventually(lambda: len(bench.pages.written) == 4)  # those of the other threads
             bench.clock.time_s += 1
@@ -558,7 +555,7 @@ def test_after_a_load_is_given_up_none_of_its_threads_writes() -> None:
     begun: list[int] = []
     go = threading.Event()
 
-    def scatter(pages: Sequence[int], index: int, views: Any, tokens: range, after: None) -> None:
+    def scatter(pages: Sequence[int], index: int, views: Any, tokens: range) -> None:
         begun.append(index)
         go.wait(10)
         time.sleep(0.2 if index else 0)  # the first thread is done before the others

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads and saves of vLLM's worker on a device: one batched copy an order, on side streams, which nobody waits for.
+
+    DeviceLoad   copies of one load; the engine's stream waits for them, whole or layer by layer
+    DeviceSave   the copy of one save; the engine's stream waits until its pages are read, a thread for the rest
+
+Invariants
+1. A load counts only if its blocks were `intact` after the last of its copies was done.
+2. Slots are released, and published, only then too.
+3. After `give_up` nothing is begun any more, and what had begun comes before whatever the engine orders next.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+from connectors.vllm_pages import DevicePages
+from connectors.vllm_plan import LoadOrder, SaveOrder
+from kvstore.api import KnowsWindows, Load, LoadedBlock, Save, SaysWhole
+from kvstore.transfer import Copying, Moment
+
+_BATCH_BYTES = 64 << 20
+"""Blocks that come one by one are begun when there are so many: a window's worth of a device's copies."""
+
+
+@dataclass(eq=False)
+class DeviceLoad:
+    """See the module.
+
+    Attributes:
+        after: what the engine had ordered when the load was.
+        step_layers: layers that the forward pass waits for together; 0 where it waits for all of them at its beginning.
+        waited: layers for which it has waited.
+    """
+
+    pages: DevicePages
+    order: LoadOrder
+    after: Moment
+    block_bytes: int
+    step_layers: int = 0
+    waited: set[int] = field(default_factory=set)
+    _under_way: list[Copying] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _given_up: bool = False
+
+    def bring(self, load: Load, note: Callable[[str], bool]) -> int:
+        """Begin to copy the load's blocks as they come; returns where those end.
+
+        `note` is called with the tier of each, and says whether there is time for it. A block that may be gone when
+        the next one is asked for is waited for.
+        """
+        order = self.order
+        at = order.start
+        noted: list[LoadedBlock] = []
+        whole = isinstance(load, SaysWhole) and load.is_whole
+        for block in load:
+            if block.index != at or at >= order.stop or not note(block.tier):
+                break
+            noted.append(block)
+            at += 1
+            stays = whole or (at < order.stop and isinstance(load, KnowsWindows) and not load.comes_in_windows(at))
+            if not stays or len(noted) * self.block_bytes >= _BATCH_BYTES:
+                if not self._begin(noted):
+                    return at - len(noted)
+                noted = []
+            if not stays:
+                self.finish()
+        return at if self._begin(noted) else at - len(noted)
+
+    def _begin(self, blocks: Sequence[LoadedBlock]) -> bool:
+        """False where the load was given up."""
+        tokens = range(self.order.first_token, self.order.stop_token)
+        with self._lock:
+            if self._given_up:
+                return False
+            if blocks:
+                # A match is over all parts, so that a hit is one on every rank; this rank copies its own.
+                work = [(block.index, [block.views[part] for part in self.pages.parts]) for block in blocks]
+                begun = self.pages.start_load(
+                    self.order.pages, work, tokens, after=self.after, step_layers=self.step_layers
+                )
+                self._under_way.append(begun)
+        return True
+
+    def wait_for(self, layer: int | None = None) -> None:
+        """Have what this thread, the engine's, orders from now on wait for `layer`, or for all."""
+        for copying in self._under_way:
+            copying.order(layer)
+        if layer is not None:
+            self.waited.add(layer)
+
+    def was_waited_for(self, layers: Collection[int]) -> bool:
+        """Whether the forward pass has waited for all that it read."""
+        return not self.step_layers or self.waited.issuperset(layers)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether `finish` would return at once."""
+        return all(copying.is_done for copying in self._under_way)
+
+    def finish(self) -> None:
+        """Return when what was begun is done."""
+        for copying in self._under_way:
+            copying.finish()
+
+    def give_up(self) -> None:
+        """On the engine's thread: begin nothing more, and have the engine wait for what was begun."""
+        with self._lock:
+            self._given_up = True
+        self.wait_for()
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceSave:
+    """See the module. `begin` on the engine's thread, `publish` on another."""
+
+    order: SaveOrder
+    save: Save
+    copying: Copying | None
+    held: ExitStack
+    """What `publish` lets go of."""
+
+    @classmethod
+    def begin(cls, pages: DevicePages, order: SaveOrder, save: Save) -> DeviceSave:
+        """Begin to copy out what `save` has reserved. Raises what the copy raises; then nothing is left of it."""
+        with ExitStack() as held:
+            held.enter_context(save)
+            copying = None
+            if save.indices:
+                copying = pages.start_save(order.pages, [(index, save.views(index)) for index in save.indices])
+                copying.order()  # the pages may be another's with the next step
+            return cls(order, save, copying, held.pop_all())
+
+    def publish(self) -> tuple[int, int]:
+        """(blocks published, blocks refused). Raises what the store raises."""
+        with self.held:  # an error of the copy itself ends here too: its slots are not published
+            if self.copying is None:
+                return 0, self.save.num_refused
+            self.copying.finish()
+            return self.save.commit(*self.save.indices), self.save.num_refused
+
+    def let_go(self) -> None:
+        """Give up what was not published, when nothing writes to it any more. Idempotent."""
+        with self.held:
+            if self.copying is not None:
+                self.copying.finish()

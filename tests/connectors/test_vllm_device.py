@@ -1,0 +1,348 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's worker on a device made of queues: everything runs as late, and in as odd an order, as the waits allow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+import pytest
+
+pytest.importorskip("torch", reason="the worker copies torch tensors")
+
+import torch
+
+from connectors.vllm_pages import StridedPages
+from connectors.vllm_plan import Orders, Scheduled, VllmSettings
+from connectors.vllm_scheduler import SchedulerSide
+from connectors.vllm_worker import WorkerSide
+from kvstore.api import Load
+from kvstore.block import ModelId
+from kvstore.config import StoreConfig
+from kvstore.layout import layout_of
+from kvstore.store import KVStore
+from kvstore.transfer import to_tensor
+from tests.connectors.test_vllm_plan import FakeRequest, tokens
+from tests.fakes import FakeClock
+from tests.lazy_streams import LazyStreams
+from tests.waiting import eventually
+
+BLOCK, PAGE, LAYERS, HEADS, DIM = 16, 8, 4, 2, 8
+MODEL = ModelId(
+    model="tiny",
+    revision="1",
+    kv_dtype="float32",
+    num_layers=LAYERS,
+    num_kv_heads=HEADS,
+    head_dim=DIM,
+    block_tokens=BLOCK,
+    part_layers=2,
+)
+SEEDS = pytest.mark.parametrize("seed", range(10))
+Pages = Sequence[int]
+
+
+class Watched:
+    """A load that asks, when it is asked whether it is intact and when it is let go of, whether copies still run."""
+
+    def __init__(self, load: Load, streams: LazyStreams, intact: bool) -> None:
+        self._load, self._streams, self._intact = load, streams, intact
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._load, name)
+
+    @property
+    def is_whole(self) -> bool:
+        return cast(Any, self._load).is_whole  # type: ignore[no-any-return]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._load)
+
+    def _all_is_copied(self) -> bool:
+        return not any(self._streams.side(f"load {what}").queue for what in ("copies", "kernels"))
+
+    def intact(self) -> bool:
+        assert self._all_is_copied()
+        return self._load.intact() and self._intact
+
+    def __enter__(self) -> Watched:
+        self._load.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        assert self._all_is_copied()
+        self._load.__exit__(*error)
+
+
+class Device:
+    """Both sides, driven as vLLM drives them, over a real store."""
+
+    def __init__(self, seed: int, *, intact: bool = True, **settings: Any) -> None:
+        self.streams = LazyStreams(seed)
+        self.clock = FakeClock()
+        self.store = KVStore(StoreConfig.load({"host": {"capacity_bytes": 64 << 20}}, environ={}))
+        self.tensors = [torch.zeros(64, HEADS, PAGE, 2 * DIM) for _ in range(LAYERS)]
+        made = VllmSettings.of({"block_tokens": BLOCK, "load_rule": "always", "step_layers": 1, **settings})
+        self.side = SchedulerSide(made, MODEL, self.store, lambda load: load, now_s=self.clock.now_s)
+        pages = StridedPages(layout_of(MODEL), self.tensors, range(LAYERS), range(HEADS), streams=self.streams)
+        adopt = lambda load: cast(Load, Watched(cast(Load, load), self.streams, intact))
+        self.worker = WorkerSide(made, MODEL, self.store, adopt, pages, layers=range(LAYERS), now_s=self.clock.now_s)
+        self.read: dict[int, list[set[float]]] = {}
+
+    def fill(self, pages: Pages, value: float) -> None:
+        for tensor in self.tensors:
+            for number, page in enumerate(pages):
+                tensor[page] = value + 10 * number
+
+    def look(self, layer: int, pages: Pages) -> None:
+        self.read[layer] = [set(self.tensors[layer][page].unique().tolist()) for page in pages]
+
+    def orders(self, *scheduled: tuple[FakeRequest, int, Pages]) -> Orders:
+        made = self.side.orders(
+            Scheduled(
+                {one.request_id: count for one, count, _ in scheduled},
+                {one.request_id: one.num_computed_tokens for one, _, _ in scheduled},
+                {one.request_id: list(pages) for one, _, pages in scheduled},
+            )
+        )
+        for one, count, _ in scheduled:
+            one.num_computed_tokens += count
+        return made
+
+    def report(self, *, idle: bool = False) -> tuple[set[str], set[str]]:
+        done = self.worker.finished(idle=idle)
+        news = self.worker.report()
+        self.side.stepped()
+        if news is not None:
+            self.side.reported(news)
+        return done
+
+    def store_blocks(self, num_tokens: int, value: float) -> None:
+        """Have a request compute `value`, `value` + 10, … in its pages, and save them."""
+        request, pages = FakeRequest("fill", tokens(num_tokens)), range(num_tokens // PAGE)
+        self.side.arrived(request)
+        orders = self.orders((request, num_tokens, pages))
+        self.streams.run_engine(lambda: self.fill(pages, value))
+        self.worker.save(orders)
+        self.side.ended(request, list(pages))
+        assert eventually(lambda: not (self.report(), self.worker._saving)[1])
+
+    def matched(self, num_tokens: int, pages: Pages) -> tuple[FakeRequest, Orders]:
+        """The step of a request for which all but the last block are there."""
+        request = FakeRequest("r", tokens(num_tokens))
+        found, beside = self.side.match(request, 0)
+        assert found
+        self.side.allocated(request, list(pages), found)
+        if beside:
+            return request, self.orders()
+        request.num_computed_tokens = found
+        return request, self.orders((request, num_tokens - found, pages))
+
+    def stored(self, num_tokens: int) -> list[set[float]]:
+        """Values of each page's worth of tokens, as the store has them."""
+        request = FakeRequest("look", tokens(num_tokens + 1))
+        found, _ = self.side.match(request, 0)
+        values: list[set[float]] = []
+        if found:
+            layout = layout_of(MODEL)
+            with self.store.load(self.side._tracked["look"].key) as load:
+                for block in load:
+                    parts = [to_tensor(v, p, torch.float32) for p, v in zip(layout.parts, block.views, strict=True)]
+                    for at in range(0, BLOCK, PAGE):
+                        values.append({x for part in parts for x in part[:, :, at : at + PAGE].unique().tolist()})
+        self.side.ended(request, [])
+        return values
+
+    def close(self) -> None:
+        self.streams.may_finish.set()
+        self.worker.close()
+        self.report()
+        assert self.side.check() == []
+        self.side.close()
+        assert self.store.check() == []
+        self.store.close()
+
+
+@SEEDS
+def test_a_save_reads_what_the_step_computed_and_the_next_owner_of_its_pages_waits(seed: int) -> None:
+    device = Device(seed)
+    request, pages = FakeRequest("r", tokens(64)), range(8)
+    device.side.arrived(request)
+    orders = device.orders((request, 64, pages))
+    device.fill(pages, 1.0)
+    device.streams.run_engine(lambda: device.fill(pages, 2.0))
+    device.streams.may_finish.clear()
+    device.worker.save(orders)
+    device.streams.run_engine(lambda: device.fill(pages, 3.0))
+    assert device.report() == (set(), set())
+    assert device.stored(64) == [], "nothing is published that was not copied"
+    device.streams.may_finish.set()
+    assert eventually(lambda: not (device.report(), device.worker._saving)[1])
+    device.streams.drain()
+    assert device.stored(64) == [{2.0 + 10 * number} for number in range(8)]
+    device.side.ended(request, list(pages))
+    device.close()
+
+
+def test_pages_of_a_request_that_ended_are_held_until_its_save_is_published() -> None:
+    device = Device(1)
+    request, pages = FakeRequest("r", tokens(64)), range(8)
+    device.side.arrived(request)
+    request.num_computed_tokens = 63  # the block is final only now that the request is over
+    request.all_token_ids.append(1)
+    assert device.side.ended(request, list(pages)) is True
+    device.streams.may_finish.clear()
+    device.worker.save(device.orders())
+    assert device.report() == (set(), set())
+    device.streams.may_finish.set()
+    assert device.report(idle=True) == ({"r"}, set()), "with nothing to compute it is waited for"
+    device.close()
+
+
+@SEEDS
+def test_chunks_of_a_prompt_are_saved_though_the_one_before_is_still_being_copied(seed: int) -> None:
+    device = Device(seed)
+    request, pages = FakeRequest("r", tokens(64)), range(8)
+    device.side.arrived(request)
+    device.streams.may_finish.clear()
+    for chunk in range(2):
+        orders = device.orders((request, 32, pages))
+        half = pages[4 * chunk : 4 * chunk + 4]
+        device.streams.run_engine(lambda half=half, chunk=chunk: device.fill(half, 2.0 + 40 * chunk))
+        device.worker.save(orders)
+        device.report()
+    device.streams.may_finish.set()
+    assert eventually(lambda: not (device.report(), device.worker._saving)[1])
+    assert device.stored(64) == [{2.0 + 10 * number} for number in range(8)]
+    device.side.ended(request, list(pages))
+    device.close()
+
+
+@SEEDS
+@pytest.mark.parametrize("layered", [True, False])
+def test_a_load_of_the_step_waits_for_the_last_reader_and_the_forward_for_the_load(layered: bool, seed: int) -> None:
+    device = Device(seed)
+    device.store_blocks(64, 2.0)
+    pages = range(20, 30)
+    device.fill(pages, 1.0)
+    before: dict[int, list[set[float]]] = {}
+
+    def last_reader() -> None:
+        for layer in range(LAYERS):
+            device.look(layer, pages[:8])
+        before.update(device.read)
+
+    device.streams.run_engine(last_reader)
+    request, orders = device.matched(80, pages)
+    device.worker.load(orders, layered=layered)
+    for layer in range(LAYERS):
+        if layered:
+            device.worker.wait_for_layer(layer)
+        device.streams.run_engine(lambda layer=layer: device.look(layer, pages[:8]))
+    device.worker.save(orders)
+    device.report()
+    device.streams.drain()
+    assert before == {layer: [{1.0 + 10 * number} for number in range(8)] for layer in range(LAYERS)}
+    assert device.read == {layer: [{2.0 + 10 * number} for number in range(8)] for layer in range(LAYERS)}
+    assert device.worker.bad_pages() == set()
+    device.side.ended(request, list(pages))
+    device.close()
+
+
+def test_a_forward_begins_before_the_last_layers_are_there() -> None:
+    early = 0
+    for seed in range(20):
+        device = Device(seed)
+        device.store_blocks(64, 2.0)
+        request, orders = device.matched(80, range(20, 30))
+        device.worker.load(orders, layered=True)
+        device.worker.wait_for_layer(0)
+        seen: list[bool] = []
+        copies = device.worker._in_step[0].copies
+        assert copies is not None
+        device.streams.run_engine(lambda copies=copies, seen=seen: seen.append(copies.is_done))
+        for layer in range(1, LAYERS):
+            device.worker.wait_for_layer(layer)
+        device.streams.drain()
+        device.report()
+        early += not seen[0]
+        device.side.ended(request, list(range(20, 30)))
+        device.close()
+    assert early > 0
+
+
+@pytest.mark.parametrize("fault", ["overwritten", "layers not waited for"])
+def test_a_load_of_the_step_that_may_be_wrong_is_computed_again(fault: str) -> None:
+    device = Device(1, intact=fault != "overwritten")
+    device.store_blocks(64, 2.0)
+    pages = range(20, 30)
+    request, orders = device.matched(80, pages)
+    device.worker.load(orders, layered=True)
+    for layer in range(LAYERS - (fault != "overwritten")):
+        device.worker.wait_for_layer(layer)
+    device.worker.save(orders)
+    assert device.worker.bad_pages() == set(range(20, 28))
+    assert device.stored(80) == [{2.0 + 10 * number} for number in range(8)], "nothing is saved on top of it"
+    assert (device.worker._step_layers == 1) == (fault == "overwritten"), "an engine is trusted once"
+    device.report()
+    device.side.ended(request, list(pages))
+    device.close()
+
+
+@SEEDS
+def test_a_load_beside_the_steps_counts_only_when_it_is_done_on_the_device(seed: int) -> None:
+    device = Device(seed, sync_load_ms=0)
+    device.store_blocks(64, 2.0)
+    pages = range(20, 30)
+    device.fill(pages, 1.0)
+    device.streams.run_engine(lambda: device.look(0, pages[:8]))
+    device.streams.may_finish.clear()
+    request, orders = device.matched(80, pages)
+    device.worker.load(orders)
+    assert device.report() == (set(), set())
+    device.streams.may_finish.set()
+    assert eventually(lambda: device.report() == (set(), {"r"}))
+    assert device.read[0] == [{1.0 + 10 * number} for number in range(8)], "the pages' last reader comes first"
+    for layer in range(LAYERS):
+        device.look(layer, pages[:8])
+    assert device.read == {layer: [{2.0 + 10 * number} for number in range(8)] for layer in range(LAYERS)}
+    assert device.worker.bad_pages() == set()
+    device.side.ended(request, list(pages))
+    device.close()
+
+
+@SEEDS
+def test_after_a_load_is_given_up_its_copies_come_before_whatever_the_engine_does_next(seed: int) -> None:
+    device = Device(seed, sync_load_ms=0, load_deadline_ms=500)
+    device.store_blocks(64, 2.0)
+    pages = range(20, 30)
+    device.streams.may_finish.clear()
+    request, orders = device.matched(80, pages)
+    device.worker.load(orders)
+    job = device.worker._jobs["r"]
+    assert eventually(lambda: job.stop == 4)  # begun, and not done
+    device.clock.time_s += 1
+    assert device.report() == (set(), {"r"})
+    assert device.worker.bad_pages() == set(range(20, 28))
+    device.streams.run_engine(lambda: device.fill(pages, 5.0))
+    device.streams.drain()
+    device.streams.may_finish.set()
+    device.look(0, pages)
+    assert device.read[0] == [{5.0 + 10 * number} for number in range(10)]
+    device.side.ended(request, list(pages))
+    device.close()
+
+
+def test_a_forward_pass_that_calls_no_hooks_waits_for_whole_loads() -> None:
+    pytest.importorskip("vllm", reason="NOT TESTED HERE: vLLM is not in this environment")
+    from types import SimpleNamespace
+
+    from vllm.config import CUDAGraphMode
+
+    from connectors.vllm import _goes_by_layers
+
+    goes: Callable[..., bool] = lambda **of: _goes_by_layers(SimpleNamespace(**of))
+    assert goes(attn_metadata={}, cudagraph_runtime_mode=CUDAGraphMode.PIECEWISE, ubatch_slices=None)
+    assert not goes(attn_metadata={}, cudagraph_runtime_mode=CUDAGraphMode.FULL, ubatch_slices=None)
+    assert not goes(attn_metadata=None, cudagraph_runtime_mode=CUDAGraphMode.NONE, ubatch_slices=None)
+    assert not goes(attn_metadata={}, cudagraph_runtime_mode=CUDAGraphMode.NONE, ubatch_slices=[1, 2])
