@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much of the arena one session may keep from being evicted, by its holds, loads and saves.
+"""How much of the arena one tenant may keep from being evicted, by the holds, loads and saves of all its sessions.
+
+A session whose client has no tenant counts for itself.
 
 Invariants
 1. What goes beyond is refused as a value: a match of nothing, a save of fewer blocks.
-2. Blocks that several holds of a session share count once. Finding out takes a look at all of them, and is left until
-   a sum that counts them again and again comes to the limit: until then a match pays for an addition.
+2. Blocks that several holds share count once. Finding out takes a look at all of them, and is left until a sum that
+   counts them again and again comes to the limit: until then a match pays for an addition.
 """
 
 from __future__ import annotations
@@ -13,13 +15,13 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 from kvstore.block import BlockId
-from kvstore.service.sessions import Held, Session
+from kvstore.service.sessions import Account, Held, Session
 
 
 class PinBudget:
-    """The same limit for every session. Thread-safe.
+    """The same limit for every account. Thread-safe.
 
-    Everything is registered in its session before it is looked at here, or under `session.saving`: two calls at once
+    Everything is registered in its session before it is looked at here, or under `account.saving`: two calls at once
     cannot both have the last bytes.
     """
 
@@ -31,36 +33,44 @@ class PinBudget:
 
     def allows(self, session: Session, name: str) -> bool:
         """Whether the hold that a match has just left under `name` may stay; where not, it is no longer registered."""
-        with session.lock:
-            held = session.holds.get(name)
-            session.pinned_bound += held.num_bytes if held is not None else 0
-            if session.pinned_bound <= self._limit_bytes:
+        account = session.account
+        with account.lock:
+            with session.lock:
+                held = session.holds.get(name)
+            account.pinned_bound += held.num_bytes if held is not None else 0
+            if account.pinned_bound <= self._limit_bytes:
                 return True
-            session.pinned_bound = self._pinned_bytes(session)
-            if session.pinned_bound <= self._limit_bytes:
+            account.pinned_bound = self._pinned_bytes(account)
+            if account.pinned_bound <= self._limit_bytes:
                 return True
-            session.holds.pop(name, None)
+            with session.lock:
+                session.holds.pop(name, None)
         self._refused()
         return False
 
-    def room_to_save(self, session: Session, wanted_bytes: int) -> int:
-        """How many of so many bytes a session may fill. `session.saving` is held."""
-        with session.lock:
-            if session.pinned_bound + wanted_bytes > self._limit_bytes:
-                session.pinned_bound = self._pinned_bytes(session, wanted_bytes)
-            allowed = max(0, min(wanted_bytes, self._limit_bytes - session.pinned_bound))
-            session.pinned_bound += allowed
+    def room_to_save(self, account: Account, wanted_bytes: int) -> int:
+        """How many of so many bytes its sessions may fill. `account.saving` is held."""
+        with account.lock:
+            if account.pinned_bound + wanted_bytes > self._limit_bytes:
+                account.pinned_bound = self._pinned_bytes(account, wanted_bytes)
+            allowed = max(0, min(wanted_bytes, self._limit_bytes - account.pinned_bound))
+            account.pinned_bound += allowed
         if allowed < wanted_bytes:
             self._refused()
         return allowed
 
-    def _pinned_bytes(self, session: Session, more_bytes: int = 0) -> int:
-        """What a session pins; blocks that are held twice count twice where even so there is room for more."""
+    def _pinned_bytes(self, account: Account, more_bytes: int = 0) -> int:
+        """What its sessions pin; blocks that are held twice count twice where even so there is room for more."""
         now_s = self._now_s()
-        for name in [name for name, hold in session.holds.items() if hold.until_s <= now_s]:
-            del session.holds[name]  # the store has let go of it
-        held = [*session.holds.values(), *(load.held for load in session.loads.values())]
-        saved_bytes = sum(save.open_bytes for save in session.saves.values())
+        held: list[Held] = []
+        saved_bytes = 0
+        for session in account.sessions:
+            with session.lock:
+                for name in [name for name, hold in session.holds.items() if hold.until_s <= now_s]:
+                    del session.holds[name]  # the store has let go of it
+                held += session.holds.values()
+                held += (load.held for load in session.loads.values())
+                saved_bytes += sum(save.open_bytes for save in session.saves.values())
         with_repeats = saved_bytes + sum(each.num_bytes for each in held)
         if with_repeats + more_bytes <= self._limit_bytes:
             return with_repeats
@@ -68,8 +78,14 @@ class PinBudget:
 
 
 def _distinct_bytes(held: Sequence[Held]) -> int:
-    blocks: defaultdict[int, set[BlockId]] = defaultdict(set)
+    """A block comes with all before it: what lies before one that was seen, was seen."""
+    seen: defaultdict[tuple[int, tuple[int, ...] | None], set[BlockId]] = defaultdict(set)
     for each in held:
-        blocks[each.block_bytes].update(each.chain.ids[: each.num_blocks])
+        blocks = seen[each.block_bytes, each.parts]
+        for at in range(each.num_blocks - 1, -1, -1):
+            block = each.chain.ids[at]
+            if block in blocks:
+                break
+            blocks.add(block)
     similar_bytes = sum(each.num_similar * each.block_bytes for each in held)
-    return similar_bytes + sum(block_bytes * len(ids) for block_bytes, ids in blocks.items())
+    return similar_bytes + sum(block_bytes * len(blocks) for (block_bytes, _), blocks in seen.items())

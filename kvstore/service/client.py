@@ -198,13 +198,16 @@ class SidecarStore:
             num_blocks=stop,
             start=min(start, stop),
             contents=_contents(matched.chain, num_host, stop) if stop > num_host else None,
-            lease=connection.next_lease(),
+            lease=connection.next_lease(load=True),
             partial_tokens=partial_tokens,
         )
         try:
             self._link.up()
             return connection.plane.load(self._link, connection, message, matched.cells)
-        except (Down, LeaseError):
+        except BaseException as error:
+            connection.live_loads.discard(message.lease)
+            if not isinstance(error, (Down, LeaseError)):
+                raise
             # Ran out, or nobody knows whether it began: then it ends with the next call.
             self._link.ended(connection, load=message.lease, request=request)
             return NoLoad()

@@ -114,6 +114,9 @@ class Connection:
     """One session with one start of a server.
 
     Attributes:
+        highest_lease, live_loads: what beats say; a load's number becomes both at once, under `leasing`. A beat that
+            had it as the highest and not as live would end the load as one that this client does not know of: a
+            server that is ahead with the load's own call then finds nothing to send.
         draining: the server has said that it stops soon.
         lost: set once, when nothing more comes of it.
     """
@@ -128,6 +131,7 @@ class Connection:
     leases: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     highest_lease: int = 0
     live_loads: set[int] = field(default_factory=set)
+    leasing: threading.Lock = field(default_factory=threading.Lock)
     done: Done = field(default_factory=Done)
     draining: bool = False
     lost: threading.Event = field(default_factory=threading.Event)
@@ -136,9 +140,20 @@ class Connection:
     def session(self) -> bytes:
         return self.opened.session
 
-    def next_lease(self) -> int:
-        self.highest_lease = max(self.highest_lease, number := next(self.leases))
+    def next_lease(self, *, load: bool = False) -> int:
+        """A number for a save, or for a load, which is live until it is taken out of `live_loads`."""
+        with self.leasing:
+            self.highest_lease = number = next(self.leases)
+            if load:
+                self.live_loads.add(number)
         return number
+
+    def beat(self, saved_s: float) -> pb.Beat:
+        """What this client has, and seconds that it reports."""
+        with self.leasing:
+            live, highest = list(self.live_loads), self.highest_lease
+        packed = np.array(live, "<u8").tobytes()
+        return pb.Beat(session=self.session, live_leases=packed, highest_lease=highest, ttft_saved_s=saved_s)
 
     def delta(self, chain: Chain, *, whole: bool) -> tuple[pb.ChainDelta, int]:
         """A message about all of `chain` as it is now, and its number of blocks. Raises ConfigError."""
@@ -176,13 +191,7 @@ class Connection:
         def beats() -> Iterator[pb.Beat]:
             notices = None
             while not self.lost.wait(0 if notices is None else every_s):
-                live = np.array(list(self.live_loads), "<u8").tobytes()
-                yield pb.Beat(
-                    session=self.session,
-                    live_leases=live,
-                    highest_lease=self.highest_lease,
-                    ttft_saved_s=take_saved(),
-                )
+                yield self.beat(take_saved())
                 notices = notices or begun.get()
                 try:
                     notice = next(notices)

@@ -152,7 +152,12 @@ class Link:
         ended = connection.done.take()
         if ended is not None:
             request.ended.CopyFrom(ended)
-        return Replies(self, connection, method(request), ended)
+        try:
+            call = method(request)
+        except ValueError:  # what gRPC raises on a channel that the link has closed since
+            connection.done.put_back(ended)
+            raise Down from None
+        return Replies(self, connection, call, ended)
 
     def note_saved(self, seconds: float) -> None:
         """Raises ConfigError."""

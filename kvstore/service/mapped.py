@@ -201,12 +201,7 @@ class MappedLoad:
         self._passed = 0
         self._closed = False
         self._replies: Replies | None = None
-        connection.live_loads.add(self._lease)  # before the server has it: a beat in between must not end it
-        try:
-            reply = self._begin(request)
-        except BaseException:
-            connection.live_loads.discard(self._lease)
-            raise
+        reply = self._begin(request)
         self.num_blocks = reply.num_blocks
         self._first = reply.first
         self._take(reply)

@@ -60,7 +60,6 @@ class RemotePlane:
     def load(self, link: Link, connection: Connection, request: pb.LoadRequest, cells: Cells) -> RemoteLoad:
         with open_channel():
             replies = link.stream(connection, BulkStub(connection.channel).Read, request)
-        connection.live_loads.add(request.lease)
 
         def unfit(error: Misfit) -> Exception:
             self._stats.add(f"client.failures.{'no_memory' if isinstance(error, NoMemory) else 'corrupt'}")

@@ -9,6 +9,7 @@ Invariants
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator
 
@@ -128,7 +129,8 @@ class Requests:
         finally:
             if waits:
                 self._waiting.release()
-        held = Held(chain, match.num_host_blocks, _block_bytes(layout_of(chain.root.model), parts), until_s)
+        cells = None if parts is None else tuple(parts)
+        held = Held(chain, match.num_host_blocks, _block_bytes(layout_of(chain.root.model), parts), cells, until_s)
         try:
             crowded_out = session.add_hold(name, held)
         except BaseException:
@@ -205,7 +207,7 @@ class Requests:
             held = session.holds.pop(name, None)
         if held is None:
             raise UnknownLease(f"request {name!r} has no hold: call match first")
-        chain, num_host, block_bytes = held.chain, held.num_blocks, held.block_bytes
+        chain, num_host = held.chain, held.num_blocks
         contents = None
         stop = num_host
         if request.contents.tokens:
@@ -220,7 +222,7 @@ class Requests:
             load = self._store.load(session.key(name), stop, start=request.start, partial_tokens=request.partial_tokens)
             if not load.intact():
                 raise LeaseExpired(f"the hold of request {name!r} ran out: match again")
-            served = ServedLoad(load, Held(chain, stop, block_bytes, num_similar=held.num_similar), contents)
+            served = ServedLoad(load, held._replace(num_blocks=stop, until_s=math.inf), contents)
             session.add_load(request.lease, served)
         except BaseException:
             if load is not None:
@@ -288,7 +290,7 @@ class Requests:
             )
         chain.describe(contents)
         try:
-            with session.saving:
+            with session.account.saving:
                 return self._save(session, request, chain, layout)
         finally:
             chain.undescribe(contents)
@@ -316,12 +318,12 @@ class Requests:
     def _save_within(
         self, session: Session, request: pb.SaveRequest, chain: ServedChain, layout: BlockLayout
     ) -> tuple[BlockSave, int, int]:
-        """A save of what the session may pin, how many blocks were refused, and the bytes of each."""
+        """A save of what the session, or its tenant, may pin, how many blocks were refused, and the bytes of each."""
         start, stop, cells, hint = request.start, request.stop, _parts(request.parts), _hint(request)
         save = self._store.save(chain, start, stop, parts=cells, hint=hint)
         block_bytes = _block_bytes(layout, cells)
         num_wanted = len(save.indices)
-        num_allowed = self._budget.room_to_save(session, num_wanted * block_bytes) // block_bytes
+        num_allowed = self._budget.room_to_save(session.account, num_wanted * block_bytes) // block_bytes
         if num_allowed == num_wanted:
             return save, save.num_refused, block_bytes
         end = save.indices[num_allowed]

@@ -9,7 +9,7 @@ Invariants
    call gives back what it took.
 2. Slots that a living process may still be writing to are neither free nor part of a block: they are quarantined
    until every writer has said that it is done, or is dead.
-3. A session's lock is a leaf: it is not held across a call of the store.
+3. A session's lock is a leaf: it is not held across a call of the store. An account's comes before it.
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ class Held(NamedTuple):
     num_blocks: int
     block_bytes: int
     """Of the parts asked."""
+    parts: tuple[int, ...] | None
+    """Those; None for all."""
     until_s: float = math.inf
     """When it lapses by itself."""
     num_similar: int = 0
@@ -81,14 +83,34 @@ class ServedLoad:
 
 
 @dataclass(slots=True, eq=False)
+class Account:
+    """What the sessions of a tenant keep from eviction together; one session's, where it has no tenant.
+
+    Attributes:
+        saving: held from reserving a save's slots until the save is registered. Taken before `lock`.
+        pinned_bound: bytes that they pin, at most (`kvstore.service.budget`); guarded by `lock`, as is `sessions`.
+    """
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    saving: threading.Lock = field(default_factory=threading.Lock)
+    pinned_bound: int = 0
+    sessions: set[Session] = field(default_factory=set)
+
+    def add(self, num_bytes: int) -> None:
+        """So many more are pinned, and registered."""
+        with self.lock:
+            self.pinned_bound += num_bytes
+
+
+@dataclass(slots=True, eq=False)
 class Session:
     """One client. Mappings are guarded by `lock`.
 
     Attributes:
         id, engine_key: capabilities, 16 random bytes each. number: for the store's request keys.
         peer: the process, where it passed the door.
+        account: what counts what it pins.
         holds: what each match that may be loaded keeps, oldest first.
-        pinned_bound: bytes that it pins, at most (`kvstore.service.budget`).
     """
 
     id: bytes
@@ -102,12 +124,10 @@ class Session:
     last_seen_s: float
     chains: ChainCache = field(init=False)
     lock: threading.Lock = field(default_factory=threading.Lock)
-    saving: threading.Lock = field(default_factory=threading.Lock)
-    """Held from reserving a save's slots until the save is registered. Taken before `lock`."""
+    account: Account = field(default_factory=Account)
     ended: bool = False
     num_streams: int = 0
     had_stream: bool = False
-    pinned_bound: int = 0
     models: list[BlockLayout] = field(default_factory=list)
     roots: dict[tuple[int, bytes, bytes], Root] = field(default_factory=dict)
     holds: OrderedDict[str, Held] = field(default_factory=OrderedDict)
@@ -139,7 +159,7 @@ class Session:
         with self.lock:
             self._admit(number, self.loads)
             self.loads[number] = load
-            self.pinned_bound += load.held.num_bytes
+        self.account.add(load.held.num_bytes)
 
     def add_save(self, number: int, save: ServedSave) -> ServedSave:
         """Register; returns the one that is there where an earlier call of that number has done so."""
@@ -217,7 +237,7 @@ class SessionBook:
     ) -> None:
         self.quarantine = quarantine
         self.num_over_share = 0
-        """Matches and saves that were answered with less, because their session pinned its share already."""
+        """Matches and saves that were answered with less, because their session or tenant pinned its share already."""
         self.ttft_saved_s = 0.0
         """Time to first token that clients report as saved."""
         self._clock = clock
@@ -228,6 +248,8 @@ class SessionBook:
         self._lock = threading.Lock()
         self._sessions: dict[bytes, Session] = {}
         self._by_engine_key: dict[bytes, Session] = {}
+        self._accounts: dict[str, Account] = {}
+        """By tenant."""
         self._number = 0
         # Ending a load may wait for its fetch: no call and no death waits for that.
         self._closer = ThreadPoolExecutor(1, thread_name_prefix="kvstore-closer")
@@ -249,6 +271,10 @@ class SessionBook:
             )
             self._sessions[session.id] = session
             self._by_engine_key[session.engine_key] = session
+            if rights.tenant:
+                session.account = self._accounts.setdefault(rights.tenant, session.account)
+            with session.account.lock:
+                session.account.sessions.add(session)
         return session
 
     def get(self, session_id: bytes) -> Session:
@@ -273,7 +299,7 @@ class SessionBook:
         return len(self._sessions)
 
     def note_over_share(self) -> None:
-        """A session came to its share of the memory."""
+        """A session, or tenant, came to its share of the memory."""
         with self._lock:
             self.num_over_share += 1
 
@@ -357,6 +383,10 @@ class SessionBook:
         with self._lock:
             self._sessions.pop(session.id, None)
             self._by_engine_key.pop(session.engine_key, None)
+            with session.account.lock:
+                session.account.sessions.discard(session)
+                if not session.account.sessions:
+                    self._accounts.pop(session.rights.tenant, None)
         with session.lock:
             session.ended = True
             loads, saves = list(session.loads), list(session.saves)

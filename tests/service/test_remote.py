@@ -8,16 +8,18 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
 
 import kvstore
-from kvstore.api import Match
+from kvstore.api import Load, Match, Save
 from kvstore.block import Chain, ModelId, Root
 from kvstore.config import StoreConfig
 from kvstore.errors import ConfigError, LeaseError, TierError
@@ -26,7 +28,8 @@ from kvstore.service.buffers import Buffers
 from kvstore.service.bulk import Packer, encode
 from kvstore.service.client import SidecarStore
 from kvstore.service.connection import Connection
-from kvstore.service.plane import Down
+from kvstore.service.link import Link
+from kvstore.service.plane import Cells, DataPlane, Down
 from kvstore.service.remote import RemoteLoad
 from kvstore.service.uploads import RemoteSave, SaveTicket
 from kvstore.store import KVStore
@@ -113,6 +116,78 @@ def client(served: Served) -> Iterator[SidecarStore]:
 
 def save_big(store: SidecarStore, chain: Chain) -> int:
     return save_all(store, chain)  # type: ignore[arg-type]
+
+
+# ---- what a client says it has ----
+
+
+def test_a_beat_that_was_made_as_a_load_began_does_not_end_it(served: Served) -> None:
+    """The beat may overtake the load's own call, or come after it."""
+    for mapped in (False, True):
+        with kvstore.connect(served.address, mapped=mapped) as client:
+            client.clear()
+            client.open(BIG)
+            chain = chain_of(Root(BIG), 20)
+            save_big(client, chain)
+            connection: Connection = client._link.up()
+            connection.plane = BeatOvertaken(connection.plane)
+            client.match(chain, "r")
+            with client.load("r") as load:
+                assert [block.index for block in load] == list(range(20)), f"mapped: {mapped}"
+                assert load.intact()
+                if mapped:
+                    assert client.stats()["lease.live"] == 1
+
+
+class BeatOvertaken:
+    """A plane whose loads have begun, and partly come, when a beat arrives that was made before."""
+
+    def __init__(self, plane: DataPlane) -> None:
+        self._plane = plane
+        self.ticket, self.boot_id, self.lane = plane.ticket, plane.boot_id, plane.lane
+
+    def load(self, link: Link, connection: Connection, request: pb.LoadRequest, cells: Cells) -> Load:
+        beat = connection.beat(0.0)
+        load = self._plane.load(link, connection, request, cells)
+        next(connection.stub.Session(iter([beat])))
+        return load
+
+    def save(self, link: Link, connection: Connection, lease: int, cells: Cells, reply: pb.SaveReply) -> Save:
+        return self._plane.save(link, connection, lease, cells, reply)
+
+    def prefaulted(self) -> None:
+        self._plane.prefaulted()
+
+    def close(self) -> bool:
+        return self._plane.close()
+
+
+def test_a_beat_names_every_load_up_to_its_highest_lease(client: SidecarStore) -> None:
+    connection: Connection = client._link.up()
+    before = connection.highest_lease
+    begun = threading.Event()
+
+    def begin() -> None:
+        for _ in range(5_000):
+            connection.next_lease(load=True)
+            begun.set()
+
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=begin) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        begun.wait()
+        while any(thread.is_alive() for thread in threads):
+            beat = connection.beat(0.0)
+            named = set(np.frombuffer(beat.live_leases, "<u8").tolist())
+            assert named == set(range(before + 1, beat.highest_lease + 1))
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval_s)
+        connection.live_loads.clear()
 
 
 # ---- a client without a mapping ----

@@ -597,6 +597,34 @@ def test_a_client_keeps_no_more_from_eviction_than_its_share(
     other.end(saves=[1])
 
 
+def test_the_sessions_of_a_tenant_have_one_share_between_them(
+    start_server: StartServer, make_peer: Callable[..., Peer], model: ModelId, directory: Path
+) -> None:
+    tokens = directory / "tokens.toml"
+    tokens.write_text(TOKENS)
+    tokens.chmod(0o600)
+    server = start_server(64, service={"max_session_share": 0.5, "tokens_file": str(tokens)})
+    one, two = (make_peer(server, token="bob-bob-bob-bob-bob") for _ in range(2))
+    other = make_peer(server, token="admin-admin-admin")
+    chains = [chain_of(Root(model, salt=b"bob"), 8, seed=seed) for seed in range(6)]
+    for lease, chain in enumerate(chains, start=1):
+        one.save(chain, lease)
+        one.commit(lease, *range(8))
+    assert [one.match(one.whole(chains[at], at + 1), f"r{at}").num_blocks for at in range(2)] == [8, 8]
+    assert [two.match(two.whole(chains[at], at + 1), f"r{at}").num_blocks for at in range(1, 4)] == [8, 8, 8]
+    assert server.stats()["host.pinned_blocks"] == 32, "one of the chains is held by both, and counts once"
+    for peer in (one, two):
+        assert peer.match(peer.whole(chains[4], 5), "more").num_blocks == 0
+        refused = peer.save(chain_of(Root(model, salt=b"bob"), 4, seed=50), 200)
+        assert (refused.indices, refused.num_refused) == (b"", 4)
+    assert len(other.save(chain_of(Root(model), 8, seed=51)).indices) == 8 * 4, "another tenant has a share of its own"
+    one.stub.Session(iter([pb.Beat(session=one.session, bye=True)])).code()
+    wait_until(lambda: server.stats()["host.pinned_blocks"] == 24)
+    assert two.match(two.whole(chains[4], 5), "more").num_blocks == 8, "what a session leaves is for the others"
+    two.end(requests=["r1", "r2", "r3", "more"])
+    other.end(saves=[1])
+
+
 def test_holds_that_lapsed_do_not_count_against_a_share(
     start_server: StartServer, make_peer: Callable[..., Peer], model: ModelId
 ) -> None:
