@@ -385,8 +385,8 @@ class SessionBook:
             self._by_engine_key.pop(session.engine_key, None)
             with session.account.lock:
                 session.account.sessions.discard(session)
-                if not session.account.sessions:
-                    self._accounts.pop(session.rights.tenant, None)
+                if not session.account.sessions and self._accounts.get(session.rights.tenant) is session.account:
+                    del self._accounts[session.rights.tenant]
         with session.lock:
             session.ended = True
             loads, saves = list(session.loads), list(session.saves)

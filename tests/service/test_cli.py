@@ -30,6 +30,7 @@ from kvstore.service.cli_serve import notify, read_config
 from kvstore.service.handshake import model_message
 from kvstore.wire import kvstore_pb2 as pb
 from kvstore.wire.kvstore_pb2_grpc import KVStoreStub
+from tests.service.certificates import Authority
 from tests.waiting import eventually
 
 pytestmark = pytest.mark.slow  # a process a command
@@ -121,7 +122,7 @@ def test_serve_prints_its_settings_with_their_sources_and_one_ready_line(tmp_pat
     assert rows["service.listen"] == [server.address, "command line"]
     assert rows["service.max_streams"] == ["7", "environment KVSTORE_SERVICE__MAX_STREAMS"]
     assert rows["mover.write"] == ["through", "command line"]
-    assert rows["host.policy"] == ["lru", "default"]
+    assert rows["host.policy"] == ["returns", "default"]
     assert re.fullmatch(rf"ready: {server.address} arena 1\.0 MiB boot [0-9a-f]{{8}}", server.printed[-1])
     reply = json.loads(server.ask("status", "--json").stdout)
     assert reply["settings"]["request.hold_s"] == {"value": "3.0", "source": f"file {config}"}
@@ -322,6 +323,24 @@ def test_over_tcp_only_tls_and_a_token_get_in_while_the_unix_socket_needs_neithe
     assert run("status", KVSTORE_ADDRESS=tcp, KVSTORE_TOKEN=token).returncode == 2, "without TLS"
     with server.admin() as admin:
         assert admin.stats().settings
+
+
+def test_over_tcp_a_client_certificate_of_the_right_authority_gets_in_and_nothing_else(
+    tmp_path: Path, serve: MakeServing
+) -> None:
+    ours, theirs = Authority(tmp_path, "ours"), Authority(tmp_path, "theirs")
+    own = ours.sign("server")
+    settings = {"listen_tcp": "127.0.0.1:0", "tls_cert": own.cert, "tls_key": own.key, "client_ca": ours.cert}
+    server = serve(*(word for name, value in settings.items() for word in ("--set", f"service.{name}={value}")))
+    found = re.search(r"serving at .*(127\.0\.0\.1:\d+)", server.log.read_text())
+    assert found is not None
+    where = {"KVSTORE_ADDRESS": found[1], "KVSTORE_TLS_CA": str(ours.cert)}
+    for authority, code in ((ours, 0), (theirs, 2), (None, 2)):
+        shown = authority.sign("engine") if authority is not None else None
+        files = {} if shown is None else {"KVSTORE_TLS_CERT": str(shown.cert), "KVSTORE_TLS_KEY": str(shown.key)}
+        asked = run("status", "--json", **where, **files)
+        assert asked.returncode == code, asked.stderr
+        assert bool(asked.stdout) == (code == 0)
 
 
 # ---- what asks it ----

@@ -12,7 +12,9 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from kvstore.block import FORMAT_VERSION, Chain, ModelId, Root
 from kvstore.service.handshake import hash_vector, model_message
@@ -251,6 +253,21 @@ def test_health_says_serving_and_then_not(start_server: StartServer) -> None:
         assert health.Check(health_pb2.HealthCheckRequest(service="kvstore.v1.KVStore")).status == serving
         server.drain(1)
         assert health.Check(health_pb2.HealthCheckRequest()).status == not_serving
+
+
+def test_reflection_tells_a_tool_every_call_and_message(start_server: StartServer) -> None:
+    """So that grpcurl works without the .proto file."""
+    asked = [
+        reflection_pb2.ServerReflectionRequest(list_services=""),
+        reflection_pb2.ServerReflectionRequest(file_containing_symbol="kvstore.v1.KVStore"),
+    ]
+    with grpc.insecure_channel(start_server().address) as channel:
+        listed, file = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter(asked))
+    names = {service.name for service in listed.list_services_response.service}
+    assert {"kvstore.v1.KVStore", "grpc.health.v1.Health"} <= names
+    told = FileDescriptorProto.FromString(file.file_descriptor_response.file_descriptor_proto[0])
+    assert [service.name for service in told.service] == ["KVStore"]
+    assert len(told.service[0].method) == len(pb.DESCRIPTOR.services_by_name["KVStore"].methods)
 
 
 # -- chains ----------------------------------------------------------------------------------------------------
