@@ -133,7 +133,7 @@ class Hostile:
     def _prepare(self, name: str, session: bytes) -> None:
         """What a client does before this call, so that it has something to be about. As it goes."""
         before = {"Commit": "Save", "Write": "Save", "Join": "Save"}
-        before |= dict.fromkeys(("Load", "LoadHost", "Read"), "Match")
+        before |= dict.fromkeys(("MatchPartial", "Load", "LoadHost", "Read"), "Match")
         before |= dict.fromkeys(("Match", "Fetch"), "Commit")
         if name in before:
             if before[name] == "Commit":
@@ -183,6 +183,7 @@ class Hostile:
         request = self.rng.choice(("r", "s", "t"))
         ended = pb.Ended(loads=self._packed("<u8"), saves=self._packed("<u8"), requests=[request])
         load = {"session": session, "request": request, "lease": self._lease(new=True)}
+        load["partial_tokens"] = self.rng.choice((0, 0, 0, 3))
         peek = {"session": session, "root": chain.root.id, "ids": b"".join(chain.ids), "parts": b"\x00"}
         make: dict[str, Callable[[], Message]] = {
             "Open": lambda: self._hello(pid=self.rng.randrange(1 << 16)),
@@ -190,6 +191,12 @@ class Hostile:
                 session=session, model=model_message(self.model), digest=self.model.digest()
             ),
             "Match": lambda: pb.MatchRequest(**about, request=request, wait_ms=self.rng.choice((0, 0, 5))),
+            "MatchPartial": lambda: pb.MatchPartialRequest(
+                session=session,
+                request=request,
+                num_host_blocks=self.rng.choice((0, 0, start)),
+                tokens=contents.tokens[: self.rng.choice((3, 8, 12, 1 << 10))],
+            ),
             "Announce": lambda: pb.AnnounceRequest(**about, start=start, stop=stop, withdraw=self.rng.random() < 0.3),
             "Load": lambda: pb.LoadRequest(**load, contents=self.rng.choice((contents, None))),
             "LoadHost": lambda: pb.LoadRequest(**load),
