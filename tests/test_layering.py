@@ -233,7 +233,7 @@ RULES: dict[str, Rule] = {
         ("grpc",),
     ),
     "kvstore.service.preflight": Rule(5, FOUNDATIONS),
-    "kvstore.service.prompt": Rule(5, FOUNDATIONS, ("transformers",)),
+    "kvstore.service.prompt": Rule(5, FOUNDATIONS, ("jinja2", "transformers")),
     "kvstore.service.rights": SERVICE,
     "kvstore.service.handshake": Rule(5, (*FOUNDATIONS, *MESSAGES), ("google",)),
     "kvstore.service.server": replace(SERVICE, modules=(*SERVICE.modules, "kvstore", "kvstore.tiers.base")),

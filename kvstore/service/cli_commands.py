@@ -52,6 +52,9 @@ Model = Annotated[
     str, typer.Option("--model", help="JSON or TOML file with the fields of ModelId; else the one that is open.")
 ]
 Tokenizer = Annotated[str, typer.Option("--tokenizer", help="For text: a name or path, as transformers takes it.")]
+Chat = Annotated[
+    bool, typer.Option("--chat", help="Text, or a JSON list of messages, goes through the tokenizer's chat template.")
+]
 Salt = Annotated[str, typer.Option("--salt", help="Tenant salt, as text or hex:….")]
 Adapter = Annotated[str, typer.Option("--adapter", help="Content digest of a LoRA adapter, in hex.")]
 Secret = Annotated[str, typer.Option("--secret-file", help="The cluster's secret, where it has one.")]
@@ -229,10 +232,11 @@ def show_top(
 @app.command()
 def inspect(
     prompt: Annotated[
-        str, typer.Argument(metavar="PROMPT|HASH", help="Hash in hex, token ids as JSON, a file, or text.")
+        str, typer.Argument(metavar="PROMPT|HASH", help="Hash in hex, token ids as JSON, text, or a file of these.")
     ],
     model: Model = "",
     tokenizer: Tokenizer = "",
+    chat: Chat = False,
     salt: Salt = "",
     adapter: Adapter = "",
     secret_file: Secret = "",
@@ -241,7 +245,9 @@ def inspect(
 ) -> None:
     """Show which blocks of a prompt are there, where, and what holds them.
 
-    Example:  kvstore inspect prompt.txt --tokenizer Qwen/Qwen3-8B
+    An engine's chat endpoint wraps what it is sent in the model's chat template: --chat does so here.
+
+    Example:  kvstore inspect prompt.txt --tokenizer Qwen/Qwen3-8B --chat
     """
     block = as_hash(prompt)
     namespace = _namespace(model, salt, adapter, secret_file)
@@ -249,7 +255,7 @@ def inspect(
         if block is not None:
             blocks = admin.inspect(block)
         else:
-            blocks = admin.inspect_chain(read_prompt(prompt, _with_open(namespace, admin), tokenizer))
+            blocks = admin.inspect_chain(read_prompt(prompt, _with_open(namespace, admin), tokenizer, chat=chat))
     if as_json:
         _print_json([_block(info) for info in blocks])
     else:
@@ -399,6 +405,7 @@ def warm(
     prompt: Annotated[str, typer.Argument(help="Token ids as JSON, a file, or text.")],
     model: Model = "",
     tokenizer: Tokenizer = "",
+    chat: Chat = False,
     salt: Salt = "",
     adapter: Adapter = "",
     secret_file: Secret = "",
@@ -412,7 +419,7 @@ def warm(
     """
     namespace = _namespace(model, salt, adapter, secret_file)
     with Admin(Target.of(address)) as admin:
-        chain = read_prompt(prompt, _with_open(namespace, admin), tokenizer)
+        chain = read_prompt(prompt, _with_open(namespace, admin), tokenizer, chat=chat)
         reply = admin.warm(chain, timeout)
     if as_json:
         _print_json({"blocks": len(chain), "host_blocks": reply.num_host_blocks, "promoted": reply.num_promoted})

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A prompt named on a command line, as a chain: token ids from JSON or a file, or text and a tokenizer."""
+"""A prompt named on a command line, as a chain: token ids from JSON or a file, or text and a tokenizer.
+
+Engines that serve chats put each conversation into the tokenizer's chat template before they count tokens: `chat`
+does the same, so that its blocks are those of the engine.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,6 @@ import dataclasses
 import json
 import re
 import tomllib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -82,18 +85,22 @@ def read_model(path: str) -> ModelId:
     return ModelId(**fields)
 
 
-def read_prompt(prompt: str, namespace: Namespace, tokenizer: str = "") -> Chain:
+def read_prompt(prompt: str, namespace: Namespace, tokenizer: str = "", *, chat: bool = False) -> Chain:
     """The chain of `prompt`: a file, or the thing itself; a JSON list of token ids, or text for `tokenizer`.
+
+    With `chat`: what a user says, or a JSON list of messages ({"role": …, "content": …}), up to where an answer
+    begins.
 
     Raises ConfigError where it holds no full block.
     """
     root = namespace.root()
     text = Path(prompt).read_text() if _is_file(prompt) else prompt
-    tokens = _listed(text)
+    tokens = None if chat else _listed(text)
     if tokens is None and text is prompt and _looks_like_a_file(prompt):
         raise ConfigError(f"there is no file {prompt}: give one, or a prompt, or token ids as a JSON list")
     if tokens is None:
-        tokens = _encoder(tokenizer)(text)
+        loaded = _tokenizer(tokenizer)
+        tokens = _templated(loaded, text, tokenizer) if chat else cast("list[int]", loaded.encode(text))
     try:
         chain = Chain(root, tokens)
     except ValueError as error:
@@ -126,8 +133,39 @@ def _listed(text: str) -> list[int] | None:
     return value
 
 
-def _encoder(tokenizer: str) -> Callable[[str], list[int]]:
-    if not tokenizer:
+def _messages(text: str) -> list[dict[str, object]]:
+    """A conversation: a JSON list of messages, or what a user says. Raises ConfigError for another list."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    if not isinstance(value, list):
+        return [{"role": "user", "content": text}]
+    if not value or not all(isinstance(item, dict) and {"role", "content"} <= item.keys() for item in value):
+        raise ConfigError(
+            '--chat takes text, or a JSON list of messages, such as \'[{"role": "user", "content": "Hello"}]\''
+        )
+    return value
+
+
+def _templated(loaded: Any, text: str, name: str) -> list[int]:
+    """Token ids of a conversation in the tokenizer's chat template, up to where an answer begins."""
+    if not loaded.chat_template:
+        raise ConfigError(f"tokenizer {name!r} has no chat template: give one of a chat model, or leave out --chat")
+    messages = _messages(text)
+    try:
+        from jinja2 import TemplateError
+    except ImportError as error:
+        raise ConfigError("--chat needs a package: pip install jinja2") from error
+    try:
+        tokens = loaded.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    except (TemplateError, TypeError, ValueError) as error:
+        raise ConfigError(f"the chat template of {name!r} refuses these messages: {error}") from error
+    return cast("list[int]", tokens)
+
+
+def _tokenizer(name: str) -> Any:
+    if not name:
         raise ConfigError(
             "the prompt is text: give --tokenizer NAME (as transformers takes it), or token ids as a JSON list, "
             "such as '[1, 2, 3]', or a file that holds one"
@@ -137,7 +175,6 @@ def _encoder(tokenizer: str) -> Callable[[str], list[int]]:
     except ImportError as error:
         raise ConfigError("--tokenizer needs a package: pip install transformers, or give token ids") from error
     try:
-        loaded: Any = AutoTokenizer.from_pretrained(tokenizer)
+        return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"tokenizer {tokenizer!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    return lambda text: cast("list[int]", loaded.encode(text))
+        raise ConfigError(f"tokenizer {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,6 +100,58 @@ def test_without_a_model_the_only_one_that_is_open_is_meant(model: ModelId) -> N
     two = (model, replace(model, model="other"))
     with pytest.raises(ConfigError, match=r"the server has 2 models open \(other, tiny\): say which by --model FILE"):
         read_prompt(json.dumps(TOKENS), Namespace(model="", open_models=two))
+
+
+TEMPLATE = (
+    "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
+    "{% if messages[0].role == 'tool' %}{{ raise_exception('tools come second') }}{% endif %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture
+def make_tokenizer(tmp_path: Path) -> Callable[[str], str]:
+    """Writes a tokenizer of bytes, with a chat template or without; returns its path."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+
+    def make(template: str) -> str:
+        letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+        model = tokenizers.models.BPE({letter: number for number, letter in enumerate(letters)}, [])
+        made = tokenizers.Tokenizer(model)
+        made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        whole = transformers.PreTrainedTokenizerFast(tokenizer_object=made)
+        if template:
+            whole.chat_template = template
+        path = str(tmp_path / f"tokenizer-{len(template)}")
+        whole.save_pretrained(path)
+        return path
+
+    return make
+
+
+def test_a_chat_goes_through_the_tokenizers_template_as_an_engine_does_it(
+    make_tokenizer: Callable[[str], str], tmp_path: Path, model_file: str
+) -> None:
+    path, namespace = make_tokenizer(TEMPLATE), Namespace(model=model_file)
+    as_text = read_prompt("<user>What is a prefix, please?<assistant>", namespace, path)
+    said = "What is a prefix, please?"
+    messages = json.dumps([{"role": "user", "content": said}])
+    (tmp_path / "messages.json").write_text(messages)
+    for prompt in (said, messages, str(tmp_path / "messages.json")):
+        assert read_prompt(prompt, namespace, path, chat=True).ids == as_text.ids
+    assert read_prompt(said + " " * 16, namespace, path).ids != as_text.ids
+
+
+def test_a_chat_that_cannot_be_is_one_clear_sentence(make_tokenizer: Callable[[str], str], model_file: str) -> None:
+    path, namespace = make_tokenizer(TEMPLATE), Namespace(model=model_file)
+    for prompt in ("[1, 2]", "[]", '[{"role": "user"}]'):
+        with pytest.raises(ConfigError, match="--chat takes text, or a JSON list of messages"):
+            read_prompt(prompt, namespace, path, chat=True)
+    with pytest.raises(ConfigError, match="refuses these messages: tools come second"):
+        read_prompt('[{"role": "tool", "content": "x"}]', namespace, path, chat=True)
+    with pytest.raises(ConfigError, match="has no chat template"):
+        read_prompt("Hello, hello, hello.", namespace, make_tokenizer(""), chat=True)
 
 
 def test_only_64_hex_digits_are_a_hash() -> None:
