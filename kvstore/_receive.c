@@ -34,25 +34,27 @@ static size_t receive_some(struct receiving *from, uint8_t *into, size_t num_byt
             *why = TIMED_OUT;
             return 0;
         }
-        if (!(left_s <= from->armed_s && from->armed_s <= 1.05 * left_s)) {
-            struct timeval limit = {(time_t)left_s, (suseconds_t)((left_s - (double)(time_t)left_s) * 1e6)};
+        /* The kernel's timers fire late by up to an eighth: one that fires early gets another try. */
+        if (!(0.8 * left_s <= from->armed_s && from->armed_s <= 0.88 * left_s)) {
+            const double arm_s = 0.88 * left_s;
+            struct timeval limit = {(time_t)arm_s, (suseconds_t)((arm_s - (double)(time_t)arm_s) * 1e6)};
             if (!limit.tv_sec && !limit.tv_usec)
                 limit.tv_usec = 1; /* zero would mean for ever */
             if (setsockopt(from->fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit)) {
                 *why = errno;
                 return 0;
             }
-            from->armed_s = left_s;
+            from->armed_s = arm_s;
         }
         const ssize_t count = recv(from->fd, into, num_bytes, flags);
         if (count > 0)
             return (size_t)count;
         if (!count)
             *why = CLOSED;
-        else if (errno == EINTR)
+        else if (errno == EINTR || errno == EAGAIN || errno == EWOULDBLOCK)
             continue;
         else
-            *why = errno == EAGAIN || errno == EWOULDBLOCK ? TIMED_OUT : errno;
+            *why = errno;
         return 0;
     }
 }

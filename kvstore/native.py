@@ -9,7 +9,6 @@ which releases the GIL.
 from __future__ import annotations
 
 import ctypes
-import errno
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -117,7 +116,7 @@ def receive(
 
 
 def _failure(why: int) -> Exception | None:
-    if why in (-1, errno.EAGAIN):
+    if why == -1:
         return TimeoutError("the deadline passed while receiving")
     if why < 0:
         return EOFError() if why == -2 else ValueError()
