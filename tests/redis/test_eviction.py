@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import itertools
 import random
+import socket
 import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
+from typing import Self
 
 import pytest
 import redis
@@ -23,6 +26,7 @@ from kvstore.tiers.redis_accounting import size_class
 from kvstore.tiers.redis_names import MAX_BUCKETS, STEP_S, Bucket, Names, registry
 from kvstore.tiers.valkey import EmbeddedServer, ServerOptions
 from kvstore.wire.frame import header_bytes
+from tests.redis.cluster import until
 from tests.redis.conftest import MakeTier
 from tests.redis.content import DEADLINE_S, Content
 
@@ -250,6 +254,130 @@ def test_writers_killed_at_any_moment_leave_the_books_right(
     assert counted == summed
     tier.sweep()
     assert tier.check() == []
+
+
+@pytest.mark.parametrize("codec", ["raw", "lz4"])
+def test_a_writer_killed_at_any_byte_of_a_write_leaves_values_and_accounts_together(
+    codec: str, server: EmbeddedServer, client: redis.Redis, make_tier: MakeTier, root: Root, tmp_path: Path
+) -> None:
+    content = Content(root, 2)
+    watcher = make_tier(server.url, num_buckets=NUM_BUCKETS)
+    assert resident(watcher, content) == watcher.check() == []
+    num_clients = len(client.client_list())
+    with CutAfter(server.unix_url.removeprefix("unix://"), tmp_path / "cut") as cut:
+        tier = make_tier(cut.url, healthy=False, num_buckets=NUM_BUCKETS, codec=codec, sweep_every_s=0.0)
+        content.write(tier)
+        tier.close()
+        whole_bytes = cut.largest_bytes
+        assert whole_bytes > 8192
+        outcomes = set()
+        # Every step near the end, where SETs are over and accounts and EXEC follow; the values in large ones.
+        for limit in [*range(0, whole_bytes, 700), *range(whole_bytes - 1500, whole_bytes + 60, 30)]:
+            client.flushall()
+            cut.limit_bytes = limit
+            tier = make_tier(cut.url, healthy=False, num_buckets=NUM_BUCKETS, codec=codec, sweep_every_s=0.0)
+            with suppress(TierError):
+                tier.write(content.parts, content.meta, 1.0)
+            tier.close()
+            # What was sent before the cut is done; only then is the connection gone.
+            until(lambda: len(client.client_list()) <= num_clients)
+            assert watcher.check() == [], f"killed after {limit} bytes"
+            outcomes.add(len(resident(watcher, content)))
+        assert outcomes == {0, 2}
+
+
+class CutAfter:
+    """A socket before a server's, whose connections end once a client has sent so many bytes."""
+
+    def __init__(self, target: str, path: Path) -> None:
+        self.limit_bytes = 1 << 40
+        self.largest_bytes = 0
+        """What the connection that sent most has sent."""
+        self.url = f"unix://{path}"
+        self._target = target
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen()
+        self._sockets = [self._listener]
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                far = socket.socket(socket.AF_UNIX)
+                far.connect(self._target)
+                self._sockets += [near, far]
+                for source, sink, limit in ((near, far, self.limit_bytes), (far, near, None)):
+                    self._threads.append(threading.Thread(target=self._pump, args=(source, sink, limit)))
+                    self._threads[-1].start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket, limit: int | None) -> None:
+        passed = 0
+        with suppress(OSError):
+            while limit is None or passed < limit:
+                data = source.recv(65_536 if limit is None else min(65_536, limit - passed))
+                if not data:
+                    break
+                sink.sendall(data)
+                passed += len(data)
+                if limit is not None:
+                    self.largest_bytes = max(self.largest_bytes, passed)
+        for sock in (source, sink):
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for sock in self._sockets:
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        for thread in list(self._threads):
+            thread.join(5)
+        for sock in self._sockets:
+            sock.close()
+
+
+def test_an_eviction_looks_beyond_the_coldest_of_a_stripe_before_it_takes_warmer_ones(
+    server: EmbeddedServer, client: redis.Redis, make_tier: MakeTier, root: Root, part_bytes: int
+) -> None:
+    """One stripe holds more of the coldest than is looked at in one go; other stripes hold warmer ones."""
+    tier = make_tier(server.url, capacity_bytes=1000 * part_bytes, num_buckets=2)
+    chains = [Content(root, 1, seed=seed) for seed in range(1600)]
+    by_stripe = [[each for each in chains if each.keys[0].block[0] % 2 == stripe] for stripe in range(2)]
+    cold, warm = by_stripe[0][:500], by_stripe[1][:400]
+    for chain in (*cold, *warm):
+        chain.write(tier)
+    large = Content(root, 450, seed=-1)  # makes room for 450 at once
+    assert large.write(tier) == set(large.keys)
+    assert all(resident(tier, chain) for chain in warm)
+    gone = [not resident(tier, chain) for chain in cold]
+    assert gone == sorted(gone, reverse=True)
+    assert 350 <= sum(gone) < 500
+
+
+def test_a_full_server_lets_an_eviction_go_on_that_has_only_places_to_set(
+    make_tier: MakeTier, root: Root, part_bytes: int
+) -> None:
+    with EmbeddedServer(ServerOptions(maxmemory_bytes=16 << 20)) as server:
+        tier = make_tier(server.url, healthy=False, capacity_bytes=1 << 30, num_buckets=NUM_BUCKETS)
+        contents = [Content(Root(root.model, salt=bytes([salt])), 20) for salt in range(40)]
+        for content in contents:
+            content.write(tier)
+            use(tier, content)  # warmer than the registry says: its places are set as it is looked at
+        with redis.Redis.from_url(server.url) as client:
+            client.config_set("maxmemory", "1mb")
+        deadline = time.monotonic() + DEADLINE_S
+        with tier._nodes.talk(deadline) as talk:
+            before = tier._accounting.total_bytes(talk, deadline)
+            assert tier._accounting.evict(talk, before // 2, deadline)[0] > 0
+            assert tier._accounting.total_bytes(talk, deadline) <= before // 2
+        assert tier.sweep()["damaged"] == 0
+        assert tier.check() == []
+        tier.close()
 
 
 def test_sweep_removes_orphans_strays_and_empty_accounts_and_mends_counts(
