@@ -118,4 +118,5 @@ def test_one_output_that_differs_is_enough_to_fail_equality() -> None:
 def test_defaults_of_the_command_are_the_published_settings() -> None:
     options = vars(parser().parse_args([]))
     assert options.pop("json") is options.pop("html") is None
+    assert options.pop("scenario") == "chats"
     assert Settings(**options) == Settings()
