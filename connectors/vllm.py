@@ -19,7 +19,6 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from vllm.config import CUDAGraphMode
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -30,6 +29,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
 import kvstore
+from connectors.vllm_device import goes_by_layers
 from connectors.vllm_identity import check_groups, model_id_of, rank_slice
 from connectors.vllm_metrics import KVStorePromMetrics, KVStoreStats
 from connectors.vllm_pages import DevicePages, EnginePages, PackedPages, StridedPages
@@ -336,7 +336,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         if self._worker is not None:
-            self._worker.load(self._orders(), layered=_goes_by_layers(forward_context))
+            self._worker.load(self._orders(), layered=goes_by_layers(forward_context))
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         layer = self._layers.get(layer_name)
@@ -387,19 +387,6 @@ def _nothing(*_: object) -> Any:
 
 
 _CLOSED = _Link(None, _nothing, _nothing, lambda: None)  # type: ignore[arg-type]
-
-
-def _goes_by_layers(forward_context: Any) -> bool:
-    """Whether the coming forward pass calls `wait_for_layer_load` before it reads a layer's KV.
-
-    Not where there is none, nor where all of it is one CUDA graph (the runner that captures by itself then gives a
-    context without metadata), nor in two halves of a batch that run on streams of their own.
-    """
-    return (
-        getattr(forward_context, "attn_metadata", None) is not None
-        and getattr(forward_context, "cudagraph_runtime_mode", CUDAGraphMode.FULL) != CUDAGraphMode.FULL
-        and getattr(forward_context, "ubatch_slices", None) is None
-    )
 
 
 def _tensors_of(kv_caches: Mapping[str, torch.Tensor], layers: range) -> tuple[list[torch.Tensor], dict[str, int]]:

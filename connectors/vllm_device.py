@@ -147,3 +147,17 @@ class DeviceSave:
         with self.held:
             if self.copying is not None:
                 self.copying.finish()
+
+
+def goes_by_layers(forward_context: object) -> bool:
+    """Whether the forward pass of vLLM's `forward_context` calls `wait_for_layer_load` before it reads a layer's KV.
+
+    Not where there is none, nor where all of it is one CUDA graph (the runner that captures by itself then gives a
+    context without metadata), nor in two halves of a batch that run on streams of their own.
+    """
+    mode = getattr(getattr(forward_context, "cudagraph_runtime_mode", None), "name", "")
+    return (
+        getattr(forward_context, "attn_metadata", None) is not None
+        and mode in ("NONE", "PIECEWISE")
+        and getattr(forward_context, "ubatch_slices", None) is None
+    )

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import enum
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -12,6 +14,7 @@ pytest.importorskip("torch", reason="the worker copies torch tensors")
 
 import torch
 
+from connectors.vllm_device import goes_by_layers
 from connectors.vllm_pages import StridedPages
 from connectors.vllm_plan import Orders, Scheduled, VllmSettings
 from connectors.vllm_scheduler import SchedulerSide
@@ -295,6 +298,8 @@ def test_a_load_beside_the_steps_counts_only_when_it_is_done_on_the_device(seed:
     device.store_blocks(64, 2.0)
     pages = range(20, 30)
     device.fill(pages, 1.0)
+    for _ in range(100):  # a forward so long that a load which does not wait for it overtakes its end
+        device.streams.run_engine(lambda: None)
     device.streams.run_engine(lambda: device.look(0, pages[:8]))
     device.streams.may_finish.clear()
     request, orders = device.matched(80, pages)
@@ -333,16 +338,27 @@ def test_after_a_load_is_given_up_its_copies_come_before_whatever_the_engine_doe
     device.close()
 
 
-def test_a_forward_pass_that_calls_no_hooks_waits_for_whole_loads() -> None:
-    pytest.importorskip("vllm", reason="NOT TESTED HERE: vLLM is not in this environment")
-    from types import SimpleNamespace
+class Mode(enum.Enum):
+    """vLLM's `CUDAGraphMode`, as far as a step has one."""
 
-    from vllm.config import CUDAGraphMode
+    NONE = 0
+    PIECEWISE = 1
+    FULL = 2
 
-    from connectors.vllm import _goes_by_layers
 
-    goes: Callable[..., bool] = lambda **of: _goes_by_layers(SimpleNamespace(**of))
-    assert goes(attn_metadata={}, cudagraph_runtime_mode=CUDAGraphMode.PIECEWISE, ubatch_slices=None)
-    assert not goes(attn_metadata={}, cudagraph_runtime_mode=CUDAGraphMode.FULL, ubatch_slices=None)
-    assert not goes(attn_metadata=None, cudagraph_runtime_mode=CUDAGraphMode.NONE, ubatch_slices=None)
-    assert not goes(attn_metadata={}, cudagraph_runtime_mode=CUDAGraphMode.NONE, ubatch_slices=[1, 2])
+@pytest.mark.parametrize(
+    ("metadata", "mode", "halves", "by_layers"),
+    [
+        ({}, Mode.PIECEWISE, None, True),
+        ({}, Mode.NONE, None, True),
+        ({}, Mode.FULL, None, False),
+        (None, Mode.NONE, None, False),
+        ({}, Mode.NONE, [1, 2], False),
+        ({}, None, None, False),
+    ],
+)
+def test_a_forward_pass_that_may_call_no_hooks_waits_for_whole_loads(
+    metadata: object, mode: Mode | None, halves: object, by_layers: bool
+) -> None:
+    context = SimpleNamespace(attn_metadata=metadata, cudagraph_runtime_mode=mode, ubatch_slices=halves)
+    assert goes_by_layers(context) == by_layers
