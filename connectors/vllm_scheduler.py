@@ -37,7 +37,7 @@ _IN_TIME = 0.9
 """Share of a deadline after which waiting ends: that it has is noticed between steps, and takes effect in the next."""
 _LOOK_S, _LOOK_SHARE = 0.002, 0.01
 """Between two looks at pending blocks: at least, and of what computing them is predicted to take. Asked in every step,
-four waiting requests took a third of a core from the engine beside them that was computing."""
+waiting requests would keep taking time from an engine beside them that is computing (how much was not measured)."""
 _REST_S = 0.005
 """A step of an engine whose requests all wait. Longer would delay a new one, shorter only spins."""
 _UNSEEN_BYTES_PER_S = 2e9
