@@ -1,0 +1,384 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each figure of ``bench/results`` means, and what was asked of it. `bench.figures` draws pages from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A figure of a summary: `key`, what it says, its `unit`, and the bound that was `asked`, such as ``>= 0.85``.
+
+    `asked` is empty where nothing was; ``yes`` asks for a true value, ``== 0`` for just that. With a `headline`, its
+    name there, it stands in the project's README.
+    """
+
+    key: str
+    text: str
+    asked: str = ""
+    unit: str = ""
+    headline: str = ""
+
+    def met(self, value: object) -> bool | None:
+        """Whether a measured value is what was asked; None where nothing was asked, or nothing measured."""
+        if not self.asked or value is None:
+            return None
+        if self.asked == "yes":
+            return value is True
+        assert isinstance(value, int | float), f"{self.key} is {value!r}"
+        relation, _, bound = self.asked.partition(" ")
+        limit = float(bound)
+        match relation:
+            case "<=":
+                return value <= limit
+            case ">=":
+                return value >= limit
+            case ">":
+                return value > limit
+            case "==":
+                return value == limit
+        raise ValueError(f"{self.key} asks {self.asked!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One file of `bench/results`: its stem, a title, a remark without figures, what its figures are."""
+
+    stem: str
+    title: str
+    figures: tuple[Asked, ...]
+    remark: str = ""
+
+
+RESULTS_ASKED = (
+    Result(
+        "ttft-cpu",
+        "Multi-turn chats in transformers",
+        (
+            Asked("outputs_equal", "outputs with reuse equal those without, every turn and arm, fp32 greedy", "yes"),
+            Asked(
+                "speedup_host",
+                "TTFT of later turns, ≥ 1.5k tokens reused: recompute ÷ host",
+                ">= 8",
+                "×",
+                "multi-turn chat, SmolLM2 in transformers: TTFT by recompute ÷ from host memory",
+            ),
+            Asked("speedup_redis", "recompute ÷ Redis, host empty", ">= 6", "×", "… ÷ from Redis, host empty"),
+            Asked("host_vs_device", "host ÷ a device cache that holds everything", "<= 1.15", "×"),
+            Asked("redis_vs_device", "Redis ÷ that device cache", "<= 1.5", "×"),
+            Asked("zero_reuse_overhead_pct", "no reuse at all: TTFT over no store", "<= 3", "%"),
+            Asked("zero_reuse_write_through_overhead_pct", "no reuse, writing everything through to Redis", "", "%"),
+            Asked("store_down_overhead_pct", "Redis dead, nothing in the host: TTFT over no store", "<= 3", "%"),
+            Asked("ttft_turn2_p50_recompute_s", "median TTFT at turns 2 and later: recompute", "", "s"),
+            Asked("ttft_turn2_p50_device_s", "a device cache that overflows", "", "s"),
+            Asked("ttft_turn2_p50_device_host_s", "the same with the host below it", "", "s"),
+            Asked("ttft_turn2_p50_host_s", "host alone", "", "s"),
+            Asked("ttft_turn2_p50_redis_s", "Redis", "", "s"),
+        ),
+        "SmolLM2-135M in fp32; documents of the Python library, 4 users × 4 turns, compared request by request. One"
+        " request's noise is about a tenth; an overhead below zero is noise, and the connector's cache, which is"
+        " allocated at once where transformers' own grows.",
+    ),
+    Result(
+        "tiers-cpu",
+        "Store and tiers in one process",
+        (
+            Asked("host_save_ratio", "host save ÷ memcpy, 8 MiB parts, 512 MiB", ">= 0.85"),
+            Asked("host_load_ratio", "host load ÷ memcpy", ">= 0.85"),
+            Asked("paged_save_ratio", "scattered 16-token pages: save ÷ memcpy", ">= 0.6"),
+            Asked("paged_load_ratio", "load ÷ memcpy", ">= 0.6"),
+            Asked("match_128k_ms", "hash and match 131,072 tokens, all resident", "<= 3", "ms"),
+            Asked("match_next_turn_ms", "one more turn of it", "<= 0.5", "ms"),
+            Asked(
+                "redis_load_ratio",
+                "Valkey 9 over TCP, 8 MiB parts: load ÷ raw sockets",
+                ">= 0.85",
+                "",
+                "Redis tier over TCP: load ÷ raw sockets",
+            ),
+            Asked("redis_save_ratio", "save ÷ raw sockets", ">= 0.85", "", "… save ÷ raw sockets"),
+            Asked("redis_unix_load_ratio", "over a Unix socket: load ÷ raw Unix sockets", ">= 0.80"),
+            Asked("redis_unix_save_ratio", "save ÷ raw Unix sockets", ">= 0.80"),
+            Asked("redis_small_load_ratio", "TCP, 128 KiB parts: load ÷ raw sockets", ">= 0.6"),
+            Asked("redis_small_save_ratio", "TCP, 128 KiB parts: save ÷ raw sockets"),
+            Asked("redis_load_vs_redispy", "load ÷ redis-py's MGET with hiredis", ">= 1.8", "×"),
+            Asked("redis_save_vs_redispy", "save ÷ redis-py's pipelined SET", ">= 3", "×"),
+            Asked("redis7_load_ratio", "Redis 7: load ÷ a bare GET loop", ">= 0.9"),
+            Asked("redis7_save_ratio", "Redis 7: save ÷ a bare SET loop", ">= 0.9"),
+            Asked("presence_2048_ms", "presence of 2,048 keys", "<= 2", "ms"),
+            Asked("touch_2048_ms", "a touch of 2,048 members of a million, in the background", "<= 3", "ms"),
+        ),
+        "The ceiling of a share of memcpy is one thread of libc's, which reads the destination before it overwrites it:"
+        " that is how a share can be above 1.",
+    ),
+    Result(
+        "faults-cpu",
+        "Faults between store and Redis",
+        (
+            Asked(
+                "fault_soak", "faults: delays, cuts, flipped bits, foreign replies, errors, flushes, kills", ">= 10000"
+            ),
+            Asked("fault_soak_blocks_served", "blocks served meanwhile"),
+            Asked(
+                "fault_soak_wrong_bytes",
+                "blocks with wrong bytes",
+                "== 0",
+                "",
+                "10,000 faults between store and Redis: blocks with wrong bytes",
+            ),
+            Asked("fault_soak_late_calls", "calls past their deadline", "== 0"),
+            Asked("fault_soak_leaked_slots", "slots leaked", "== 0"),
+            Asked("fault_soak_broken", "broken invariants", "== 0"),
+            Asked("host_hit_unaffected_pct", "a host hit with Redis slow or stopped: the larger change", "<= 5", "%"),
+            Asked("breaker_first_ms", "Redis stopped: first request, with a deadline of 250 ms", "<= 275", "ms"),
+            Asked("breaker_open_ms", "later requests, p99", "<= 1", "ms"),
+        ),
+    ),
+    Result(
+        "service-cpu",
+        "The sidecar in a process of its own",
+        (
+            Asked(
+                "sidecar_load_ratio",
+                "load of 512 MiB in 8 MiB parts, calls included ÷ memcpy",
+                ">= 0.80",
+                "",
+                "sidecar: load of 512 MiB, calls included ÷ memcpy",
+            ),
+            Asked("sidecar_save_ratio", "save of it", ">= 0.75", "", "… save of it"),
+            Asked("sidecar_paged_load_ratio", "128 MiB in scattered 32 KiB segments: load", ">= 0.5"),
+            Asked("sidecar_paged_save_ratio", "save of it", ">= 0.5"),
+            Asked("sidecar_match_128k_ms", "match of 131,072 tokens, hashing included", "<= 6", "ms"),
+            Asked("sidecar_match_next_turn_ms", "the next turn", "<= 2", "ms"),
+            Asked("rpc_p50_ms", "small match", "<= 0.45", "ms", "… a small match"),
+            Asked("bare_rpc_p50_ms", "a bare gRPC echo in the same run", "", "ms"),
+            Asked("rpc_p50_64_ratio", "small match while 64 clients watch: median ÷ alone", "<= 1.5"),
+            Asked("rpc_p99_64_ms", "the same, 99th percentile", "<= 10", "ms"),
+            Asked("clients8_total_ratio", "8 clients loading ÷ one", ">= 0.9"),
+            Asked("clients8_fairness", "fastest ÷ slowest of them", "<= 2"),
+            Asked("remote_load_ratio", "load without a mapping ÷ bare gRPC stream that keeps the bytes", ">= 0.8"),
+            Asked("remote_load_ratio_to_dropped", "÷ one that drops them", ">= 0.8"),
+            Asked("index_bytes_per_block", "a million blocks: bytes each without tokens", "<= 450"),
+            Asked("index_match_growth", "match there, per block ÷ at 10,000", "<= 1.6"),
+            Asked("index_match_us_per_block", "match there, per block", "<= 1", "µs"),
+            Asked("index_match_p99_ms", "2,048 blocks of a million, p99", "<= 5", "ms"),
+        ),
+    ),
+    Result(
+        "vllm-ttft-cpu",
+        "vLLM through the sidecar",
+        (
+            Asked(
+                "ttft_vs_engine_hit",
+                "TTFT, 232 new tokens ÷ the engine's own prefix cache",
+                "<= 1.15",
+                "×",
+                "vLLM, 4,096 tokens reused: TTFT ÷ a hit in the engine's own prefix cache",
+            ),
+            Asked("added_ms_16", "16 new tokens: more than the engine's own prefix cache", "<= 25", "ms"),
+            Asked("redis_vs_host", "Redis with a cold host ÷ host", "<= 1.5", "×"),
+            Asked(
+                "ttft_vs_lmcache",
+                "÷ LMCache's sidecar in shared memory",
+                "<= 0.85",
+                "×",
+                "… ÷ LMCache's sidecar in shared memory",
+            ),
+            Asked("vs_recompute", "host ÷ computing it all", "", "×", "… ÷ computing it all"),
+        ),
+        "A random Llama of 100M parameters in bf16, 4,096 tokens reused; one warm engine, the same requests in every"
+        " arm.",
+    ),
+    Result(
+        "vllm-ttft-smollm2-cpu",
+        "The same with SmolLM2-135M",
+        (
+            Asked("ttft_vs_engine_hit", "TTFT, 232 new tokens ÷ the engine's own prefix cache", "", "×"),
+            Asked("added_ms_16", "16 new tokens: more than the engine's own prefix cache", "", "ms"),
+            Asked("redis_vs_host", "Redis with a cold host ÷ host", "", "×"),
+            Asked("vs_recompute", "host ÷ computing it all", "", "×"),
+        ),
+    ),
+    Result(
+        "vllm-cold-cpu",
+        "vLLM where nothing is reused",
+        (
+            Asked(
+                "zero_reuse_overhead_pct",
+                "TTFT over no connector, median of pairs",
+                "<= 2",
+                "%",
+                "vLLM, nothing reused: TTFT over no connector",
+            ),
+            Asked("zero_reuse_overhead_pct_low", "95 % interval: from", "", "%"),
+            Asked("zero_reuse_overhead_pct_high", "to", "", "%"),
+            Asked("zero_reuse_throughput_pct", "total throughput below no connector's", "<= 2", "%"),
+            Asked("zero_reuse_throughput_pct_low", "95 % interval: from", "", "%"),
+            Asked("zero_reuse_throughput_pct_high", "to", "", "%"),
+            Asked("num_pairs", "alternating pairs", ">= 20"),
+        ),
+    ),
+    Result(
+        "vllm-equal-cpu",
+        "vLLM's features, outputs with and without the store",
+        (
+            Asked("num_rows", "features and their combinations"),
+            Asked(
+                "num_different",
+                "rows whose tokens differ",
+                "== 0",
+                "",
+                "vLLM's features, one by one and together: rows whose tokens differ",
+            ),
+            Asked("worst_error", "stored KV − recomputed KV, fp32, at worst", "<= 1e-4"),
+            Asked("cross_engine_equal", "saved by vLLM, loaded by transformers, and the reverse", "yes"),
+            Asked("worst_added_delay_vs_deadline", "kills and damage: delay ÷ deadline, at worst", "<= 1"),
+        ),
+        "Each row has a control with wrong bytes, whose output must differ.",
+    ),
+    Result(
+        "burst-cpu",
+        "A burst: 8 users, one 2k system prompt, two vLLM engines, fp32",
+        (
+            Asked(
+                "burst_speedup",
+                "mean TTFT without ÷ with",
+                ">= 2.5",
+                "×",
+                "8 users at once, one system prompt, two vLLM engines: mean TTFT without ÷ with",
+            ),
+            Asked("prefix_computed_times", "times that prompt was computed", "<= 1.2"),
+            Asked("speedup_over_own_cache", "mean TTFT with the engines' own caches ÷ with", "", "×"),
+            Asked("outputs_equal", "outputs equal", "yes"),
+        ),
+    ),
+    Result(
+        "breakeven-cpu",
+        "Load or compute, links of 0.05 to 5 GB/s, prompts of 128 to 8k tokens",
+        (
+            Asked(
+                "worst_regret_pct",
+                "TTFT above the better of always and never loading, worst cell",
+                "<= 5",
+                "%",
+                "load or compute, over 28 speeds and lengths: TTFT above the better choice, at worst",
+            ),
+            Asked("worst_null_pct", "two arms that do the same, worst cell", "", "%"),
+            Asked("cells_over_target", "cells above the bound"),
+            Asked("cells_surely_over_target", "cells above it beyond their noise"),
+            Asked("cells", "cells"),
+        ),
+        "A random Llama of 10M parameters in transformers.",
+    ),
+    Result(
+        "blocks-cpu",
+        "Block size, and reuse of a block's beginning",
+        (
+            Asked("hit_pct_64", "hit tokens, blocks of 64", "", "%"),
+            Asked("hit_pct_64_partial", "with a block's beginning", "", "%"),
+            Asked("hit_pct_256", "hit tokens, blocks of 256", "", "%"),
+            Asked("hit_pct_256_partial", "with a block's beginning", "", "%"),
+            Asked("outputs_equal", "outputs equal", "yes"),
+        ),
+    ),
+    Result(
+        "policies-conversation",
+        "Eviction: `returns` on the last half of a chat trace",
+        (
+            Asked("gap_closed_pct_2", "share of lru → optimum closed, capacity 2 % of the blocks", ">= 25", "%"),
+            Asked(
+                "gap_closed_pct_5",
+                "5 %",
+                ">= 20",
+                "%",
+                "eviction on a chat trace: share of the way from LRU to the offline optimum",
+            ),
+            Asked("gap_closed_pct_10", "10 %", ">= 15", "%"),
+            Asked("worst_vs_lru_pts", "hit rate − lru's, at worst, capacities of 0.5 to 50 %", ">= -0.5", "points"),
+            Asked("us_per_block", "time in the policy", "<= 10", "µs a block"),
+        ),
+    ),
+    Result(
+        "policies-synthetic",
+        "… on a synthetic trace",
+        (Asked("worst_vs_lru_pts", "hit rate − lru's, at worst, capacities of 0.5 to 50 %", ">= -0.5", "points"),),
+    ),
+    Result(
+        "policies-generated",
+        "… on generated traces",
+        (Asked("worst_vs_lru_pts", "hit rate − lru's, at worst, capacities of 0.5 to 50 %", ">= -0.5", "points"),),
+    ),
+    Result(
+        "shared-synthetic",
+        "Eviction within Redis, synthetic trace at 5 %",
+        (
+            Asked("shared_lru_gap_pts", "hit rate below exact tail-first lru", "<= 0.3", "points"),
+            Asked(
+                "unreachable_pct",
+                "bytes whose prefix is gone",
+                "== 0",
+                "%",
+                "eviction within Redis: bytes whose prefix is gone",
+            ),
+        ),
+    ),
+    Result(
+        "shared-conversation",
+        "… two stores on one server, chat trace",
+        (
+            Asked("out_of_reach_blocks", "residents out of reach", "== 0"),
+            Asked("other_faults", "accounts that are not what is there", "== 0"),
+        ),
+    ),
+    Result(
+        "lossy-cpu",
+        "What fp8 and NVFP4 blocks do to SmolLM2",
+        (
+            Asked("fp8_bytes_share", "fp8: bytes ÷ bf16's"),
+            Asked("fp8_perplexity_change_pct", "fp8: perplexity", "", "%"),
+            Asked("fp8_logit_drift", "fp8: logit drift"),
+            Asked("chunked_perplexity_change_pct", "bf16, prefilled in chunks: perplexity", "", "%"),
+            Asked("chunked_logit_drift", "bf16, prefilled in chunks: logit drift"),
+            Asked("nvfp4_bytes_share", "NVFP4: bytes ÷ bf16's"),
+            Asked("nvfp4_perplexity_change_pct", "NVFP4: perplexity", "", "%"),
+        ),
+        "Chunked prefill is bf16's own rounding: the yardstick for what a format changes.",
+    ),
+    Result(
+        "gpu-not-measured",
+        "On a GPU",
+        (
+            Asked(
+                "d2h_ratio",
+                "device → host, 16-token pages in random order ÷ one large pinned copy",
+                ">= 0.92",
+                "",
+                "GPU: device → host ÷ one large pinned copy",
+            ),
+            Asked("h2d_ratio", "host → device", ">= 0.92", "", "… host → device"),
+            Asked("bidi_ratio", "both at once ÷ that pair's ceiling", ">= 0.85"),
+            Asked("decode_slowdown_pct", "a decode step meanwhile", "<= 3", "%"),
+            Asked("pin_delay_s", "pinning 32 GiB: delay of the first request", "<= 0.5", "s"),
+            *(
+                Asked(f"ttft_vs_floor_{n}", f"TTFT from pinned host ÷ its floor, {n}", "<= 1.10", "×")
+                for n in ("8k", "32k", "64k")
+            ),
+            *(
+                Asked(
+                    f"ttft_speedup_{n}",
+                    f"recompute ÷ pinned host, {n}",
+                    f">= {least}",
+                    "×",
+                    "… recompute ÷ pinned host, 64k" if n == "64k" else "",
+                )
+                for n, least in (("8k", 5), ("32k", 10), ("64k", 14))
+            ),
+            Asked("overlap_gain_32k", "copy + forward ÷ layer by layer, 32k", "> 1", "×"),
+            Asked("fp8_gain_32k", "bf16 ÷ fp8, 32k", ">= 1.4", "×"),
+            Asked("device_tier_overhead_pct", "device tier over the plain cached forward", "<= 5", "%"),
+            Asked("split_decode_equal", "split-KV decode over reloaded pages equals that over native ones", "yes"),
+        ),
+        "No GPU was at hand: `python -m bench gpu` is written to be run at once where one is.",
+    ),
+)
