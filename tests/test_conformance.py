@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvstore.api import Hint, Load, Store
+from kvstore.api import Hint, KnowsWindows, Load, LoadedBlock, Store
 from kvstore.block import Chain, ModelId, PartKey, Root
 from kvstore.config import StoreConfig
 from kvstore.errors import ConfigError, LeaseError, UnknownLease
 from kvstore.service.client import connect
+from kvstore.service.remote import RemoteLoad
 from kvstore.service.rights import Gate
 from kvstore.service.server import Server
 from kvstore.store import KVStore
@@ -471,6 +472,43 @@ def test_a_load_larger_than_the_arena_goes_in_windows(make_any: MakeAnyStore, ro
     assert load_all(store, chain) == ["dict"] * 40
     assert store.match(chain, "r").num_blocks > 0
     store.forget("r")
+
+
+def test_blocks_of_a_window_stay_until_the_next_one_is_said_to_come(
+    make_any: MakeAnyStore, root: Root, model: ModelId
+) -> None:
+    chain = chain_of(root, 40)
+    store = make_any(8, tiers=[tier_with(chain, model=model)])
+    store.match(chain, "r", wait_s=5)
+    windows: list[int] = []
+    held: list[LoadedBlock] = []
+    with store.load("r") as load:
+        assert isinstance(load, KnowsWindows)
+        for block in load:
+            held.append(block)
+            following = block.index + 1
+            if following < 40 and not load.comes_in_windows(following):
+                continue
+            for one in held:  # copied as late as may be
+                assert bytes(one.views[0]) == content(chain, one.index, 0, one.views[0].nbytes)
+            windows.append(len(held))
+            held = []
+        assert load.intact()
+    assert sum(windows) == 40
+    assert len(windows) > 1 or isinstance(load, RemoteLoad)  # whose client has memory of its own, with room for all
+
+
+def test_a_load_that_fits_comes_in_no_windows(make_any: MakeAnyStore, root: Root, model: ModelId) -> None:
+    chain = chain_of(root, 12)
+    store = make_any(tiers=[tier_with(chain, model=model)])
+    store.match(chain, "r", wait_s=5)
+    with store.load("r") as load:
+        assert isinstance(load, KnowsWindows)
+        blocks = [block for block in load if not load.comes_in_windows(min(block.index + 1, 11))]
+        assert [bytes(one.views[0]) for one in blocks] == [
+            content(chain, index, 0, blocks[0].views[0].nbytes) for index in range(12)
+        ]
+        assert load.intact()
 
 
 def test_closing_a_load_early_stops_the_fetch(make_any: MakeAnyStore, root: Root, model: ModelId) -> None:

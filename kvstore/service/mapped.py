@@ -198,7 +198,7 @@ class MappedLoad:
         self._blocks = _Blocks(mapping, cells.sizes)
         self._windowed = False
         self._broken = False
-        self._passed = 0
+        self._checked = 0  # blocks before it were the same when a window moved over them
         self._closed = False
         self._replies: Replies | None = None
         reply = self._begin(request)
@@ -239,13 +239,18 @@ class MappedLoad:
             except MappingClosed:
                 return
             yield block
-            self._passed = at + 1
-            if self._windowed and not self._blocks.same(at, at + 1):
-                self._broken = True
 
     @property
     def is_whole(self) -> bool:
         return not self._windowed and len(self._blocks.tiers) >= self.num_blocks
+
+    def comes_in_windows(self, index: int) -> bool:
+        """See `kvstore.api.KnowsWindows`."""
+        at = index - self._first
+        while len(self._blocks.tiers) <= at and not self._windowed:
+            if not self._more():
+                return False
+        return len(self._blocks.tiers) <= at
 
     def _reach(self, at: int) -> bool:
         """Wait for block `at`; False where the load ended before it."""
@@ -255,18 +260,26 @@ class MappedLoad:
                 told = True  # the server waits for this before it brings the next
                 if not self._tell(at):
                     return False
-            try:
-                reply = self._next()
-            except (Down, KVStoreError):
-                self._replies = None
+            if not self._more():
                 return False
-            if reply is None:
-                return False
-            self._take(reply)
+        return True
+
+    def _more(self) -> bool:
+        """Wait for the next reply; False where the load has ended."""
+        try:
+            reply = self._next()
+        except (Down, KVStoreError):
+            self._replies = None
+            return False
+        if reply is None:
+            return False
+        self._take(reply)
         return True
 
     def _tell(self, at: int) -> bool:
-        """Every block before position `at` has been copied."""
+        """Every block before position `at` has been copied; what overwrote one meanwhile is seen now or never."""
+        self._broken = self._broken or not self._blocks.same(self._checked, at)
+        self._checked = at
         request = pb.ReleaseRequest(session=self._connection.session, window_of=self._lease, passed=self._first + at)
         try:
             self._link.call(self._connection, self._connection.stub.Release, request)
@@ -277,8 +290,8 @@ class MappedLoad:
     def intact(self) -> bool:
         if self._closed or self._broken:
             return False
-        # In windows, what was passed was checked when it was, and may be overwritten since.
-        return self._blocks.same(self._passed if self._windowed else 0, len(self._blocks.tiers))
+        # What a window moved over was checked before, and may be overwritten since.
+        return self._blocks.same(self._checked, len(self._blocks.tiers))
 
     def share(self) -> bytes:
         """What another process of this engine needs to copy from this load too: see `SidecarStore.adopt`.

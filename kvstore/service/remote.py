@@ -208,6 +208,10 @@ class RemoteLoad:
                     return
             yield RemoteBlock(index, tiers[index], tuple(view.toreadonly() for view in self._memory(index)))
 
+    def comes_in_windows(self, index: int) -> bool:
+        """See `kvstore.api.KnowsWindows`: known from the beginning here."""
+        return self._rented is not None and self._rented.num_blocks < self.num_blocks
+
     def _place(self, message: bytes, tiers: dict[int, str]) -> None:
         """Put the data of a message into place, and note the blocks that are whole."""
         head, data = decode(pb.ReadReply, message)

@@ -24,6 +24,7 @@ from kvstore.service.server import Server
 from tests.conftest import chain_of, content, load_all, save_all
 from tests.fakes import DictTier
 from tests.service.conftest import ServerProcess, StartServer
+from tests.test_conformance import tier_with
 from tests.waiting import wait_until
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -456,3 +457,21 @@ def test_an_arena_is_locked_in_memory_where_that_is_asked_for(start_server: Star
     before = locked_kib()
     start_server(1024, service={"pin_memory": True})
     wait_until(lambda: locked_kib() >= before + 4096)
+
+
+def test_a_block_that_was_overwritten_before_a_window_moved_over_it_is_noticed(
+    start_server: StartServer, root: Root
+) -> None:
+    chain = chain_of(root, 24)
+    server = start_server(8, tiers=[tier_with(chain, model=root.model)])
+    with connected(server, root) as store:
+        store.match(chain, "r", wait_s=5)
+        with store.load("r") as load:
+            assert isinstance(load, MappedLoad)
+            blocks = iter(load)
+            next(blocks)
+            slot = int(load._blocks.offsets[0][0])
+            server._store._host.arena.generation[slot // 4096] += 1  # as if it had become another block's
+            assert sum(1 for _ in blocks) == 23
+            assert load._windowed
+            assert not load.intact()
