@@ -24,6 +24,7 @@ from kvstore.errors import TierError
 from kvstore.tiers.redis import RedisTier
 from kvstore.tiers.redis_accounting import size_class
 from kvstore.tiers.redis_names import MAX_BUCKETS, STEP_S, Bucket, Names, registry
+from kvstore.tiers.redis_write import Item, SendItems
 from kvstore.tiers.valkey import EmbeddedServer, ServerOptions
 from kvstore.wire.frame import header_bytes
 from tests.redis.cluster import until
@@ -147,6 +148,27 @@ def test_parents_score_above_children_whatever_order_writes_and_touches_take(
     for chat in chats:
         scores = [score(client, key) for key in resident(tiers[0], chat)]
         assert all(parent > child for parent, child in itertools.pairwise(scores))
+
+
+def test_a_write_planned_before_others_used_the_chain_never_makes_it_colder(
+    server: EmbeddedServer, client: redis.Redis, make_tier: MakeTier, root: Root
+) -> None:
+    """Two stores write one chain at once; the one whose values come last made its plan before the chain was used."""
+    slow, quick = (make_tier(server.url, num_buckets=NUM_BUCKETS) for _ in range(2))
+    content = Content(root, 4)
+
+    def overtaken(items: Sequence[Item], send: SendItems) -> set[PartKey]:
+        Content(root, 6).write(quick)
+        use(quick, Content(root, 6))
+        used.update({key: score(client, key) for key in Content(root, 6).keys})
+        return send(talk.wire, items)
+
+    used: dict[PartKey, float] = {}
+    deadline = time.monotonic() + DEADLINE_S
+    with slow._nodes.talk(deadline) as talk:
+        written = slow._writer.write(talk, content.parts, content.meta, deadline, {}, overtaken)
+    assert written == set(content.keys)
+    assert {key: score(client, key) for key in used} == used
 
 
 def test_tail_written_late_below_a_cold_head_stays_below_it(
