@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each figure of ``bench/results`` means, and what was asked of it. `bench.figures` draws pages from it."""
+"""What each figure of ``bench/results`` means, and what was asked of it.
+
+Benchmarks print their figures beside it, and `bench.figures` draws pages from it. Needs nothing but Python.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -19,6 +23,11 @@ class Asked:
     asked: str = ""
     unit: str = ""
     headline: str = ""
+
+    @property
+    def bound(self) -> str:
+        """What was asked, for people; empty where nothing was."""
+        return self.asked.replace("<=", "≤").replace(">=", "≥").replace("== ", "")
 
     def met(self, value: object) -> bool | None:
         """Whether a measured value is what was asked; None where nothing was asked, or nothing measured."""
@@ -349,6 +358,8 @@ RESULTS_ASKED = (
         "gpu-not-measured",
         "On a GPU",
         (
+            Asked("bytes_equal", "every way gives the CPU's bytes", "yes"),
+            Asked("order_kept", "saves and loads wait for the forward, and it for them", "yes"),
             Asked(
                 "d2h_ratio",
                 "device → host, 16-token pages in random order ÷ one large pinned copy",
@@ -382,3 +393,40 @@ RESULTS_ASKED = (
         "No GPU was at hand: `python -m bench gpu` is written to be run at once where one is.",
     ),
 )
+
+
+def number(value: object) -> str:
+    """A measured value in at most three digits that mean something."""
+    match value:
+        case None:
+            return "not measured"
+        case bool():
+            return "yes" if value else "no"
+        case int():
+            return f"{value:,}"
+        case float():
+            if abs(value) >= 100 or value == int(value):
+                return f"{value:,.0f}"
+            return f"{value:.2f}" if abs(value) >= 0.01 else f"{value:.2g}"
+    return str(value)
+
+
+def figures_of(stem: str) -> dict[str, Asked]:
+    """The figures of one result by their keys. Raises KeyError where no result has that stem."""
+    by_stem = {result.stem: result for result in RESULTS_ASKED}
+    return {figure.key: figure for figure in by_stem[stem].figures}
+
+
+def verdict(figure: Asked, value: object) -> str:
+    """``asked ≥ 0.85: met``, or why that cannot be said; empty where nothing was asked."""
+    if not figure.asked:
+        return ""
+    return f"asked {figure.bound}" + {None: "", True: ": met", False: ": NOT MET"}[figure.met(value)]
+
+
+def print_figures(stem: str, summary: Mapping[str, object]) -> None:
+    """Print a summary, a line a figure, beside what was asked of it for the published result `stem`."""
+    known = figures_of(stem)
+    for key, value in summary.items():
+        figure = known.get(key, Asked(key, ""))
+        print(f"{key:32} {number(value):>12} {figure.unit:10} {verdict(figure, value)}".rstrip())

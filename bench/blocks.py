@@ -19,6 +19,7 @@ import torch
 from rich.progress import Progress
 from transformers import PreTrainedModel
 
+from bench.asked import print_figures
 from bench.env import stamp
 from bench.models import random_llama, smollm2
 from bench.options import whole
@@ -152,8 +153,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     rows, table, summary = measure(options.users, options.turns, options.rounds, options.seed)
     print_table("Block sizes", table, list(table[0]))
-    for key, value in summary.items():
-        print(f"{key:26} {value if isinstance(value, bool) else format(value, '.3f')}")
+    print_figures("blocks-cpu", summary)
     if options.json:
         write_json(options.json, "blocks", stamp(), [*table, *rows], {**summary, "seed": options.seed})
         plot_blocks(table, options.json.with_suffix(".png"))

@@ -27,6 +27,7 @@ import torch
 from rich.progress import Progress
 from transformers import PreTrainedModel
 
+from bench.asked import print_figures
 from bench.env import stamp
 from bench.models import random_llama
 from bench.options import whole
@@ -239,8 +240,7 @@ def main(argv: list[str]) -> int:
     cells, grid = measure(lengths, SPEEDS_GB_PER_S, options.repeats, options.seed)
     table, summary = summarise(cells, grid)
     print_table("Load or compute", table, list(table[0]))
-    for key, value in summary.items():
-        print(f"{key:26} {format(value, '.2f') if isinstance(value, float) else value}")
+    print_figures("breakeven-cpu", summary)
     if options.json:
         write_json(options.json, "breakeven", stamp(), [*table, *grid.rows], {**summary, "seed": options.seed})
         plot_breakeven(table, options.json.with_suffix(".png"))

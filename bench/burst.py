@@ -27,6 +27,7 @@ import torch
 from rich.progress import Progress
 
 import kvstore
+from bench.asked import print_figures
 from bench.env import stamp
 from bench.models import smollm2
 from bench.options import whole
@@ -328,8 +329,7 @@ def main(argv: list[str]) -> int:
     summary, rows = measure(fleet, options.users, options.tokens, options.rounds, options.within, options.seed)
     table = _table(rows)
     print_table("Burst", table, list(table[0]))
-    for key, value in summary.items():
-        print(f"{key:32} {value if isinstance(value, bool) else format(value, '.3f')}")
+    print_figures("burst-cpu", summary)
     if options.json:
         write_json(options.json, "burst", stamp(), rows, {**summary, "engine": options.engine, "seed": options.seed})
         plot_burst(rows, options.json.with_suffix(".png"))

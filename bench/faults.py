@@ -25,6 +25,7 @@ import numpy as np
 import redis
 from rich.progress import Progress
 
+from bench.asked import print_figures
 from bench.env import stamp
 from bench.options import whole
 from bench.redis_proxy import ERRORS, KINDS, Fault, FaultProxy
@@ -398,8 +399,7 @@ def main(argv: list[str]) -> int:
         **{f"fault_soak_{kind.replace(' ', '_')}": float(count) for kind, count in sorted(soak.faults.items())},
     }
     print_table("Faults that struck", rows, ["fault", "count"])
-    for key, value in summary.items():
-        print(f"{key:28} {value:.3f}")
+    print_figures("faults-cpu", summary)
     for line in [*soak.errors, *soak.broken][:20]:
         print(line)
     if options.json:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypedDict
 
-from bench.asked import RESULTS_ASKED, Result
+from bench.asked import RESULTS_ASKED, Result, number
 from bench.record import write_text
 
 HELP = "the committed results beside what was asked of them: draws bench/results/README.md and the README's table"
@@ -22,22 +22,6 @@ HELP = "the committed results beside what was asked of them: draws bench/results
 RESULTS = Path(__file__).parent / "results"
 README = RESULTS.parent.parent / "README.md"
 BEGIN, END = "<!-- drawn by `python -m bench figures --write` -->\n", "<!-- end of what is drawn -->\n"
-
-
-def number(value: object) -> str:
-    """A measured value in at most three digits that mean something."""
-    match value:
-        case None:
-            return "not measured"
-        case bool():
-            return "yes" if value else "no"
-        case int():
-            return f"{value:,}"
-        case float():
-            if abs(value) >= 100 or value == int(value):
-                return f"{value:,.0f}"
-            return f"{value:.2f}" if abs(value) >= 0.01 else f"{value:.2g}"
-    return str(value)
 
 
 class Record(TypedDict):
@@ -55,10 +39,9 @@ def lines(result: Result, summary: Mapping[str, object], *, headlines: bool = Fa
         value, unit = summary[figure.key], f" {figure.unit}" if figure.unit else ""
         met = figure.met(value)
         verdict = {None: "", True: "met", False: "**not met**"}[met]
-        bound = figure.asked.replace("<=", "≤").replace(">=", "≥").replace("== ", "")
         measured = number(value) + (unit if value is not None else "")
         text = figure.headline if headlines else figure.text
-        yield f"| {text} | `{figure.key}` | {measured} | {bound or '–'} | {verdict} |"
+        yield f"| {text} | `{figure.key}` | {measured} | {figure.bound or '–'} | {verdict} |"
 
 
 HEAD = "| | figure | measured | asked | |\n|---|---|---|---|---|\n"

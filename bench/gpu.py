@@ -21,12 +21,13 @@ import sysconfig
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench import gpu_preflight
+from bench.asked import figures_of, number
 from bench.record import write_json
 
 if TYPE_CHECKING:
@@ -39,25 +40,7 @@ _LEAST_S = 15.0
 """A phase is not begun with less than this left."""
 _ROOT = Path(__file__).parent.parent
 
-TARGETS: dict[str, tuple[str, Callable[[float], bool]]] = {
-    "bytes_equal": ("every way gives the CPU's bytes", bool),
-    "order_kept": ("saves and loads wait for the forward, and it for them", bool),
-    "d2h_ratio": ("≥ 0.92 of a large pinned copy", lambda value: value >= 0.92),
-    "h2d_ratio": ("≥ 0.92 of a large pinned copy", lambda value: value >= 0.92),
-    "bidi_ratio": ("≥ 0.85 of both at once", lambda value: value >= 0.85),
-    "decode_slowdown_pct": ("≤ 3 %", lambda value: value <= 3),
-    "pin_delay_s": ("≤ 0.5 s", lambda value: value <= 0.5),
-    "ttft_vs_floor_8k": ("≤ 1.10", lambda value: value <= 1.10),
-    "ttft_vs_floor_32k": ("≤ 1.10", lambda value: value <= 1.10),
-    "ttft_vs_floor_64k": ("≤ 1.10", lambda value: value <= 1.10),
-    "ttft_speedup_8k": ("≥ 5", lambda value: value >= 5),
-    "ttft_speedup_32k": ("≥ 10", lambda value: value >= 10),
-    "ttft_speedup_64k": ("≥ 14", lambda value: value >= 14),
-    "overlap_gain_32k": ("> 1", lambda value: value > 1),
-    "fp8_gain_32k": ("≥ 1.4", lambda value: value >= 1.4),
-    "device_tier_overhead_pct": ("≤ 5 %, at 32k", lambda value: value <= 5),
-    "split_decode_equal": ("equal for 1, 4, 16 and 64 splits", bool),
-}
+TARGETS = figures_of("gpu-not-measured")
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,17 +257,15 @@ def _show(board: Board, failed: Sequence[str]) -> None:
     if board.env.get("quick"):
         print("\n--quick: a trial run, whose figures are not to be published")
     print(f"\n{board.env['device']}; way {board.summary.get('way', '-')}; {board.spent_s:.0f} s")
-    for name, (target, reached) in TARGETS.items():
+    for name, figure in TARGETS.items():
         value = board.summary.get(name)
-        if value is None:
-            print(f"{name:30} {'not measured':>12}   target {target}")
-            continue
-        assert isinstance(value, bool | int | float)
         # On the CPU only what holds anywhere can be met; rates of tiny copies say nothing and are not shown.
-        judged = board.on_cuda or isinstance(value, bool)
-        text = str(value) if isinstance(value, bool) else f"{value:.3f}" if judged else "ran"
-        verdict = ("met" if reached(float(value)) else "NOT MET") if judged else "nothing to judge on the CPU"
-        print(f"{name:30} {text:>12}   target {target}: {verdict}")
+        judged = value is None or board.on_cuda or isinstance(value, bool)
+        text = number(value) if judged else "ran"
+        verdict = (
+            {None: "", True: "met", False: "NOT MET"}[figure.met(value)] if judged else "nothing to judge on the CPU"
+        )
+        print(f"{name:30} {text:>12}   asked {figure.bound}: {verdict}".rstrip(": "))
     if failed:
         print(f"failed: {', '.join(failed)}")
     if board.path:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
+from bench.asked import print_figures
 from bench.env import stamp
 from bench.models import SMOLLM2_NAME, smollm2
 from bench.options import whole
@@ -244,7 +245,5 @@ def main(argv: list[str]) -> int:
     env["text_sha256"] = hashlib.sha256(repr([text.prefix + text.follows for text in texts]).encode()).hexdigest()
     if options.json:
         write_json(options.json, "lossy", env, rows, summary)
-    print()
-    for name, value in summary.items():
-        print(f"{name:34} {value}")
+    print_figures("lossy-cpu", summary)
     return 0 if summary["exact_equal"] else 1

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from rich.progress import Progress
 
 from bench import index_scale
+from bench.asked import print_figures
 from bench.env import stamp
 from bench.options import whole
 from bench.remote import measure_remote
@@ -134,8 +135,7 @@ def main(argv: list[str]) -> int:
             rows += more
             progress.update(task, advance=1, refresh=True)
     print_table("Service", rows, ["arm", "GB/s p50", "of ceiling", "ms p50", "ms p99", "ms max", "count"])
-    for key, value in summary.items():
-        print(f"{key:28} {value:.3f}")
+    print_figures("service-cpu", summary)
     if options.json:
         write_json(options.json, "service", stamp(), rows, summary)
         print(f"written: {options.json}")

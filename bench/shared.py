@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 from rich.progress import Progress
 
+from bench.asked import print_figures
 from bench.env import stamp
-from bench.report import print_table, write_json
+from bench.report import write_json
 from kvstore.api import NO_HINT
 from kvstore.block import Chain, ModelId, Root
 from kvstore.config import StoreConfig
@@ -203,11 +204,7 @@ def main(argv: list[str]) -> int:
         "other_faults": len(outcome.faults),
     }
     rows = [{"requests": len(requests), "distinct_blocks": distinct, **summary}]
-    print_table(
-        "Two stores, one Redis",
-        [{"figure": key, "value": value} for key, value in rows[0].items()],
-        ["figure", "value"],
-    )
+    print_figures("shared-synthetic", rows[0])
     if options.json:
         write_json(options.json, "shared", stamp(), rows, summary)
         print(f"result: {options.json}")

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from rich.progress import Progress
 
+from bench.asked import print_figures
 from bench.env import stamp
 from bench.options import whole
 from bench.redis_speed import NUM_TRANSPORTS, measure_redis
@@ -277,8 +278,7 @@ def main(argv: list[str]) -> int:
     rows += redis_rows
     summary["native_loops"] = float(is_built())
     print_table("Tiers", rows, ["arm", "GB/s p50", "GB/s best", "of ceiling", "ms p50", "ms p99", "ms max", "count"])
-    for key, value in summary.items():
-        print(f"{key:24} {value:.3f}")
+    print_figures("tiers-cpu", summary)
     if options.json:
         write_json(options.json, "tiers", stamp(), rows, summary)
         print(f"written: {options.json}")

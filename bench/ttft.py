@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from bench.asked import figures_of, number, print_figures
 from bench.engines import ENGINES, Arm, Memory
 from bench.env import stamp
 from bench.models import ChatModel, smollm2
@@ -32,16 +33,6 @@ HELP = "time to first token in multi-turn chats, by where the prefix comes from"
 REUSE_ARMS = ("device", "device+host", "redis", "host", "device, unlimited", "recompute", "store down")
 ZERO_ARMS = ("recompute", "store", "store, write-through")
 BASE = "recompute"
-
-TARGETS: dict[str, tuple[str, Callable[[float], bool]]] = {
-    "outputs_equal": ("every output equals the uncached one", bool),
-    "speedup_host": ("≥ 8 × faster than recompute", lambda value: value >= 8),
-    "speedup_redis": ("≥ 6 × faster than recompute", lambda value: value >= 6),
-    "host_vs_device": ("≤ 1.15 × the device cache", lambda value: value <= 1.15),
-    "redis_vs_device": ("≤ 1.5 × the device cache", lambda value: value <= 1.5),
-    "zero_reuse_overhead_pct": ("≤ 3 % over no store", lambda value: value <= 3),
-    "store_down_overhead_pct": ("≤ 3 % over no store", lambda value: value <= 3),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,16 +201,18 @@ def present(name: str, rows: list[TtftRow], summary: dict[str, object], json: st
     table += _zero_table(rows)
     print_table("Time to first token", table, list(table[0]))
     findings: list[tuple[str, object, str, bool | None]] = []
-    for key, (target, reached) in TARGETS.items():
-        value = summary[key]
-        met = reached(value)  # type: ignore[arg-type]
-        text = f"{value:.3f}" if isinstance(value, float) else str(value)
-        if name != "ttft":  # a short form has shorter prefixes and a handful of requests: nothing to judge by
-            print(f"{key:26} {text:>8}   (the full run asks {target})")
-            findings.append((key, value, f"full run: {target}", None))
+    for key, figure in figures_of("ttft-cpu").items():
+        if not figure.asked:
             continue
-        print(f"{key:26} {text:>8}   target {target}: {'met' if met else 'NOT MET'}")
-        findings.append((key, value, target, met))
+        if name == "ttft":
+            findings.append((key, summary[key], figure.bound, figure.met(summary[key])))
+        else:  # a short form has shorter prefixes and a handful of requests: nothing to judge by
+            findings.append((key, summary[key], f"full run: {figure.bound}", None))
+    if name == "ttft":
+        print_figures("ttft-cpu", summary)
+    else:
+        for key, value, target, _ in findings:
+            print(f"{key:32} {number(value):>10}   ({target})")
     if json:
         write_json(json, name, env, [dict(row) for row in rows], summary)  # type: ignore[arg-type]
         print(f"result: {json}")

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
+from bench.asked import print_figures
 from bench.env import stamp
 from bench.report import percentiles, print_table, write_json
 from bench.vllm_engines import (
@@ -37,13 +38,6 @@ from bench.vllm_engines import (
 from kvstore.tiers.valkey import EmbeddedServer
 
 HELP = "time to first token in a real vLLM engine on the CPU, through the sidecar and without"
-
-TARGETS: dict[str, tuple[str, float]] = {
-    "ttft_vs_engine_hit": ("TTFT through the sidecar ÷ the engine's own hit, 232 new tokens", 1.15),
-    "added_ms_16": ("milliseconds over the engine's own hit, 16 new tokens", 25.0),
-    "redis_vs_host": ("TTFT from Redis, cold host ÷ from host", 1.5),
-    "ttft_vs_lmcache": ("TTFT through the sidecar ÷ LMCache's", 0.85),
-}
 
 
 class ArmRow(TypedDict):
@@ -229,13 +223,4 @@ def present(rows: Sequence[ArmRow], summary: dict[str, Any]) -> None:
         for (arm, new), members in groups.items()
     ]
     print_table("TTFT, seconds", shown, ["arm", "new_tokens", "reused", "p50", "p90", "max", "count"])
-    for name, value in summary.items():
-        text = f"{value:.3f}" if isinstance(value, float) else str(value)
-        what, limit = TARGETS.get(name, ("", None))
-        met = "" if limit is None else f"   {what}: ≤ {limit:g} {'met' if _number(value) <= limit else 'NOT MET'}"
-        print(f"{name:<32} {text}{met}")
-
-
-def _number(value: object) -> float:
-    assert isinstance(value, float)
-    return value
+    print_figures("vllm-ttft-cpu", summary)

@@ -21,8 +21,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypedDict
 
+from bench.asked import print_figures
 from bench.env import stamp
-from bench.report import print_table, write_json
+from bench.report import write_json
 from bench.vllm_engines import PYTHON, VOCABULARY, Engine, Sidecar, model_options, native_dtype, transfer_to
 from kvstore.tiers.valkey import EmbeddedServer
 
@@ -134,11 +135,7 @@ def main(argv: list[str]) -> int:
                 rows += serve({arm: made[arm] for arm in order}, start, asked.pairs, asked.prompt, asked.new, rng)
             print(f"start {start}: {summarise(rows)}", file=sys.stderr, flush=True)
     summary = summarise(rows)
-    print_table(
-        "per cent longer than without the connector",
-        [{"figure": name, "value": value} for name, value in summary.items()],
-        ["figure", "value"],
-    )
+    print_figures("vllm-cold-cpu", summary)
     if asked.json:
         settings = {"model": asked.model, "dtype": asked.dtype, "prompt_tokens": asked.prompt, "new": asked.new}
         write_json(asked.json, "vllm_cold", stamp(), rows, {**summary, **settings})

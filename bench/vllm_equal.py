@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.asked import print_figures
 from bench.env import stamp
 from bench.report import print_table, write_json
 
@@ -70,8 +71,7 @@ def main(argv: list[str]) -> int:
             if asked.json:
                 write_json(asked.json, "vllm_equal", stamp(), rows, summarise(rows))
     print_table("equal tokens", rows, ["scenario", "equal", "error", "control_differs", "added_s", "seconds"])
-    for name, value in summarise(rows).items():
-        print(f"{name:<24} {value}")
+    print_figures("vllm-equal-cpu", summarise(rows))
     return 0
 
 
