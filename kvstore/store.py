@@ -14,10 +14,8 @@ import itertools
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 from weakref import WeakSet
 
 import numpy as np
@@ -36,6 +34,7 @@ from kvstore.layout import BlockLayout, layout_of
 from kvstore.lease import Lease, LeaseBook
 from kvstore.load import BlockLoad, LoadPlan
 from kvstore.loan import Loan
+from kvstore.lookup import Lookup, Lookups, Sources, first_of
 from kvstore.marks import Mark, Marks
 from kvstore.mover import Mover
 from kvstore.pool import part_mask
@@ -54,19 +53,6 @@ _SWEEP_S = 0.25
 _DEAD_HOLD_S = 60.0
 _LOOKS = 10  # at pins that seem to be nobody's
 _BETWEEN_LOOKS_S = 0.02
-_ASK_AGAIN_S = 0.1
-"""How often lower tiers are asked about blocks that another store is computing, while a request waits for them."""
-_Sources = tuple[tuple[Tier, int], ...]
-
-
-class _Answer(NamedTuple):
-    """What lower tiers said of a chain."""
-
-    sources: _Sources
-    """(tier, number of blocks) from where they were asked, in order."""
-    pending_to: int
-    """Chain index up to which other stores are computing what follows."""
-    time_s: float
 
 
 @dataclass(slots=True)
@@ -78,33 +64,15 @@ class _Hold:
     parts: tuple[int, ...]
     lease: Lease
     hint: Hint
-    asked_from: int
-    asked_to: int
-    """Chain indices between which lower tiers were asked."""
-    answer: Future[_Answer] | None
+    lookup: Lookup | None = None
+    """What lower tiers hold of it; None where they were not asked."""
     num_host: int = 0
     """Blocks of the chain among the lease's rows; one row after them is another chain's, which begins alike."""
     num_partial_tokens: int = 0
-    again: Future[_Answer] | None = None
-    """The same asked once more, while the answer still counts."""
 
-    def answers(self, other: _Hold) -> bool:
-        """Whether what lower tiers were asked for this hold serves the other as well."""
-        same = self.chain is other.chain and self.parts == other.parts and self.asked_to == other.asked_to
-        return same and self.asked_from <= other.asked_from
-
-    def sources(self, num_host_blocks: int) -> _Sources:
+    def sources(self, num_host_blocks: int) -> Sources:
         """What lower tiers hold after the host's run, as far as they have answered."""
-        if self.answer is None or not self.answer.done():
-            return ()
-        skip = num_host_blocks - self.asked_from
-        out: list[tuple[Tier, int]] = []
-        for tier, num_blocks in self.answer.result().sources:
-            used = min(skip, num_blocks)
-            skip -= used
-            if num_blocks > used:
-                out.append((tier, num_blocks - used))
-        return tuple(out)
+        return () if self.lookup is None else self.lookup.sources(num_host_blocks)
 
 
 class KVStore:
@@ -143,8 +111,7 @@ class KVStore:
         self._loads: WeakSet[BlockLoad] = WeakSet()  # so that closing the store ends what they are waiting for
         self._lock = threading.Lock()
         self._closing = threading.Event()
-        # Apart from each other: a load whose consumer is slow holds its thread, and matches must not wait for that.
-        self._askers = ThreadPoolExecutor(self.config.request.io_threads, thread_name_prefix="kvstore-ask")
+        self._lookups = Lookups(self._tiers, self._mover, self.config.request, self._clock, self._stats)
         self._fetchers = ThreadPoolExecutor(self.config.request.io_threads, thread_name_prefix="kvstore-fetch")
         self._sweeper = threading.Thread(target=self._sweep, name="kvstore-sweep", daemon=True)
         self._sweeper.start()
@@ -221,37 +188,22 @@ class KVStore:
         num_host = len(rows)
         with self._lock:
             before = self._holds.get(request)
-            hold = _Hold(
-                chain, layout, cells, lease, _filled_in(hint, chain, now_s, asked=True), num_host, len(chain), None
-            )
-            hold.num_host = num_host
-            if before is not None and before.answers(hold):
-                hold.asked_from, hold.answer, hold.again = before.asked_from, before.answer, before.again
+            hold = _Hold(chain, layout, cells, lease, _filled_in(hint, chain, now_s, asked=True), num_host=num_host)
+            if before is not None and before.lookup is not None and before.lookup.serves(chain, cells, num_host):
+                hold.lookup = before.lookup
             first_time = before is None
             self._holds[request] = hold
         if before is not None:
             self._leases.release(before.lease)
-        if hold.answer is None and self._tiers and num_host < len(chain):
-            hold.answer = self._begin_asking(chain, num_host, cells)
-        self._ask_again(hold, now_s)
-        if hold.answer is not None and wait_s > 0:
-            try:
-                hold.answer.result(timeout=wait_s)
-            except FutureTimeout:
-                pass
+        if hold.lookup is None and self._tiers and num_host < len(chain):
+            hold.lookup = self._lookups.begin(chain, num_host, cells)
+        if hold.lookup is not None:
+            self._lookups.look_again(hold.lookup, now_s)
+            if wait_s > 0:
+                hold.lookup.wait(wait_s)
         if first_time:
             self._note_match(hold, num_host)
         return self._describe(hold, num_host)
-
-    def _ask_again(self, hold: _Hold, now_s: float) -> None:
-        """What another store computes arrives in a lower tier: look again now and then."""
-        if hold.again is not None and hold.again.done():
-            hold.answer, hold.again = hold.again, None
-        if hold.again is None and hold.answer is not None and hold.answer.done():
-            said = hold.answer.result()
-            stop = hold.asked_from + sum(count for _, count in said.sources)
-            if said.pending_to > stop and now_s - said.time_s >= _ASK_AGAIN_S:
-                hold.again = self._askers.submit(self._ask, hold.chain, hold.asked_from, hold.parts)
 
     def _note_match(self, hold: _Hold, num_host: int) -> None:
         """Keep the chain warm everywhere, and count."""
@@ -272,24 +224,15 @@ class KVStore:
         num_blocks = num_host + sum(count for _, count in sources)
         tiers = (((HOST_TIER, num_host),) if num_host else ()) + tuple((tier.name, count) for tier, count in sources)
         num_pending = self._marks.run(hold.chain.root.id, hold.chain.ids, num_blocks)
-        if hold.answer is not None and hold.answer.done():
-            num_pending = max(num_pending, hold.answer.result().pending_to - num_blocks)
+        if hold.lookup is not None:
+            num_pending = max(num_pending, hold.lookup.pending_to - num_blocks)
         return Match(
             num_blocks=num_blocks,
             num_host_blocks=num_host,
             num_pending_blocks=num_pending,
-            settled=hold.answer is None or hold.answer.done(),
+            settled=hold.lookup is None or hold.lookup.settled,
             tiers=tiers,
         )
-
-    def _begin_asking(self, chain: Chain, start: int, parts: tuple[int, ...]) -> Future[_Answer]:
-        if not all(tier.refuses for tier in self._tiers):
-            return self._askers.submit(self._ask, chain, start, parts)
-        # Said at once: two hand-overs between threads would cost a busy machine milliseconds, for nothing.
-        self._stats.add_all({f"{tier.name}.lookup_failures": 1 for tier in self._tiers})
-        answer: Future[_Answer] = Future()
-        answer.set_result(_Answer((), start, self._clock.now_s()))
-        return answer
 
     def match_partial(self, request: str) -> int:
         with self._lock:
@@ -309,40 +252,6 @@ class KVStore:
             if num_tokens and self._leases.append(hold.lease, row):
                 hold.num_partial_tokens = num_tokens
         return hold.num_partial_tokens
-
-    def _ask(self, chain: Chain, start: int, parts: tuple[int, ...]) -> _Answer:
-        """Ask lower tiers, one after the other, what they hold of `chain` from `start` on."""
-        found: list[tuple[Tier, int]] = []
-        at, began_s = start, self._clock.now_s()
-        for tier in self._tiers:
-            keys = chain.part_keys(at, len(chain), parts)
-            if not keys:
-                break
-            try:
-                there = tier.contains(keys, self.config.request.lookup_deadline_s)
-            except TierError:
-                self._stats.add(f"{tier.name}.lookup_failures")
-                continue
-            num_keys = next((number for number, present in enumerate(there) if not present), len(there))
-            num_blocks = num_keys // len(parts)
-            if num_blocks:
-                found.append((tier, num_blocks))
-                at += num_blocks
-                self._mover.touched(chain, at, parts, NO_HINT)
-            self._stats.add_all({f"{tier.name}.hit_blocks": num_blocks, f"{tier.name}.missed_blocks": len(chain) - at})
-        deadline_s = self.config.request.lookup_deadline_s - (self._clock.now_s() - began_s)
-        return _Answer(tuple(found), self._pending_to(chain, at, deadline_s), self._clock.now_s())
-
-    def _pending_to(self, chain: Chain, at: int, deadline_s: float) -> int:
-        """Chain index up to which other stores compute what follows `at`; those announce who write through."""
-        stop = at
-        for tier in self._tiers if at < len(chain) and self._mover.writes_through else ():
-            if tier.keeps_marks and deadline_s > 0:  # what presence left of it
-                try:
-                    stop = max(stop, tier.marked_to(chain.root.id, chain.ids, at, deadline_s))
-                except TierError:
-                    self._stats.add(f"{tier.name}.lookup_failures")
-        return stop
 
     def forget(self, request: str) -> None:
         with self._lock:
@@ -377,10 +286,10 @@ class KVStore:
             return self._load(hold, min(start, num_host), num_host + 1, ())
         stop = num_host + sum(count for _, count in hold.sources(num_host)) if alive else 0
         stop = stop if num_blocks is None else min(stop, num_blocks)
-        sources = _first(hold.sources(num_host), stop - num_host) if alive else ()
+        sources = first_of(hold.sources(num_host), stop - num_host) if alive else ()
         return self._load(hold, min(start, stop), min(num_host, stop), sources)
 
-    def _load(self, hold: _Hold, start: int, num_host_blocks: int, sources: _Sources) -> BlockLoad:
+    def _load(self, hold: _Hold, start: int, num_host_blocks: int, sources: Sources) -> BlockLoad:
         settings = self.config.request
         plan = LoadPlan(
             chain=hold.chain,
@@ -483,16 +392,7 @@ class KVStore:
 
         For people: nothing is counted, and nothing kept warm by it.
         """
-        parts = self._layout(chain).all_parts
-        keys = chain.part_keys(0, len(chain), parts)
-        found: dict[str, list[bool]] = {}
-        for tier in self._tiers:
-            try:
-                there = tier.contains(keys, self.config.request.lookup_deadline_s)
-            except TierError:
-                there = [False] * len(keys)
-            found[tier.name] = [all(there[at : at + len(parts)]) for at in range(0, len(keys), len(parts))]
-        return found
+        return self._lookups.locate(chain, self._layout(chain).all_parts)
 
     def warm(self, chain: Chain, deadline_s: float) -> tuple[int, int]:
         """Bring the prefix of `chain` that lower tiers hold into the host.
@@ -613,7 +513,7 @@ class KVStore:
         self._sweeper.join()
         self._mover.close()
         self._fleet.close()
-        self._askers.shutdown(wait=True)
+        self._lookups.close()
         self._fetchers.shutdown(wait=True)
         for tier in self._tiers:
             tier.close()
@@ -638,13 +538,3 @@ def _cells(layout: BlockLayout, parts: Sequence[int] | None) -> tuple[int, ...]:
     if len(set(cells)) != len(cells) or not all(0 <= cell < len(layout.parts) for cell in cells) or not cells:
         raise ConfigError(f"parts are {list(cells)}: name distinct ones from 0 to {len(layout.parts) - 1}, or None")
     return cells
-
-
-def _first(sources: _Sources, num_blocks: int) -> _Sources:
-    """The sources' first `num_blocks`."""
-    out: list[tuple[Tier, int]] = []
-    for tier, count in sources:
-        if num_blocks > 0:
-            out.append((tier, min(count, num_blocks)))
-            num_blocks -= count
-    return tuple(out)

@@ -88,6 +88,7 @@ STORE = (
     "kvstore.lease",
     "kvstore.load",
     "kvstore.loan",
+    "kvstore.lookup",
     "kvstore.marks",
     "kvstore.mover",
     "kvstore.save",
