@@ -33,8 +33,11 @@ _LOAD_DECAY = 0.8
 _PATIENCE = 1.25
 """Waiting for a producer may take so much longer than computing is predicted to. At 1 one that runs exactly as fast as
 this engine was given up just before it was done, whenever a prediction was a little short."""
-_RELIEF = 1.02
-"""A tier that is passed over gains 2 % of believed speed each time, so that one bad spell is not for ever."""
+_RELIEF = 1.03
+"""A tier that is passed over gains 3 % of believed speed each time, so that one bad spell is not for ever."""
+_TRY_SHARE = 0.05
+"""A try of a tier that was slow when last seen may make its request so much longer. Trying all that the tier had made
+single requests two and three times as long, where they were the slowest already."""
 _MAX_CONVERSATIONS = 4096
 VOLATILE_CONFIG = frozenset(
     (
@@ -105,11 +108,15 @@ class CostModel:
         return self._prefill.predict(_prefill_terms(new_tokens, past_tokens))
 
     def load_s(self, tier: str, num_blocks: int) -> float:
-        """Predicted seconds; 0 for a tier never loaded from."""
+        """Predicted seconds; 0 for a tier never loaded from. Fewer the more often it was passed over."""
+        return self._seen_load_s(tier, num_blocks) * self._relief.get(tier, 1.0)
+
+    def _seen_load_s(self, tier: str, num_blocks: int) -> float:
+        """What it would take if the tier is as it was when it was last loaded from."""
         fit = self._loads.get(tier)
         if fit is None or num_blocks < 1:
             return 0.0
-        return (fit.predict((num_blocks * self.block_bytes, 1)) or 0.0) * self._relief[tier]
+        return fit.predict((num_blocks * self.block_bytes, 1)) or 0.0
 
     def saved_s(self, num_tokens: int, load_s: float, *, past_tokens: int = 0) -> float:
         """Seconds that loading tokens after `past_tokens`, which took `load_s`, saved over computing them."""
@@ -129,21 +136,49 @@ class CostModel:
             return max(cap, best)
         # Time saved grows faster than linearly in blocks, time spent linearly within a tier: only the ends of
         # tiers can be best.
-        at, spent_s = 0, 0.0
+        sure, sure_s = best, best_s  # by what was seen, whatever has changed since
+        at, spent_s, seen_s = 0, 0.0, 0.0
         passed_over: list[str] = []
         for tier, count in match.tiers:
             stop = min(at + count, cap)
-            spent_s += self.load_s(tier, max(0, stop - max(at, start)))
+            num_loaded = max(0, stop - max(at, start))
+            spent_s += self.load_s(tier, num_loaded)
+            seen_s += self._seen_load_s(tier, num_loaded)
             at += count
             rest_s = self._rest_s(prompt_tokens, stop)
-            if stop > start and rest_s is not None:
-                if spent_s + rest_s < best_s:
-                    best, best_s = stop, spent_s + rest_s
-                    passed_over.clear()
-                else:
-                    passed_over.append(tier)
+            if stop <= start or rest_s is None:
+                continue
+            if seen_s + rest_s < sure_s:
+                sure, sure_s = stop, seen_s + rest_s
+            if spent_s + rest_s < best_s:
+                best, best_s = stop, spent_s + rest_s
+                passed_over.clear()
+            else:
+                passed_over.append(tier)
         self._relieve(passed_over)
-        return best
+        return best if best <= sure else self._plan_try(match, prompt_tokens, start, sure, sure_s, best)
+
+    def _plan_try(self, match: Match, prompt_tokens: int, start: int, sure: int, sure_s: float, most: int) -> int:
+        """How much to load where only more than `sure` would show whether a tier has become faster.
+
+        One block more, and twice as many again and again while that would not make the request `_TRY_SHARE` longer.
+        """
+        stop = sure + 1
+        while stop < most:
+            further = min(most, sure + 2 * (stop - sure))
+            rest_s = self._rest_s(prompt_tokens, further)
+            if rest_s is None or self._run_s(match, start, further) + rest_s > (1 + _TRY_SHARE) * sure_s:
+                break
+            stop = further
+        return stop
+
+    def _run_s(self, match: Match, start: int, stop: int) -> float:
+        """What loading the match's blocks from `start` to `stop` would take if all tiers are as they were."""
+        at, seconds = 0, 0.0
+        for tier, count in match.tiers:
+            seconds += self._seen_load_s(tier, min(at + count, stop) - max(at, start))
+            at += count
+        return seconds
 
     def _relieve(self, tiers: Iterable[str]) -> None:
         for tier in tiers:

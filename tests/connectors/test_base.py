@@ -81,6 +81,29 @@ def test_a_tier_that_was_slow_once_is_tried_again_in_time() -> None:
     assert tries > 5
 
 
+def test_a_try_of_a_slow_tier_costs_little_and_shows_whether_it_has_become_fast() -> None:
+    cost = model_that_knows(redis=1e4)
+    loads = [cost.plan_load(match_of(("redis", 200)), 1000) for _ in range(300)]
+    tried = next(filter(None, loads))
+    computing_s, rest_s = cost.prefill_s(1000, 0), cost.prefill_s(1000 - 4 * tried, 4 * tried)
+    assert computing_s is not None
+    assert rest_s is not None
+    assert tried * 1000 / 1e4 + rest_s < 1.1 * computing_s  # a single block is the least there is
+    cost.seen_load("redis", 1000 * tried, tried * 1000 / 1e4)
+    assert cost.plan_load(match_of(("redis", 200)), 1000) == 0  # as slow as before
+    assert next(filter(None, (cost.plan_load(match_of(("redis", 200)), 1000) for _ in range(300)))) == tried
+    cost.seen_load("redis", 1000 * tried, tried * 1000 / 1e8)
+    assert cost.plan_load(match_of(("redis", 200)), 1000) == 200
+
+
+def test_a_try_goes_beyond_a_fast_tier_whose_blocks_are_loaded_all_the_same() -> None:
+    cost = model_that_knows(host=1e8, redis=2e5)
+    loads = [cost.plan_load(match_of(("host", 10), ("redis", 10)), 100) for _ in range(100)]
+    assert loads[0] == 10
+    assert set(loads) <= set(range(10, 15))
+    assert max(loads) > 10
+
+
 def test_the_rule_always_loads_however_slow() -> None:
     cost = CostModel(4, 1000, rule=LoadRule.ALWAYS)
     cost.seen_prefill(100, 0, 1e-6)
