@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from kvstore.config import parse_bytes
 from kvstore.errors import ConfigError
+
+Number = TypeVar("Number", int, float)
 
 
 def whole(least: int, most: int) -> Callable[[str], int]:
@@ -36,5 +39,20 @@ def size(least: int = 0) -> Callable[[str], int]:
         if value < least:
             raise argparse.ArgumentTypeError(f"{text!r} is too small: give at least {least} bytes")
         return value
+
+    return parse
+
+
+def listed(kind: Callable[[str], Number], known: Sequence[Number]) -> Callable[[str], tuple[Number, ...]]:
+    """For `type=`: some of the known numbers, such as 128,512; in their order."""
+
+    def parse(text: str) -> tuple[Number, ...]:
+        try:
+            wanted = {kind(each) for each in text.split(",")}
+        except ValueError:
+            wanted = set()
+        if not wanted or not wanted <= set(known):
+            raise argparse.ArgumentTypeError(f"{text!r} names not only {', '.join(map(str, known))}")
+        return tuple(each for each in known if each in wanted)
 
     return parse

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the break-even benchmark makes of the times it took, and that it runs."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="connectors copy torch tensors")
+
+from bench.breakeven import AGAIN, ALWAYS, NEVER, PLAN, Cell, estimate, measure, summarise
+
+
+def test_the_estimate_passes_over_a_few_disturbed_rounds_and_sees_what_is_in_all_of_them() -> None:
+    quiet = [math.log(1.04)] * 37
+    centre, low, high = estimate([*quiet, math.log(3.0), math.log(2.0), math.log(0.5)])
+    assert (centre, low, high) == pytest.approx((4.0, 4.0, 4.0), abs=0.5)
+
+
+def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(400):
+        noise = rng.normal(math.log(1.02), 0.1, 25) + (rng.random(25) < 0.05) * rng.normal(0, 1, 25)
+        _, low, high = estimate(noise.tolist())
+        held += low <= 2.0 <= high
+    assert 0.92 <= held / 400 <= 0.98
+
+
+def test_rounds_are_compared_with_themselves_and_the_better_arm_is_the_one_that_went_on() -> None:
+    seconds = {
+        ALWAYS: {0: 3.0, 1: 3.0, 2: 3.0},
+        NEVER: {0: 1.0, 1: 2.0, 2: 1.0, 3: 4.0},
+        PLAN: {0: 1.1, 1: 2.2, 2: 1.1, 3: 4.4},
+        AGAIN: {3: 4.0},
+    }
+    cell = Cell(1.0, 128, seconds, NEVER)
+    assert cell.better == NEVER
+    assert cell.log_ratios(PLAN, NEVER) == pytest.approx([math.log(1.1)] * 4)
+    assert cell.log_ratios(AGAIN, NEVER) == [0.0]
+    assert cell.mean_pct(PLAN, NEVER) == pytest.approx(10.0)
+    close = Cell(1.0, 128, {**seconds, ALWAYS: dict.fromkeys(range(4), 0.5)}, NEVER)
+    assert close.better == ALWAYS
+
+
+@pytest.mark.slow
+def test_a_cell_is_measured_with_a_real_model_and_a_real_server() -> None:
+    cells, grid = measure((128,), (5.0,), 0, seed=1)
+    table, summary = summarise(cells, grid)
+    assert summary["outputs_equal"] is True
+    assert [row["better"] for row in table] == [ALWAYS]
+    assert all(row["reused"] == 128 for row in grid.rows if row["arm"] in (ALWAYS, AGAIN))
+    assert all(row["reused"] == 0 for row in grid.rows if row["arm"] == NEVER)
