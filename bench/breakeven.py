@@ -56,6 +56,8 @@ ALWAYS, NEVER, PLAN, AGAIN = "always load", "never load", "plan", "the better on
 TARGET_PCT = 5.0
 _LEAST_ROUNDS = 5
 _FIRST_ROUNDS = 3
+_SHOWN = ["GB/s", "tokens", "always_s", "never_s", "plan_s", "rounds", "regret_pct", "low", "high", "mean_pct"]
+_SHOWN += ["null_pct"]
 _CLEARLY = 1.25  # times as long in all of the first rounds: no further ones are needed to see which is better
 _VOCABULARY = 512
 _REVISION = "seed 0"
@@ -301,7 +303,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     cells, grid = measure(options.tokens, options.speeds, options.cell_s, options.seed)
     table, summary = summarise(cells, grid)
-    print_table("Load or compute", table, list(table[0]))
+    print_table("Load or compute", table, _SHOWN)
     print_figures("breakeven-cpu", summary)
     if options.json:
         write_json(options.json, "breakeven", stamp(), [*table, *grid.rows], {**summary, "seed": options.seed})
