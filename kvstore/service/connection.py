@@ -148,12 +148,14 @@ class Connection:
                 self.live_loads.add(number)
         return number
 
-    def beat(self, saved_s: float) -> pb.Beat:
-        """What this client has, and seconds that it reports."""
+    def beat(self, saved_s: float, ticket: bytes = b"") -> pb.Beat:
+        """What this client has, seconds that it reports, and the ticket of another lane."""
         with self.leasing:
             live, highest = list(self.live_loads), self.highest_lease
         packed = np.array(live, "<u8").tobytes()
-        return pb.Beat(session=self.session, live_leases=packed, highest_lease=highest, ttft_saved_s=saved_s)
+        return pb.Beat(
+            session=self.session, live_leases=packed, highest_lease=highest, ttft_saved_s=saved_s, ticket=ticket
+        )
 
     def delta(self, chain: Chain, *, whole: bool) -> tuple[pb.ChainDelta, int]:
         """A message about all of `chain` as it is now, and its number of blocks. Raises ConfigError."""
@@ -187,18 +189,22 @@ class Connection:
         """
         every_s = max(0.05, min(1.0, self.opened.lease_s / 4))
         begun: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        lane = self.plane.lane
 
         def beats() -> Iterator[pb.Beat]:
             notices = None
             while not self.lost.wait(0 if notices is None else every_s):
-                yield self.beat(take_saved())
+                ticket = b"" if lane is None else lane.ask_anew()
+                yield self.beat(take_saved(), ticket)
                 notices = notices or begun.get()
                 try:
                     notice = next(notices)
-                    if notice.prefaulted:
-                        self.plane.prefaulted()
                 except (grpc.RpcError, StopIteration):
                     return
+                if notice.prefaulted:
+                    self.plane.prefaulted()
+                if lane is not None and ticket:
+                    lane.begin_anew(notice.lane_begun)
 
         call = self.stub.Session(beats())
         begun.put(call)

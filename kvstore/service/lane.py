@@ -3,7 +3,9 @@
 
 A unary call of gRPC wakes some six threads, one after the other; where a core sleeps between two calls that is over a
 millisecond. On the lane the same messages wake one thread on each side. It is a short cut and nothing else: whatever
-goes by it may go by gRPC as well, and does where the lane is busy or broken.
+goes by it may go by gRPC as well, and does where the lane is busy or broken. A call that breaks it goes again by gRPC:
+every call that takes a lane may come twice. The process then passes the door once more, and its session's next beat
+carries the ticket: the new passage's lane takes the place of the broken one.
 
     request   frame bytes u32 · number u32 · deadline in ms u32 · method, 16 bytes · message
     reply     frame bytes u32 · number u32 · status u32 · message, or error class NUL text
@@ -13,6 +15,7 @@ Invariants
    request's; one that stopped within a frame never takes it again.
 2. A lane serves sessions of the process it was given to, and of no other.
 3. The server's thread waits for its client alone, and ends with it.
+4. A process has one lane that is served, and at most one more, whose last call is finished.
 """
 
 from __future__ import annotations
@@ -136,42 +139,48 @@ class Lanes:
     def __init__(self, methods: Mapping[str, Method]) -> None:
         self._methods = {name.encode().ljust(16, b"\0"): method for name, method in methods.items()}
         self._lock = threading.Lock()
-        self._ends: dict[object, tuple[socket.socket, threading.Thread]] = {}
+        self._served: dict[socket.socket, tuple[object, threading.Thread]] = {}
         self._closed = False
 
-    def begin(self, peer: object, end: socket.socket) -> None:
-        """Serve a client on its lane until it hangs up, or `finish`."""
+    def begin(self, peer: object, end: socket.socket) -> bool:
+        """Serve a client on its lane until it hangs up, or `finish`, or the next one begins; False where not."""
         thread = threading.Thread(target=self._run, args=(peer, end), name="kvstore-lane", daemon=True)
         with self._lock:
-            if self._closed:
+            before = self._ends_of(peer)
+            if self._closed or len(before) > 1:
                 end.close()
-                return
+                return False
             try:
                 thread.start()
             except RuntimeError as error:  # no more threads: its client goes by gRPC
                 log.warning("a lane was not opened: %s", error)
                 end.close()
-                return
-            self._ends[peer] = (end, thread)
+                return False
+            self._served[end] = (peer, thread)
+            for other in before:
+                _hang_up(other)
+        return True
 
     def finish(self, peer: object) -> None:
         """Hang up on a client; a call under way is finished. Idempotent."""
         with self._lock:
-            found = self._ends.get(peer)
-            if found is not None:
-                _hang_up(found[0])
+            for end in self._ends_of(peer):
+                _hang_up(end)
+
+    def _ends_of(self, peer: object) -> list[socket.socket]:
+        return [end for end, (whose, _) in self._served.items() if whose == peer]
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self._served)
 
     def close(self) -> None:
         """Hang up on everybody, and wait for calls under way."""
         with self._lock:
             self._closed = True
-            served = list(self._ends.values())
-            for end, _ in served:
+            threads = [thread for _, thread in self._served.values()]
+            for end in self._served:
                 _hang_up(end)
-        for _, thread in served:
+        for thread in threads:
             thread.join()
 
     def _run(self, peer: object, end: socket.socket) -> None:
@@ -187,7 +196,7 @@ class Lanes:
             log.exception("a lane failed")
         finally:
             with self._lock:
-                self._ends.pop(peer, None)
+                del self._served[end]
                 end.close()
 
     def _answer(self, peer: object, frame: bytes) -> bytes:
@@ -235,26 +244,66 @@ class LaneError(grpc.RpcError):
         return ((ERROR_KEY, self._kind),) if self._kind else ()
 
 
-class Lane:
-    """The client's end. Thread-safe. Not for a forked child."""
+class LaneBroken(LaneError):
+    """Nothing more comes by this lane, and nobody knows whether the server has heard the call."""
 
-    def __init__(self, end: socket.socket) -> None:
-        end.setblocking(True)
-        self._end = end
-        self._frames = _Frames(end, self._limit)
+    def __init__(self, details: str) -> None:
+        super().__init__(grpc.StatusCode.UNAVAILABLE, details)
+
+
+class Lane:
+    """The client's end, and after it broke the next one. Thread-safe. Not for a forked child."""
+
+    def __init__(self, end: socket.socket, pass_door: Callable[[], tuple[socket.socket, bytes]] | None = None) -> None:
+        """`pass_door` gives another end and its ticket. It raises KVStoreError or OSError where none is to be had."""
+        self._pass_door = pass_door
         self._lock = threading.Lock()
         self._number = 0
         self._until_s = 0.0
+        self._closed = False
+        self._aside: socket.socket | None = None
+        """An end that the server is being asked to serve."""
+        self._take_up(end)
+
+    def _take_up(self, end: socket.socket) -> None:
+        end.setblocking(True)
+        self._end = end
+        self._frames = _Frames(end, self._limit)
         self._limit_s = 0.0
         self._late = False
         """Whether a call was given up whose reply is still to come."""
         self._broken = False
 
+    def ask_anew(self) -> bytes:
+        """Where the lane broke, pass the door; the ticket for the server, or b"". For one thread at a time."""
+        if self._pass_door is None or self._closed or not self._broken:
+            return b""
+        try:
+            end, ticket = self._pass_door()
+        except (KVStoreError, OSError) as error:  # the next beat asks again; until then calls go by gRPC
+            log.info("no new lane in place of a broken one: %s", error)
+            return b""
+        with self._lock:
+            self._aside = end
+        return ticket
+
+    def begin_anew(self, served: bool) -> None:
+        """The server's answer to the ticket: whether it serves the new end."""
+        with self._lock:
+            end, self._aside = self._aside, None
+            if end is None:
+                return
+            if not served or self._closed:
+                end.close()
+                return
+            self._end.close()
+            self._take_up(end)
+
     def take(self) -> bool:
         """Whether the lane is the caller's for one `call`, which gives it back."""
         if self._broken or not self._lock.acquire(timeout=_PATIENCE_S):
             return False
-        if self._usable():
+        if not self._closed and self._usable():
             return True
         self._lock.release()
         return False
@@ -319,7 +368,7 @@ class Lane:
             self._fail(error)
         if not frame:
             self._broken = True
-            raise LaneError(grpc.StatusCode.UNAVAILABLE, "the server hung up")
+            raise LaneBroken("the server hung up")
         _, answered, status = _REPLY.unpack_from(frame)
         if answered != number:
             self._fail(ProtocolError(f"a reply to call {answered} came to call {number}"))
@@ -332,14 +381,16 @@ class Lane:
         if isinstance(error, BlockingIOError):
             raise LaneError(grpc.StatusCode.DEADLINE_EXCEEDED, "no answer in time") from None
         self._broken = True
-        raise LaneError(grpc.StatusCode.UNAVAILABLE, str(error)) from None
+        raise LaneBroken(str(error)) from None
 
     def close(self) -> None:
         """Hang up. Idempotent."""
-        self._broken = True
+        self._closed = self._broken = True
         _hang_up(self._end)
         with self._lock:
             self._end.close()
+            if self._aside is not None:
+                self._aside.close()
 
 
 class LaneStub:
@@ -367,4 +418,9 @@ class _Unary:
         message = request.SerializeToString()
         if len(message) > MAX_MESSAGE_BYTES or not self._lane.take():
             return self._slow(request, timeout=timeout)
-        return self._parse(self._lane.call(self._method, message, timeout))
+        until_s = time.monotonic() + timeout
+        try:
+            reply = self._lane.call(self._method, message, timeout)
+        except LaneBroken:
+            return self._slow(request, timeout=max(0.0, until_s - time.monotonic()))
+        return self._parse(reply)

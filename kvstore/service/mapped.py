@@ -23,9 +23,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore.api import Register, Registration
-from kvstore.errors import KVStoreError, LeaseError, LeaseExpired, MappingClosed, ProtocolError
+from kvstore.errors import KVStoreError, LeaseError, LeaseExpired, MappingClosed, ProtocolError, ServiceUnavailable
 from kvstore.mapping import ArenaMapping
-from kvstore.service.knock import knock
+from kvstore.service.knock import Opened, knock
 from kvstore.service.lane import Lane
 from kvstore.service.plane import Cells, Down
 from kvstore.wire import kvstore_pb2 as pb
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 ABSENT = (1 << 64) - 1
 _MAX_SLOTS = 65_536
 """What one reply may name."""
+_KNOCK_S = 0.2
+"""For another lane: its session's beats wait for it meanwhile."""
 
 
 class MappedPlane:
@@ -46,11 +48,18 @@ class MappedPlane:
     def __init__(self, path: str | Path, timeout_s: float, lending: Lending) -> None:
         """Pass the door of the service at `path`. Raises what `knock` and `ArenaMapping` raise."""
         self._lending = lending
+        self._path = path
         with knock(path, timeout_s) as opened:
             self.ticket = opened.ticket
             self.boot_id = opened.boot_id
             self.mapping = ArenaMapping(opened.memory_fd, opened.generation_fd, opened.capacity_bytes, populate=False)
-            self.lane = Lane(socket.socket(fileno=os.dup(opened.lane_fd)))
+            self.lane = Lane(_end_of(opened), self._pass_door)
+
+    def _pass_door(self) -> tuple[socket.socket, bytes]:
+        with knock(self._path, _KNOCK_S) as opened:
+            if opened.boot_id != self.boot_id:
+                raise ServiceUnavailable("the server was restarted: a lane of it comes with the next session")
+            return _end_of(opened), opened.ticket
 
     def prefaulted(self) -> None:
         with contextlib.suppress(MappingClosed):
@@ -67,6 +76,10 @@ class MappedPlane:
         self.lane.close()
         self._lending.forget(self.mapping)
         return self.mapping.close()
+
+
+def _end_of(opened: Opened) -> socket.socket:
+    return socket.socket(fileno=os.dup(opened.lane_fd))
 
 
 class Lending:

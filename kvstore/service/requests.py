@@ -235,7 +235,10 @@ class Requests:
     def load_host(self, session: Session, request: pb.LoadRequest) -> pb.LoadReply:
         if request.HasField("contents"):
             raise ConfigError("contents is set: a load from lower tiers goes by Load")
-        load = self.begin_load(session, request).load
+        with session.loading:
+            with session.lock:
+                there = session.loads.get(request.lease)  # the reply to an earlier call was lost, or is on its way
+            load = (there or self.begin_load(session, request)).load
         return next(_host_replies(load.num_blocks, load.start, *load.host_slots()))
 
     def load(self, session: Session, request: pb.LoadRequest) -> Iterator[pb.LoadReply]:
@@ -272,9 +275,6 @@ class Requests:
         chain = session.chains.resolve(request.chain)
         _check_range(request.start, request.stop, chain)
         layout = self._store.open(chain.root.model)
-        there = session.repeated_save(request.lease)
-        if there is not None:  # the reply to the first call was lost
-            return there.reply
         cells = _parts(request.parts)
         num_cells = len(layout.parts) if cells is None else len(cells)
         if (request.stop - request.start) * num_cells > MAX_SAVE_PARTS:
@@ -291,6 +291,9 @@ class Requests:
         chain.describe(contents)
         try:
             with session.account.saving:
+                there = session.repeated_save(request.lease)
+                if there is not None:  # the reply to the first call was lost, or is on its way
+                    return there.reply
                 return self._save(session, request, chain, layout)
         finally:
             chain.undescribe(contents)

@@ -193,11 +193,26 @@ class Servicer(KVStoreServicer):
                     return
                 live = frozenset(numbers(beat.live_leases, "live_leases", "<u8"))
                 self._sessions.beat(session, beat, live)
-                yield pb.Notice(draining=self.draining.is_set(), prefaulted=self._is_prefaulted())
+                begun = bool(beat.ticket) and self._begin_another_lane(session, beat.ticket)
+                yield pb.Notice(draining=self.draining.is_set(), prefaulted=self._is_prefaulted(), lane_begun=begun)
         finally:
             self._beating.discard(context)
             if session is not None:
                 self._sessions.end_stream(session)
+
+    def _begin_another_lane(self, session: Session, ticket: bytes) -> bool:
+        """Serve the lane of one more passage of a session's process; the passage itself is then forgotten."""
+        door, peer = self._door, session.peer
+        again = door.redeem(ticket) if door is not None else None
+        if door is None or again is None:
+            return False
+        same = peer is not None and (again.pid, again.uid) == (peer.pid, peer.uid)
+        lane = door.take_lane(again) if same else None
+        door.forget(again)
+        begun = lane is not None and self.lanes.begin(peer, lane)
+        if peer is not None and not door.alive(peer):
+            self.lanes.finish(peer)
+        return begun
 
     def _is_prefaulted(self) -> bool:
         if not self._prefaulted:

@@ -110,6 +110,7 @@ class Session:
         id, engine_key: capabilities, 16 random bytes each. number: for the store's request keys.
         peer: the process, where it passed the door.
         account: what counts what it pins.
+        loading: held while a load begins whose call may come twice at once.
         holds: what each match that may be loaded keeps, oldest first.
     """
 
@@ -124,6 +125,7 @@ class Session:
     last_seen_s: float
     chains: ChainCache = field(init=False)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    loading: threading.Lock = field(default_factory=threading.Lock)
     account: Account = field(default_factory=Account)
     ended: bool = False
     num_streams: int = 0

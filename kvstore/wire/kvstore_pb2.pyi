@@ -102,26 +102,30 @@ class OpenModelReply(_message.Message):
     def __init__(self, model: _Optional[int] = ..., part_bytes: _Optional[bytes] = ...) -> None: ...
 
 class Beat(_message.Message):
-    __slots__ = ("session", "live_leases", "highest_lease", "bye", "ttft_saved_s")
+    __slots__ = ("session", "live_leases", "highest_lease", "bye", "ttft_saved_s", "ticket")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     LIVE_LEASES_FIELD_NUMBER: _ClassVar[int]
     HIGHEST_LEASE_FIELD_NUMBER: _ClassVar[int]
     BYE_FIELD_NUMBER: _ClassVar[int]
     TTFT_SAVED_S_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
     session: bytes
     live_leases: bytes
     highest_lease: int
     bye: bool
     ttft_saved_s: float
-    def __init__(self, session: _Optional[bytes] = ..., live_leases: _Optional[bytes] = ..., highest_lease: _Optional[int] = ..., bye: _Optional[bool] = ..., ttft_saved_s: _Optional[float] = ...) -> None: ...
+    ticket: bytes
+    def __init__(self, session: _Optional[bytes] = ..., live_leases: _Optional[bytes] = ..., highest_lease: _Optional[int] = ..., bye: _Optional[bool] = ..., ttft_saved_s: _Optional[float] = ..., ticket: _Optional[bytes] = ...) -> None: ...
 
 class Notice(_message.Message):
-    __slots__ = ("draining", "prefaulted")
+    __slots__ = ("draining", "prefaulted", "lane_begun")
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     PREFAULTED_FIELD_NUMBER: _ClassVar[int]
+    LANE_BEGUN_FIELD_NUMBER: _ClassVar[int]
     draining: bool
     prefaulted: bool
-    def __init__(self, draining: _Optional[bool] = ..., prefaulted: _Optional[bool] = ...) -> None: ...
+    lane_begun: bool
+    def __init__(self, draining: _Optional[bool] = ..., prefaulted: _Optional[bool] = ..., lane_begun: _Optional[bool] = ...) -> None: ...
 
 class Ended(_message.Message):
     __slots__ = ("loads", "saves", "requests")

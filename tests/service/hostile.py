@@ -234,7 +234,12 @@ class Hostile:
         """Messages of a call that takes many."""
         if name == "Session":
             for _ in range(self.rng.randrange(4)):
-                yield pb.Beat(session=session, live_leases=self._packed("<u8"), highest_lease=self._lease())
+                yield pb.Beat(
+                    session=session,
+                    live_leases=self._packed("<u8"),
+                    highest_lease=self._lease(),
+                    ticket=self.rng.randbytes(self.rng.choice((0, 0, 1, 16))),
+                )
             return
         yield pb.WriteRequest(session=session, lease=self._lease())
         index = self.rng.choice((0, 0, 0, 1, 2))

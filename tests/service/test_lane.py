@@ -7,11 +7,16 @@ import contextlib
 import random
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
+from concurrent import futures
 
 import grpc
+import numpy as np
 import pytest
 
 from kvstore.block import Chain, ModelId, Root
@@ -27,6 +32,7 @@ from tests.service.conftest import StartServer
 from tests.waiting import wait_until
 
 MATCH = b"Match".ljust(16, b"\0")
+SAVE = b"Save".ljust(16, b"\0")
 
 
 class Echo:
@@ -34,6 +40,7 @@ class Echo:
 
     def __init__(self) -> None:
         self.gate = threading.Event()
+        self.saving = threading.Event()
         self.calls: list[LaneCall] = []
         self.lanes = Lanes({"Match": self.match, "Save": self.save, "Load": self.refuse})
         self.lane, self.raw = self.open(1)
@@ -48,6 +55,7 @@ class Echo:
         return message
 
     def save(self, message: bytes, call: LaneCall) -> bytes:
+        self.saving.set()
         assert self.gate.wait(10)
         return message
 
@@ -328,6 +336,146 @@ def test_without_its_lane_a_client_goes_on_by_grpc(server: Server, model: ModelI
         lane.close()
         assert store.match(Chain(Root(model), range(64)), "r").settled
         assert store.is_up
+
+
+def relayed(client: socket.socket, server: socket.socket, method: str, heard: bool) -> None:
+    """Pass frames on, until one of `method`: half of it, or of the reply to it, is the last that passes."""
+    with client, server:
+        while True:
+            request = client.recv(1 << 20)
+            last = struct.unpack_from("<III16s", request)[3].rstrip(b"\0") == method.encode()
+            if last and not heard:
+                server.sendall(request[: len(request) // 2])
+                return
+            server.sendall(request)
+            reply = server.recv(1 << 20)
+            client.sendall(reply[: len(reply) // 2] if last else reply)
+            if last:
+                return
+
+
+@pytest.mark.parametrize("method", ["Match", "LoadHost", "Save", "Commit"])
+@pytest.mark.parametrize("heard", [False, True], ids=["in_the_request", "in_the_reply"])
+def test_a_lane_that_breaks_within_a_frame_costs_no_answer_and_is_replaced(
+    server: Server, model: ModelId, method: str, heard: bool
+) -> None:
+    with opened(server) as store:
+        store.open(model)
+        connection = store._link.up()
+        lane = connection.plane.lane
+        assert lane is not None
+        ours, theirs = socket.socketpair()
+        relay = threading.Thread(target=relayed, args=(theirs, lane._end, method, heard))
+        lane._take_up(ours)
+        relay.start()
+        chain = Chain(Root(model), range(4 * model.block_tokens))
+        with store.save(chain, 0, 4) as save:
+            assert save.indices == (0, 1, 2, 3)
+            assert save.commit() == 4
+        assert store.match(chain, "r").num_blocks == 4
+        with store.load("r") as load:
+            assert len(list(load)) == 4
+            assert load.intact()
+        relay.join(10)
+        assert store._link.up() is connection, "nothing else of the connection is given up"
+        wait_until(lambda: not lane._broken)
+        request = pb.ReleaseRequest(session=connection.session).SerializeToString()
+        wait_until(lane.take)
+        assert lane.call(b"Release".ljust(16, b"\0"), request, 5.0) == b""
+        assert server._door is not None
+        assert server._door.num_peers == 1, "the passage that brought it is forgotten"
+        wait_until(lambda: len(server._servicer.lanes) == 1)
+    assert server.check() == []
+
+
+@pytest.mark.parametrize("call", ["Save", "LoadHost"])
+def test_a_call_that_comes_again_while_the_first_is_at_work_gets_its_answer(
+    server: Server, model: ModelId, call: str
+) -> None:
+    with opened(server) as store:
+        store.open(model)
+        session = server.sessions.all()[0]
+        connection, chain = store._link.up(), Chain(Root(model), range(2 * model.block_tokens))
+        request: pb.SaveRequest | pb.LoadRequest
+        if call == "Save":
+            delta, _ = connection.delta(chain, whole=False)
+            contents = pb.Contents(tokens=np.arange(2 * model.block_tokens, dtype="<u4").tobytes())
+            request = pb.SaveRequest(session=connection.session, chain=delta, stop=2, contents=contents, lease=9)
+            busy = session.account.saving
+        else:
+            with store.save(chain, 0, 2) as save:
+                assert save.commit() == 2
+            assert store.match(chain, "r").num_blocks == 2
+            request = pb.LoadRequest(session=connection.session, request="r", lease=9)
+            busy = session.loading
+        with futures.ThreadPoolExecutor(2) as both:
+            with busy:
+                sent = [both.submit(getattr(connection.stub, call), request, timeout=5) for _ in range(2)]
+                wait_until(lambda: _num_waiting(call) == 2)
+            one, two = (each.result() for each in sent)
+        assert one == two
+        assert len(one.offsets) == 2 * 8
+        connection.done.add(load=9, save=9)
+    assert server.check() == []
+
+
+def _num_waiting(call: str) -> int:
+    """Threads of this process that are within a method of the server's rooms."""
+    name = {"Save": "save", "LoadHost": "load_host"}[call]
+    return sum(
+        any(
+            frame.name == name and frame.filename.endswith("service/requests.py")
+            for frame in traceback.extract_stack(top)
+        )
+        for top in sys._current_frames().values()
+    )
+
+
+def test_a_process_that_breaks_lane_after_lane_has_two_at_most(echo: Echo) -> None:
+    def ask() -> None:
+        with pytest.raises(LaneError, match="hung up"):
+            echo.ask(b"", "Save", 20.0)
+
+    asked = threading.Thread(target=ask)
+    asked.start()
+    assert echo.saving.wait(10)
+    second, _ = echo.open(1)
+    ours, theirs = socket.socketpair()
+    assert not echo.lanes.begin(1, ours), "the first is still at its last call"
+    assert theirs.recv(1) == b""
+    theirs.close()
+    assert second.take()
+    assert second.call(MATCH, b"x", 5.0) == b"x"
+    echo.gate.set()
+    wait_until(lambda: len(echo.lanes) == 1)
+    asked.join(10)
+    assert not echo.lane.take(), "it was hung up on"
+    second.close()
+
+
+def test_another_process_ticket_begins_no_lane_for_a_session(server: Server) -> None:
+    path = server.address.removeprefix("unix:")
+    code = f"""
+import sys
+from kvstore.service.knock import knock
+with knock({path!r}, 5.0) as passed:
+    sys.stdout.write(passed.ticket.hex() + "\\n")
+    sys.stdout.flush()
+    sys.stdin.read()
+"""
+    with opened(server) as store:
+        connection = store._link.up()
+        command = [sys.executable, "-c", code]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+            assert other.stdout is not None
+            ticket = bytes.fromhex(other.stdout.readline())
+            notice = next(connection.stub.Session(iter([connection.beat(0.0, ticket)])))
+            other.communicate()
+        assert not notice.lane_begun
+        with knock(path, 5.0) as passed:
+            notice = next(connection.stub.Session(iter([connection.beat(0.0, passed.ticket)])))
+        assert notice.lane_begun
+    assert server.check() == []
 
 
 def test_a_request_too_large_for_a_message_is_refused_and_the_client_stays(server: Server, model: ModelId) -> None:
