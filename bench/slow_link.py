@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A proxy before a Redis server over which replies come no faster than a link would carry them.
+"""A proxy before a Redis server over which replies come, and commands go if asked, no faster than a link carries.
 
 In a process of its own: in the engine's its threads would take the interpreter from what is measured.
 """
@@ -26,15 +26,20 @@ _spawn = multiprocessing.get_context("spawn")
 
 
 class SlowLink:
-    """Listens on a Unix socket of its own, passes on to another. Commands pass unhindered. A context manager."""
+    """Listens on a Unix socket of its own, passes on to another. A context manager.
 
-    def __init__(self, target: str) -> None:
+    Commands pass unhindered, unless `both_ways`: then they have as much again for themselves.
+    """
+
+    def __init__(self, target: str, *, both_ways: bool = False) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="kvstore-link-")
         path = str(Path(self._directory.name) / "s")
         self.url = f"unix://{path}"
         self._speed = _spawn.Value("d", 0.0)
         listening = _spawn.Event()
-        self._process = _spawn.Process(target=_serve, args=(path, target, self._speed, listening), daemon=True)
+        self._process = _spawn.Process(
+            target=_serve, args=(path, target, self._speed, listening, both_ways), daemon=True
+        )
         self._process.start()
         if not listening.wait(_START_S):
             raise RuntimeError("the proxy did not start")
@@ -84,8 +89,9 @@ class _Link:
         time.sleep(max(0.0, due_s - time.monotonic()))
 
 
-def _serve(path: str, target: str, speed: Synchronized[float], listening: Event) -> None:
+def _serve(path: str, target: str, speed: Synchronized[float], listening: Event, both_ways: bool) -> None:
     link = _Link(speed)
+    way_there = _Link(speed) if both_ways else None
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen(64)
@@ -94,7 +100,7 @@ def _serve(path: str, target: str, speed: Synchronized[float], listening: Event)
             near, _ = listener.accept()
             far = socket.socket(socket.AF_UNIX)
             far.connect(target)
-            threading.Thread(target=_pass, args=(near, far, None), daemon=True).start()
+            threading.Thread(target=_pass, args=(near, far, way_there), daemon=True).start()
             threading.Thread(target=_pass, args=(far, near, link), daemon=True).start()
 
 

@@ -132,6 +132,15 @@ _OF_A_TIER = {
     "evicted_blocks": _Name("evictions", "Blocks dropped for want of space."),
     "evicted_bytes": _Name("evicted_bytes", "Bytes dropped for want of space."),
     "quota_refused_blocks": _Name("quota_refused_blocks", "Blocks refused because their tenant's quota is used up."),
+    "decoded_blocks": _Name("decoded_blocks", "Parts of blocks read that a codec had made smaller."),
+    "decoded_saved_bytes": _Name("decoded_saved_bytes", "Bytes that codecs spared reads."),
+    "decode_s": _Name("decode_seconds", "Time spent decoding, in reads."),
+    "encoded_namespaces": _Name(
+        "encoded_namespaces", "Namespaces written with a codec now, because that is measured to be faster.", False
+    ),
+    "raw_namespaces": _Name("raw_namespaces", "Namespaces written raw now.", counter=False),
+    "send_bytes_per_s": _Name("send_bytes_per_second", "What writes to the server carry, lately.", counter=False),
+    "receive_bytes_per_s": _Name("receive_bytes_per_second", "What reads carry, lately.", counter=False),
     "touched_blocks": _Name("touched_blocks", "Blocks whose time of last use was renewed."),
     "blocks": _Name("blocks", "Blocks there now.", counter=False),
     "pinned_blocks": _Name("pinned_blocks", "Blocks that may not be evicted now.", counter=False),

@@ -7,6 +7,7 @@ slower on two cores: each step lets the socket run dry, and a thread fetches all
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -59,6 +60,10 @@ class Counts:
     corrupt_blocks: int = 0
     locked_blocks: int = 0
     """Sealed with keys that are not here; they stay where they are."""
+    decoded_blocks: int = 0
+    decoded_saved_bytes: int = 0
+    """Bytes that codecs spared the way from the server."""
+    decode_s: float = 0.0
 
     def add(self, other: Counts) -> None:
         for item in fields(self):
@@ -181,14 +186,14 @@ class Reader:
         heads, failure = wire.values_like(shape.line, shape.head_bytes, buffers, deadline)
         for (key, buffer), head in zip(run, heads, strict=False):
             try:
-                self._verify(head, key, buffer)
+                self._verify(head, key, buffer, counts)
                 expected.append(True)
             except FrameError as exc:
                 self._note(exc, key, damaged, counts)
                 expected.append(False)
         return failure
 
-    def _verify(self, head: bytes, key: PartKey, buffer: memoryview) -> None:
+    def _verify(self, head: bytes, key: PartKey, buffer: memoryview, counts: Counts) -> None:
         """Raises FrameError unless a value, of which `buffer` holds all but `head`, is the part; then it holds that."""
         payload = buffer
         if (length := frame.measure(head)) != len(head):  # the header is longer or shorter than those before
@@ -199,7 +204,7 @@ class Reader:
         if frame.checksum(payload) != told.xxh3:
             raise FrameError("the payload's checksum does not fit")
         if codec is not None:
-            _decode(codec, payload, told.item_bytes, buffer)
+            _decode(codec, payload, told.item_bytes, buffer, counts)
 
     def _receive(
         self,
@@ -213,7 +218,7 @@ class Reader:
         """Read one GET's reply to its end, whatever it is; whether it was the part asked for."""
         arrived = False
         try:
-            self._receive_value(wire, key, into, deadline)
+            self._receive_value(wire, key, into, deadline, counts)
             arrived = True
         except _Missing:
             counts.missing_blocks += 1
@@ -241,13 +246,13 @@ class Reader:
             counts.corrupt_blocks += 1
         damaged.append(key)
 
-    def _receive_value(self, wire: Wire, key: PartKey, into: memoryview, deadline: float) -> None:
+    def _receive_value(self, wire: Wire, key: PartKey, into: memoryview, deadline: float, counts: Counts) -> None:
         """Read a value as far as it is what it should be."""
         # Most values look like the one before, and most of the time this much of them has come already.
         head = wire.begin_like(*self._shape)
         head = self._begin(wire, deadline) if head is None else _whole_header(wire, head, deadline)
         if self._sealer is not None:
-            self._receive_sealed(wire, self._sealer.open(head, key), into, deadline)
+            self._receive_sealed(wire, self._sealer.open(head, key), into, deadline, counts)
             return
         told = frame.payload_of(head, key)
         codec = self._fitting_codec(told, wire.left, len(into))
@@ -256,9 +261,9 @@ class Reader:
         if frame.checksum(payload) != told.xxh3:
             raise FrameError("the payload's checksum does not fit")
         if codec is not None:
-            _decode(codec, payload, told.item_bytes, into)
+            _decode(codec, payload, told.item_bytes, into, counts)
 
-    def _receive_sealed(self, wire: Wire, opening: Opening, into: memoryview, deadline: float) -> None:
+    def _receive_sealed(self, wire: Wire, opening: Opening, into: memoryview, deadline: float, counts: Counts) -> None:
         """Receive a payload piece by piece, each opened while it is in the core's cache."""
         told = opening.told
         num_bytes = wire.left - TAG_BYTES
@@ -271,7 +276,7 @@ class Reader:
             opening.update(piece, payload[at : at + len(piece)])
         opening.finish(wire.peek(TAG_BYTES, deadline))
         if codec is not None:
-            _decode(codec, payload, told.item_bytes, into)
+            _decode(codec, payload, told.item_bytes, into, counts)
 
     def _begin(self, wire: Wire, deadline: float) -> bytes:
         """The header of the next value, whatever it looks like."""
@@ -311,8 +316,12 @@ def _whole_header(wire: Wire, head: bytes, deadline: float) -> bytes:
     return head + wire.peek(missing, deadline) if missing > 0 else head[: len(head) + missing]
 
 
-def _decode(codec: Codec, payload: memoryview, item_bytes: int, into: memoryview) -> None:
+def _decode(codec: Codec, payload: memoryview, item_bytes: int, into: memoryview, counts: Counts) -> None:
+    began_s = time.perf_counter()
     try:
         codec.decode(payload, item_bytes, into)
     except ValueError as exc:
         raise FrameError(str(exc)) from exc
+    counts.decode_s += time.perf_counter() - began_s
+    counts.decoded_blocks += 1
+    counts.decoded_saved_bytes += len(into) - len(payload)

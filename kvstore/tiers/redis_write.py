@@ -7,15 +7,16 @@ wait: hashed before its send it cost a fifth of the rate, and a thread of its ow
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvstore.block import BlockId, BlockMeta, PartKey
-from kvstore.codecs import CODECS, Codec
 from kvstore.layout import BlockLayout
 from kvstore.tiers.redis_accounting import Accounting, Facts
+from kvstore.tiers.redis_codec import CodecChoice
 from kvstore.tiers.redis_names import STEP_S, root_tag
 from kvstore.tiers.redis_nodes import MOVING, Talk, many
 from kvstore.tiers.redis_sealed import Locked, Scratch
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 _GROUP_BYTES = 1 << 20
 _MAX_GROUP = 32
 _MAX_GROUPS_IN_FLIGHT = 256
-_RAW_ID = CODECS.load("raw").wire_id
-
 
 Item = tuple[PartKey, BlockMeta, memoryview, float]
 """A part to write, with its score."""
@@ -53,13 +52,21 @@ class _Value:
     """What is left to do with the payload before it can go."""
 
 
+@dataclass(slots=True)
+class _Spent:
+    """Of one conversation: time on encoding, and bytes that it left to send."""
+
+    encode_s: float = 0.0
+    num_bytes: int = 0
+
+
 class Writer:
     """Sends values with their accounts, parents before children, and only where the parent is there."""
 
     def __init__(
         self,
         accounting: Accounting,
-        codec: Codec,
+        codec: CodecChoice,
         ttl_s: int,
         locked: Locked,
         sealer: Sealer | None,
@@ -150,7 +157,9 @@ class Writer:
         scores = [
             command("ZSCORE", self._names.bucket(key).order, self._names.member(key.block, key.part)) for key in keys
         ]
+        began_s = time.perf_counter()
         replies = many(talk, values + scores, deadline, partial=True) if keys else []
+        self._codec.link.answered(time.perf_counter() - began_s)
         return {
             key: real(score)
             for key, exists, score in zip(keys, replies[: len(keys)], replies[len(keys) :], strict=True)
@@ -205,9 +214,7 @@ class Writer:
 
     def _value(self, key: PartKey, meta: BlockMeta, part: memoryview, score: float, scratch: Scratch) -> _Value:
         item_bytes = self._item_bytes.get((key.part, len(part)), 1)
-        codec_id, payload = self._codec.wire_id, self._codec.encode(part, item_bytes)
-        if payload is None or len(payload) >= len(part):
-            codec_id, payload = _RAW_ID, part
+        codec_id, payload = self._codec.encode(key.root, part, item_bytes)
         if self._sealer is None:
             return _Value(key, meta, score, len(part), payload, codec_id, item_bytes, Checksum(payload))
         into = scratch.take(len(payload) + TAG_BYTES)
@@ -215,12 +222,16 @@ class Writer:
         sealing = self._sealer.seal(header, payload, into)
         return _Value(key, meta, score, len(part), into, codec_id, item_bytes, sealing)
 
-    def _values(self, items: Sequence[Item]) -> Iterator[list[_Value]]:
+    def _values(self, items: Sequence[Item], spent: _Spent) -> Iterator[list[_Value]]:
         """Values of each group, which is to be sent before the one after the next is asked for."""
         scratch = Scratch()
         for group in self._groups(items):
             scratch.turn()
-            yield [self._value(*item, scratch) for item in group]
+            began_s = time.perf_counter()
+            values = [self._value(*item, scratch) for item in group]
+            spent.encode_s += time.perf_counter() - began_s
+            spent.num_bytes += sum(len(value.payload) for value in values)
+            yield values
 
     def _send(
         self, wire: Wire, items: Sequence[Item], facts: Facts, deadline: float, counts: dict[str, float]
@@ -228,7 +239,9 @@ class Writer:
         """Send parts in groups, each one transaction with its accounts. Returns the keys that arrived."""
         landed: set[PartKey] = set()
         unanswered: deque[list[PartKey]] = deque()
-        groups = self._values(items)
+        spent = _Spent()
+        began_s = time.perf_counter()
+        groups = self._values(items, spent)
         following = next(groups, None)
         while following is not None:
             group, following = following, next(groups, None)
@@ -238,6 +251,7 @@ class Writer:
                 landed |= self._answers(wire, unanswered.popleft(), deadline, counts)
         for keys in unanswered:
             landed |= self._answers(wire, keys, deadline, counts)
+        self._codec.link.sent(spent.num_bytes, time.perf_counter() - began_s - spent.encode_s)
         return landed
 
     def _groups(self, items: Sequence[Item]) -> Iterator[Sequence[Item]]:

@@ -41,7 +41,7 @@ def test_the_example_settings_are_accepted(tmp_path: Path, commented: bool) -> N
     assert config.host.capacity_bytes == 32 << 30
     redis = config.tiers["redis"]
     assert isinstance(redis, RedisTier.Options)
-    assert redis.codec == ("lz4" if commented else "raw")
+    assert redis.codec == ("raw" if commented else "auto")
     assert bool(config.service.tcp_addresses) is commented
 
 
