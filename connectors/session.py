@@ -209,13 +209,14 @@ class Session:
         """What the store has, after waiting for blocks that somebody else will finish before we could."""
         wait_s = self._connection.cost.plan_ask_s(self._prompt_tokens, self._connection.max_wait_s)
         match = store.match(self._chain, self._request, hint=self._hint, wait_s=wait_s)
+        again_s = None if wait_s is None else 0.0
         cost, since_s, num_blocks = self._connection.cost, time.monotonic(), match.num_blocks
         while match.num_pending_blocks:
-            wait_s = cost.plan_wait_s(match, self._prompt_tokens)
-            if time.monotonic() - since_s >= wait_s:
+            limit_s = cost.plan_wait_s(match, self._prompt_tokens)
+            if time.monotonic() - since_s >= limit_s:
                 break
-            time.sleep(max(_PENDING_POLL_S, _PENDING_POLL_SHARE * wait_s))
-            match = store.match(self._chain, self._request, hint=self._hint)
+            time.sleep(max(_PENDING_POLL_S, _PENDING_POLL_SHARE * limit_s))
+            match = store.match(self._chain, self._request, hint=self._hint, wait_s=again_s)
             if match.num_blocks > num_blocks:
                 since_s, num_blocks = time.monotonic(), match.num_blocks
         return match

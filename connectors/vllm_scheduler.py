@@ -58,6 +58,8 @@ class _Tracked:
     told: int = 0
     """Tokens that workers' copies of the chain have."""
     asked_s: float | None = None
+    lower_s: float | None = 0.0
+    """How long lower tiers are worth waiting for, from `asked_s` on; None: they are not asked."""
     found_blocks: int = 0
     """Of the longest match since `asked_s`; it was first seen at `found_s`."""
     found_s: float = 0.0
@@ -205,7 +207,11 @@ class SchedulerSide:
         return self._plan(tracked, found, local_tokens)
 
     def _ask(self, tracked: _Tracked, chain: Chain) -> Match:
-        return self._store.match(chain, tracked.key, hint=self._hint(tracked))
+        if tracked.asked_s is None:
+            most_s = self._settings.match_deadline_ms / 1e3 * _IN_TIME
+            tracked.lower_s = self.cost.plan_ask_s(tracked.request.num_tokens, most_s)
+        wait_s = None if tracked.lower_s is None else 0.0
+        return self._store.match(chain, tracked.key, hint=self._hint(tracked), wait_s=wait_s)
 
     def _hint(self, tracked: _Tracked) -> Hint:
         request = tracked.request
@@ -220,7 +226,7 @@ class SchedulerSide:
 
     def _worth_waiting(self, tracked: _Tracked, match: Match, waited_s: float) -> bool:
         """Whether lower tiers may still answer in time, or somebody else finishes sooner than we would."""
-        if not match.settled and waited_s < self._settings.match_deadline_ms / 1e3 * _IN_TIME:
+        if not match.settled and waited_s < (tracked.lower_s or 0.0):
             return True
         if match.num_pending_blocks and waited_s < self._settings.pending_deadline_ms / 1e3:
             now_s, limit_s = self._now_s(), self.cost.plan_wait_s(match, tracked.request.num_tokens)

@@ -203,12 +203,13 @@ class Store(Protocol):
         *,
         hint: Hint = NO_HINT,
         parts: Sequence[int] | None = None,
-        wait_s: float = 0.0,
+        wait_s: float | None = 0.0,
     ) -> Match:
         """How much of `chain` is there, holding what the host has for a short while under `request`.
 
         Answers from the host at once. Lower tiers are asked in the background about what follows; a later call,
-        or this one if `wait_s` allows, has their answer. Repeating it replaces the request's hold.
+        or this one if `wait_s` allows, has their answer. With `wait_s` None they are not asked: what they hold would
+        not be worth loading. Repeating it replaces the request's hold.
         """
 
     def load(self, request: str, num_blocks: int | None = None, *, start: int = 0, partial_tokens: int = 0) -> Load:

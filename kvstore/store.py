@@ -178,7 +178,7 @@ class KVStore:
         *,
         hint: Hint = NO_HINT,
         parts: Sequence[int] | None = None,
-        wait_s: float = 0.0,
+        wait_s: float | None = 0.0,
     ) -> Match:
         layout = self._layout(chain)
         cells = _cells(layout, parts)
@@ -195,11 +195,11 @@ class KVStore:
             self._holds[request] = hold
         if before is not None:
             self._leases.release(before.lease)
-        if hold.lookup is None and self._tiers and num_host < len(chain):
+        if hold.lookup is None and wait_s is not None and self._tiers and num_host < len(chain):
             hold.lookup = self._lookups.begin(chain, num_host, cells)
         if hold.lookup is not None:
             self._lookups.look_again(hold.lookup, now_s)
-            if wait_s > 0:
+            if wait_s:
                 hold.lookup.wait(wait_s)
         if first_time:
             self._note_match(hold, num_host)

@@ -443,6 +443,25 @@ def test_match_does_not_wait_for_a_slow_tier(make_any: MakeAnyStore, root: Root)
     store.forget("r")
 
 
+def test_lower_tiers_that_are_not_worth_asking_are_not_asked(make_any: MakeAnyStore, root: Root) -> None:
+    asked: list[int] = []
+
+    class Watched(DictTier):
+        def contains(self, keys: Sequence[PartKey], deadline_s: float) -> list[bool]:
+            asked.append(len(keys))
+            return super().contains(keys, deadline_s)
+
+    store = make_any(tiers=[Watched()])
+    chain = chain_of(root, 2)
+    before = len(asked)  # a greeting
+    match = store.match(chain, "r", wait_s=None)
+    assert match.settled
+    assert (match.num_blocks, len(asked)) == (0, before)
+    assert store.match(chain, "r", wait_s=5).settled
+    assert asked[before:] == [len(chain)]
+    store.forget("r")
+
+
 def test_a_tier_dying_in_mid_load_ends_it_early(make_any: MakeAnyStore, root: Root, model: ModelId) -> None:
     chain = chain_of(root, 8)
     tier = tier_with(chain, model=model)

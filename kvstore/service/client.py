@@ -90,7 +90,7 @@ class SidecarStore:
         *,
         hint: Hint = NO_HINT,
         parts: Sequence[int] | None = None,
-        wait_s: float = 0.0,
+        wait_s: float | None = 0.0,
     ) -> Match:
         cells = _cells(chain, parts)
         connection = None
@@ -108,9 +108,10 @@ class SidecarStore:
                         chain=delta,
                         hint=_hint(hint),
                         parts=_packed(parts),
-                        wait_ms=round(wait_s * 1000),
+                        wait_ms=round((wait_s or 0.0) * 1000),
+                        host_only=wait_s is None,
                     ),
-                    timeout_s=self._link.options.call_deadline_s + wait_s,
+                    timeout_s=self._link.options.call_deadline_s + (wait_s or 0.0),
                 ),
             )
         except Down:

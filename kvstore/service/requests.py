@@ -124,7 +124,7 @@ class Requests:
                 session.key(name),
                 hint=_hint(request),
                 parts=parts,
-                wait_s=wait_s if waits else 0.0,
+                wait_s=None if request.host_only else wait_s if waits else 0.0,
             )
         finally:
             if waits:

@@ -214,13 +214,14 @@ class Retention(_message.Message):
     def __init__(self, start: _Optional[int] = ..., stop: _Optional[int] = ..., priority: _Optional[int] = ..., duration_s: _Optional[float] = ...) -> None: ...
 
 class MatchRequest(_message.Message):
-    __slots__ = ("session", "request", "chain", "hint", "parts", "wait_ms", "ended")
+    __slots__ = ("session", "request", "chain", "hint", "parts", "wait_ms", "host_only", "ended")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     CHAIN_FIELD_NUMBER: _ClassVar[int]
     HINT_FIELD_NUMBER: _ClassVar[int]
     PARTS_FIELD_NUMBER: _ClassVar[int]
     WAIT_MS_FIELD_NUMBER: _ClassVar[int]
+    HOST_ONLY_FIELD_NUMBER: _ClassVar[int]
     ENDED_FIELD_NUMBER: _ClassVar[int]
     session: bytes
     request: str
@@ -228,8 +229,9 @@ class MatchRequest(_message.Message):
     hint: Hint
     parts: bytes
     wait_ms: int
+    host_only: bool
     ended: Ended
-    def __init__(self, session: _Optional[bytes] = ..., request: _Optional[str] = ..., chain: _Optional[_Union[ChainDelta, _Mapping]] = ..., hint: _Optional[_Union[Hint, _Mapping]] = ..., parts: _Optional[bytes] = ..., wait_ms: _Optional[int] = ..., ended: _Optional[_Union[Ended, _Mapping]] = ...) -> None: ...
+    def __init__(self, session: _Optional[bytes] = ..., request: _Optional[str] = ..., chain: _Optional[_Union[ChainDelta, _Mapping]] = ..., hint: _Optional[_Union[Hint, _Mapping]] = ..., parts: _Optional[bytes] = ..., wait_ms: _Optional[int] = ..., host_only: _Optional[bool] = ..., ended: _Optional[_Union[Ended, _Mapping]] = ...) -> None: ...
 
 class MatchReply(_message.Message):
     __slots__ = ("num_blocks", "num_host_blocks", "num_pending_blocks", "settled", "tiers")

@@ -161,7 +161,7 @@ class FakeStore:
         *,
         hint: Hint = NO_HINT,
         parts: Sequence[int] | None = None,
-        wait_s: float = 0.0,
+        wait_s: float | None = 0.0,
     ) -> Match:
         self.enter("match")
         self.hints.append(hint)

@@ -104,6 +104,18 @@ def test_a_try_goes_beyond_a_fast_tier_whose_blocks_are_loaded_all_the_same() ->
     assert max(loads) > 10
 
 
+def test_lower_tiers_are_not_asked_where_nothing_of_theirs_would_be_loaded_and_are_again_in_time() -> None:
+    assert CostModel(4, 1000).plan_ask_s(100, 0.25) == 0.25
+    assert model_that_knows(host=1e3).plan_ask_s(100, 0.25) == 0.25  # of lower tiers nothing was seen
+    fast, slow = model_that_knows(redis=1e9), model_that_knows(redis=2e5)
+    computing_s = fast.prefill_s(100, 0)
+    assert computing_s is not None
+    assert 0.9 * computing_s < (fast.plan_ask_s(100, 0.25) or 0) < computing_s
+    answers = [slow.plan_ask_s(100, 0.25) for _ in range(100)]
+    assert answers[:5] == [None] * 5
+    assert answers[-1]
+
+
 def test_the_rule_always_loads_however_slow() -> None:
     cost = CostModel(4, 1000, rule=LoadRule.ALWAYS)
     cost.seen_prefill(100, 0, 1e-6)

@@ -297,6 +297,31 @@ def test_an_unsettled_match_is_asked_again_until_the_deadline() -> None:
     bench.close()
 
 
+def test_lower_tiers_are_neither_asked_nor_waited_for_where_computing_it_all_is_quicker() -> None:
+    waits: list[object] = []
+
+    class Slow(FakeStore):
+        def match(self, *args: Any, **kwargs: Any) -> Match:
+            waits.append(kwargs["wait_s"])
+            found = super().match(*args, **kwargs)
+            return Match(found.num_blocks, found.num_host_blocks, 0, kwargs["wait_s"] is None, found.tiers)
+
+    bench = Bench(Slow(), load_rule="measured", match_deadline_ms=100)
+    first, second, third = (FakeRequest(name, tokens(120)) for name in "abc")
+    assert bench.side.match(first, 0) == (None, False)  # nothing is known of costs
+    bench.side.cost.seen_prefill(120, 0, 0.05)
+    bench.side.cost.seen_load("redis", 1000, 1.0)
+    assert bench.side.match(second, 0) == (0, False)
+    bench.side.cost.seen_load("redis", 1000, 1e-6)
+    assert bench.side.match(third, 0) == (None, False)
+    bench.clock.time_s += 0.06  # longer than computing would take
+    assert bench.side.match(third, 0) == (0, False)
+    assert waits == [0.0, None, 0.0, 0.0]
+    for request in (first, second, third):
+        bench.side.ended(request, [])
+    bench.close()
+
+
 def test_blocks_that_somebody_computes_are_waited_for_as_long_as_that_can_pay() -> None:
     bench = Bench()
     bench.fill(tokens(32))
