@@ -1,97 +1,275 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Values of one shape off a socket, many in one call: a length line, a header, a payload into its own buffer, an end.
+ * Values of one shape off a socket, many in one call, on a thread that knows no interpreter: each is a length line, a
+ * header, a payload into its own buffer, an end. Asks for the next ones as it goes.
  *
- * Small values cost more in Python than in the kernel, and each return from a receive waits for the interpreter lock.
- * Nothing is believed here: a value that does not begin with the length line expected ends the call, with all that was
- * received of it given back, and the caller's parser goes on from there; headers and checksums are the caller's.
+ * A payload is hashed piece by piece, while it is in the core's cache, and where there is a choice when nothing waits
+ * to be received: hashed afterwards, the sender's buffer ran full meanwhile and both stood still in turn. Nothing is
+ * believed here: a value that does not begin with the length line expected ends it, with all that was received of it
+ * given back, and the caller's parser goes on from there; headers and checksums are the caller's to compare.
  */
 #include <errno.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/time.h>
 #include <sys/types.h>
 #include <time.h>
 
+void kvstore_xxh3_begin(uint64_t *sums);
+size_t kvstore_xxh3_more(uint64_t *sums, const uint8_t *bytes, size_t at, size_t until);
+uint64_t kvstore_xxh3_end(uint64_t *sums, const uint8_t *bytes, size_t at, size_t num_bytes);
+
 enum { ARRIVED = 0, TIMED_OUT = -1, CLOSED = -2, NO_END = -3 }; /* or an errno */
 
+enum { PIECE_BYTES = 256 << 10, HASH_BYTES = 64 << 10 };
+
+/* What to receive, and what came of it: laid out as `_Receiving` in native.py. */
 struct receiving {
-    int fd;
-    double deadline_s; /* CLOCK_MONOTONIC */
-    double armed_s;    /* SO_RCVTIMEO as it is set */
+    int32_t fd;
+    int32_t why;        /* how it ended */
+    double deadline_s;  /* CLOCK_MONOTONIC */
+    double armed_s;     /* SO_RCVTIMEO as it is set */
+    const uint8_t *line;
+    size_t line_bytes, head_bytes, payload_bytes, count;
+    uint8_t *const *buffers;
+    uint8_t *heads;
+    uint64_t *sums;
+    uint8_t *edge;      /* room for a line, a header and two bytes more */
+    size_t edge_bytes;  /* of the first value, in `edge` already; at the end what was received beyond those counted */
+    const uint8_t *requests;
+    size_t request_bytes; /* of one */
+    size_t num_asked;     /* values asked for */
+    size_t num_ahead;     /* how many to have asked for beyond the one being received */
+    size_t num_done;      /* values that arrived, to their ends */
+    size_t num_received;  /* bytes of anything */
 };
 
-/* One receive under the deadline: the number of bytes, 0 never; or an outcome that is not ARRIVED in `why`. */
-static size_t receive_some(struct receiving *from, uint8_t *into, size_t num_bytes, int flags, int *why)
+struct running {
+    struct receiving *job;
+    pthread_t thread;
+    pthread_mutex_t lock;
+    pthread_cond_t moved;
+    size_t wanted; /* whoever waits, waits for so many */
+    int ended;
+};
+
+static double left_s(const struct receiving *job)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return job->deadline_s - ((double)now.tv_sec + 1e-9 * (double)now.tv_nsec);
+}
+
+/* What lies ready to be received, up to `num_bytes`; 0 where that is nothing. */
+static size_t take_ready(struct receiving *job, uint8_t *into, size_t num_bytes)
 {
     for (;;) {
-        struct timespec now;
-        clock_gettime(CLOCK_MONOTONIC, &now);
-        const double left_s = from->deadline_s - ((double)now.tv_sec + 1e-9 * (double)now.tv_nsec);
-        if (left_s <= 0) {
-            *why = TIMED_OUT;
-            return 0;
-        }
-        /* The kernel's timers fire late by up to an eighth: one that fires early gets another try. */
-        if (!(0.8 * left_s <= from->armed_s && from->armed_s <= 0.88 * left_s)) {
-            const double arm_s = 0.88 * left_s;
-            struct timeval limit = {(time_t)arm_s, (suseconds_t)((arm_s - (double)(time_t)arm_s) * 1e6)};
-            if (!limit.tv_sec && !limit.tv_usec)
-                limit.tv_usec = 1; /* zero would mean for ever */
-            if (setsockopt(from->fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit)) {
-                *why = errno;
-                return 0;
-            }
-            from->armed_s = arm_s;
-        }
-        const ssize_t count = recv(from->fd, into, num_bytes, flags);
-        if (count > 0)
+        const ssize_t count = recv(job->fd, into, num_bytes, MSG_DONTWAIT);
+        if (count > 0) {
+            job->num_received += (size_t)count;
             return (size_t)count;
+        }
         if (!count)
-            *why = CLOSED;
-        else if (errno == EINTR || errno == EAGAIN || errno == EWOULDBLOCK)
+            job->why = CLOSED;
+        else if (errno == EINTR)
             continue;
-        else
-            *why = errno;
+        else if (errno != EAGAIN && errno != EWOULDBLOCK)
+            job->why = errno;
         return 0;
     }
 }
 
-/* Receives up to `count` values that begin with `line` and a header of `head_bytes`, each payload of `payload_bytes`
- * into its buffer, each header into `heads`. `edge` has room for the line, a header and two bytes more; `*edge_bytes`
- * of the first value are in it already, and at the end what was received beyond the values counted: what lies ready is
- * taken with an end, and never waited for. */
-int kvstore_receive(int fd, const uint8_t *line, size_t line_bytes, size_t head_bytes, size_t payload_bytes,
-                    size_t count, uint8_t *const *buffers, uint8_t *heads, uint8_t *edge, size_t *edge_bytes,
-                    double deadline_s, double *armed_s, size_t *num_done)
+/* Waits under the deadline for some of `num_bytes`; 0 where there will be none, and `why` says so. */
+static size_t take(struct receiving *job, uint8_t *into, size_t num_bytes, int flags)
 {
-    struct receiving from = {fd, deadline_s, *armed_s};
-    const size_t begin_bytes = line_bytes + head_bytes;
-    size_t have = *edge_bytes;
-    int why = ARRIVED;
-    *num_done = 0;
-    while (*num_done < count && !why) {
-        while (!memcmp(edge, line, have < line_bytes ? have : line_bytes) && have < begin_bytes && !why)
-            have += receive_some(&from, edge + have, begin_bytes - have, 0, &why);
-        if (why || memcmp(edge, line, line_bytes))
-            break;
-        memcpy(heads + *num_done * head_bytes, edge + line_bytes, head_bytes);
-        have = 0;
-        for (size_t at = 0; at < payload_bytes && !why;)
-            at += receive_some(&from, buffers[*num_done] + at, payload_bytes - at, MSG_WAITALL, &why);
-        while (have < 2 && !why)
-            have += receive_some(&from, edge + have, 2 + begin_bytes - have, 0, &why);
-        if (why)
-            break;
-        if (edge[0] != '\r' || edge[1] != '\n')
-            why = NO_END;
-        have -= 2;
-        memmove(edge, edge + 2, have);
-        *num_done += !why;
+    for (;;) {
+        const double remaining_s = left_s(job);
+        if (remaining_s <= 0) {
+            job->why = TIMED_OUT;
+            return 0;
+        }
+        /* The kernel's timers fire late by up to an eighth: one that fires early gets another try. */
+        if (!(0.8 * remaining_s <= job->armed_s && job->armed_s <= 0.88 * remaining_s)) {
+            const double arm_s = 0.88 * remaining_s;
+            struct timeval limit = {(time_t)arm_s, (suseconds_t)((arm_s - (double)(time_t)arm_s) * 1e6)};
+            if (!limit.tv_sec && !limit.tv_usec)
+                limit.tv_usec = 1; /* zero would mean for ever */
+            if (setsockopt(job->fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit)) {
+                job->why = errno;
+                return 0;
+            }
+            job->armed_s = arm_s;
+        }
+        const ssize_t count = recv(job->fd, into, num_bytes, flags);
+        if (count > 0) {
+            job->num_received += (size_t)count;
+            return (size_t)count;
+        }
+        if (!count)
+            job->why = CLOSED;
+        else if (errno == EINTR || errno == EAGAIN || errno == EWOULDBLOCK)
+            continue;
+        else
+            job->why = errno;
+        return 0;
     }
-    *edge_bytes = have;
-    *armed_s = from.armed_s;
-    return why;
+}
+
+/* Asks for values until `num_ahead` are on their way beyond value `at`: many at once, when half of them have come. */
+static void ask(struct receiving *job, size_t at)
+{
+    if (job->num_asked == job->count || job->num_asked > at + (job->num_ahead + 1) / 2)
+        return;
+    size_t until = at + 1 + job->num_ahead;
+    if (until > job->count)
+        until = job->count;
+    size_t sent = job->num_asked * job->request_bytes;
+    const size_t end = until * job->request_bytes;
+    while (sent < end && !job->why) {
+        const ssize_t count = send(job->fd, job->requests + sent, end - sent, MSG_DONTWAIT | MSG_NOSIGNAL);
+        if (count >= 0) {
+            sent += (size_t)count;
+            continue;
+        }
+        if (errno == EINTR)
+            continue;
+        if (errno != EAGAIN && errno != EWOULDBLOCK) {
+            job->why = errno;
+            break;
+        }
+        struct pollfd ready = {job->fd, POLLOUT, 0};
+        const double remaining_s = left_s(job);
+        if (remaining_s <= 0)
+            job->why = TIMED_OUT;
+        else
+            poll(&ready, 1, remaining_s < 1000 ? 1 + (int)(1e3 * remaining_s) : 1000000);
+    }
+    job->num_asked = until;
+}
+
+static uint64_t take_payload(struct receiving *job, uint8_t *into)
+{
+    const size_t num_bytes = job->payload_bytes;
+    uint64_t sums[8];
+    size_t at = 0, hashed = 0;
+    kvstore_xxh3_begin(sums);
+    while (at < num_bytes && !job->why) {
+        const size_t step = num_bytes - at < PIECE_BYTES ? num_bytes - at : PIECE_BYTES;
+        size_t count = take_ready(job, into + at, step);
+        if (!count && !job->why) {
+            const size_t until = at - hashed < HASH_BYTES ? at : hashed + HASH_BYTES;
+            const size_t before = hashed;
+            hashed = kvstore_xxh3_more(sums, into, hashed, until);
+            if (hashed == before)
+                count = take(job, into + at, step < HASH_BYTES ? step : HASH_BYTES, MSG_WAITALL);
+        }
+        at += count;
+        if (at - hashed >= PIECE_BYTES)
+            hashed = kvstore_xxh3_more(sums, into, hashed, at);
+    }
+    return job->why ? 0 : kvstore_xxh3_end(sums, into, hashed, num_bytes);
+}
+
+static void done(struct running *run, size_t num_done)
+{
+    __atomic_store_n(&run->job->num_done, num_done, __ATOMIC_SEQ_CST);
+    if (num_done < __atomic_load_n(&run->wanted, __ATOMIC_SEQ_CST))
+        return;
+    pthread_mutex_lock(&run->lock);
+    pthread_cond_broadcast(&run->moved);
+    pthread_mutex_unlock(&run->lock);
+}
+
+static void receive_all(struct running *run)
+{
+    struct receiving *const job = run->job;
+    const size_t begin_bytes = job->line_bytes + job->head_bytes;
+    size_t have = job->edge_bytes, number = 0;
+    while (number < job->count && !job->why) {
+        ask(job, number);
+        while (!memcmp(job->edge, job->line, have < job->line_bytes ? have : job->line_bytes) && have < begin_bytes &&
+               !job->why)
+            have += take(job, job->edge + have, begin_bytes - have, 0);
+        if (job->why || memcmp(job->edge, job->line, job->line_bytes))
+            break;
+        memcpy(job->heads + number * job->head_bytes, job->edge + job->line_bytes, job->head_bytes);
+        have = 0;
+        job->sums[number] = take_payload(job, job->buffers[number]);
+        /* What lies ready of the next one is taken with an end, and never waited for. */
+        while (have < 2 && !job->why)
+            have += take(job, job->edge + have, 2 + begin_bytes - have, 0);
+        if (job->why)
+            break;
+        if (job->edge[0] != '\r' || job->edge[1] != '\n')
+            job->why = NO_END;
+        have -= 2;
+        memmove(job->edge, job->edge + 2, have);
+        if (!job->why)
+            done(run, ++number);
+    }
+    job->edge_bytes = have;
+    pthread_mutex_lock(&run->lock);
+    run->ended = 1;
+    pthread_cond_broadcast(&run->moved);
+    pthread_mutex_unlock(&run->lock);
+}
+
+static void *run_thread(void *given)
+{
+    receive_all(given);
+    return NULL;
+}
+
+/* Begins to receive on a thread of its own. Everything `job` names is this thread's until `kvstore_receive_end`.
+ * NULL where there can be no thread. */
+void *kvstore_receive_begin(struct receiving *job)
+{
+    struct running *const run = calloc(1, sizeof *run);
+    if (!run)
+        return NULL;
+    run->job = job;
+    run->wanted = job->count;
+    pthread_mutex_init(&run->lock, NULL);
+    pthread_cond_init(&run->moved, NULL);
+    sigset_t all, before; /* signals are for the interpreter's threads */
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    const int refused = pthread_create(&run->thread, NULL, run_thread, run);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (!refused)
+        return run;
+    pthread_cond_destroy(&run->moved);
+    pthread_mutex_destroy(&run->lock);
+    free(run);
+    return NULL;
+}
+
+/* Waits until `wanted` values have arrived, or no more will; how many have. */
+size_t kvstore_receive_wait(struct running *run, size_t wanted)
+{
+    pthread_mutex_lock(&run->lock);
+    __atomic_store_n(&run->wanted, wanted, __ATOMIC_SEQ_CST);
+    while (__atomic_load_n(&run->job->num_done, __ATOMIC_SEQ_CST) < wanted && !run->ended)
+        pthread_cond_wait(&run->moved, &run->lock);
+    pthread_mutex_unlock(&run->lock);
+    return __atomic_load_n(&run->job->num_done, __ATOMIC_SEQ_CST);
+}
+
+/* Waits for the thread to end, having cut the connection if it has not: from here on nothing writes to the buffers. */
+void kvstore_receive_end(struct running *run)
+{
+    pthread_mutex_lock(&run->lock);
+    if (!run->ended)
+        shutdown(run->job->fd, SHUT_RDWR);
+    pthread_mutex_unlock(&run->lock);
+    pthread_join(run->thread, NULL);
+    pthread_cond_destroy(&run->moved);
+    pthread_mutex_destroy(&run->lock);
+    free(run);
 }

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loops that are written in C, where they were built: strided copies, the hash chain, many values off a socket.
 
-`_copy.c`, `_hash.c` and `_receive.c` are built at installation if there is a C compiler. Without them everything works:
-copies run at about half the rate, hashing takes three times as long, small values come one by one. Loaded with ctypes,
+`_copy.c`, `_hash.c`, `_receive.c`, `_xxh3.c` are built at installation if there is a C compiler. Without, all works:
+copies run at about half the rate, hashing takes three times as long, values come one by one. Loaded with ctypes,
 which releases the GIL.
 """
 
@@ -12,10 +12,38 @@ import ctypes
 import importlib.util
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 MAX_AXES = 8
 Steps = ctypes.c_int64 * MAX_AXES
+
+
+class _Receiving(ctypes.Structure):
+    """`struct receiving` of `_receive.c`."""
+
+    _fields_ = (
+        ("fd", ctypes.c_int32),
+        ("why", ctypes.c_int32),
+        ("deadline_s", ctypes.c_double),
+        ("armed_s", ctypes.c_double),
+        ("line", ctypes.c_char_p),
+        ("line_bytes", ctypes.c_size_t),
+        ("head_bytes", ctypes.c_size_t),
+        ("payload_bytes", ctypes.c_size_t),
+        ("count", ctypes.c_size_t),
+        ("buffers", ctypes.POINTER(ctypes.c_void_p)),
+        ("heads", ctypes.c_void_p),
+        ("sums", ctypes.POINTER(ctypes.c_uint64)),
+        ("edge", ctypes.c_void_p),
+        ("edge_bytes", ctypes.c_size_t),
+        ("requests", ctypes.c_char_p),
+        ("request_bytes", ctypes.c_size_t),
+        ("num_asked", ctypes.c_size_t),
+        ("num_ahead", ctypes.c_size_t),
+        ("num_done", ctypes.c_size_t),
+        ("num_received", ctypes.c_size_t),
+    )
 
 
 def _load() -> Any:
@@ -33,12 +61,13 @@ def _load() -> Any:
     chars = ctypes.c_char_p
     library.kvstore_hash_chain.argtypes = [chars, chars, size, chars, size, size, chars]
     library.kvstore_hash_chain.restype = ctypes.c_int
-    if hasattr(library, "kvstore_receive"):  # in a checkout an earlier build may lie here
-        count = ctypes.POINTER(size)
-        seconds = ctypes.POINTER(ctypes.c_double)
-        library.kvstore_receive.argtypes = [ctypes.c_int, chars, size, size, size, size, ctypes.POINTER(pointer)]
-        library.kvstore_receive.argtypes += [pointer, pointer, count, ctypes.c_double, seconds, count]
-        library.kvstore_receive.restype = ctypes.c_int
+    if hasattr(library, "kvstore_receive_begin"):  # in a checkout an earlier build may lie here
+        library.kvstore_receive_begin.argtypes = [ctypes.POINTER(_Receiving)]
+        library.kvstore_receive_begin.restype = pointer
+        library.kvstore_receive_wait.argtypes = [pointer, size]
+        library.kvstore_receive_wait.restype = size
+        library.kvstore_receive_end.argtypes = [pointer]
+        library.kvstore_receive_end.restype = None
     return library
 
 
@@ -66,53 +95,119 @@ def hash_chain(parent: bytes, head: bytes, tokens: bytes, block_bytes: int) -> l
     return [digests[at : at + 32] for at in range(0, len(digests), 32)]
 
 
-class Received(NamedTuple):
-    """What `receive` brought, and how it ended."""
+receives = _library is not None and hasattr(_library, "kvstore_receive_begin")
+MIN_SUMMED_BYTES = 129
+"""Smaller payloads are not hashed in C."""
 
-    heads: list[bytes]
-    """A header for each value that arrived whole."""
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Values to receive, one shape, each into a buffer of its own.
+
+    Attributes:
+        line: what each begins with, a header of `head_bytes` after it.
+        buffers: for what follows, all of one size, `MIN_SUMMED_BYTES` or more.
+        begun: what was received of the first already, no more than its line and header.
+        requests: one a buffer, all of one length: what asks for the values.
+        num_asked: how many were asked for already.
+        num_ahead: how many to have asked for beyond the one being received.
+    """
+
+    line: bytes
+    head_bytes: int
+    buffers: Sequence[memoryview]
+    begun: bytes
+    requests: bytes
+    num_asked: int
+    num_ahead: int
+
+
+class Receiving:
+    """A run being received, by a thread that needs no GIL, up to the first value that does not begin as it should.
+
+    Made by `receive`; whoever has it closes it, and nobody else uses the descriptor before.
+    """
+
+    def __init__(self, run: Run, fd: int, deadline: float, armed_s: float) -> None:
+        count = len(run.buffers)
+        # Each names the caller's memory and keeps it: nothing is copied.
+        self._owners = [ctypes.c_char.from_buffer(buffer) for buffer in run.buffers]
+        self._addresses = (ctypes.c_void_p * count)(*map(ctypes.addressof, self._owners))
+        self._heads = ctypes.create_string_buffer(max(1, run.head_bytes * count))
+        self._sums = (ctypes.c_uint64 * count)()
+        self._edge = ctypes.create_string_buffer(run.begun, len(run.line) + run.head_bytes + 2)
+        self._run = run
+        self._job = _Receiving(
+            fd=fd,
+            deadline_s=deadline,
+            armed_s=armed_s,
+            line=run.line,
+            line_bytes=len(run.line),
+            head_bytes=run.head_bytes,
+            payload_bytes=len(run.buffers[0]),
+            count=count,
+            buffers=self._addresses,
+            heads=ctypes.addressof(self._heads),
+            sums=self._sums,
+            edge=ctypes.addressof(self._edge),
+            edge_bytes=len(run.begun),
+            requests=run.requests,
+            request_bytes=len(run.requests) // count,
+            num_asked=run.num_asked,
+            num_ahead=run.num_ahead,
+        )
+        self._thread: int | None = _library.kvstore_receive_begin(ctypes.byref(self._job))
+
+    @property
+    def began(self) -> bool:
+        return self._thread is not None
+
+    def wait(self, num_values: int) -> int:
+        """Wait until so many have arrived, or no more will; how many have. Bounded by the deadline."""
+        return int(_library.kvstore_receive_wait(self._thread, num_values))
+
+    def value(self, number: int) -> tuple[bytes, int]:
+        """Of one that arrived: its header, and xxh3 of what lies in its buffer."""
+        at, size = number * self._run.head_bytes, self._run.head_bytes
+        return ctypes.string_at(ctypes.addressof(self._heads) + at, size), self._sums[number]
+
+    def close(self) -> Received:
+        """End it: cuts the connection where it has not ended. Nothing writes to the buffers from here on."""
+        if self._thread is not None:
+            thread, self._thread = self._thread, None
+            _library.kvstore_receive_end(thread)
+            self._owners.clear()
+        job = self._job
+        return Received(
+            self._edge.raw[: job.edge_bytes], job.num_asked, job.num_received > 0, job.armed_s, _failure(job.why)
+        )
+
+
+class Received(NamedTuple):
+    """How a run ended."""
+
     rest: bytes
-    """What was received beyond those."""
+    """What was received beyond the values that arrived."""
+    num_asked: int
+    heard: bool
+    """Something was received."""
     armed_s: float
+    """SO_RCVTIMEO as it is set."""
     failure: Exception | None
     """TimeoutError, EOFError, ValueError (a value without its end) or OSError: what follows cannot be read."""
 
 
-receives = _library is not None and hasattr(_library, "kvstore_receive")
-
-
-def receive(
-    fd: int,
-    line: bytes,
-    head_bytes: int,
-    buffers: Sequence[memoryview],
-    begun: bytes,
-    deadline: float,
-    armed_s: float,
-) -> Received:
-    """Receive values that begin with `line` and a header into buffers of one size, up to the first that does not.
+def receive(run: Run, fd: int, deadline: float, armed_s: float) -> Receiving | None:
+    """Begin to receive a run from a blocking socket; None where it cannot be done here.
 
     Args:
-        begun: what was received of the first already, no more than its line and header.
         deadline: on `time.monotonic`.
         armed_s: SO_RCVTIMEO as it is set; afterwards as the result says.
     """
-    count = len(buffers)
-    # Each names the caller's memory and keeps it: nothing is copied.
-    owners = [ctypes.c_char.from_buffer(buffer) for buffer in buffers]
-    addresses = (ctypes.c_void_p * count)(*map(ctypes.addressof, owners))
-    heads = ctypes.create_string_buffer(max(1, head_bytes * count))
-    edge = ctypes.create_string_buffer(begun, len(line) + head_bytes + 2)
-    edge_bytes, num_done = ctypes.c_size_t(len(begun)), ctypes.c_size_t()
-    armed = ctypes.c_double(armed_s)
-    why = _library.kvstore_receive(
-        fd, line, len(line), head_bytes, len(buffers[0]), count, addresses, heads, edge, edge_bytes, deadline,
-        armed, num_done,
-    )  # fmt: skip
-    del owners
-    data = heads.raw[: head_bytes * num_done.value]
-    found = [data[at : at + head_bytes] for at in range(0, len(data), head_bytes)]
-    return Received(found, edge.raw[: edge_bytes.value], armed.value, _failure(why))
+    if not receives or len(run.buffers[0]) < MIN_SUMMED_BYTES:
+        return None
+    receiving = Receiving(run, fd, deadline, armed_s)
+    return receiving if receiving.began else None
 
 
 def _failure(why: int) -> Exception | None:

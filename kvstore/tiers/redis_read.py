@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Values out of Redis: received straight into the caller's buffers, verified before anybody sees them.
 
-A value is received in one go, then hashed. Hashing in steps between receives, or beside them in a second thread, was
-slower on two cores: each step lets the socket run dry, and a thread fetches all bytes from memory once more.
+Values that look alike are received and hashed by a thread in C (`kvstore/_receive.c`), which also asks for the next
+ones; here their headers are verified, and the caller makes use of them, while more come in. The rest go one by one:
+odd ones, sealed ones, those that come by TLS, and all where the C loops were not built. One by one a value is received
+in one go and then hashed: in steps between receives it was slower, since each step lets the socket run dry.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, fields
+from itertools import takewhile
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvstore.block import PartKey
@@ -29,7 +32,7 @@ _AHEAD_BYTES = 4 << 20
 """Values asked for beyond the one being received: enough to hide a round trip, little for the server to hold."""
 _MAX_AHEAD = 64
 _RUN_BYTES = _AHEAD_BYTES // 2
-"""Small values are received so many bytes at a time, and looked at then; as much again was asked for meanwhile."""
+"""Small values are asked for so many bytes at a time, and looked at so many at a time."""
 _RAW_ID = CODECS.load("raw").wire_id
 
 
@@ -80,37 +83,33 @@ class _ReadAhead:
     def __init__(self, names: Names, wire: Wire, into: Mapping[PartKey, memoryview]) -> None:
         self._names = names
         self._wire = wire
-        self._into = into
-        self._keys = list(into)
-        self._asked = 0
-        self._ahead_bytes = 0
+        self.parts = [(key, buffer.cast("B")) for key, buffer in into.items()]
+        self.num_asked = 0
 
     def keep_up(self, position: int, deadline: float) -> None:
         """Called before value `position` is read."""
-        first = self._asked
-        if self._asked - position < 2 or self._ahead_bytes <= _AHEAD_BYTES - _RUN_BYTES:
-            while self._wants_more(position):
-                self._ahead_bytes += len(self._into[self._keys[self._asked]])
-                self._asked += 1
-        if self._asked > first:
-            self._wire.send([self._names.pipeline("GET", self._keys[first : self._asked])], deadline)
-        self._ahead_bytes -= len(self._into[self._keys[position]])
+        first = self.num_asked
+        ahead_bytes = sum(len(buffer) for _, buffer in self.parts[position:first])
+        if first - position < 2 or ahead_bytes <= _AHEAD_BYTES - _RUN_BYTES:
+            while self.num_asked < len(self.parts) and (
+                self.num_asked - position < 2 or (ahead_bytes < _AHEAD_BYTES and self.num_asked - position < _MAX_AHEAD)
+            ):
+                ahead_bytes += len(self.parts[self.num_asked][1])
+                self.num_asked += 1
+        if self.num_asked > first:
+            self._wire.send([self._requests(self.parts[first : self.num_asked])], deadline)
 
     def run(self, position: int, num_bytes: int) -> list[tuple[PartKey, memoryview]]:
-        """Parts from `position` on that were asked for and have this size, up to `_RUN_BYTES`."""
-        found: list[tuple[PartKey, memoryview]] = []
-        for key in self._keys[position : min(self._asked, position + _RUN_BYTES // num_bytes)]:
-            buffer = self._into[key].cast("B")
-            if len(buffer) != num_bytes:
-                break
-            found.append((key, buffer))
-        return found
+        """Parts from `position` on that have this size."""
+        return list(takewhile(lambda part: len(part[1]) == num_bytes, self.parts[position:]))
 
-    def _wants_more(self, position: int) -> bool:
-        num_ahead = self._asked - position
-        return self._asked < len(self._keys) and (
-            num_ahead < 2 or (self._ahead_bytes < _AHEAD_BYTES and num_ahead < _MAX_AHEAD)
-        )
+    def asking(self, position: int, run: Sequence[tuple[PartKey, memoryview]]) -> tuple[bytes, int, int]:
+        """How those of a run that begins at `position` are asked for, how many were, and how many to keep ahead."""
+        num_ahead = max(1, min(_MAX_AHEAD, _AHEAD_BYTES // len(run[0][1])))
+        return self._requests(run), min(len(run), self.num_asked - position), num_ahead
+
+    def _requests(self, parts: Sequence[tuple[PartKey, memoryview]]) -> bytes:
+        return self._names.pipeline("GET", [key for key, _ in parts])
 
 
 class Reader:
@@ -138,18 +137,24 @@ class Reader:
         `moved` is told of keys that lie on another node of a Cluster; they are not there for this read.
         """
         ahead = _ReadAhead(self._names, wire, into)
-        expected: deque[bool] = deque()  # of values received before their turn: whether they are the parts asked for
-        for position, (key, buffer) in enumerate(into.items()):
+        position = 0
+        while position < len(ahead.parts):
             ahead.keep_up(position, deadline)
-            if not expected:
-                failure = self._receive_run(wire, ahead, position, deadline, expected, damaged, counts)
-                if failure is not None and not expected:
-                    raise failure
+            first = position
+            with closing(self._receive_run(wire, ahead, first, deadline, damaged, counts)) as run:
+                for arrived in run:
+                    key, buffer = ahead.parts[position]
+                    position += 1
+                    if arrived:
+                        counts.read_blocks += 1
+                        counts.read_bytes += len(buffer)
+                        yield key
+            if position > first:
+                continue
+            key, buffer = ahead.parts[position]
+            position += 1
             try:
-                if expected:
-                    arrived = expected.popleft()
-                else:
-                    arrived = self._receive(wire, key, buffer.cast("B"), deadline, damaged, counts)
+                arrived = self._receive(wire, key, buffer, deadline, damaged, counts)
             except ReplyError as exc:
                 to = redirection(exc)
                 if moved is None or to is None:
@@ -160,8 +165,6 @@ class Reader:
                 counts.read_blocks += 1
                 counts.read_bytes += len(buffer)
                 yield key
-            if failure is not None and not expected:
-                raise failure
 
     def _receive_run(
         self,
@@ -169,39 +172,61 @@ class Reader:
         ahead: _ReadAhead,
         position: int,
         deadline: float,
-        expected: deque[bool],
         damaged: list[PartKey],
         counts: Counts,
-    ) -> Exception | None:
-        """Read values that look like the one before in one go, and say of each whether it is the part asked for.
+    ) -> Generator[bool, None, None]:
+        """Of each value that looks like the one before whether it is the part asked for, up to one that does not.
 
-        None come where they are large, or do not look like it. Returns what to raise after those that came.
+        None come where they cannot be received like this.
         """
         shape = self._shape
-        payload_bytes = shape.length - shape.head_bytes
-        run = ahead.run(position, payload_bytes) if payload_bytes > 0 else []
-        if len(run) < 2 or self._sealer is not None:  # what is sealed is opened piece by piece, as it comes
-            return None
+        # What is sealed is opened piece by piece, as it comes.
+        if shape is _UNKNOWN or self._sealer is not None or not wire.may_be_like(shape.line, shape.head_bytes):
+            return
+        run = ahead.run(position, shape.length - shape.head_bytes)
+        if len(run) < 2 and shape.length < _RUN_BYTES:
+            return
+        asking = ahead.asking(position, run)
         buffers = [buffer for _, buffer in run]
-        heads, failure = wire.values_like(shape.line, shape.head_bytes, buffers, deadline)
-        for (key, buffer), head in zip(run, heads, strict=False):
-            try:
-                self._verify(head, key, buffer, counts)
-                expected.append(True)
-            except FrameError as exc:
-                self._note(exc, key, damaged, counts)
-                expected.append(False)
-        return failure
+        receiving = wire.begin_run((shape.line, shape.head_bytes), buffers, asking, deadline)
+        if receiving is None:
+            return
+        step = max(1, _RUN_BYTES // shape.length)
+        seen = 0
+        try:
+            while (until := receiving.wait(min(len(run), seen + step))) > seen:
+                for number in range(seen, until):
+                    yield self._is_asked_for(*receiving.value(number), *run[number], damaged, counts)
+                seen = until
+        finally:
+            num_asked, failure = wire.end_run(receiving)
+            ahead.num_asked = max(ahead.num_asked, position + num_asked)
+        if failure is not None:
+            raise failure
 
-    def _verify(self, head: bytes, key: PartKey, buffer: memoryview, counts: Counts) -> None:
-        """Raises FrameError unless a value, of which `buffer` holds all but `head`, is the part; then it holds that."""
+    def _is_asked_for(
+        self, head: bytes, xxh3: int, key: PartKey, buffer: memoryview, damaged: list[PartKey], counts: Counts
+    ) -> bool:
+        try:
+            self._verify(head, xxh3, key, buffer, counts)
+        except FrameError as exc:
+            self._note(exc, key, damaged, counts)
+            return False
+        return True
+
+    def _verify(self, head: bytes, xxh3: int, key: PartKey, buffer: memoryview, counts: Counts) -> None:
+        """Raises FrameError unless a value, of which `buffer` holds all but `head`, is the part; then it holds that.
+
+        `xxh3` is of what `buffer` holds.
+        """
         payload = buffer
         if (length := frame.measure(head)) != len(head):  # the header is longer or shorter than those before
             value = head + bytes(buffer)
             head, payload = value[:length], memoryview(value)[length:]
+            xxh3 = frame.checksum(payload)
         told = frame.payload_of(head, key)
         codec = self._fitting_codec(told, len(payload), len(buffer))
-        if frame.checksum(payload) != told.xxh3:
+        if xxh3 != told.xxh3:
             raise FrameError("the payload's checksum does not fit")
         if codec is not None:
             _decode(codec, payload, told.item_bytes, buffer, counts)

