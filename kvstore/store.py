@@ -241,17 +241,19 @@ class KVStore:
 
     def hold_similar(self, request: str, index: int, tokens: npt.NDArray[np.uint32]) -> int:
         """`match_partial` for a chain whose tokens are not known here: `tokens` follow its first `index` blocks."""
+        # All of it under the lock: of two calls at once, each would pin a block, and a load would hand out the first
+        # one's for as many tokens as the second one's begins alike.
         with self._lock:
             hold = self._holds.get(request)
-        if hold is None or hold.num_host != index or hold.sources(index):
-            return 0
-        if not hold.num_partial_tokens:
-            chain, need = hold.chain, part_mask(hold.layout, hold.parts)
-            before = chain.ids[index - 1] if index else None
-            row, num_tokens = self._host.pool.pin_similar(before, tokens, need, chain.root.id)
-            if num_tokens and self._leases.append(hold.lease, row):
-                hold.num_partial_tokens = num_tokens
-        return hold.num_partial_tokens
+            if hold is None or hold.num_host != index or hold.sources(index):
+                return 0
+            if not hold.num_partial_tokens:
+                chain, need = hold.chain, part_mask(hold.layout, hold.parts)
+                before = chain.ids[index - 1] if index else None
+                row, num_tokens = self._host.pool.pin_similar(before, tokens, need, chain.root.id)
+                if num_tokens and self._leases.append(hold.lease, row):
+                    hold.num_partial_tokens = num_tokens
+            return hold.num_partial_tokens
 
     def forget(self, request: str) -> None:
         with self._lock:

@@ -4,13 +4,17 @@
 
 from __future__ import annotations
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
 import numpy as np
 import pytest
 
 from kvstore.api import Store
 from kvstore.block import Chain, ModelId, Root
 from kvstore.store import KVStore
-from tests.conftest import chain_of, content, load_all, save_all
+from tests.conftest import MakeStore, chain_of, content, load_all, save_all
 from tests.test_conformance import MakeAnyStore, make_any, store, tier_with
 
 
@@ -198,3 +202,32 @@ def test_what_is_found_is_what_comparing_everything_finds(make_store: object, ro
         save_all(store, chain)
         saved.append(chain)
         assert store.check() == []
+
+
+def test_two_questions_at_once_about_one_request_hold_one_beginning(make_store: MakeStore, root: Root) -> None:
+    store = make_store()
+    asked = parting(root, 0, 12)
+    switch_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for number in range(300):
+            request = f"r{number}"
+            save_all(store, parting(root, 0, 4, seed=7))
+            store.match(asked, request)
+            together = Barrier(3)
+
+            def ask(request: str = request, together: Barrier = together) -> int:
+                together.wait()
+                return store.match_partial(request)
+
+            with ThreadPoolExecutor(2) as threads:
+                answers = [threads.submit(ask), threads.submit(ask)]
+                together.wait()
+                save_all(store, parting(root, 0, 12, seed=8))  # begins alike for longer
+                said = {answer.result() for answer in answers}
+            assert len(said) == 1
+            store.forget(request)
+            assert store.stats()["host.pinned_blocks"] == 0
+            store.drop_host()
+    finally:
+        sys.setswitchinterval(switch_s)
