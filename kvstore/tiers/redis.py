@@ -13,7 +13,7 @@ before heads, by an order that all writers share (`redis_accounting`).
     redis_sweep       repair, and check             redis_upkeep  touches, ageing, sweeps in the background
     redis_presence    which keys are there          redis_marks   who is computing what
     redis_sealed      values of keys not at hand    redis_sentinel who is the primary
-    redis_codec       whether encoding them pays
+    redis_codec       whether encoding them pays    redis_clock    the time that scores are made of
     valkey            a server of our own, for url="embedded"
 """
 

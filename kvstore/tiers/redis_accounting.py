@@ -19,7 +19,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kvstore.block import PartKey
-from kvstore.tiers.redis_names import EPOCH_S, Bucket, Names, prefix, registry, used
+from kvstore.tiers.redis_clock import SharedClock
+from kvstore.tiers.redis_names import Bucket, Names, prefix, registry, used
 from kvstore.tiers.redis_nodes import Talk, many
 from kvstore.tiers.redis_wire import ProtocolBroken, command, integer, real
 
@@ -32,7 +33,6 @@ _MAX_ROUNDS = 1000
 """Of an eviction: each evicts, or learns how cold some more namespaces are."""
 _TARGET_SHARE = 0.99
 """How full it is after an eviction: each gives room to the writes of a while, and empty room holds no hits."""
-_CLOCK_GOOD_FOR_S = 60.0
 _TOTAL_GOOD_FOR_S = 0.25
 
 # KEYS: registry, used, order, sizes, total of each part. ARGV: root, member, score, bytes of each part.
@@ -186,8 +186,7 @@ class Accounting:
         self.namespace_bytes = namespace_bytes
         self._capacity_bytes = capacity_bytes
         self._facts: Facts | None = None
-        self._clock_offset_s = 0.0
-        self._clock_read_at = float("-inf")
+        self._clock = SharedClock()
         self._total_bytes = 0
         self._total_read_at = float("-inf")
         self.crowded = False
@@ -220,16 +219,8 @@ class Accounting:
         return size_class(stored_bytes) if facts.rounds_up else stored_bytes
 
     def now_s(self, talk: Talk, deadline: float) -> float:
-        """The server's time on the scale of scores; asked for once a minute."""
-        now = time.monotonic()
-        if now - self._clock_read_at > _CLOCK_GOOD_FOR_S:
-            (reply,) = many(talk, [command("TIME")], deadline)
-            if not isinstance(reply, list) or len(reply) != 2:
-                raise ProtocolBroken("TIME did not give a time")
-            seconds, micros = (integer(part) for part in reply if isinstance(part, bytes))
-            self._clock_offset_s = seconds + micros * 1e-6 - EPOCH_S - now
-            self._clock_read_at = now
-        return now + self._clock_offset_s
+        """The time on the scale of scores."""
+        return self._clock.now_s(talk, deadline)
 
     # ── writing ────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -8,13 +8,14 @@
     kvs2:{<stripe>}:<root>:s                 hash: member → accounted bytes
     kvs2:{<stripe>}:<root>:b                 sum of that hash
     kvs2:{<stripe>}:<root>:m:<block>         who computes the chain from this block on (`redis_marks`)
+    kvs2:{000}:clock                         the time that scores are made of (`redis_clock`)
 
 A *bucket* is what one namespace has in one stripe. <root> is 16 hex digits, <block> 64, <stripe> and <part> three
 decimals: all names of one kind have one length, so commands can be put together without measuring. The stripe follows
 from the block; it stands in braces, the Cluster's hash tag: all that a script or transaction touches lies on one
 node, the list of namespaces included.
 
-A score is the time of the last use in seconds since 2025 by the server's clock, less a microsecond for each step
+A score is the time of the last use in seconds since 2025 by the shared clock, less a microsecond for each step
 down the chain. One use of a chain takes one time for all of it, and scores only ever rise: so a parent's score is
 above its children's, and taking the lowest scores takes tails before heads.
 """
@@ -99,6 +100,7 @@ def used(stripe: int) -> str:
     return f"kvs2:{{{stripe:03d}}}:u"
 
 
+CLOCK = f"{prefix(0)}clock"
 VALUE_NAME_BYTES = len(Bucket(0, 16 * "0").values) + 64 + len(":000")
 
 
