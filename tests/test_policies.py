@@ -250,6 +250,37 @@ def test_runs_by_last_use_are_exact_lru() -> None:
     assert len(runs._runs) < len(runs) / 2  # or it would not be worth having them
 
 
+class InTurns(ByLastUse):
+    """Each use puts a run into the next of five queues, which give in turns."""
+
+    name = "in_turns"
+    num_queues = 5
+
+    def _use(self, runs: list[Run], starts: Sequence[int], blocks: Sequence[BlockId], hint: Hint) -> None:
+        super()._use(runs, starts, blocks, hint)
+        for run in runs:
+            run.queue = (run.queue + 1) % self.num_queues
+
+    def _next_queue(self) -> int:
+        ends = [(run.key, queue) for queue in range(self.num_queues) if (run := self._head(queue)) is not None]
+        return min(ends)[1] if ends else -1
+
+
+def test_entries_that_are_out_of_date_are_dropped_a_queue_at_a_time_and_none_that_counts() -> None:
+    runs, most = InTurns(), 0
+    for block in range(200):
+        runs.admit(ids(block), NO_HINT)
+        runs.touch(ids(block), NO_HINT)
+    for turn in range(100):
+        for block in range(200):
+            runs.touch(ids(block), NO_HINT)
+            most = max(most, sum(map(len, runs._heaps)))
+            assert runs._num_entries == sum(map(len, runs._heaps))
+        if turn % 10 == 0:
+            assert order(runs) == list(range(200))
+    assert most < 2 * 200 + 1024 + 100
+
+
 def test_blocks_that_are_committed_one_by_one_are_one_run() -> None:
     runs = ByLastUse()
     for length in range(1, 50):

@@ -79,6 +79,7 @@ class RunPolicy(Policy):
         self._num_runs = 0
         self._heaps: list[list[tuple[int, int]]] = [[] for _ in range(self.num_queues)]
         self._num_entries = 0
+        self._next_compacted = 0
         self._num_uses = 0
         self._out: dict[int, Run] = {}
         """Runs that the last walk took from."""
@@ -183,13 +184,18 @@ class RunPolicy(Policy):
         """The lowest end of a queue."""
         heap = self._heaps[queue]
         while heap:
-            key, number = heap[0]
-            run = self._runs.get(number)
-            if run is not None and run.key == key and run.queue == queue and run.is_end:
+            run = self._end_of(queue, heap[0])
+            if run is not None:
                 return run
             heapq.heappop(heap)
             self._num_entries -= 1
         return None
+
+    def _end_of(self, queue: int, entry: tuple[int, int]) -> Run | None:
+        """The run that an entry of a queue stands for; None where it is out of date."""
+        key, number = entry
+        run = self._runs.get(number)
+        return run if run is not None and run.key == key and run.queue == queue and run.is_end else None
 
     def _push(self, run: Run) -> None:
         heapq.heappush(self._heaps[run.queue], (run.key, run.number))
@@ -214,19 +220,21 @@ class RunPolicy(Policy):
                 if not run.children:
                     self._push(run)
         if self._num_entries > 2 * len(self._runs) + _SPARE_ENTRIES:
-            self._rebuild()
+            self._compact()
 
-    def _rebuild(self) -> None:
-        """Drop entries that are out of date; there would be one a use."""
-        heaps: list[list[tuple[int, int]]] = [[] for _ in range(self.num_queues)]
-        for run in self._runs.values():
-            if run.is_end:
-                heaps[run.queue].append((run.key, run.number))
-        for heap in heaps:
-            heap.sort()
-        self._heaps = heaps
-        self._num_entries = sum(map(len, heaps))
-        self._changed.update(range(self.num_queues))
+    def _compact(self) -> None:
+        """Drop what is out of date, or there twice, from one queue after the other, one each time.
+
+        There would be an entry a use. All queues at once took 60 ms with a million blocks, after every learning.
+        """
+        queue = self._next_compacted
+        self._next_compacted = (queue + 1) % self.num_queues
+        heap = self._heaps[queue]
+        kept = [entry for entry in dict.fromkeys(heap) if self._end_of(queue, entry) is not None]
+        heapq.heapify(kept)
+        self._num_entries -= len(heap) - len(kept)
+        self._heaps[queue] = kept
+        self._changed.add(queue)
 
     # -- runs --------------------------------------------------------------------------------------------------
 
