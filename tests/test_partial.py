@@ -7,12 +7,14 @@ from __future__ import annotations
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from kvstore.api import Store
 from kvstore.block import Chain, ModelId, Root
+from kvstore.errors import ConfigError
 from kvstore.store import KVStore
 from tests.conftest import MakeStore, chain_of, content, load_all, save_all
 from tests.test_conformance import MakeAnyStore, make_any, store, tier_with
@@ -54,6 +56,33 @@ def test_beginning_of_anothers_block_is_found_to_the_token_and_loads_its_bytes(
                 assert bytes(view) == content(made, block.index, part, len(view))
         assert load.intact()
     assert indices == list(range(num_blocks + 1))
+
+
+@pytest.mark.parametrize("block_tokens", [2, 4, 8, 16, 32, 64, 128, 256])
+def test_blocks_of_every_size_are_saved_loaded_and_found_to_the_token(
+    make_any: MakeAnyStore, model: ModelId, block_tokens: int
+) -> None:
+    sized = replace(model, block_tokens=block_tokens)
+    store, root = make_any(num_blocks=256), Root(sized)
+    store.open(sized)
+    made = full(root, 4)
+    save_all(store, made)
+    assert load_all(store, made) == ["host"] * 4
+    num_tokens = block_tokens - 1
+    match = store.match(parting(root, 2, num_tokens), "r")
+    assert match.num_blocks == 2
+    assert store.match_partial("r") == num_tokens
+    with store.load("r", 2, partial_tokens=num_tokens) as load:
+        for block in load:
+            for part, view in enumerate(block.views):
+                assert bytes(view) == content(made, block.index, part, len(view))
+        assert load.intact()
+
+
+@pytest.mark.parametrize("block_tokens", [0, 1, 3, 48, 512])
+def test_other_sizes_are_refused(model: ModelId, block_tokens: int) -> None:
+    with pytest.raises(ConfigError, match="block_tokens"):
+        replace(model, block_tokens=block_tokens)
 
 
 def test_end_of_a_prompt_shorter_than_a_block_finds_its_block(store: Store, root: Root) -> None:

@@ -39,6 +39,13 @@ def policy(request: pytest.FixtureRequest) -> Policy:
     return POLICIES.load(request.param)(POLICIES.options(request.param, {}))
 
 
+@pytest.mark.parametrize("name", list(POLICIES))
+def test_every_policy_says_what_it_is_and_where_it_comes_from(name: str) -> None:
+    said = POLICIES.load(name).__doc__ or ""
+    assert len(said) > 300, "its definition"
+    assert re.search(r"\b(19|20)\d\d\b|Reference: ", said), "its paper"
+
+
 def test_every_admitted_block_is_a_victim_once(policy: Policy) -> None:
     policy.admit(ids(1, 2, 3), NO_HINT)
     policy.admit(ids(4), NO_HINT)

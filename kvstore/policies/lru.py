@@ -27,6 +27,9 @@ class LruPolicy(Policy):
     coldest part now and then: whatever was not in that part is hotter than all of it, and uses only make hotter, so
     the part stays an exact beginning of the order until it is used up. A use costs 50 ns a block, and no memory but
     the number: a linked list of a million objects would be walked by every full garbage collection.
+
+    Reference: Mattson, Gecsei, Slutz and Traiger, "Evaluation techniques for storage hierarchies", IBM Systems
+    Journal 1970; tail first, as in the prefix caches of vLLM and SGLang.
     """
 
     name = "lru"
