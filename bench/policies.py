@@ -87,8 +87,10 @@ class Curves:
         return 100 * (1 - float(np.interp(wanted, rates, shares)))
 
 
-def measure(trace: Trace, names: Sequence[str], capacities_pct: Sequence[float]) -> tuple[list[Row], dict[str, float]]:
-    """A row for each capacity and policy, and the figures of the learned one."""
+def measure(
+    trace: Trace, names: Sequence[str], capacities_pct: Sequence[float], *, memory: bool = True
+) -> tuple[list[Row], dict[str, float]]:
+    """A row for each capacity and policy, and the figures of the learned one; `memory`: with the memory it saves."""
     curves, rows = Curves(trace), []
     summary: dict[str, float] = {}
     for capacity_pct in capacities_pct:
@@ -100,13 +102,14 @@ def measure(trace: Trace, names: Sequence[str], capacities_pct: Sequence[float])
             gap = best_pct - base.hit_pct
             row["gap_closed_pct"] = 100 * (run.hit_pct - base.hit_pct) / gap if gap > 0 else 0.0
             row["vs_lru_pts"] = run.hit_pct - base.hit_pct
-            if name in (BASELINE, LEARNED):  # five replays more
+            if memory and name in (BASELINE, LEARNED):  # four replays more
                 row["memory_saved_pct"] = 0.0 if name == BASELINE else curves.memory_saved_pct(name, capacity_pct)
             row["us_per_block"] = run.us_per_block
             rows.append(row)
             if name == LEARNED:
                 summary[f"gap_closed_pct_{capacity_pct:g}"] = _number(row, "gap_closed_pct")
-                summary[f"memory_saved_pct_{capacity_pct:g}"] = _number(row, "memory_saved_pct")
+                if memory:
+                    summary[f"memory_saved_pct_{capacity_pct:g}"] = _number(row, "memory_saved_pct")
     own = [row for row in rows if row["policy"] == LEARNED]
     if own:
         summary["worst_vs_lru_pts"] = min(_number(row, "vs_lru_pts") for row in own)
@@ -125,13 +128,13 @@ def _number(row: Mapping[str, object], key: str) -> float:
 
 
 def measure_all(
-    traces: Sequence[Trace], names: Sequence[str], capacities_pct: Sequence[float]
+    traces: Sequence[Trace], names: Sequence[str], capacities_pct: Sequence[float], *, memory: bool = True
 ) -> tuple[dict[str, list[Row]], dict[str, float]]:
     """Rows by trace, and figures: of one trace its own; of several, the worst over all and of each."""
     rows: dict[str, list[Row]] = {}
     summaries: dict[str, dict[str, float]] = {}
     for trace in traces:
-        made, summaries[trace.name] = measure(trace, names, capacities_pct)
+        made, summaries[trace.name] = measure(trace, names, capacities_pct, memory=memory)
         rows[trace.name] = [{"trace": trace.name, **row} for row in made]
     found = [each for each in summaries.values() if each]
     if len(traces) == 1 or not found:
@@ -196,14 +199,15 @@ def main(argv: Sequence[str]) -> int:
         "--capacity", metavar="PCT,…", type=capacities, default=[1.0, 2.0, 5.0, 10.0, 20.0], help="default: 1,2,5,10,20"
     )
     parser.add_argument("--policies", metavar="NAME,…", type=policy_names, default=list(POLICIES), help="default: all")
+    parser.add_argument("--hits-only", action="store_true", help="leave the memory saved out: a fifth of the time")
     parser.add_argument("--json", metavar="FILE", type=Path, help="the result; its plot lies beside it as .png")
     options = parser.parse_args(argv)
     try:
         traces = traces_of(options.trace)
     except (OSError, ConfigError) as error:
         parser.error(str(error))
-    rows, summary = measure_all(traces, options.policies, options.capacity)
-    columns = ["capacity_pct", "policy", "hit_pct", "gap_closed_pct", "memory_saved_pct", "us_per_block"]
+    rows, summary = measure_all(traces, options.policies, options.capacity, memory=not options.hits_only)
+    columns = ["capacity_pct", "policy", "hit_pct", "gap_closed_pct", "vs_lru_pts", "memory_saved_pct", "us_per_block"]
     for name, own in rows.items():
         print_table(f"Policies on {name}, last half of time", own, columns)
     for key, value in summary.items():
