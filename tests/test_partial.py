@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
 from dataclasses import replace
+from threading import Barrier
 
 import numpy as np
 import pytest
