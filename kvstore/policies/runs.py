@@ -70,6 +70,8 @@ class RunPolicy(Policy):
     """Yields the tail of the lowest end of whichever queue `_next_queue` names, and what that uncovers, and so on."""
 
     num_queues = 1
+    compacted_at_once = 2048
+    """Entries of queues that are looked at in one call, to drop those out of date."""
 
     def __init__(self, options: object = None) -> None:
         super().__init__(options)
@@ -79,7 +81,10 @@ class RunPolicy(Policy):
         self._num_runs = 0
         self._heaps: list[list[tuple[int, int]]] = [[] for _ in range(self.num_queues)]
         self._num_entries = 0
-        self._next_compacted = 0
+        self._compacted_queue = 0
+        self._old: list[tuple[int, int]] = []
+        """Entries of that queue as they were, not looked at yet; those that counted, and new ones, are kept."""
+        self._kept: dict[tuple[int, int], None] = {}
         self._num_uses = 0
         self._out: dict[int, Run] = {}
         """Runs that the last walk took from."""
@@ -198,7 +203,10 @@ class RunPolicy(Policy):
         return run if run is not None and run.key == key and run.queue == queue and run.is_end else None
 
     def _push(self, run: Run) -> None:
-        heapq.heappush(self._heaps[run.queue], (run.key, run.number))
+        entry = (run.key, run.number)
+        heapq.heappush(self._heaps[run.queue], entry)
+        if self._old and run.queue == self._compacted_queue:
+            self._kept[entry] = None
         self._num_entries += 1
         self._changed.add(run.queue)
 
@@ -219,22 +227,28 @@ class RunPolicy(Policy):
                     run.parent.out_children = 0
                 if not run.children:
                     self._push(run)
-        if self._num_entries > 2 * len(self._runs) + _SPARE_ENTRIES:
-            self._compact()
+        if self._old or self._num_entries > 2 * len(self._runs) + _SPARE_ENTRIES:
+            self._compact_some()
 
-    def _compact(self) -> None:
-        """Drop what is out of date, or there twice, from one queue after the other, one each time.
+    def _compact_some(self) -> None:
+        """Drop what is out of date, or there twice, from one queue after the other, some entries each time.
 
-        There would be an entry a use. All queues at once took 60 ms with a million blocks, after every learning.
+        There would be an entry a use. All queues at once took 60 ms with a million blocks, after every learning; one
+        queue no less, where it had most of the runs.
         """
-        queue = self._next_compacted
-        self._next_compacted = (queue + 1) % self.num_queues
-        heap = self._heaps[queue]
-        kept = [entry for entry in dict.fromkeys(heap) if self._end_of(queue, entry) is not None]
-        heapq.heapify(kept)
-        self._num_entries -= len(heap) - len(kept)
-        self._heaps[queue] = kept
-        self._changed.add(queue)
+        if not self._old:
+            self._compacted_queue = (self._compacted_queue + 1) % self.num_queues
+            self._old, self._kept = list(self._heaps[self._compacted_queue]), {}
+        queue = self._compacted_queue
+        some = self._old[-self.compacted_at_once :]
+        del self._old[-self.compacted_at_once :]
+        self._kept.update(dict.fromkeys(entry for entry in some if self._end_of(queue, entry) is not None))
+        if not self._old:
+            kept, self._kept = list(self._kept), {}
+            heapq.heapify(kept)
+            self._num_entries -= len(self._heaps[queue]) - len(kept)
+            self._heaps[queue] = kept
+            self._changed.add(queue)
 
     # -- runs --------------------------------------------------------------------------------------------------
 
