@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two tiers in a replay, counted by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.exclusive import ENDS, EXCLUSIVE, INCLUSIVE, MODES, replay
+from bench.policies_trace import Trace, make_trace
+
+
+def trace_of(*prompts: list[int]) -> Trace:
+    return make_trace("hand", [(float(at), 512 * len(blocks), blocks) for at, blocks in enumerate(prompts)], 1.0)
+
+
+A, B = [1, 2, 3], [11, 12, 13]
+
+
+@pytest.mark.parametrize(("mode", "hits"), [(INCLUSIVE, 3), (ENDS, 3), (EXCLUSIVE, 3)])
+def test_what_left_the_host_is_found_below_once_it_is_asked_again(mode: str, hits: int) -> None:
+    row = replay(trace_of(A, B, A), "lru", (50.0, 50.0), mode)  # three blocks each
+    assert row["hit_pct"] == pytest.approx(100 * hits / 9)
+
+
+def test_two_tiers_that_share_nothing_hold_as_much_as_both() -> None:
+    by_mode = {mode: replay(trace_of(A, B, A, B, A, B), "lru", (50.0, 50.0), mode) for mode in MODES}
+    assert by_mode[INCLUSIVE]["hit_pct"] == by_mode[ENDS]["hit_pct"] == by_mode[EXCLUSIVE]["hit_pct"]
+    assert by_mode[EXCLUSIVE]["found_alone_pct"] == 100.0
+
+
+def test_an_end_below_of_a_head_above_is_not_found_alone_where_tiers_share_nothing() -> None:
+    branches = trace_of([1, 2], [1, 3], [1, 4], [1, 5])  # two blocks above, of which 1 is always one
+    assert replay(branches, "lru", (40.0, 80.0), EXCLUSIVE)["found_alone_pct"] == 0.0
+    for mode in (INCLUSIVE, ENDS):
+        assert replay(branches, "lru", (40.0, 80.0), mode)["found_alone_pct"] == 100.0
