@@ -10,6 +10,10 @@ whatever the subclass thinks of either.
 Rows in numpy arrays (`kvstore.policies.leaves`) cost `returns` 23 µs a block of a real chat trace, runs 6: a request
 has 25 blocks, too few for arrays to pay. It keeps 170 bytes a block where `lru` with its arrays keeps 77.
 
+Calls that are long with a million blocks: 63 ms where the dict of ids doubles, once each time; of 75,000 others 33 ms
+at most. Python's full collections of garbage walk another 80 ms over 49,000 runs, in whichever thread they befall:
+packing a run's ids into one bytearray would save 35 of these.
+
 Invariants
 1. The blocks of a run follow each other in one chain; what hangs from a run hangs from its last block.
 2. Heaps hold every end, and entries that are out of date; an entry counts where its number is its run's own, nothing
