@@ -319,6 +319,18 @@ RESULTS_ASKED = (
         (Asked("worst_vs_lru_pts", "hit rate − lru's, at worst, capacities of 0.5 to 50 %", ">= -0.5", "points"),),
     ),
     Result(
+        "exclusive-lru",
+        "Two tiers: what exclusive ones would bring over inclusive ones, host and tier below under lru",
+        (
+            Asked("gained_pts_exclusive", "hits gained, at best", "", "points"),
+            Asked("more_written_pct_exclusive", "more written, at worst", "", "%"),
+            Asked("found_alone_pct_exclusive", "of the lower tier found after a restart, at worst", "", "%"),
+            Asked("gained_pts_ends", "the same where only ends leave: hits gained, at best", "", "points"),
+            Asked("more_written_pct_ends", "more written, at worst", "", "%"),
+            Asked("found_alone_pct_ends", "found after a restart, at worst", "", "%"),
+        ),
+    ),
+    Result(
         "shared-synthetic",
         "Eviction within Redis, synthetic trace at 5 %",
         (

@@ -178,6 +178,28 @@ def compare(trace: Trace, policies: Iterable[str], sizes: Iterable[tuple[float, 
     return [replay(trace, policy, each, mode) for policy in policies for each in sizes for mode in MODES]
 
 
+def summarise(rows: Sequence[Row]) -> dict[str, float]:
+    """Of each mode but inclusive: hits gained at best, writes added at worst, and what is found alone at worst."""
+    base = {_place(row): row for row in rows if row["mode"] == INCLUSIVE}
+    summary: dict[str, float] = {}
+    for mode in (ENDS, EXCLUSIVE):
+        pairs = [(row, base[_place(row)]) for row in rows if row["mode"] == mode]
+        summary[f"gained_pts_{mode}"] = max(_of(row, "hit_pct") - _of(other, "hit_pct") for row, other in pairs)
+        summary[f"more_written_pct_{mode}"] = max(
+            100 * (_of(row, "written_per_asked") / _of(other, "written_per_asked") - 1) for row, other in pairs
+        )
+        summary[f"found_alone_pct_{mode}"] = min(_of(row, "found_alone_pct") for row, _ in pairs)
+    return summary
+
+
+def _place(row: Row) -> tuple[object, ...]:
+    return row["trace"], row["host_policy"], row["host_pct"], row["lower_pct"]
+
+
+def _of(row: Row, key: str) -> float:
+    return float(str(row[key]))
+
+
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench exclusive", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -192,7 +214,10 @@ def main(argv: Sequence[str]) -> int:
         parser.error(str(error))
     rows = [row for trace in traces for row in compare(trace, options.policy or ("lru", "returns"), SIZES)]
     print_table("Two tiers, last half of time", rows, list(rows[0]))
+    summary = summarise(rows)
+    for key, value in summary.items():
+        print(f"{key}: {value:.2f}")
     if options.json:
-        write_json(options.json, "exclusive", stamp(), rows, {})
+        write_json(options.json, "exclusive", stamp(), rows, dict(summary))
         print(f"result: {options.json}")
     return 0

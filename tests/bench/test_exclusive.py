@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.exclusive import ENDS, EXCLUSIVE, INCLUSIVE, MODES, replay
+from bench.exclusive import ENDS, EXCLUSIVE, INCLUSIVE, MODES, compare, replay, summarise
 from bench.policies_trace import Trace, make_trace
 
 
@@ -33,3 +33,11 @@ def test_an_end_below_of_a_head_above_is_not_found_alone_where_tiers_share_nothi
     assert replay(branches, "lru", (40.0, 80.0), EXCLUSIVE)["found_alone_pct"] == 0.0
     for mode in (INCLUSIVE, ENDS):
         assert replay(branches, "lru", (40.0, 80.0), mode)["found_alone_pct"] == 100.0
+
+
+def test_the_summary_compares_with_inclusive_tiers_of_the_same_sizes() -> None:
+    rows = compare(trace_of(A, B, A, B, A, B), ("lru",), ((50.0, 50.0), (50.0, 100.0)))
+    summary = summarise(rows)
+    assert summary["gained_pts_exclusive"] == summary["gained_pts_ends"] == 0.0
+    assert summary["found_alone_pct_ends"] == 100.0
+    assert summary["more_written_pct_exclusive"] > 0.0
