@@ -75,7 +75,7 @@ class Arm:
         cache = native.seen_as(connector.layout)
         chain = Chain(Root(connector.model_id), prefix[0].tolist())
         if connector.overlay is not None:
-            connector.overlay.save(chain, 0, len(chain), cache.read_tensor)
+            connector.overlay.save(chain, 0, len(chain), cache.read_rows)
         if self.store is not None:
             with self.store.save(chain, 0, len(chain)) as save:
                 for index in save.indices:

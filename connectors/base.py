@@ -318,6 +318,13 @@ class FailOpen:
             log.info("the store answers again: loads and saves resume")
         return result
 
+    def let_go(self, action: Callable[[], object]) -> None:
+        """Run what ends a use of the store, which must not be left out where calls are skipped."""
+        try:
+            action()
+        except Exception as error:  # noqa: BLE001  # as above
+            self._fail(error)
+
     def _fail(self, error: Exception) -> None:
         self.num_failures += 1
         self._retry_at_s = self._now_s() + self.backoff_s

@@ -5,38 +5,67 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
 from connectors.base import CostModel, FailOpen, plan_save
-from kvstore.api import DEVICE_TIER, HOST_TIER, NO_HINT, Announcement, Hint, KnowsWindows, Match, Store
+from kvstore.api import (
+    DEVICE_TIER,
+    HOST_TIER,
+    NO_HINT,
+    Announcement,
+    Hint,
+    KnowsWindows,
+    Load,
+    Match,
+    Save,
+    SaysWhole,
+    Store,
+)
 from kvstore.block import Chain
 from kvstore.device import DeviceOverlay
+
+T = TypeVar("T")
 
 _PENDING_POLL_S = 0.002
 _PENDING_POLL_SHARE = 0.01
 """Between two looks at pending blocks, of what they are predicted to take: who waits must not slow who computes."""
 _RENEW_S = 1.0
 """Between renewals of an announcement; a mark lives for 2.5 s."""
+_BATCH_BYTES = 64 << 20
+"""Copies of blocks that arrive one by one are begun when there are so many: a window's worth of a device's copies."""
 
 
 class EngineMemory(Protocol):
-    """Where an engine keeps one sequence's KV, block by block."""
+    """Where an engine keeps one sequence's KV, block by block.
+
+    On a device, copies run beside the engine's work, which waits for them where it has to: work that is ordered after
+    a copy in finds its bytes, and work that is ordered after a copy out may write over them. The caller waits in
+    `finish` alone. Elsewhere a copy is done when it is asked for.
+    """
 
     def write_block(self, index: int, views: Sequence[memoryview]) -> None:
         """Copy a stored block in: one view a part, all parts of the layout; they are read until `finish`."""
 
     def read_block(self, index: int, views: Sequence[memoryview | None]) -> None:
-        """Copy a block out into slots; None where the part is there already."""
+        """Copy a block out into slots; None where the part is there already. They are written until `finish`."""
 
-    def write_tensor(self, index: int, block: torch.Tensor) -> None:
-        """Copy in a block that lies on the device, `[layers, kv, tokens, heads, head_dim]`."""
+    def write_rows(self, rows: Sequence[tuple[int, torch.Tensor]]) -> None:
+        """Copy in blocks that lie on the device, (position, `[layers, kv, tokens, heads, head_dim]`) pairs."""
 
-    def read_tensor(self, index: int, block: torch.Tensor) -> None:
-        """Copy a block out into device memory."""
+    def read_rows(self, rows: Sequence[tuple[int, torch.Tensor]]) -> None:
+        """Copy blocks out into device memory."""
+
+    def begin(self) -> None:
+        """Begin what `write_block` and `read_block` may have put off until there is more of it."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether `finish` would return at once."""
 
     def finish(self) -> None:
         """Return when the copies so far are done, whatever they run on."""
@@ -81,12 +110,44 @@ class KeptAnnouncement:
         self._fail_open.call(self._mark.withdraw, None)
 
 
+@dataclass(eq=False)
+class _Loading:
+    """A load whose copies may still be under way.
+
+    Attributes:
+        held: lets go of the load, when its copies are done.
+        start, stop: whole blocks that it brings; partial_tokens: what the block after them begins with.
+        tiers: seconds and blocks by tier.
+        begun_s: when the last of its copies was begun.
+    """
+
+    held: ExitStack
+    load: Load
+    start: int
+    stop: int
+    partial_tokens: int
+    seconds: dict[str, float]
+    num_blocks: dict[str, int]
+    begun_s: float
+
+
+@dataclass(frozen=True, eq=False)
+class _Saving:
+    """A save whose copies may still be under way; `held` lets go of it, when they are done."""
+
+    held: ExitStack
+    save: Save
+    start: int
+
+
 class Session:
     """One request: what it reuses, and what it leaves behind.
 
-    load → announce → computed … → close. None of them raises for anything the store does.
+    load → announce → (a forward pass is ordered → settle → computed) … → close. None of them raises for anything the
+    store does.
 
     Attributes:
+        num_tokens: in place, by what was loaded.
         hit_tokens: tokens reused, by tier; loaded_bytes: their bytes.
         saved_blocks: blocks that the store did not have and now has.
     """
@@ -101,6 +162,7 @@ class Session:
         prompt_tokens: int,
         hint: Hint = NO_HINT,
     ) -> None:
+        self.num_tokens = 0
         self.hit_tokens: dict[str, int] = {}
         self.loaded_bytes = 0
         self.load_s = 0.0
@@ -112,30 +174,78 @@ class Session:
         self._prompt_tokens = prompt_tokens
         self._hint = hint
         self._announcement: KeptAnnouncement | None = None
+        self._loading: _Loading | None = None
+        self._saving: _Saving | None = None
         self._on_device = 0  # leading blocks the overlay has
         self._in_store = 0  # leading blocks the store's host tier has
         self._refused = False
-        self._partial_tokens = 0  # after the loaded blocks, from one that begins alike
 
     # -- loading ---------------------------------------------------------------------------------------------
 
     def load(self) -> int:
-        """Bring in what is there and cheaper to load than to compute; returns the tokens in place."""
-        began_s = time.monotonic()
-        num_blocks = on_device = self._load_from_device()
-        if self._connection.store is not None:
-            num_blocks = self._connection.fail_open.call(lambda: self._load_from_store(on_device), on_device)
-        if num_blocks > on_device:
-            self._save_to_device(num_blocks)
-        self.load_s = time.monotonic() - began_s
-        num_tokens = num_blocks * self._chain.block_tokens + self._partial_tokens
-        self._note_saved(num_tokens)
-        return num_tokens
+        """Bring in what is there and cheaper to load than to compute; returns the tokens in place.
 
-    def _note_saved(self, num_tokens: int) -> None:
+        On a device it begins to: what the engine computes over them counts only once `settle` has said so.
+        """
+        began_s = time.monotonic()
+        block_tokens = self._chain.block_tokens
+        num_blocks = self._load_from_device()
+        self.num_tokens = num_blocks * block_tokens
+        if self._connection.store is not None:
+            self._loading = self._connection.fail_open.call(lambda: self._load_from_store(num_blocks), None)
+        self.load_s = time.monotonic() - began_s
+        if self._loading is None:
+            self._note_saved()
+        else:
+            self.num_tokens = self._loading.stop * block_tokens + self._loading.partial_tokens
+        if self._memory.is_done:
+            self.settle()
+        return self.num_tokens
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether a forward pass ordered now is one that waits for the load."""
+        return self._loading is not None
+
+    def settle(self) -> bool:
+        """Wait for the copies under way, as the engine does by itself; after a forward pass was ordered.
+
+        False where that pass may have read what had been overwritten in the store: nothing that it computed may be
+        used, and `num_tokens` are in place.
+        """
+        self._settle_save()
+        loading, self._loading = self._loading, None
+        return loading is None or self._settle_load(loading)
+
+    def _settle_load(self, loading: _Loading) -> bool:
+        began_s, late = time.monotonic(), not self._memory.is_done
+        self._memory.finish()  # whatever the store does
+        ended_s = time.monotonic()
+        self.load_s += ended_s - began_s
+        if not _let_go(loading.held, self._connection.fail_open, loading.load.intact, False):
+            self.num_tokens = loading.start * self._chain.block_tokens
+            self._note_saved()
+            return False
+        in_all = sum(loading.num_blocks.values())
+        for tier, count in loading.num_blocks.items():
+            # What was done before anybody looked took a time that nobody knows: that it was short is near enough.
+            copying_s = (ended_s - loading.begun_s) * count / in_all if late else 0.0
+            self._count(tier, count)
+            num_bytes = count * self._connection.cost.block_bytes
+            self._connection.cost.seen_load(tier, num_bytes, loading.seconds[tier] + copying_s)
+        if loading.partial_tokens:
+            # What came with the block beyond its beginning is not this prompt's, and counts for nothing.
+            self.hit_tokens[HOST_TIER] -= self._chain.block_tokens - loading.partial_tokens
+        self._in_store = max(self._in_store, loading.stop)
+        if loading.stop > loading.start:
+            self._save_to_device(loading.stop)
+        self._note_saved()
+        return True
+
+    def _note_saved(self) -> None:
         """Tell the store what it was good for."""
         store = self._connection.store
-        saved_s = self._connection.cost.saved_s(num_tokens, self.load_s)
+        saved_s = self._connection.cost.saved_s(self.num_tokens, self.load_s)
         if store is not None and saved_s and self.loaded_bytes:
             self._connection.fail_open.call(lambda: store.note_saved(saved_s), None)
 
@@ -146,16 +256,13 @@ class Session:
         cap = cost.max_blocks(self._prompt_tokens)
         with overlay.match(self._chain, hint=self._hint) as run:
             self._on_device = run.num_blocks
-            for index, block in run:
-                if index < cap:
-                    self._memory.write_tensor(index, block)
-            self._memory.finish()
+            self._memory.write_rows([(index, row) for index, row in run if index < cap])
         num_blocks = min(self._on_device, cap)
         self._count(DEVICE_TIER, num_blocks)
         return num_blocks
 
-    def _load_from_store(self, on_device: int) -> int:
-        """Blocks in place, those from the device included. Raises what the store raises."""
+    def _load_from_store(self, on_device: int) -> _Loading | None:
+        """Begin to load what follows `on_device` blocks. Raises what the store raises."""
         store = self._connection.store
         assert store is not None
         match = self._match(store)
@@ -167,36 +274,41 @@ class Session:
         partial_tokens = self._match_partial(store, match, stop) if stop >= on_device else 0
         if stop <= on_device and not partial_tokens:
             store.forget(self._request)
-            return on_device
-        last = stop + bool(partial_tokens)
-        counts: dict[str, int] = {}
-        seconds: dict[str, float] = {}
-        at, then_s = on_device, time.monotonic()
-        with store.load(self._request, stop, start=on_device, partial_tokens=partial_tokens) as load:
-            for block in load:
-                if block.index != at:
-                    break
-                self._memory.write_block(at, block.views)
-                at += 1
-                if not (at < last and isinstance(load, KnowsWindows) and not load.comes_in_windows(at)):
-                    self._memory.finish()  # the block may be gone as soon as the next one is asked for
-                now_s = time.monotonic()
-                counts[block.tier] = counts.get(block.tier, 0) + 1
-                seconds[block.tier] = seconds.get(block.tier, 0.0) + now_s - then_s
-                then_s = now_s
-            self._memory.finish()
-            if not load.intact():
-                return on_device  # something may have been overwritten while it was copied: none of it counts
-        whole = min(at, stop)
-        self._in_store = max(self._in_store, whole)
-        for tier, count in counts.items():
-            self._count(tier, count)
-            self._connection.cost.seen_load(tier, count * self._connection.cost.block_bytes, seconds[tier])
-        if at > stop:
-            self._partial_tokens = partial_tokens
-            # What came with the block beyond its beginning is not this prompt's, and counts for nothing.
-            self.hit_tokens[HOST_TIER] -= self._chain.block_tokens - partial_tokens
-        return whole
+            return None
+        with ExitStack() as held:
+            load = held.enter_context(store.load(self._request, stop, start=on_device, partial_tokens=partial_tokens))
+            held.callback(self._memory.finish)  # before the load goes, however this ends
+            made = _Loading(held, load, on_device, on_device, 0, {}, {}, time.monotonic())
+            at = self._bring(made, stop + bool(partial_tokens))
+            made.stop, made.partial_tokens = min(at, stop), partial_tokens if at > stop else 0
+            made.held = held.pop_all()
+        return made
+
+    def _bring(self, loading: _Loading, last: int) -> int:
+        """Copy in the load's blocks as they come, or begin to; returns where they end."""
+        load, memory, block_bytes = loading.load, self._memory, self._connection.cost.block_bytes
+        at = begun = loading.start
+        then_s = time.monotonic()
+        whole = isinstance(load, SaysWhole) and load.is_whole
+        for block in load:
+            if block.index != at:
+                break
+            memory.write_block(at, block.views)
+            at += 1
+            stays = whole or (isinstance(load, KnowsWindows) and (at >= last or not load.comes_in_windows(at)))
+            if not stays:
+                memory.finish()  # the block may be gone as soon as the next one is asked for
+            elif not whole and (at - begun) * block_bytes >= _BATCH_BYTES:
+                # Where all are there, one call for all of them: their first layers then come first.
+                memory.begin()
+                begun = at
+            now_s = time.monotonic()
+            loading.num_blocks[block.tier] = loading.num_blocks.get(block.tier, 0) + 1
+            loading.seconds[block.tier] = loading.seconds.get(block.tier, 0.0) + now_s - then_s
+            then_s = now_s
+        memory.begin()
+        loading.begun_s = time.monotonic()
+        return at
 
     def _match_partial(self, store: Store, match: Match, stop: int) -> int:
         """Tokens after `stop` blocks that the beginning of another chain's block brings."""
@@ -239,39 +351,79 @@ class Session:
                 self._announcement = KeptAnnouncement(mark, fail_open, predicted_s)
 
     def computed(self, num_tokens: int) -> None:
-        """The first `num_tokens` tokens of the chain ran through the model: save the blocks they fill."""
+        """The first `num_tokens` tokens of the chain ran through the model: save the blocks they fill.
+
+        On a device it begins to: they are published by the next call that finds them copied, `settle` or `close`.
+        """
         block_tokens = self._chain.block_tokens
         if self._connection.overlay is not None and plan_save(num_tokens, self._on_device, block_tokens):
             self._save_to_device(num_tokens // block_tokens)
+        if self._saving is not None and self._memory.is_done:
+            self._settle_save()
         blocks = plan_save(num_tokens, self._in_store, block_tokens)
         if self._connection.store is not None and blocks and not self._refused:
-            self._connection.fail_open.call(lambda: self._save_to_store(blocks), None)
+            self._settle_save()
+            self._saving = self._connection.fail_open.call(lambda: self._save_to_store(blocks), None)
+            if self._memory.is_done:
+                self._settle_save()
 
     def _save_to_device(self, stop: int) -> None:
         overlay = self._connection.overlay
         if overlay is not None:
-            overlay.save(self._chain, self._on_device, stop, self._memory.read_tensor, hint=self._hint)
-            self._memory.finish()
+            overlay.save(self._chain, self._on_device, stop, self._memory.read_rows, hint=self._hint)
             self._on_device = max(self._on_device, stop)
 
-    def _save_to_store(self, blocks: range) -> None:
+    def _save_to_store(self, blocks: range) -> _Saving:
+        """Begin to copy out what the store has room for. Raises what the store raises."""
         store = self._connection.store
         assert store is not None
-        with store.save(self._chain, blocks.start, blocks.stop, hint=self._hint) as save:
+        with ExitStack() as held:
+            save = held.enter_context(store.save(self._chain, blocks.start, blocks.stop, hint=self._hint))
+            held.callback(self._memory.finish)  # before slots are given up, however this ends
             for index in save.indices:
                 self._memory.read_block(index, save.views(index))
-            self._memory.finish()
-            if save.indices:
-                self.saved_blocks += save.commit()
+            self._memory.begin()
             # Refused for room or for a missing parent: what comes after it would be refused as well.
             self._refused = save.num_refused > 0
-        self._in_store = blocks.stop
+            self._in_store = blocks.stop
+            return _Saving(held.pop_all(), save, blocks.start)
+
+    def _settle_save(self) -> None:
+        """Publish what was saved, when it is copied."""
+        saving, self._saving = self._saving, None
+        if saving is None:
+            return
+        self._memory.finish()
+        commit = lambda: saving.save.commit() if saving.save.indices else 0
+        published = _let_go(saving.held, self._connection.fail_open, commit, None)
+        if published is None:
+            self._in_store = min(self._in_store, saving.start)  # to be saved again
+        else:
+            self.saved_blocks += published
 
     def close(self) -> None:
-        """Let go of everything. Idempotent."""
+        """Publish what is left, and let go of everything. Idempotent."""
+        self._settle_save()
+        if self._loading is not None:  # nobody came to know whether it was any good
+            self._connection.fail_open.let_go(self._loading.held.close)
+            self._loading = None
+        self._memory.finish()
         store, mark = self._connection.store, self._announcement
         self._announcement = None
         if store is not None:
             if mark is not None:
                 mark.withdraw()
             self._connection.fail_open.call(lambda: store.forget(self._request), None)
+
+
+def _let_go(held: ExitStack, fail_open: FailOpen, last: Callable[[], T], otherwise: T) -> T:
+    """What `last` returns, asked before `held` is let go of; it is, too, where the store is not to be asked."""
+
+    def ask() -> T:
+        with held:
+            return last()
+
+    try:
+        return fail_open.call(ask, otherwise)
+    finally:
+        fail_open.let_go(held.close)

@@ -17,13 +17,15 @@ import inspect
 import json
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.generation.streamers import BaseStreamer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from connectors.base import VOLATILE_CONFIG, Conversations, CostModel, FailOpen, LoadRule
 from connectors.session import Connection, Session
@@ -34,6 +36,7 @@ from kvstore.device import DeviceOverlay
 from kvstore.errors import ConfigError
 from kvstore.layout import layout_of
 from kvstore.pinning import CudaPins, Pinned, pin
+from kvstore.transfer import Streams
 
 _MAX_IDLE_CACHES = 2
 
@@ -185,8 +188,10 @@ class TransformersConnector:
         part_layers, part_heads: the part grid; 0 means all, and fits engines without parallelism.
         lossy: format of stored blocks, such as `fp8`: half the bytes, and answers that may differ. Empty for exact.
         device_budget_bytes: memory for blocks kept on the device, above the store; 0 for none.
+        step_layers: on a device, layers of a load that a forward pass waits for together; 0 for all of them.
         max_wait_s: longest wait for an answer of lower tiers.
         load_rule: load where it is predicted to pay, or always.
+        streams: the device's; a test brings its own, and then gets a device's path on the CPU too.
 
     Raises ConfigError for a model whose cache cannot be cut into blocks, and what `store.open` raises.
     """
@@ -206,11 +211,15 @@ class TransformersConnector:
         part_heads: int = 0,
         lossy: str = "",
         device_budget_bytes: int = 0,
+        step_layers: int = 4,
         max_wait_s: float = 0.25,
         load_rule: LoadRule = LoadRule.MEASURED,
+        streams: Streams | None = None,
     ) -> None:
         if chunk_tokens < 1:
             raise ConfigError(f"chunk_tokens is {chunk_tokens}: it must be at least 1")
+        if step_layers < 0:
+            raise ConfigError(f"step_layers is {step_layers}: it must be 0 or more")
         if getattr(model, "_hf_peft_config_loaded", False) and not adapter:
             raise ConfigError("the model has an adapter loaded: give its content digest as adapter=")
         self.model = model
@@ -238,6 +247,8 @@ class TransformersConnector:
         if model.device.type == "cuda":
             self._registration = self._register(store)
         self._chunk_tokens = chunk_tokens
+        self._step_layers = step_layers
+        self._streams = streams
         self._connection = Connection(
             store=store,
             overlay=self.overlay,
@@ -305,22 +316,25 @@ class TransformersConnector:
         )
         try:
             computed = self._prefill_chunks(prompt, cache, session)
+            beside = session.is_loading
             on_token = _OnToken(session, chain, num_tokens)
             last_s = time.perf_counter()
-            sequences = self._generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                past_key_values=cache,
-                max_new_tokens=max_new_tokens,
-                do_sample=do_sample,
-                num_beams=1,
-                num_return_sequences=1,
-                use_cache=True,
-                return_dict_in_generate=False,
-                stopping_criteria=StoppingCriteriaList([on_token, *stopping_criteria]),
-                **{name: value for name, value in options.items() if value is not None},
-            )
-            self.cost.seen_prefill(num_tokens - computed, computed, on_token.first_s - last_s)
+            with self._settling(prompt, cache, session):
+                sequences = self._generate(
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    past_key_values=cache,
+                    max_new_tokens=max_new_tokens,
+                    do_sample=do_sample,
+                    num_beams=1,
+                    num_return_sequences=1,
+                    use_cache=True,
+                    return_dict_in_generate=False,
+                    stopping_criteria=StoppingCriteriaList([on_token, *stopping_criteria]),
+                    **{name: value for name, value in options.items() if value is not None},
+                )
+            if not beside:
+                self.cost.seen_prefill(num_tokens - computed, computed, on_token.first_s - last_s)
         finally:
             session.close()
             self._give_back(cache)
@@ -356,7 +370,7 @@ class TransformersConnector:
         num_tokens = prompt.shape[1]
         tokens = prompt[0].cpu().numpy()
         chain = self._conversations.chain(conversation, tokens)
-        cache = BlockCache(self.layout, self.model.device, num_tokens + self.model_id.block_tokens)
+        cache = self._new_cache(num_tokens + self.model_id.block_tokens)
         session = Session(
             self._connection,
             cache,
@@ -367,12 +381,15 @@ class TransformersConnector:
         )
         try:
             computed = self._prefill_chunks(prompt, cache, session)
-            began_s = time.perf_counter()
+            beside, began_s = session.is_loading, time.perf_counter()
             with torch.no_grad():
                 made = self.model(prompt[:, computed:], past_key_values=cache, use_cache=True, **self._last_only)
+                if not session.settle():
+                    made = self._again(prompt, cache, session)
                 logits = made.logits[:, -1]
-            cache.finish()
-            self.cost.seen_prefill(num_tokens - computed, computed, time.perf_counter() - began_s)
+            cache.wait_for_engine()
+            if not beside:
+                self.cost.seen_prefill(num_tokens - computed, computed, time.perf_counter() - began_s)
             if on_logits is not None:
                 on_logits(logits)
             session.computed(num_tokens)
@@ -384,24 +401,69 @@ class TransformersConnector:
     def _prefill_chunks(self, prompt: torch.Tensor, cache: BlockCache, session: Session) -> int:
         """Load what pays, then run all but the last chunk; returns the tokens in the cache.
 
-        Chunks end at multiples of `chunk_tokens` wherever reuse ended, so that a token is computed in the same
-        company as often as can be.
+        On a device the load may still be under way then: see `Session.settle`.
         """
         computed = session.load()
         cache.set_length(computed)
         session.announce(computed)
+        return self._compute_chunks(prompt, cache, session, computed)
+
+    def _compute_chunks(self, prompt: torch.Tensor, cache: BlockCache, session: Session, computed: int) -> int:
+        """Run all but the last chunk of what follows `computed` tokens; returns the tokens in the cache.
+
+        Chunks end at multiples of `chunk_tokens` wherever reuse ended, so that a token is computed in the same
+        company as often as can be.
+        """
         num_tokens = prompt.shape[1]
         while num_tokens - computed > self._chunk_tokens:
             stop = (computed // self._chunk_tokens + 1) * self._chunk_tokens
-            began_s = time.perf_counter()
+            beside, began_s = session.is_loading, time.perf_counter()
             with torch.no_grad():
                 # Without the head: the logits of a chunk in the middle are of no use.
                 self.model.base_model(prompt[:, computed:stop], past_key_values=cache, use_cache=True)
-            cache.finish()
-            self.cost.seen_prefill(stop - computed, computed, time.perf_counter() - began_s)
+            if not session.settle():
+                computed = session.num_tokens
+                cache.set_length(computed)
+                continue
+            cache.wait_for_engine()
+            if not beside:  # a pass that waited for a load says nothing about its own time
+                self.cost.seen_prefill(stop - computed, computed, time.perf_counter() - began_s)
             session.computed(stop)
             computed = stop
         return computed
+
+    def _again(self, prompt: torch.Tensor, cache: BlockCache, session: Session) -> CausalLMOutputWithPast:
+        """Compute `prompt` over what is in place, after a load that turned out to be unsound; its last chunk's output.
+
+        Straight to `forward`: whoever hooks the model sees one pass, as they would have without the load.
+        """
+        cache.set_length(session.num_tokens)
+        computed = self._compute_chunks(prompt, cache, session, session.num_tokens)
+        made: CausalLMOutputWithPast = self.model.forward(
+            prompt[:, computed:], past_key_values=cache, use_cache=True, **self._last_only
+        )
+        return made
+
+    @contextmanager
+    def _settling(self, prompt: torch.Tensor, cache: BlockCache, session: Session) -> Iterator[None]:
+        """Have the load settled when the first pass of a `generate` is on its way, before it is seen by anybody.
+
+        By a hook: what `generate` offers between the pass and the choice of a token comes after its own processors.
+        """
+        if not session.is_loading:
+            yield
+            return
+
+        def settle(_model: object, _args: object, given: dict[str, object], _output: object) -> object:
+            if given.get("past_key_values") is not cache or session.settle():
+                return None
+            return self._again(prompt[:, : cache.get_seq_length()], cache, session)
+
+        hook = self.model.register_forward_hook(settle, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def _prompt(self, input_ids: torch.Tensor) -> torch.Tensor:
         if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] < 1:
@@ -412,9 +474,14 @@ class TransformersConnector:
         try:
             cache = self._idle_caches.pop()
         except IndexError:
-            return BlockCache(self.layout, self.model.device, num_tokens)
+            return self._new_cache(num_tokens)
         cache.reserve(num_tokens)
         return cache
+
+    def _new_cache(self, num_tokens: int) -> BlockCache:
+        return BlockCache(
+            self.layout, self.model.device, num_tokens, step_layers=self._step_layers, streams=self._streams
+        )
 
     def _give_back(self, cache: BlockCache) -> None:
         if len(self._idle_caches) < _MAX_IDLE_CACHES:

@@ -3,38 +3,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvstore.errors import ConfigError
-from kvstore.layout import BlockLayout, engine_dtype
-from kvstore.transfer import Copying, PageCopier, PagedKV, SlotViews, copy_rows, to_tensor
+from kvstore.layout import BlockLayout, engine_dtype, layout_of
+from kvstore.row_copy import RowCopier, Rows
+from kvstore.transfer import Copying, PageCopier, PagedKV, SlotViews, Streams, copy_rows, streams_of, to_tensor
 
 _CAPACITY_STEP = 256
-_BATCH_BYTES = 64 << 20
-"""Noted blocks are begun when there are so many: a window's worth of a device's copies."""
 
 
 class BlockCache(Cache):
     """A transformers cache over one tensor `[layers, 2, heads, capacity, dim]` for one sequence.
 
     `update` writes in place, and a block is one strided copy over all layers. On a device, and where blocks are lossy,
-    a block is a page of it, copied on side streams until `finish`. Implements `EngineMemory`.
+    a block is a page of it, copied on side streams: `update` has each layer of a forward pass wait for its own layer
+    of what was begun. Implements `EngineMemory`.
+
+    Args:
+        step_layers: layers whose copies end together, for which a forward pass then waits together; 0 for all.
+        streams: the device's; a test brings its own, and then gets a device's path on the CPU too.
     """
 
-    def __init__(self, layout: BlockLayout, device: torch.device, capacity: int) -> None:
+    def __init__(
+        self,
+        layout: BlockLayout,
+        device: torch.device,
+        capacity: int,
+        *,
+        step_layers: int = 0,
+        streams: Streams | None = None,
+    ) -> None:
         self._block_layout = layout
         model = layout.model
+        self._whole = layout_of(replace(model, part_layers=0, part_heads=0, kv_dtype=engine_dtype(model.kv_dtype)))
         self._shape = (model.num_layers, 2, model.num_kv_heads, model.head_dim)
         self._dtype: torch.dtype = getattr(torch, engine_dtype(model.kv_dtype))
         self._device = device
-        self._in_pages = device.type != "cpu" or bool(layout.packed)
-        self._copier: PageCopier | None = None
+        self._step_layers = step_layers
+        self._given, self._streams = streams, streams or streams_of(device)
+        self._beside = device.type != "cpu" or streams is not None
+        self._in_pages = self._beside or bool(layout.packed)
+        self._copiers: tuple[PageCopier, RowCopier] | None = None
         self._to_read: list[tuple[int, SlotViews]] = []
         self._to_write: list[tuple[int, SlotViews]] = []
-        self._under_way: list[Copying] = []
+        self._reading: list[Copying] = []
+        self._writing: list[Copying] = []
         self._storage = self._allocate(capacity)
         self._planes = [_CacheLayer(self, layer) for layer in range(model.num_layers)]
         super().__init__(layers=[*self._planes])
@@ -54,7 +72,7 @@ class BlockCache(Cache):
 
         Good until this one grows.
         """
-        other = BlockCache(layout, self._device, 1)
+        other = BlockCache(layout, self._device, 1, step_layers=self._step_layers, streams=self._given)
         if other._shape != self._shape or other._dtype != self._dtype:
             raise ConfigError(f"a cache of {self._shape} in {self._dtype} cannot be seen as {layout.model!r}")
         other._storage = self._storage
@@ -65,7 +83,7 @@ class BlockCache(Cache):
         """Make room for `num_tokens`, at least doubling, so that growing costs a constant a token."""
         if num_tokens > self.capacity:
             self.finish()
-            self._copier = None
+            self._copiers = None
             old = self._storage
             self._storage = self._allocate(max(num_tokens, 2 * self.capacity))
             self._storage[:, :, :, : old.shape[3]].copy_(old)
@@ -89,35 +107,58 @@ class BlockCache(Cache):
         self.reserve((index + 1) * tokens)
         return self._storage[:, :, :, index * tokens : (index + 1) * tokens].transpose(2, 3)
 
-    def _later(self, index: int, views: Sequence[memoryview | None], into: list[tuple[int, SlotViews]]) -> None:
-        """Note a block to be copied with its neighbours: what a call costs is paid once for all of them."""
+    def _made(self) -> tuple[PageCopier, RowCopier]:
+        if self._copiers is None:
+            paged = PagedKV.of([self._storage], "layer kv head slot dim", page_tokens=self._whole.model.block_tokens)
+            pages = PageCopier(self._block_layout, paged, streams=self._given)
+            self._copiers = pages, RowCopier(self._whole, paged.planes, streams=self._given)
+        return self._copiers
+
+    def begin(self) -> None:
+        """Begin the copies noted, all blocks in one call. The engine waits for them, for what it needs of them."""
+        if not self._to_read and not self._to_write:
+            return
+        copier, _ = self._made()
+        table = range(copier.paged.num_pages)
+        # Taken out of the list first: what fails once is not tried again.
+        if reads := self._taken(self._to_read):
+            self._ordered(lambda: copier.start_gather(table, reads))
+        if writes := self._taken(self._to_write):
+            self._writing.append(copier.start_scatter(table, writes, step_layers=self._step_layers))
+
+    @staticmethod
+    def _taken(noted: list[tuple[int, SlotViews]]) -> list[tuple[int, SlotViews]]:
+        taken = noted[:]
+        noted.clear()
+        return taken
+
+    def _ordered(self, start: Callable[[], Copying]) -> None:
+        """Begin to read, after what is being written; the engine writes these pages again only when they were read."""
+        for copying in self._writing:
+            copying.order()
+        reading = start()
+        reading.order()
+        self._reading.append(reading)
+
+    def wait_for(self, layer: int) -> None:
+        """Have what the engine's thread orders from now on find `layer` as it was loaded."""
+        for copying in self._writing:
+            copying.order(layer)
+
+    def _note(self, index: int, views: SlotViews, into: list[tuple[int, SlotViews]]) -> None:
         self.reserve((index + 1) * self._block_layout.model.block_tokens)
         into.append((index, views))
-        if len(into) * self._block_layout.block_bytes >= _BATCH_BYTES:
-            self._begin()
-
-    def _begin(self) -> None:
-        """Begin the copies noted."""
-        if self._copier is None:
-            tokens = self._block_layout.model.block_tokens
-            paged = PagedKV.of([self._storage], "layer kv head slot dim", page_tokens=tokens)
-            self._copier = PageCopier(self._block_layout, paged)
-        table = range(self._copier.paged.num_pages)
-        for blocks, start in ((self._to_read, self._copier.start_gather), (self._to_write, self._copier.start_scatter)):
-            if taken := blocks[:]:
-                blocks.clear()  # first: what fails once is not tried again
-                self._under_way.append(start(table, taken))
 
     def write_block(self, index: int, views: Sequence[memoryview]) -> None:
         if self._in_pages:
-            self._later(index, views, self._to_write)
+            self._note(index, views, self._to_write)
             return
         for cell, slot in self._cells(index, views):
             copy_rows(cell, slot)
 
     def read_block(self, index: int, views: Sequence[memoryview | None]) -> None:
         if self._in_pages:
-            self._later(index, views, self._to_read)
+            self._note(index, views, self._to_read)
             return
         for cell, slot in self._cells(index, views):
             copy_rows(slot, cell)
@@ -134,21 +175,36 @@ class BlockCache(Cache):
             if view is not None
         ]
 
-    def write_tensor(self, index: int, block: torch.Tensor) -> None:
-        copy_rows(self.block(index), block)
+    def write_rows(self, rows: Rows) -> None:
+        if not rows:
+            return
+        self.reserve((max(index for index, _ in rows) + 1) * self._whole.model.block_tokens)
+        if self._beside:
+            self._writing.append(self._made()[1].start(rows, into_rows=False, step_layers=self._step_layers))
+            return
+        for index, row in rows:
+            copy_rows(self.block(index), row)
 
-    def read_tensor(self, index: int, block: torch.Tensor) -> None:
-        copy_rows(block, self.block(index))
+    def read_rows(self, rows: Rows) -> None:
+        if self._beside and rows:
+            self._ordered(lambda: self._made()[1].start(rows, into_rows=True))
+            return
+        for index, row in rows:
+            copy_rows(row, self.block(index))
+
+    @property
+    def is_done(self) -> bool:
+        return not (self._to_read or self._to_write) and all(one.is_done for one in (*self._reading, *self._writing))
 
     def finish(self) -> None:
-        if self._to_read or self._to_write:
-            self._begin()
-        done, self._under_way = self._under_way, []
-        for copying in done:
-            copying.order()
+        self.begin()
+        for copying in (*self._reading, *self._writing):
             copying.finish()
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
+        self._reading, self._writing = [], []
+
+    def wait_for_engine(self) -> None:
+        """Return when the device has done what this thread's engine ordered."""
+        self._streams.finish(self._streams.record(self._streams.engine()))
 
 
 class _CacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -183,6 +239,7 @@ class _CacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             )
         start, stop = self.length, self.length + key_states.shape[2]
         self._owner.reserve(stop)
+        self._owner.wait_for(self._layer)
         self._keys[:, :, start:stop] = key_states
         self._values[:, :, start:stop] = value_states
         self.length = stop

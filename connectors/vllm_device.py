@@ -62,7 +62,9 @@ class DeviceLoad:
             noted.append(block)
             at += 1
             stays = whole or (at < order.stop and isinstance(load, KnowsWindows) and not load.comes_in_windows(at))
-            if not stays or len(noted) * self.block_bytes >= _BATCH_BYTES:
+            # Layer by layer, and all there: one call for all of them, or the first layers of the last would come late.
+            full = len(noted) * self.block_bytes >= _BATCH_BYTES and not (whole and self.step_layers)
+            if not stays or full:
                 if not self._begin(noted):
                     return at - len(noted)
                 noted = []

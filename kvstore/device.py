@@ -4,6 +4,10 @@
 Own index, budget and policy, over the same pool as the host tier. Blocks are whole (all parts in one slot of
 canonical bytes), and slots are rows of one tensor allocated at the start, so the budget is what is taken.
 On a machine without a device it lies in host memory, and the budget holds all the same.
+
+Nobody waits for copies between it and the engine, on the host or otherwise: they all run on one stream (see
+`kvstore.row_copy`). A block can be matched as soon as the copy that fills it was submitted, and its row goes to
+another block as soon as the last copy out of it was: what comes after runs after.
 """
 
 from __future__ import annotations
@@ -60,7 +64,10 @@ class _Slots:
 
 
 class DeviceRun:
-    """The leading blocks of a chain that are on the device, pinned. A context manager; leaving it unpins."""
+    """The leading blocks of a chain that are on the device, pinned. A context manager; leaving it unpins.
+
+    To be left when the copies out of it were submitted; they need not be done.
+    """
 
     def __init__(self, pool: BlockPool, memory: torch.Tensor, rows: Rows) -> None:
         self._pool = pool
@@ -77,7 +84,7 @@ class DeviceRun:
             yield index, self._memory[self._pool.slots_of(row)[0]]
 
     def release(self) -> None:
-        """Unpin. The tensors must not be read after that. Idempotent."""
+        """Unpin. What is submitted after that must not read the tensors. Idempotent."""
         rows, self._rows = self._rows, np.empty(0, np.int64)
         self._pool.unpin(rows)
 
@@ -147,26 +154,26 @@ class DeviceOverlay:
         chain: Chain,
         start: int,
         stop: int,
-        copy_into: Callable[[int, torch.Tensor], None],
+        copy_into: Callable[[Sequence[tuple[int, torch.Tensor]]], None],
         *,
         hint: Hint = NO_HINT,
     ) -> int:
         """Take in blocks `start` … `stop`, evicting as needed; returns how many are new here.
 
-        `copy_into(index, tensor)` fills one block's memory. Blocks that are here already are passed over, and
-        so are those that find no room or whose parent is not here.
+        `copy_into(rows)` submits the copies that fill (position in the chain, memory) pairs; if it raises, none is
+        taken in. Blocks that are here already are passed over, and so are those that find no room or whose parent is
+        not here.
         """
         reserved, _ = self._pool.reserve(
             chain.root.id, self.layout, chain.ids[start:stop], lambda at: chain.meta(start + at), (0,)
         )
-        done = 0
-        try:
-            for item in reserved:
-                copy_into(start + item.position, self._memory[item.slots[0]])
-                done += 1
-        finally:
-            published = self._pool.publish(reserved[:done], self._filled_in(hint))
-            self._pool.abort(reserved[done:])
+        if reserved:
+            try:
+                copy_into([(start + item.position, self._memory[item.slots[0]]) for item in reserved])
+            except BaseException:
+                self._pool.abort(reserved)
+                raise
+        published = self._pool.publish(reserved, self._filled_in(hint))
         self.touch(chain, stop, hint=hint)
         return len(published)
 

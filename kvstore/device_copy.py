@@ -37,7 +37,7 @@ import torch
 
 from kvstore import copy_kernel
 from kvstore.copy_engine import CopyEngine, engine_of, host_bytes, reads_host_memory
-from kvstore.copy_kernel import Tables, copy_pieces
+from kvstore.copy_pages import by_index, by_kernel, on_device
 from kvstore.copy_windows import Ints, Part, PartWork, Window, address_of
 from kvstore.layout import BlockLayout, PartLayout
 from kvstore.lossy import FORMATS
@@ -320,51 +320,17 @@ class DeviceCopier:
     def _between(self, way: Way, window: Window, values: torch.Tensor, *, to_slots: bool) -> None:
         """Between pages and `values`, canonical bytes on the device."""
         if way is Way.INDEX:
-            self._by_index(window, values, to_slots)
+            by_index(window, values, to_slots=to_slots)
             return
         starts = torch.arange(window.num_blocks, dtype=torch.int64, device=self.device) * window.exact_bytes
-        self._by_kernel(window, starts + values.data_ptr(), window.exact_bytes, values.data_ptr(), 0, to_slots)
+        by_kernel(window, starts + values.data_ptr(), (window.exact_bytes, values.data_ptr()), to_slots=to_slots)
 
     def _direct(self, window: Window, to_slots: bool) -> None:
         part = window.part
         views = window.work.views[window.first : window.stop]
         starts = np.array([address_of(view) for view in views], np.int64) + window.low * part.slot_layer_bytes
-        slots = _on_device(starts, self.device)
-        self._by_kernel(window, slots, 0, int(np.gcd.reduce(starts)), _DIRECT_PROGRAMS, to_slots)
-
-    def _by_kernel(
-        self, window: Window, slots: torch.Tensor, step_bytes: int, first: int, programs: int, to_slots: bool
-    ) -> None:
-        part = window.part
-        pieces = window.work.pages.shape[1]
-        planes = part.table[window.low * part.num_kv : window.high * part.num_kv]
-        pages = window.offsets[0][window.first * pieces : window.stop * pieces]
-        page_steps = (part.page_step, part.piece_tokens * part.token_step)
-        alignment = int(np.gcd.reduce([*part.addresses.tolist(), *page_steps, step_bytes, first]))
-        copy_pieces(
-            Tables(planes, pages, slots, alignment),
-            part.piece,
-            plane_bytes=part.plane_bytes,
-            to_slots=to_slots,
-            num_programs=programs,
-        )
-
-    def _by_index(self, window: Window, values: torch.Tensor, to_slots: bool) -> None:
-        part, chosen = window.part, slice(window.first, window.stop)
-        shape = part.shape_of(window.num_blocks, window.high - window.low)
-        shaped = values.view(part.planes[0][0].dtype).view(shape)
-        within = np.arange(part.piece_tokens)
-        pages = np.repeat(window.work.pages[chosen].reshape(-1), part.piece_tokens)
-        tokens = (window.work.pieces[chosen].reshape(-1, 1) * part.piece_tokens + within).reshape(-1)
-        cut = window.work.tokens or slice(None)
-        where = tuple(_on_device(np.ascontiguousarray(at[cut]), self.device) for at in (pages, tokens))
-        for layer in range(window.low, window.high):
-            for kv, plane in enumerate(part.planes[layer]):
-                held = shaped[:, layer - window.low, kv]
-                if to_slots:
-                    held.copy_(plane[where].view(held.shape))
-                else:
-                    plane[where] = held.reshape(-1, *held.shape[2:])[cut]
+        slots = on_device(starts, self.device)
+        by_kernel(window, slots, tuple(starts.tolist()), to_slots=to_slots, num_programs=_DIRECT_PROGRAMS)
 
     def _over_the_link(self, held: torch.Tensor, window: Window, *, to_slots: bool) -> None:
         """Between `held`, the window's blocks one after the other, and their slots: as few copies as can be."""
@@ -414,15 +380,6 @@ def _allocate(stage: _Stage, device: torch.device) -> None:
 
 def _sent(numbers: Ints, device: torch.device, into: list[torch.Tensor]) -> Callable[[], None]:
     def send() -> None:
-        into.append(_on_device(numbers, device))
+        into.append(on_device(numbers, device))
 
     return send
-
-
-def _on_device(numbers: Ints, device: torch.device) -> torch.Tensor:
-    """On the current stream. Through pinned memory of torch's, which it keeps until the copy is done.
-
-    A copy from pageable memory would hold up the caller until all that the stream has before it is done.
-    """
-    host = torch.from_numpy(numbers)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)

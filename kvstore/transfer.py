@@ -51,6 +51,7 @@ from kvstore.layout import BlockLayout, PartLayout, engine_dtype
 from kvstore.streams import InOrder
 from kvstore.streams import Moment as Moment
 from kvstore.streams import Streams as Streams
+from kvstore.streams import streams_of as streams_of
 
 SlotViews = Sequence[memoryview | None]
 """Bytes of a block, one entry for each part of the copier; None where the part is not to be copied."""

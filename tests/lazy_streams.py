@@ -100,5 +100,20 @@ class LazyStreams:
         stream.num_done += 1
 
 
+class BesideEngine(LazyStreams):
+    """For an engine that computes when it is told to, as a model does on the CPU: what it waits for runs right then.
+
+    All else runs as late as it may.
+    """
+
+    def wait(self, stream: LazyStream, moment: LazyMoment) -> None:
+        if not stream.name.startswith("engine"):
+            super().wait(stream, moment)
+            return
+        with self._lock:
+            while not moment.reached:
+                self.step()
+
+
 def _may_run(item: Callable[[], None] | LazyMoment) -> bool:
     return not isinstance(item, LazyMoment) or item.reached

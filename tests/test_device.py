@@ -9,12 +9,12 @@ import pytest
 
 pytest.importorskip("torch", reason="the overlay keeps torch tensors")
 
-import torch
 
 from kvstore.block import BlockId, Chain, ModelId, Root
 from kvstore.device import DeviceOverlay
 from kvstore.errors import ConfigError
 from kvstore.layout import layout_of
+from kvstore.row_copy import Rows
 
 MODEL = ModelId(
     model="m",
@@ -46,8 +46,9 @@ def mark_of(block: BlockId) -> float:
 
 
 def put(device: DeviceOverlay, chain: Chain, start: int, stop: int) -> int:
-    def copy_into(index: int, tensor: torch.Tensor) -> None:
-        tensor.fill_(mark_of(chain.ids[index]))
+    def copy_into(rows: Rows) -> None:
+        for index, tensor in rows:
+            tensor.fill_(mark_of(chain.ids[index]))
 
     return device.save(chain, start, stop, copy_into)
 
@@ -115,17 +116,18 @@ def test_a_pinned_run_is_neither_evicted_nor_overwritten() -> None:
     assert device.check() == []
 
 
-def test_a_copy_that_fails_leaves_what_came_before_it() -> None:
+def test_a_copy_that_fails_leaves_nothing_of_its_blocks() -> None:
     device, chain = overlay(4), chain_of(1, 3)
+    put(device, chain, 0, 1)
 
-    def copy_into(index: int, tensor: torch.Tensor) -> None:
-        if index == 2:
-            raise RuntimeError("no")
-        tensor.fill_(mark_of(chain.ids[index]))
+    def copy_into(rows: Rows) -> None:
+        assert [index for index, _ in rows] == [1, 2]
+        raise RuntimeError("no")
 
     with pytest.raises(RuntimeError, match="no"):
         device.save(chain, 0, 3, copy_into)
-    assert held(device, chain) == 2
+    assert held(device, chain) == 1
+    assert put(device, chain, 0, 3) == 2
     assert device.check() == []
 
 

@@ -76,7 +76,17 @@ UP_TO_2 = (
 # Parts of transfer, and what it takes beside it; all of them load torch.
 COPIES = tuple(
     f"kvstore.{name}"
-    for name in ("copy_engine", "copy_kernel", "copy_windows", "device_copy", "lossy", "pinning", "streams")
+    for name in (
+        "copy_engine",
+        "copy_kernel",
+        "copy_pages",
+        "copy_windows",
+        "device_copy",
+        "lossy",
+        "pinning",
+        "row_copy",
+        "streams",
+    )
 )
 # config is the one schema for all settings, so it stands above the classes whose options it gathers.
 STORE = (
@@ -115,6 +125,7 @@ PUBLIC = (
     "kvstore.transfer",
     "kvstore.device",
     "kvstore.pinning",
+    "kvstore.row_copy",
 )
 
 POLICY_NEVER = ENGINES_AND_DRIVERS + THREADS + CLOCKS + INPUT_OUTPUT
@@ -163,10 +174,12 @@ RULES: dict[str, Rule] = {
     "kvstore.transfer": Rule(2, (*FOUNDATIONS, "kvstore.copying", *COPIES), ("torch",)),
     "kvstore.copy_engine": Rule(2, FOUNDATIONS, ("torch",)),
     "kvstore.copy_kernel": Rule(2, FOUNDATIONS, ("torch", "triton")),
+    "kvstore.copy_pages": Rule(2, (*FOUNDATIONS, "kvstore.copy_kernel", "kvstore.copy_windows"), ("torch",)),
     "kvstore.copy_windows": Rule(2, (*FOUNDATIONS, "kvstore.copy_kernel"), ("torch",)),
     "kvstore.device_copy": Rule(2, (*FOUNDATIONS, *COPIES), ("torch",)),
     "kvstore.lossy": Rule(2, FOUNDATIONS, ("torch",)),
     "kvstore.pinning": Rule(2, FOUNDATIONS, ("torch",)),
+    "kvstore.row_copy": Rule(2, (*FOUNDATIONS, *COPIES), ("torch",)),
     "kvstore.streams": Rule(2, FOUNDATIONS, ("torch",)),
     # 3: places to keep blocks
     "kvstore.quota": Rule(3, FOUNDATIONS),

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -23,8 +23,9 @@ class Faults:
         break_load_at: number of blocks after which a load raises.
         end_load_at: number of blocks after which a load just ends.
         skip_load_at: number of a block that a load leaves out, against the protocol.
-        overwritten: loads report that their bytes may have changed.
+        overwritten: loads report that their bytes may have changed, and they have.
         full: saves are refused.
+        whole: not a fault: loads say that all their blocks are there and stay until they are closed.
     """
 
     failing: set[str] = field(default_factory=set)
@@ -33,6 +34,7 @@ class Faults:
     skip_load_at: int | None = None
     overwritten: bool = False
     full: bool = False
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,15 @@ class FakeBlock:
 class FakeLoad:
     def __init__(self, store: FakeStore, chain: Chain, start: int, stop: int) -> None:
         self._store, self._chain, self._start, self._stop = store, chain, start, stop
+        self._given: list[bytearray] = []
 
     @property
     def num_blocks(self) -> int:
         return self._stop - self._start
+
+    @property
+    def is_whole(self) -> bool:
+        return self._store.faults.whole
 
     def __iter__(self) -> Iterator[FakeBlock]:
         faults = self._store.faults
@@ -63,15 +70,22 @@ class FakeLoad:
             held = [bytearray(part) for part in self._store.blocks[self._chain.ids[index]]]
             if faults.overwritten:
                 held = [bytearray(b"\x3f" * len(part)) for part in held]
+            self._given += held
             yield FakeBlock(index, self._store.tier, [memoryview(part).toreadonly() for part in held])
-            for part in held:
-                part[:] = b"\x7f" * len(part)
+            if not faults.whole:
+                self._scramble()
+
+    def _scramble(self) -> None:
+        for part in self._given:
+            part[:] = b"\x7f" * len(part)
 
     def intact(self) -> bool:
+        self._store.when_asked()
         return not self._store.faults.overwritten
 
     def close(self) -> None:
         self._store.open_loads.discard(id(self))
+        self._scramble()
 
     def __enter__(self) -> Self:
         self._store.open_loads.add(id(self))
@@ -96,7 +110,8 @@ class FakeSave:
     def commit(self, *indices: int) -> int:
         chosen = indices or tuple(self._open)
         for index in chosen:
-            self._store.blocks[self._chain.ids[index]] = self._open.pop(index)
+            # As they are now: what is copied into them later is too late.
+            self._store.blocks[self._chain.ids[index]] = [bytearray(part) for part in self._open.pop(index)]
         return len(chosen)
 
     def abort(self) -> None:
@@ -138,6 +153,7 @@ class FakeStore:
         self.saved_s = 0.0
         self.hints: list[Hint] = []
         self.open_loads: set[int] = set()
+        self.when_asked: Callable[[], None] = lambda: None
         self.num_pending = 0
         self._holds: dict[str, tuple[Chain, int]] = {}
         self._layouts: dict[ModelId, BlockLayout] = {}

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Between an engine's pages and canonical bytes on its device: what runs on a stream, by the kernel or by indexing."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from kvstore.copy_kernel import Tables, copy_pieces
+from kvstore.copy_windows import Ints, Window
+
+
+def by_kernel(
+    window: Window, slots: torch.Tensor, alignments: tuple[int, ...], *, to_slots: bool, num_programs: int = 0
+) -> None:
+    """One launch of the kernel.
+
+    Args:
+        slots: addresses of the blocks' bytes of the window's first layer, on the device.
+        alignments: numbers whose common divisor divides all of `slots`.
+        num_programs: see `copy_pieces`.
+    """
+    part = window.part
+    pieces = window.work.pages.shape[1]
+    planes = part.table[window.low * part.num_kv : window.high * part.num_kv]
+    pages = window.offsets[0][window.first * pieces : window.stop * pieces]
+    page_steps = (part.page_step, part.piece_tokens * part.token_step)
+    alignment = int(np.gcd.reduce([*part.addresses.tolist(), *page_steps, *alignments]))
+    copy_pieces(
+        Tables(planes, pages, slots, alignment),
+        part.piece,
+        plane_bytes=part.plane_bytes,
+        to_slots=to_slots,
+        num_programs=num_programs,
+    )
+
+
+def by_index(window: Window, values: torch.Tensor, *, to_slots: bool) -> None:
+    """`values`: canonical bytes of the window's blocks, one after the other, uint8."""
+    part, chosen = window.part, slice(window.first, window.stop)
+    device = values.device
+    shape = part.shape_of(window.num_blocks, window.high - window.low)
+    shaped = values.view(part.planes[0][0].dtype).view(shape)
+    within = np.arange(part.piece_tokens)
+    pages = np.repeat(window.work.pages[chosen].reshape(-1), part.piece_tokens)
+    tokens = (window.work.pieces[chosen].reshape(-1, 1) * part.piece_tokens + within).reshape(-1)
+    cut = window.work.tokens or slice(None)
+    where = tuple(on_device(np.ascontiguousarray(at[cut]), device) for at in (pages, tokens))
+    for layer in range(window.low, window.high):
+        for kv, plane in enumerate(part.planes[layer]):
+            held = shaped[:, layer - window.low, kv]
+            if to_slots:
+                held.copy_(plane[where].view(held.shape))
+            else:
+                plane[where] = held.reshape(-1, *held.shape[2:])[cut]
+
+
+def on_device(numbers: Ints, device: torch.device) -> torch.Tensor:
+    """On the current stream. Through pinned memory of torch's, which it keeps until the copy is done.
+
+    A copy from pageable memory would hold up the caller until all that the stream has before it is done.
+    """
+    host = torch.from_numpy(numbers)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
