@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import threading
 from bisect import bisect_right, insort
@@ -34,6 +35,9 @@ import numpy.typing as npt
 from kvstore.errors import CapacityError, ConfigError
 from kvstore.memory import HUGE_PAGE_BYTES, Stretch
 from kvstore.memory import PAGE_BYTES as PAGE_BYTES
+from kvstore.numa import prefer_node
+
+log = logging.getLogger("kvstore.arena")
 
 _EXTENT_BYTES = 64 << 20
 _FEW = 8  # below this, slot by slot is quicker than numpy
@@ -74,11 +78,18 @@ class Arena:
     """
 
     def __init__(
-        self, capacity_bytes: int, *, prefault: bool = True, shared: bool = False, huge_pages: bool = False
+        self,
+        capacity_bytes: int,
+        *,
+        prefault: bool = True,
+        shared: bool = False,
+        huge_pages: bool = False,
+        numa_node: int | None = None,
     ) -> None:
         """Private memory of this process; or, `shared`, memory that `memory_fd` gives to others.
 
         `huge_pages` takes 2 MiB pages from the pool that the host reserved for them, and rounds down to them.
+        `numa_node` is where memory comes from as long as there is any; a kernel that refuses that is said once.
         Raises CapacityError where there is not that much, ConfigError where the kernel cannot seal.
         """
         page = HUGE_PAGE_BYTES if huge_pages else PAGE_BYTES
@@ -93,6 +104,10 @@ class Arena:
             else:
                 self._memory = Stretch(self.capacity_bytes, huge_pages=huge_pages)
                 self.generation = np.zeros(num_pages, np.uint32)
+        if numa_node is not None:  # before anything touches it
+            fault = prefer_node(self._memory.address, self.capacity_bytes, numa_node)
+            if fault:
+                log.warning("the arena's memory may come from any node: preferring node %d: %s", numa_node, fault)
         self._view = self._memory.view()
         self._extents: list[_Extent] = []
         self._ranges: list[tuple[int, int]] = [(0, self.capacity_bytes)]

@@ -71,6 +71,7 @@ UP_TO_2 = (
     "kvstore.copying",
     "kvstore.index",
     "kvstore.memory",
+    "kvstore.numa",
     "kvstore.transfer",
 )
 # Parts of transfer, and what it takes beside it; all of them load torch.
@@ -166,11 +167,12 @@ RULES: dict[str, Rule] = {
     "kvstore.wire.frame": Rule(1, FOUNDATIONS, ("xxhash",), never=CODEC_NEVER),
     "kvstore.wire.seal": Rule(1, (*FOUNDATIONS, "kvstore.wire.frame"), ("cryptography",), never=ENGINES_AND_DRIVERS),
     # 2: memory, and what lies where in it
-    "kvstore.arena": Rule(2, (*FOUNDATIONS, "kvstore.memory")),
+    "kvstore.arena": Rule(2, (*FOUNDATIONS, "kvstore.memory", "kvstore.numa")),
     "kvstore.copying": Rule(2, FOUNDATIONS),
     "kvstore.index": Rule(2, FOUNDATIONS),
     "kvstore.mapping": Rule(2, (*FOUNDATIONS, "kvstore.memory")),
     "kvstore.memory": Rule(2, FOUNDATIONS),
+    "kvstore.numa": Rule(2, FOUNDATIONS),
     "kvstore.transfer": Rule(2, (*FOUNDATIONS, "kvstore.copying", *COPIES), ("torch",)),
     "kvstore.copy_engine": Rule(2, FOUNDATIONS, ("torch",)),
     "kvstore.copy_kernel": Rule(2, FOUNDATIONS, ("torch", "triton")),
@@ -246,7 +248,7 @@ RULES: dict[str, Rule] = {
         ),
         ("grpc",),
     ),
-    "kvstore.service.preflight": Rule(5, FOUNDATIONS),
+    "kvstore.service.preflight": Rule(5, (*FOUNDATIONS, "kvstore.numa")),
     "kvstore.service.prompt": Rule(5, FOUNDATIONS, ("jinja2", "transformers")),
     "kvstore.service.rights": SERVICE,
     "kvstore.service.handshake": Rule(5, (*FOUNDATIONS, *MESSAGES), ("google",)),

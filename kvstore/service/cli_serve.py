@@ -71,6 +71,7 @@ def look_ahead(config: StoreConfig) -> None:
         capacity_bytes=config.host.capacity_bytes,
         pin_memory=options.pin_memory,
         huge_pages=config.host.huge_pages,
+        numa_node=config.host.numa_node,
         max_sessions=options.max_sessions,
     )
     lift_file_limit(options.max_sessions)

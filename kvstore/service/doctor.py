@@ -338,6 +338,7 @@ def _memory(config: StoreConfig, running: bool) -> Iterator[Finding]:
         capacity_bytes=capacity_bytes,
         pin_memory=options.pin_memory,
         huge_pages=config.host.huge_pages,
+        numa_node=config.host.numa_node,
         max_sessions=options.max_sessions,
     )
     for found in preflight(needs):

@@ -18,6 +18,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from kvstore.errors import ConfigError
+from kvstore.numa import NONE, chosen_node, nodes_of_gpus, nodes_with_memory, pci_devices
+
 _CAP_IPC_LOCK = 14
 _CGROUPS = "/sys/fs/cgroup"
 _FUTURE_WRITE = 0x10
@@ -61,12 +64,14 @@ class Needs:
         pin_memory: it is going to be locked in memory.
         huge_pages: it is to come from the reserved 2 MiB pages.
         max_sessions: clients at once; 0 where that is not asked.
+        numa_node: as in the settings of the host tier.
     """
 
     capacity_bytes: int
     pin_memory: bool = False
     huge_pages: bool = False
     max_sessions: int = 0
+    numa_node: str = NONE
 
 
 def _read(path: str) -> str | None:
@@ -143,6 +148,7 @@ class Host:
         can_seal: whether memfds can be sealed as the arena needs.
         can_watch: "peer", "pid" or "": see `_can_watch`.
         kernel: release of the kernel.
+        pci_devices: names of what is plugged in.
     """
 
     read: Callable[[str], str | None] = _read
@@ -151,6 +157,7 @@ class Host:
     can_seal: Callable[[], bool] = _can_seal
     can_watch: Callable[[], str] = _can_watch
     kernel: str = field(default_factory=lambda: os.uname().release)
+    pci_devices: Callable[[], list[str]] = pci_devices
 
 
 def preflight(needs: Needs, host: Host | None = None) -> list[Finding]:
@@ -161,6 +168,7 @@ def preflight(needs: Needs, host: Host | None = None) -> list[Finding]:
         findings.append(_reserved_huge_pages(needs.capacity_bytes, host))
     else:
         findings.append(_available_memory(needs.capacity_bytes, host))
+    findings.append(_memory_node(needs.numa_node, host))
     findings.append(_cgroup(needs.capacity_bytes, host))
     if needs.pin_memory:
         findings.append(_memlock(needs.capacity_bytes, host))
@@ -219,6 +227,22 @@ def _transparent_huge_pages(host: Host) -> Finding:
     ok = chosen[1] not in ("never", "deny")
     fix = f"echo advise > {_SHMEM_HUGE}: clients then map the arena at once instead of page by page"
     return Finding(name, ok, wanted, chosen[1], "" if ok else fix, needed=False)
+
+
+def _memory_node(setting: str, host: Host) -> Finding:
+    """Which node the arena's memory comes from: another than the GPUs' costs copies some of the link's rate."""
+    nodes, name = nodes_with_memory(host.read), "memory node"
+    try:
+        node = chosen_node(setting, host.read, host.pci_devices)
+    except ConfigError as error:
+        return Finding(name, False, setting, f"nodes {nodes}", str(error))
+    if node is not None:
+        return Finding(name, True, setting, f"node {node} of {len(nodes)}")
+    near = nodes_of_gpus(host.read, host.pci_devices)
+    if setting == NONE or len(nodes) < 2 or len(near) < 2:
+        return Finding(name, True, setting, "there is one" if len(nodes) == 1 else "any")
+    fix = "run a sidecar a node, each with its own host.numa_node, or set that to none"
+    return Finding(name, False, setting, f"any: there are GPUs at nodes {near}", fix, needed=False)
 
 
 # -- limits ----------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from kvstore.arena import PAGE_BYTES, Arena, slot_stride
 from kvstore.errors import ConfigError
 from kvstore.index import NO_SLOT
 from kvstore.layout import BlockLayout
+from kvstore.numa import AUTO, check_setting, chosen_node
 from kvstore.policies import POLICIES
 from kvstore.pool import BlockPool
 
@@ -27,6 +28,8 @@ class HostOptions:
         policy: a name in POLICIES; policy_options: its settings.
         prefault: populate the memory in the background at start.
         huge_pages: take the arena from the 2 MiB pages that the host reserved (vm.nr_hugepages), and fail without.
+        numa_node: memory node that the arena is taken from while it has any: `auto` for that of the GPUs, if all are at
+            one, `none`, or a number.
     """
 
     capacity_bytes: int = 4 << 30
@@ -34,8 +37,10 @@ class HostOptions:
     policy_options: Mapping[str, object] = field(default_factory=dict)
     prefault: bool = True
     huge_pages: bool = False
+    numa_node: str = AUTO
 
     def __post_init__(self) -> None:
+        check_setting(self.numa_node)
         if self.capacity_bytes < PAGE_BYTES:
             raise ConfigError(f"host.capacity_bytes is {self.capacity_bytes}: give a size such as 8GiB")
 
@@ -47,7 +52,11 @@ class HostTier:
         policy_class = POLICIES.load(options.policy)
         policy = policy_class(POLICIES.options(options.policy, options.policy_options))
         self.arena = Arena(
-            options.capacity_bytes, prefault=options.prefault, shared=shared, huge_pages=options.huge_pages
+            options.capacity_bytes,
+            prefault=options.prefault,
+            shared=shared,
+            huge_pages=options.huge_pages,
+            numa_node=chosen_node(options.numa_node),
         )
         self.pool = BlockPool(self.arena, policy)
 

@@ -30,6 +30,7 @@ HEALTHY: Mapping[str, str] = {
     "/proc/meminfo": meminfo(),
     "/proc/self/cgroup": "0::/kv.slice/kv.service\n",
     "/proc/self/status": "CapEff:\t0000000000000000\n",
+    "/sys/devices/system/node/has_memory": "0\n",
     "/sys/kernel/mm/transparent_hugepage/shmem_enabled": "always within_size [advise] never deny force\n",
 }
 
@@ -41,10 +42,18 @@ def host(
     max_files: int | None = None,
     kernel: str = "6.8.0",
     watch: str = "peer",
+    gpus: Mapping[str, int] | None = None,
 ) -> Host:
     """A healthy host with some of its files replaced."""
+    plugged = {"0000:00:1f.0": {"vendor": "0x8086", "class": "0x060100", "numa_node": "0"}}
+    for name, node in (gpus or {}).items():
+        plugged[name] = {"vendor": "0x10de", "class": "0x030200", "numa_node": str(node)}
+    devices = {
+        f"/sys/bus/pci/devices/{name}/{key}": f"{text}\n" for name, of in plugged.items() for key, text in of.items()
+    }
     return Host(
-        read={**HEALTHY, **(files or {})}.get,
+        read={**HEALTHY, **devices, **(files or {})}.get,
+        pci_devices=lambda: list(plugged),
         memlock_bytes=lambda: memlock,
         max_files=lambda: max_files,
         can_seal=lambda: True,
@@ -62,7 +71,7 @@ def finding(name: str, needs: Needs, on: Host) -> Finding:
 def test_a_healthy_host_is_ok_throughout() -> None:
     found = preflight(Needs(capacity_bytes=8 * GIB, pin_memory=True, max_sessions=1024), host())
     assert [each.name for each in found if not each.ok] == []
-    assert len({each.name for each in found}) == len(found) == 7
+    assert len({each.name for each in found}) == len(found) == 8
 
 
 def test_this_host_can_share_and_watch() -> None:
@@ -226,3 +235,27 @@ def test_the_soft_limit_of_open_files_is_lifted_as_far_as_the_hard_one_allows() 
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (before[1], before[1])
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+TWO_NODES = {"/sys/devices/system/node/has_memory": "0-1\n"}
+
+
+@pytest.mark.parametrize(
+    ("setting", "files", "gpus", "ok", "available"),
+    [
+        ("auto", {}, {"0000:01:00.0": 0}, True, "there is one"),
+        ("auto", TWO_NODES, {}, True, "any"),
+        ("auto", TWO_NODES, {"0000:01:00.0": -1}, True, "any"),
+        ("auto", TWO_NODES, {"0000:01:00.0": 1, "0000:02:00.0": 1}, True, "node 1 of 2"),
+        ("auto", TWO_NODES, {"0000:01:00.0": 0, "0000:81:00.0": 1}, False, "any: there are GPUs at nodes [0, 1]"),
+        ("none", TWO_NODES, {"0000:01:00.0": 0, "0000:81:00.0": 1}, True, "any"),
+        ("1", TWO_NODES, {"0000:01:00.0": 0, "0000:81:00.0": 1}, True, "node 1 of 2"),
+        ("4", TWO_NODES, {}, False, "nodes [0, 1]"),
+    ],
+)
+def test_the_arenas_node_is_that_of_the_gpus_where_all_are_at_one(
+    setting: str, files: Mapping[str, str], gpus: Mapping[str, int], ok: bool, available: str
+) -> None:
+    found = finding("memory node", Needs(capacity_bytes=GIB, numa_node=setting), host(files, gpus=gpus))
+    assert (found.ok, found.available) == (ok, available)
+    assert found.needed == (setting == "4" or found.ok)
