@@ -65,11 +65,11 @@ class LeafPolicy(Policy):
 
     @abstractmethod
     def _enter(self, rows: Rows, blocks: Sequence[BlockId], hint: Hint) -> None:
-        """Give blocks that became resident their queue and key, by `_place`."""
+        """Give blocks that became resident their queue and key: `_queue[rows]`, `_key[rows]`."""
 
     @abstractmethod
     def _use(self, rows: Rows, fresh: npt.NDArray[np.bool_], blocks: Sequence[BlockId], hint: Hint) -> None:
-        """Give blocks of a chain that were used their queue and key, by `_place`.
+        """Give blocks of a chain that were used their queue and key: `_queue[rows]`, `_key[rows]`.
 
         `rows` are those of `blocks`, NO_ROW where one is not known; `fresh` tells which are used first by this.
         """
