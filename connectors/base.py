@@ -38,6 +38,11 @@ _RELIEF = 1.03
 _TRY_SHARE = 0.05
 """A try of a tier that was slow when last seen may make its request so much longer. Trying all that the tier had made
 single requests two and three times as long, where they were the slowest already."""
+_FREE_SHARE = 0.01
+"""A load that takes so little of what computing takes is worth it, whatever the prefill is predicted to gain by it:
+computing less takes no longer, and what is loaded shows what the rest takes. By the fit alone a single short pass that
+stalled could make all cost a constant, which nothing loaded would reduce: then nothing was loaded, so no short pass was
+seen, and two hundred prompts in a row were computed that lay in the host."""
 _MAX_CONVERSATIONS = 4096
 VOLATILE_CONFIG = frozenset(
     (
@@ -93,9 +98,13 @@ class CostModel:
         self._relief: dict[str, float] = {}
 
     def seen_prefill(self, new_tokens: int, past_tokens: int, seconds: float) -> None:
-        """A forward pass over `new_tokens` after `past_tokens` took `seconds`."""
+        """A forward pass over `new_tokens` after `past_tokens` took `seconds`.
+
+        One that took longer than computing all of it was predicted to has stalled: it counts as no longer than that.
+        """
         if new_tokens >= 1 and seconds > 0:
-            self._prefill.see(_prefill_terms(new_tokens, past_tokens), seconds)
+            all_s = self.prefill_s(new_tokens + past_tokens, 0) if past_tokens else None
+            self._prefill.see(_prefill_terms(new_tokens, past_tokens), min(seconds, all_s or seconds))
 
     def seen_load(self, tier: str, num_bytes: int, seconds: float) -> None:
         """Bytes of `tier` took `seconds` to be in the engine's memory."""
@@ -136,6 +145,7 @@ class CostModel:
             return max(cap, best)
         # Time saved grows faster than linearly in blocks, time spent linearly within a tier: only the ends of
         # tiers can be best.
+        free_s = _FREE_SHARE * best_s
         sure, sure_s = best, best_s  # by what was seen, whatever has changed since
         at, spent_s, seen_s = 0, 0.0, 0.0
         passed_over: list[str] = []
@@ -148,9 +158,9 @@ class CostModel:
             rest_s = self._rest_s(prompt_tokens, stop)
             if stop <= start or rest_s is None:
                 continue
-            if seen_s + rest_s < sure_s:
+            if seen_s + rest_s < sure_s or seen_s <= free_s:
                 sure, sure_s = stop, seen_s + rest_s
-            if spent_s + rest_s < best_s:
+            if spent_s + rest_s < best_s or spent_s <= free_s:
                 best, best_s = stop, spent_s + rest_s
                 passed_over.clear()
             else:
@@ -197,7 +207,8 @@ class CostModel:
         lower = [tier for tier in self._loads if tier != HOST_TIER]
         if self.rule is LoadRule.ALWAYS or computing_s is None or rest_s is None or not lower:
             return limit_s
-        gain_s = computing_s - rest_s - min(self.load_s(tier, num_blocks) for tier in lower)
+        load_s = min(self.load_s(tier, num_blocks) for tier in lower)
+        gain_s = max(computing_s - rest_s, _FREE_SHARE * computing_s) - load_s
         if gain_s <= 0:
             self._relieve(lower)  # they are passed over, too
             return None

@@ -116,6 +116,31 @@ def test_lower_tiers_are_not_asked_where_nothing_of_theirs_would_be_loaded_and_a
     assert answers[-1]
 
 
+@pytest.mark.parametrize("stalled_s", [5.0, 8.0, 60.0])
+@pytest.mark.parametrize(("tier", "load_s"), [("host", 0.0065), ("redis", 0.3)])
+def test_a_short_pass_that_stalled_does_not_end_loading(tier: str, load_s: float, stalled_s: float) -> None:
+    block_bytes = 2_949_120
+    costs, match = CostModel(64, block_bytes), Match(10, 10 if tier == "host" else 0, 0, True, ((tier, 10),))
+    costs.seen_prefill(631, 0, 4.0)
+    costs.seen_load(tier, 10 * block_bytes, load_s)
+    costs.seen_prefill(19, 640, stalled_s)
+    for prompt, seconds in ((631, 5.0), (659, 4.0), (631, 6.0), (659, 4.5)):
+        costs.seen_prefill(prompt, 0, seconds)
+    assert costs.plan_load(match, 659) == 10
+    assert (costs.plan_ask_s(659, 0.25) or 0.0) > 0
+
+
+def test_what_costs_next_to_nothing_to_load_is_loaded_though_no_gain_is_seen() -> None:
+    costs, match = CostModel(64, 1000), Match(10, 10, 0, True, (("host", 10),))
+    for tokens in (100, 659):  # all cost a constant, or so it looks
+        costs.seen_prefill(tokens, 0, 1.0)
+    costs.seen_load("host", 10_000, 0.009)
+    assert costs.plan_load(match, 659) == 10
+    for _ in range(20):
+        costs.seen_load("host", 10_000, 0.05)
+    assert costs.plan_load(match, 659) == 0
+
+
 def test_the_rule_always_loads_however_slow() -> None:
     cost = CostModel(4, 1000, rule=LoadRule.ALWAYS)
     cost.seen_prefill(100, 0, 1e-6)
