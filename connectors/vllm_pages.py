@@ -5,7 +5,7 @@ vLLM registers one tensor a layer with axes (page, head, token, channel), the ch
 is what memory holds, in whichever order, and strides describe it: `kvstore.transfer` copies it. On a CPU each
 page is packed in an order that its attention kernel likes, and differs by instruction set. The order is found by
 letting the engine's own write kernel write known values, reduced to strides, and tried on random data. Copies then
-go by strides in both directions, a call for all layers of a block. Loading through the kernel itself costs a second
+go by strides in both directions, a call for all layers of some blocks. Loading through the kernel itself costs a second
 copy, into the tensors it takes, and its threads meet at a barrier a layer, for which a busy machine waits long.
 
 Invariants: nothing below a load's first token is written; bytes are never converted.
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from kvstore.copying import Shape, copy_places
@@ -47,11 +48,11 @@ class EnginePages(Protocol):
     @property
     def page_tokens(self) -> int: ...
 
-    def gather(self, pages: Sequence[int], index: int, views: SlotViews) -> None:
-        """Copy block `index` out into slots, one a part, None where it is there already."""
+    def gather(self, pages: Sequence[int], blocks: Sequence[tuple[int, SlotViews]]) -> None:
+        """Copy blocks, each an index and a slot a part, out into the slots; None where one is there already."""
 
-    def scatter(self, pages: Sequence[int], index: int, views: Sequence[memoryview], tokens: range) -> None:
-        """Copy block `index` in, as far as the sequence's `tokens` go: nothing below, and no page past them."""
+    def scatter(self, pages: Sequence[int], blocks: Sequence[tuple[int, SlotViews]], tokens: range) -> None:
+        """Copy blocks in, as far as the sequence's `tokens` go: nothing below, and no page past them."""
 
 
 @runtime_checkable
@@ -279,16 +280,15 @@ class PackedPages:
         if any(tensor.stride() != tensors[0].stride() for tensor in tensors):
             raise ConfigError("the engine's layers have different strides, which is not known here")
         self._dtype = tensors[0].dtype
-        self._addresses = [tensor.data_ptr() for tensor in tensors]
+        self._addresses = np.array([tensor.data_ptr() for tensor in tensors], np.int64)
         self._pieces = [[self._plan(layout.parts[part], kv) for kv in (0, 1)] for part in self.parts]
         self._try(write, key_dtype)
 
-    def gather(self, pages: Sequence[int], index: int, views: SlotViews) -> None:
-        first = index * self._layout.model.block_tokens
-        self._copy(pages, index, views, range(first, first + self._layout.model.block_tokens), to_slots=True)
+    def gather(self, pages: Sequence[int], blocks: Sequence[tuple[int, SlotViews]]) -> None:
+        self._copy(pages, blocks, None)
 
-    def scatter(self, pages: Sequence[int], index: int, views: Sequence[memoryview], tokens: range) -> None:
-        self._copy(pages, index, views, tokens, to_slots=False)
+    def scatter(self, pages: Sequence[int], blocks: Sequence[tuple[int, SlotViews]], tokens: range) -> None:
+        self._copy(pages, blocks, tokens)
 
     def _plan(self, cell: PartLayout, kv: int) -> _Piece:
         model, order, item = self._layout.model, self.order, self._dtype.itemsize
@@ -297,11 +297,8 @@ class PackedPages:
         )
         head_step = self._tensors[0].stride(1)
         held_token_step = len(cell.heads) * model.head_dim
-        axes = [
-            (len(cell.heads), head_step, model.head_dim),
-            *_facing(token, self._piece, held_token_step),
-            *_facing(dim, model.head_dim, 1),
-        ]
+        heads = (len(cell.heads), head_step, model.head_dim)
+        axes = [*_facing(token, self._piece, held_token_step), heads, *_facing(dim, model.head_dim, 1)]
         into_page = Shape.of([(size, step * item, held * item) for size, step, held in axes], item)
         return _Piece(
             token_axes=token,
@@ -311,45 +308,63 @@ class PackedPages:
             slot_offset=kv * model.block_tokens * held_token_step * item,
         )
 
-    def _copy(self, pages: Sequence[int], index: int, views: SlotViews, within: range, *, to_slots: bool) -> None:
-        block_tokens = self._layout.model.block_tokens
-        first = index * block_tokens
-        # A piece that begins within is copied to its end, which lies in the same page and is computed anew.
-        tokens = range(max(first, within.start), min(first + block_tokens, within.stop), self._piece)
-        for part, view, pieces in zip(self.parts, views, self._pieces, strict=True):
-            if view is None:
-                continue
+    def _copy(self, pages: Sequence[int], blocks: Sequence[tuple[int, SlotViews]], within: range | None) -> None:
+        """In, as far as the tokens `within` go, or where that is None out."""
+        table = np.asarray(pages, np.int64)
+        for at, (part, pieces) in enumerate(zip(self.parts, self._pieces, strict=True)):
             cell = self._layout.parts[part]
-            if view.nbytes != cell.num_bytes or (to_slots and view.readonly):
-                raise ValueError(f"block {index}: a slot of {view.nbytes} bytes for a part of {cell.num_bytes}")
-            slot = np.frombuffer(view, np.uint8).ctypes.data
+            indices, slots = [], []
+            for index, views in blocks:
+                view = views[at]
+                if view is None:
+                    continue
+                if view.nbytes != cell.num_bytes or (within is None and view.readonly):
+                    raise ValueError(f"block {index}: a slot of {view.nbytes} bytes for a part of {cell.num_bytes}")
+                indices.append(index)
+                slots.append(np.frombuffer(view, np.uint8).ctypes.data)
             for piece in pieces:
-                held, engine = self._places(pages, cell, piece, tokens, first)
-                held = [slot + at for at in held]
-                if to_slots:
+                held, engine = self._places(table, cell, piece, indices, slots, within)
+                if within is None:
                     copy_places(held, engine, piece.into_slot)
                 else:
                     copy_places(engine, held, piece.into_page)
 
     def _places(
-        self, pages: Sequence[int], cell: PartLayout, piece: _Piece, tokens: range, first: int
-    ) -> tuple[list[int], list[int]]:
-        """Where the pieces that begin at `tokens` lie: (bytes from the slot's start, addresses in the engine's)."""
-        tensor, item = self._tensors[0], self._dtype.itemsize
-        token_bytes = len(cell.heads) * self._layout.model.head_dim * item
-        layer_bytes = 2 * self._layout.model.block_tokens * token_bytes
+        self,
+        table: npt.NDArray[np.int64],
+        cell: PartLayout,
+        piece: _Piece,
+        indices: Sequence[int],
+        slots: Sequence[int],
+        within: range | None,
+    ) -> tuple[npt.NDArray[np.uintp], npt.NDArray[np.uintp]]:
+        """Where pieces lie, block by block: addresses in slots, and in the engine's pages."""
+        block_tokens, item = self._layout.model.block_tokens, self._dtype.itemsize
+        in_block = np.arange(0, block_tokens, self._piece, dtype=np.int64)
+        first = np.repeat(np.asarray(indices, np.int64) * block_tokens, len(in_block))
+        slot = np.repeat(np.asarray(slots, np.int64), len(in_block))
+        past = np.tile(in_block, len(indices))
+        tokens = first + past
+        if within is not None:
+            if within.start % self._piece:
+                raise ValueError(f"a load begins at token {within.start}: pieces of pages hold {self._piece}")
+            # A piece that begins within is copied to its end, which lies in the same page and is computed anew.
+            inside = (tokens >= within.start) & (tokens < within.stop)
+            tokens, slot, past = tokens[inside], slot[inside], past[inside]
+        pages = table[tokens // self.page_tokens]
+        if len(pages) and not 0 <= int(pages.min()) <= int(pages.max()) < len(self._tensors[0]):
+            raise ValueError(f"a page in {pages.tolist()} is outside the engine's {len(self._tensors[0])} pages")
         (_, step), *inner = piece.token_axes
         per_step = math.prod(size for size, _ in inner)
-        held, engine = [], []
-        for token in tokens:
-            page, at = int(pages[token // self.page_tokens]), token % self.page_tokens
-            if not 0 <= page < len(tensor):
-                raise ValueError(f"page {page} is outside the engine's {len(tensor)} pages")
-            in_page = (page * tensor.stride(0) + at // per_step * step) * item + piece.page_offset
-            for number, layer in enumerate(cell.layers):
-                held.append(piece.slot_offset + number * layer_bytes + (token - first) * token_bytes)
-                engine.append(self._addresses[layer - self._layers.start] + in_page)
-        return held, engine
+        token_bytes = len(cell.heads) * self._layout.model.head_dim * item
+        layers = np.arange(len(cell.layers), dtype=np.int64)
+        held = slot + piece.slot_offset + past * token_bytes
+        in_page = (pages * self._tensors[0].stride(0) + tokens % self.page_tokens // per_step * step) * item
+        addresses = self._addresses[cell.layers.start - self._layers.start :][: len(layers)]
+        return (
+            (held[:, None] + layers * (2 * block_tokens * token_bytes)).astype(np.uintp).ravel(),
+            (in_page[:, None] + piece.page_offset + addresses).astype(np.uintp).ravel(),
+        )
 
     def _try(self, write: WriteKernel, key_dtype: torch.dtype) -> None:
         """What the kernel writes must be what strides read, and what loading writes what the kernel would."""
@@ -358,7 +373,7 @@ class PackedPages:
         num_pages = 2 + model.block_tokens // self._piece
         shape = (num_pages, *self._tensors[0].shape[1:])
         trial._tensors = [torch.zeros(shape, dtype=self._dtype) for _ in self._layers]
-        trial._addresses = [tensor.data_ptr() for tensor in trial._tensors]
+        trial._addresses = np.array([tensor.data_ptr() for tensor in trial._tensors], np.int64)
         pages = list(range(num_pages - 1, 0, -1))
         slots = torch.tensor(
             [pages[t // self.page_tokens] * self.page_tokens + t % self.page_tokens for t in range(model.block_tokens)]
@@ -373,7 +388,7 @@ class PackedPages:
             write(keys, values, tensor, slots)
         cells = [self._layout.parts[part] for part in self.parts]
         held = [memoryview(bytearray(cell.num_bytes)) for cell in cells]
-        trial.gather(pages, 0, held)
+        trial.gather(pages, [(0, held)])
         want = [tensor.clone() for tensor in trial._tensors]
         for cell, view in zip(cells, held, strict=True):
             there = to_tensor(view, cell, self._dtype)
@@ -387,6 +402,6 @@ class PackedPages:
                 raise ConfigError("the engine's pages do not hold what its kernel wrote, in the order found")
         for tensor in trial._tensors:
             tensor.zero_()
-        trial.scatter(pages, 0, held, range(model.block_tokens))
+        trial.scatter(pages, [(0, held)], range(model.block_tokens))
         if not all(torch.equal(a, b) for a, b in zip(trial._tensors, want, strict=True)):
             raise ConfigError("blocks loaded into the engine's pages are not what its kernel would have written")

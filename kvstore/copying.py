@@ -10,6 +10,7 @@ about, [channel][token] from [token][channel], run in tiles at 0.5–0.8; by num
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,19 +68,24 @@ def assign(into: npt.NDArray[Any], source: npt.NDArray[Any]) -> None:
     copy_places([into.ctypes.data], [source.ctypes.data], shape)
 
 
-def copy_places(into: list[int], sources: list[int], shape: Shape) -> None:
+Addresses = Sequence[int] | npt.NDArray[np.uintp]
+
+
+def copy_places(into: Addresses, sources: Addresses, shape: Shape) -> None:
     """The same strided copy at each pair of addresses, in one call without the GIL.
 
     The caller answers for the addresses: nothing here can check them.
     """
+    to, source = np.ascontiguousarray(into, np.uintp), np.ascontiguousarray(sources, np.uintp)
+    if to.shape != source.shape or to.ndim != 1:
+        raise ValueError(f"{to.shape} places to copy into, {source.shape} to copy from")
     if native.copy_strided is None:
-        for to, source in zip(into, sources, strict=True):
-            _view(to, shape, 1)[...] = _view(source, shape, 2)
+        for one, other in zip(to.tolist(), source.tolist(), strict=True):
+            _view(one, shape, 1)[...] = _view(other, shape, 2)
         return
-    addresses = ctypes.c_void_p * len(into)
     sizes, to_steps, from_steps = (native.Steps(*(axis[at] for axis in shape.axes)) for at in range(3))
     native.copy_strided(
-        len(into), addresses(*into), addresses(*sources), len(shape.axes), sizes, to_steps, from_steps, shape.row_bytes
+        len(to), to.ctypes.data, source.ctypes.data, len(shape.axes), sizes, to_steps, from_steps, shape.row_bytes
     )
 
 

@@ -81,13 +81,15 @@ class FakePages:
     written: list[tuple[int, int]] = field(default_factory=list)
     read: list[int] = field(default_factory=list)
 
-    def gather(self, pages: Sequence[int], index: int, views: Any) -> None:
-        assert len(pages) * self.page_tokens >= (index + 1) * BLOCK
-        self.read.append(index)
+    def gather(self, pages: Sequence[int], blocks: Sequence[tuple[int, Any]]) -> None:
+        for index, _ in blocks:
+            assert len(pages) * self.page_tokens >= (index + 1) * BLOCK
+            self.read.append(index)
 
-    def scatter(self, pages: Sequence[int], index: int, views: Any, tokens: range) -> None:
-        assert len(views) == len(self.parts)
-        self.written.append((index, tokens.start))
+    def scatter(self, pages: Sequence[int], blocks: Sequence[tuple[int, Any]], tokens: range) -> None:
+        for index, views in blocks:
+            assert len(views) == len(self.parts)
+            self.written.append((index, tokens.start))
 
 
 class Bench:
@@ -108,18 +110,21 @@ class Bench:
     def pages_for(self, request: FakeRequest) -> list[int]:
         return list(range(100, 100 - -request.num_tokens // PAGE))
 
-    def step(self, *scheduled: tuple[FakeRequest, int]) -> Orders:
-        """Schedule and run one step of (request, tokens)."""
+    def step(self, *scheduled: tuple[FakeRequest, int], next_one: bool = True) -> Orders:
+        """Schedule and run one step of (request, tokens). `next_one`: and begin the next."""
         step = Scheduled(
             {request.request_id: count for request, count in scheduled},
             {request.request_id: request.num_computed_tokens for request, _ in scheduled},
             {request.request_id: self.pages_for(request) for request, _ in scheduled},
         )
         orders = self.side.orders(step)
+        self.worker.catch_up(drop=orders.drop)
         self.worker.load(orders)
         self.worker.save(orders)
         for request, count in scheduled:
             request.num_computed_tokens += count
+        if next_one:
+            self.worker.catch_up()
         return orders
 
     def report(self) -> set[str]:
@@ -136,7 +141,8 @@ class Bench:
         request = FakeRequest("fill", tokens)
         self.side.arrived(request)
         self.step((request, len(tokens)))
-        self.side.ended(request, self.pages_for(request))
+        if self.side.ended(request, self.pages_for(request)):
+            self.step()
         self.report()
 
     def close(self) -> None:
@@ -507,6 +513,7 @@ class WholeStore(FakeStore):
 @pytest.fixture
 def four_copiers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_worker, "_COPIERS", 4)
+    monkeypatch.setattr(vllm_worker, "_AT_ONCE", 1)
 
 
 def loading(bench: Bench, num_tokens: int = 120) -> FakeRequest:
@@ -540,8 +547,8 @@ def test_a_copy_that_fails_in_one_thread_makes_the_load_fail(caplog: pytest.LogC
     bench = Bench(WholeStore(), sync_load_ms=1000)
     request = loading(bench)
 
-    def scatter(pages: Sequence[int], index: int, views: Any, tokens: range) -> None:
-        if index == 5:
+    def scatter(pages: Sequence[int], blocks: Sequence[tuple[int, Any]], tokens: range) -> None:
+        if 5 in dict(blocks):
             raise RuntimeError("no such page")
 
     bench.pages.scatter = scatter  # type: ignore[method-assign]
@@ -558,7 +565,8 @@ def test_what_counts_ends_where_the_first_thread_stopped() -> None:
     bench = Bench(WholeStore(), sync_load_ms=1000, load_deadline_ms=500)
     request = loading(bench)
 
-    def scatter(pages: Sequence[int], index: int, views: Any, tokens: range) -> None:
+    def scatter(pages: Sequence[int], blocks: Sequence[tuple[int, Any]], tokens: range) -> None:
+        ((index, _),) = blocks
         if index == 0:
             assert eventually(lambda: len(bench.pages.written) == 4)  # those of the other threads
             bench.clock.time_s += 1
@@ -580,7 +588,8 @@ def test_after_a_load_is_given_up_none_of_its_threads_writes() -> None:
     begun: list[int] = []
     go = threading.Event()
 
-    def scatter(pages: Sequence[int], index: int, views: Any, tokens: range) -> None:
+    def scatter(pages: Sequence[int], blocks: Sequence[tuple[int, Any]], tokens: range) -> None:
+        ((index, _),) = blocks
         begun.append(index)
         go.wait(10)
         time.sleep(0.2 if index else 0)  # the first thread is done before the others
@@ -596,6 +605,84 @@ def test_after_a_load_is_given_up_none_of_its_threads_writes() -> None:
     bench.side.ended(request, bench.pages_for(request))
     bench.close()
     assert len(bench.pages.written) == 4
+
+
+# -- when what a step has filled is saved ----------------------------------------------------------------------
+
+
+def filling(bench: Bench) -> FakeRequest:
+    request = FakeRequest("r", tokens(100))
+    bench.side.arrived(request)
+    bench.step((request, 100), next_one=False)
+    return request
+
+
+def test_tokens_do_not_wait_for_saves_and_loads_of_the_next_step_do() -> None:
+    bench = Bench()
+    bench.fill(tokens(32, 1))
+    bench.pages.read.clear()
+    filling(bench)
+    assert bench.pages.read == []
+    other = FakeRequest("other", tokens(40, 1))
+    bench.side.match(other, 0)
+    bench.side.allocated(other, bench.pages_for(other), 32)
+    scatter, read = bench.pages.scatter, list[int]()
+
+    def note(*args: Any) -> None:
+        read.extend(bench.pages.read)
+        scatter(*args)
+
+    bench.pages.scatter = note  # type: ignore[method-assign]
+    bench.step((other, 8), next_one=False)
+    assert sorted(read[:6]) == list(range(6)), "the other's pages may have been this one's"
+    assert len(bench.store.blocks) == 2 + 6
+    for name in (FakeRequest("r", tokens(100)), other):
+        bench.side.ended(name, bench.pages_for(name))
+    bench.report()
+    bench.close()
+
+
+def test_what_no_step_follows_is_saved_soon() -> None:
+    bench = Bench()
+    request = filling(bench)
+    assert eventually(lambda: len(bench.store.blocks) == 6)
+    request.num_computed_tokens = 0
+    bench.step((request, 1), next_one=False)
+    bench.side.ended(request, bench.pages_for(request))
+    bench.report()
+    bench.close()
+
+
+def test_who_ends_before_its_last_save_keeps_its_pages_for_one_more_step() -> None:
+    bench = Bench()
+    request = filling(bench)
+    assert bench.side.ended(request, bench.pages_for(request))
+    assert bench.worker.finished(idle=True)[0] == set()
+    bench.step(next_one=False)
+    assert len(bench.store.blocks) == 6
+    assert bench.worker.finished(idle=True)[0] == {"r"}
+    assert sorted(bench.pages.read) == list(range(6))
+    bench.report()
+    bench.close()
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_reset_leaves_nothing_of_before_to_be_saved(ended: bool) -> None:
+    bench = Bench()
+    request = filling(bench)
+    request.all_token_ids += tokens(20, 2)  # so that its end has something to save of its own
+    request.num_computed_tokens = 119
+    if ended:
+        assert bench.side.ended(request, bench.pages_for(request))
+    assert bench.side.clear()
+    bench.step()
+    assert len(bench.store.blocks) == 0
+    if ended:
+        assert bench.worker.finished(idle=True)[0] == {"r"}
+    else:
+        bench.side.ended(request, [])
+    bench.report()
+    bench.close()
 
 
 def test_an_aborted_request_keeps_its_pages_until_its_load_is_reported() -> None:
