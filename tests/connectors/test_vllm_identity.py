@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from connectors.vllm_identity import model_id_of
+from connectors.vllm_identity import check_groups, model_id_of, rank_slice
 from connectors.vllm_plan import VllmSettings
+from kvstore.errors import ConfigError
 
 LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
 LONG = {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [4.0], "rope_theta": 1e4}
@@ -36,6 +37,7 @@ def engine(
         get_total_num_hidden_layers=lambda: 4,
         get_total_num_kv_heads=lambda: 4,
         get_head_size=lambda: 16,
+        get_layers_start_end_indices=lambda parallel: (0, 4),
     )
     cache = SimpleNamespace(**{"cache_dtype": "auto", "kv_cache_dtype_skip_layers": [], **changes})
     parallel = SimpleNamespace(
@@ -64,3 +66,63 @@ def test_ranks_are_not_in_the_identity_where_the_grid_is_given() -> None:
 @pytest.mark.parametrize("dtype", ["fp8", "fp8_e5m2"])
 def test_another_kv_dtype_is_another_identity(dtype: str) -> None:
     assert model_id_of(engine(cache_dtype=dtype), VllmSettings()) != model_id_of(engine(), VllmSettings())
+
+
+@pytest.mark.parametrize(
+    ("tp", "slices"),
+    [
+        (1, [(range(4), True)]),
+        (2, [(range(2), True), (range(2, 4), True)]),
+        # Twice as many ranks as heads: two hold each, and one of them writes it.
+        (8, [(range(head, head + 1), first) for head in range(4) for first in (True, False)]),
+    ],
+)
+def test_every_head_is_saved_by_one_rank(tp: int, slices: list[tuple[range, bool]]) -> None:
+    found = [rank_slice(engine(tp=tp), rank) for rank in range(tp)]
+    assert [(each.heads, each.saves) for each in found] == slices
+    assert {each.layers for each in found} == {range(4)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"is_encoder_decoder": True}, "encoder-decoder"),
+        ({"use_mla": True}, "multi-head latent attention"),
+        ({"is_hybrid": True}, "state-space"),
+        ({"get_sliding_window": lambda: 4096}, "sliding window"),
+        ({"revision": "main"}, "revision of 'org/model' is not known"),
+    ],
+)
+def test_models_that_cannot_be_told_apart_or_cut_are_refused(changes: dict[str, object], why: str) -> None:
+    config = engine()
+    vars(config.model_config).update(changes)
+    with pytest.raises(ConfigError, match=why):
+        model_id_of(config, VllmSettings())
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"cache_dtype": "int8_per_token_head"}, "is not stored"),
+        ({"kv_cache_dtype_skip_layers": ["0"]}, "different KV dtypes"),
+    ],
+)
+def test_kv_whose_scales_are_not_known_is_refused(changes: dict[str, object], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        model_id_of(engine(**changes), VllmSettings())
+
+
+def test_groups_that_keep_less_than_every_token_are_refused() -> None:
+    def group(kind: str = "FullAttentionSpec", **spec: Any) -> Any:
+        made = {"sliding_window": None, "attention_chunk_size": None, **spec}
+        return SimpleNamespace(kv_cache_spec=type(kind, (SimpleNamespace,), {})(**made))
+
+    check_groups([group()])
+    for groups in (
+        [group(), group()],
+        [group("MambaSpec")],
+        [group(sliding_window=8)],
+        [group(attention_chunk_size=8)],
+    ):
+        with pytest.raises(ConfigError):
+            check_groups(groups)
