@@ -242,6 +242,9 @@ class Mover:
             for number, tier in enumerate(self._tiers):
                 try:
                     tier.touch(keys, hint)
+                    if hint.closed:
+                        private_from = self._host.pool.shared_to(chain.ids[:num_blocks], chain.root.id)
+                        tier.retire(keys, private_from * len(parts))
                 except TierError as error:
                     self._note_failure(number, error)
 

@@ -122,6 +122,13 @@ class BlockPool:
         with self.lock:
             return len(self._leading(blocks, need, root))
 
+    def shared_to(self, blocks: Sequence[BlockId], root: RootId) -> int:
+        """How many leading blocks of a chain others go on from: the last of them has several children here."""
+        with self.lock:
+            rows = self._leading(blocks, 0, root)
+            forks = np.flatnonzero(self._table.children[rows] > 1)
+            return int(forks[-1]) + 1 if len(forks) else 0
+
     def pin_leading(self, blocks: Sequence[BlockId], need: int, root: RootId) -> Rows:
         """Pin the leading run; returns its rows, to be given to `unpin`."""
         with self.lock:

@@ -142,6 +142,7 @@ _OF_A_TIER = {
     "send_bytes_per_s": _Name("send_bytes_per_second", "What writes to the server carry, lately.", counter=False),
     "receive_bytes_per_s": _Name("receive_bytes_per_second", "What reads carry, lately.", counter=False),
     "touched_blocks": _Name("touched_blocks", "Blocks whose time of last use was renewed."),
+    "retired_blocks": _Name("retired_blocks", "Parts of blocks that go first now, their conversation being closed."),
     "blocks": _Name("blocks", "Blocks there now.", counter=False),
     "pinned_blocks": _Name("pinned_blocks", "Blocks that may not be evicted now.", counter=False),
     "used_bytes": _Name("used_bytes", "Bytes in use now.", counter=False),
@@ -158,6 +159,7 @@ _OF_A_TIER = {
     "foreign_blocks": _failure("foreign"),
     "missing_blocks": _failure("missing"),
     "orphans_refused": _failure("orphan"),
+    "foreign_books": _failure("foreign_books"),
     "out_of_memory": _failure("out_of_memory"),
 }
 _OTHERS = {

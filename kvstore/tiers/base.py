@@ -81,6 +81,12 @@ class Tier(ABC):
     def close(self) -> None:
         """Stop threads, close connections."""
 
+    def retire(self, keys: Sequence[PartKey], start: int) -> None:  # noqa: B027 (most tiers have no order of their own)
+        """The conversation of a chain ended: its keys, head to tail, of which from `start` on only it is known to use.
+
+        They may go before others do, children before parents. Best effort, after touches handed over before.
+        """
+
     # For tiers that several stores share. Most tiers keep no marks, so these do nothing rather than be abstract.
 
     def mark(self, root: RootId, blocks: Sequence[BlockId], ttl_s: float) -> None:  # noqa: B027

@@ -14,7 +14,7 @@ before heads, by an order that all writers share (`redis_accounting`).
     redis_presence    which keys are there          redis_marks   who is computing what
     redis_sealed      values of keys not at hand    redis_sentinel who is the primary
     redis_codec       whether encoding them pays    redis_clock    the time that scores are made of
-    valkey            a server of our own, for url="embedded"
+    redis_mend        what other programs spoilt    valkey         a server of our own, for url="embedded"
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from kvstore.api import Hint
 from kvstore.block import BlockId, BlockMeta, PartKey, RootId
@@ -34,9 +34,11 @@ from kvstore.tiers.redis_accounting import Accounting
 from kvstore.tiers.redis_cluster import ClusterBatches
 from kvstore.tiers.redis_codec import AUTO, CodecChoice
 from kvstore.tiers.redis_marks import RedisMarks
+from kvstore.tiers.redis_mend import Mender
 from kvstore.tiers.redis_names import MAX_BUCKETS, Names
 from kvstore.tiers.redis_nodes import Nodes, Talk
 from kvstore.tiers.redis_nodes import Options as NodeOptions
+from kvstore.tiers.redis_pool import WrongBooks
 from kvstore.tiers.redis_presence import present
 from kvstore.tiers.redis_read import Counts, Reader
 from kvstore.tiers.redis_sealed import Locked
@@ -47,6 +49,8 @@ from kvstore.tiers.valkey import EmbeddedServer
 
 if TYPE_CHECKING:
     from kvstore.wire.seal import Sealer  # a library that only encryption needs
+
+T = TypeVar("T")
 
 EMBEDDED = "embedded"
 _EMBEDDED_CAPACITY_BYTES = 1 << 30
@@ -154,6 +158,7 @@ class RedisTier(Tier):
             call_timeout_s=self.options.call_timeout_s,
             sweep_every_s=self.options.sweep_every_s,
         )
+        self._writer.met = self._upkeep.borrowed
         self.bind(self.stats)
 
     def bind(self, stats: Stats) -> None:
@@ -188,21 +193,27 @@ class RedisTier(Tier):
             return
         damaged: list[PartKey] = []
         counts = Counts()
+        last: PartKey | None = None
         try:
             if self._cluster is not None:
-                yield from self._cluster.read(into, deadline, damaged, counts)
+                for key in self._cluster.read(into, deadline, damaged, counts):
+                    last = key
+                    yield key
                 return
             with self._nodes.of_stripe(0, deadline).loads.lease(deadline) as wire:
                 took_s = 0.0  # without what the caller does between two values
                 began_s = time.perf_counter()
                 for key in self._reader.read(wire, into, deadline, damaged, counts):
                     took_s += time.perf_counter() - began_s
+                    last = key
                     yield key
                     began_s = time.perf_counter()
                 took_s += time.perf_counter() - began_s
             self._codec.link.received(counts.read_bytes - counts.decoded_saved_bytes, took_s - counts.decode_s)
         finally:
             self._count(asdict(counts))
+            if last is not None:
+                self._upkeep.borrowed(last)
             if damaged:
                 self._upkeep.discard(damaged)
 
@@ -212,6 +223,15 @@ class RedisTier(Tier):
         deadline = time.monotonic() + deadline_s
         if not parts:
             return set()
+        try:
+            return self._write(parts, meta, deadline)
+        except WrongBooks:
+            self._upkeep.mend(deadline)
+            return self._write(parts, meta, deadline)
+
+    def _write(
+        self, parts: Mapping[PartKey, memoryview], meta: Mapping[BlockId, BlockMeta], deadline: float
+    ) -> set[PartKey]:
         counts: dict[str, float] = {}
         try:
             with self._nodes.talk(deadline) as talk:
@@ -238,16 +258,27 @@ class RedisTier(Tier):
     def touch(self, keys: Sequence[PartKey], hint: Hint) -> None:
         self._upkeep.touch(keys)
 
+    def retire(self, keys: Sequence[PartKey], start: int) -> None:
+        self._upkeep.retire(keys, start)
+
     def remove(self, keys: Sequence[PartKey]) -> None:
         deadline = time.monotonic() + self.options.call_timeout_s
         if keys:
-            with self._nodes.talk(deadline) as talk:
-                self._accounting.remove(talk, keys, deadline)
+            self._on_sound_books(lambda talk: self._accounting.remove(talk, keys, deadline), deadline)
 
     def clear(self, root: RootId | None) -> None:
         deadline = time.monotonic() + _LONG_CALL_S
-        with self._nodes.talk(deadline) as talk:
-            self._sweeper.clear(talk, root, deadline)
+        self._on_sound_books(lambda talk: self._sweeper.clear(talk, root, deadline), deadline)
+
+    def _on_sound_books(self, work: Callable[[Talk], T], deadline: float) -> T:
+        """What `work` gives; once more where it met a key that holds something else, and that was mended."""
+        try:
+            with self._nodes.talk(deadline) as talk:
+                return work(talk)
+        except WrongBooks:
+            self._upkeep.mend(deadline)
+            with self._nodes.talk(deadline) as talk:
+                return work(talk)
 
     def mark(self, root: RootId, blocks: Sequence[BlockId], ttl_s: float) -> None:
         deadline = time.monotonic() + self.options.call_timeout_s
@@ -270,8 +301,7 @@ class RedisTier(Tier):
     def sweep(self) -> dict[str, int]:
         """Repair what crashes and expiry left: returns what was found, by kind. Costs a look at every header."""
         deadline = time.monotonic() + _LONG_CALL_S
-        with self._nodes.talk(deadline) as talk:
-            return self._sweeper.sweep(talk, deadline)
+        return self._on_sound_books(lambda talk: self._sweeper.sweep(talk, deadline), deadline)
 
     def settle(self, deadline_s: float) -> bool:
         """Wait until touches and removals handed to the background are done; False if time ran out first."""
@@ -290,6 +320,12 @@ class RedisTier(Tier):
         """
         deadline = time.monotonic() + _LONG_CALL_S
         with self._nodes.talk(deadline) as talk:
+            foreign = Mender(self._accounting).foreign(talk, deadline)
+            if foreign:  # sums and orders would be those of another program
+                return [
+                    f"{name} holds a {kind} of another program; kvstore mends it as it meets it"
+                    for name, kind in foreign.items()
+                ]
             return self._sweeper.check(talk, deadline)
 
     def close(self) -> None:

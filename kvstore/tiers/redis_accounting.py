@@ -20,9 +20,9 @@ from dataclasses import dataclass
 
 from kvstore.block import PartKey
 from kvstore.tiers.redis_clock import SharedClock
-from kvstore.tiers.redis_names import Bucket, Names, prefix, registry, used
-from kvstore.tiers.redis_nodes import Talk, many
-from kvstore.tiers.redis_wire import ProtocolBroken, command, integer, real
+from kvstore.tiers.redis_names import STEP_S, Bucket, Names, prefix, registry, used
+from kvstore.tiers.redis_nodes import Talk, many, raise_foreign
+from kvstore.tiers.redis_wire import ProtocolBroken, ReplyError, command, integer, real
 
 log = logging.getLogger("kvstore.tiers.redis")
 
@@ -35,8 +35,10 @@ _TARGET_SHARE = 0.99
 """How full it is after an eviction: each gives room to the writes of a while, and empty room holds no hits."""
 _TOTAL_GOOD_FOR_S = 0.25
 
-# KEYS: registry, used, order, sizes, total of each part. ARGV: root, member, score, bytes of each part.
+# KEYS: registry, used, order, sizes, total of each part. ARGV: root, member, score, bytes of each part. Where it cannot
+# account, for a key that holds something of another program, the values that were set before it go again.
 _ACCOUNT = """
+local function account()
 for i = 0, #ARGV / 4 - 1 do
   local roots, used, order, sizes, total = unpack(KEYS, 5 * i + 1, 5 * i + 5)
   local root, member, score, size = unpack(ARGV, 4 * i + 1, 4 * i + 4)
@@ -49,7 +51,13 @@ for i = 0, #ARGV / 4 - 1 do
   redis.call('ZADD', order, 'GT', score, member)
   redis.call('ZADD', roots, 'LT', score, root)
 end
-return #ARGV / 4
+end
+local fine, why = pcall(account)
+if fine then return #ARGV / 4 end
+for i = 0, #ARGV / 4 - 1 do
+  redis.pcall('UNLINK', string.sub(KEYS[5 * i + 3], 1, -2) .. 'v:' .. ARGV[4 * i + 2])
+end
+return {err = type(why) == 'table' and why.err or 'WRONGTYPE ' .. tostring(why)}
 """
 
 _FORGET = """
@@ -57,6 +65,7 @@ local function forget(value, member, order, sizes, total, used)
   local size = redis.call('HGET', sizes, member) or 0
   redis.call('UNLINK', value)
   redis.call('ZREM', order, member)
+  redis.pcall('SREM', string.sub(order, 1, -2) .. 'f', member)
   if redis.call('HDEL', sizes, member) == 1 then
     redis.call('DECRBY', total, size)
     redis.call('DECRBY', used, size)
@@ -153,6 +162,25 @@ return reply
 )
 
 
+# KEYS: order, forks. ARGV: member. What lies there and is no set is another program's.
+_FORK = """
+if not redis.call('ZSCORE', KEYS[1], ARGV[1]) then return 0 end
+local kind = redis.call('TYPE', KEYS[2]).ok
+if kind ~= 'set' and kind ~= 'none' then redis.call('UNLINK', KEYS[2]) end
+return redis.call('SADD', KEYS[2], ARGV[1])
+"""
+
+# KEYS: registry, order. ARGV: root, then score and member of each. Lowers, never raises.
+_COOL = """
+local cooled = 0
+for i = 2, #ARGV, 2 do
+  redis.call('ZADD', KEYS[1], 'XX', 'LT', ARGV[i], ARGV[1])
+  cooled = cooled + redis.call('ZADD', KEYS[2], 'XX', 'LT', 'CH', ARGV[i], ARGV[i + 1])
+end
+return cooled
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Facts:
     """What the server says about itself."""
@@ -243,6 +271,38 @@ class Accounting:
         """Hint that so much was added."""
         self._total_bytes += num_bytes
 
+    # ── cooling ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def fork(self, talk: Talk, keys: Iterable[PartKey], deadline: float) -> None:
+        """Note that others than those who wrote these went on from them, perhaps."""
+        commands = []
+        for key in keys:
+            bucket = self.names.bucket(key)
+            commands.append(_eval(_FORK, [bucket.order, bucket.forks], [self.names.member(key.block, key.part)]))
+        many(talk, commands, deadline, partial=True)
+
+    def cool(self, talk: Talk, keys: Sequence[PartKey], start: int, age_s: float, deadline: float) -> int:
+        """Let the end of a chain look unused for `age_s`: from `start` on, and behind all others went on from.
+
+        Returns how many members that lowered. Children stay below parents: what was colder stays as cold.
+        """
+        asked = keys[start:]
+        members = [(self.names.bucket(key), self.names.member(key.block, key.part)) for key in asked]
+        commands = [command("SISMEMBER", bucket.forks, member) for bucket, member in members]
+        flags = talk.ask(commands, deadline) if commands else []
+        # A node that does not answer, or holds no set there, says nothing: then it may be shared.
+        behind = next((at for at in range(len(flags), 0, -1) if flags[at - 1] != 0), 0)
+        while 0 < behind < len(asked) and asked[behind].block == asked[behind - 1].block:
+            behind += 1  # other parts of that block
+        oldest_s = self.now_s(talk, deadline) - age_s
+        depths = {block: depth for depth, block in enumerate(dict.fromkeys(key.block for key in keys))}
+        scored: dict[Bucket, list[str]] = {}
+        for key, (bucket, member) in zip(asked[behind:], members[behind:], strict=True):
+            scored.setdefault(bucket, []).extend((repr(oldest_s - depths[key.block] * STEP_S), member))
+        cooling = [_eval(_COOL, [b.registry, b.order], [b.root, *words]) for b, words in scored.items()]
+        replies = many(talk, cooling, deadline, partial=True) if cooling else []
+        return sum(reply for reply in replies if isinstance(reply, int))
+
     # ── removing ───────────────────────────────────────────────────────────────────────────────────────────
 
     def remove(self, talk: Talk, keys: Iterable[PartKey], deadline: float, *, only: str = "all") -> int:
@@ -301,7 +361,7 @@ class Accounting:
         stripes = self.names.stripes
         counters = [Bucket(stripe, root).total if root else used(stripe) for stripe in stripes]
         replies = many(talk, [command("GET", counter) for counter in counters], deadline, partial=True)
-        total = sum(integer(reply) for reply in replies if isinstance(reply, bytes))
+        total = sum(_count(reply) for reply in replies if isinstance(reply, bytes))
         if not root:
             self._total_bytes = total
             self._total_read_at = time.monotonic()
@@ -398,6 +458,15 @@ class Accounting:
             num_bytes += sum(freed for _, freed, _ in results)
             pending = [stripe for stripe, (_, _, more) in zip(pending, results, strict=True) if more]
         return num_parts, num_bytes
+
+
+def _count(reply: bytes) -> int:
+    """A counter; what is no number is another program's."""
+    try:
+        return integer(reply)
+    except ProtocolBroken as exc:
+        raise_foreign(ReplyError(f"WRONGTYPE of a counter: {exc}"))
+        raise
 
 
 def _eval(script: str, keys: Sequence[bytes | str], values: Sequence[bytes | str]) -> bytes:

@@ -16,6 +16,7 @@ from kvstore.block import PartKey
 from kvstore.errors import TierError
 from kvstore.tiers.redis_names import Names
 from kvstore.tiers.redis_nodes import ASKING, ClusterTalk, Node, Nodes, Redirection
+from kvstore.tiers.redis_pool import WrongBooks
 from kvstore.tiers.redis_presence import present
 from kvstore.tiers.redis_read import Counts, Reader
 from kvstore.tiers.redis_wire import ProtocolBroken, ReplyError, Wire, command
@@ -151,6 +152,9 @@ class ClusterBatches:
             thread.start()
         for thread in threads:
             thread.join()
+        for error in errors:
+            if isinstance(error, WrongBooks):  # else it would look like a node that is away, for good
+                raise error
         if errors and len(errors) == len(shares):
             raise errors[0]
         return errors

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 
 from kvstore.block import BlockId, PartKey, RootId
 from kvstore.tiers.redis_names import Names
-from kvstore.tiers.redis_nodes import Talk, many
-from kvstore.tiers.redis_wire import command
+from kvstore.tiers.redis_nodes import Talk, many, sound
+from kvstore.tiers.redis_wire import ReplyError, command
 
 _TAG_BYTES = 8
 _MAX_BLOCKS = 4096
@@ -26,16 +26,16 @@ _PRODUCER_BYTES = 16
 
 # KEYS: mark. ARGV: producer, blocks, TTL in ms. The first producer keeps it.
 _SET = """
-local value = redis.call('GET', KEYS[1])
-if value and string.sub(value, 1, #ARGV[1]) ~= ARGV[1] then return 0 end
+local value = redis.pcall('GET', KEYS[1])  -- what is no string is no mark, and is written over
+if type(value) == 'string' and string.sub(value, 1, #ARGV[1]) ~= ARGV[1] then return 0 end
 redis.call('SET', KEYS[1], ARGV[1] .. ARGV[2], 'PX', ARGV[3])
 return 1
 """
 
 # KEYS: mark. ARGV: producer.
 _DROP = """
-local value = redis.call('GET', KEYS[1])
-if value and string.sub(value, 1, #ARGV[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end
+local value = redis.pcall('GET', KEYS[1])
+if type(value) == 'string' and string.sub(value, 1, #ARGV[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end
 return 0
 """
 
@@ -61,7 +61,9 @@ class RedisMarks:
         """Index in `blocks`, `at` or more, up to which other producers say that they compute the chain from `at` on."""
         first = max(0, at - _LOOK_BACK)
         asked = blocks[first : at + 1]
-        replies = many(talk, [command("GET", self._name(root, block)) for block in asked], deadline, partial=True)
+        answers = talk.ask([command("GET", self._name(root, block)) for block in asked], deadline)
+        no_marks = [None if isinstance(each, ReplyError) and each.is_of_type else each for each in answers]
+        replies = sound(no_marks, partial=True)
         best = at
         for start, value in enumerate(replies, first):
             if isinstance(value, bytes) and value[:_PRODUCER_BYTES] != self._producer:

@@ -7,6 +7,7 @@
     kvs2:{<stripe>}:<root>:z                 sorted set: member "<block>:<part>", score below
     kvs2:{<stripe>}:<root>:s                 hash: member → accounted bytes
     kvs2:{<stripe>}:<root>:b                 sum of that hash
+    kvs2:{<stripe>}:<root>:f                 set: members that another store than their writer's went on from, perhaps
     kvs2:{<stripe>}:<root>:m:<block>         who computes the chain from this block on (`redis_marks`)
     kvs2:{000}:clock                         the time that scores are made of (`redis_clock`)
 
@@ -78,6 +79,10 @@ class Bucket(NamedTuple):
     @property
     def total(self) -> str:
         return f"{self.prefix}:b"
+
+    @property
+    def forks(self) -> str:
+        return f"{self.prefix}:f"
 
     @property
     def values(self) -> str:

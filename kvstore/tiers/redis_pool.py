@@ -51,7 +51,12 @@ def map_redis_errors() -> Iterator[None]:
         ReplyError,
         OSError,
     ) as exc:
-        raise TierUnavailable(TIER, f"{type(exc).__name__}: {exc}") from exc
+        wrong = isinstance(exc, ReplyError) and exc.is_of_type
+        raise (WrongBooks if wrong else TierUnavailable)(TIER, f"{type(exc).__name__}: {exc}") from exc
+
+
+class WrongBooks(TierUnavailable):
+    """A key of the accounting holds something of another program (`redis_mend`). The server itself works."""
 
 
 class Breaker:
@@ -191,6 +196,9 @@ class Connections:
                 wire = self._idle_wire() or self._connect(deadline)
                 wire.heard = False
                 yield wire
+        except WrongBooks:
+            self._give_place(wire, era if wire is not None and wire.in_step() else None)
+            raise
         except TierError as exc:
             if not isinstance(exc, TierTimeout):
                 self._breaker.failed(exc)

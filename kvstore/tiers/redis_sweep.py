@@ -71,9 +71,19 @@ return used == sum and 0 or 1
 # KEYS: registry, order, total. ARGV: root. A bucket without members is named no longer; its next write names it again.
 _RETIRE = """
 if redis.call('EXISTS', KEYS[2]) == 1 then return 0 end
-redis.call('DEL', KEYS[3])
+redis.call('DEL', KEYS[3], string.sub(KEYS[2], 1, -2) .. 'f')
 return redis.call('ZREM', KEYS[1], ARGV[1])
 """
+
+
+def recount(bucket: Bucket) -> bytes:
+    """The command that makes a bucket's lists and its sum agree."""
+    return command("EVAL", _RECOUNT, 4, bucket.order, bucket.sizes, bucket.total, bucket.registry, bucket.root)
+
+
+def resum(stripe: int) -> bytes:
+    """The command that makes a stripe's bytes the sum of its buckets'."""
+    return command("EVAL", _RESUM, 2, registry(stripe), used(stripe), prefix(stripe))
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,13 +126,10 @@ class Sweeper:
                 break
         found["recounted"] = 0
         for bucket in self._accounting.buckets(talk, deadline):
-            keys = (bucket.order, bucket.sizes, bucket.total, bucket.registry)
-            recount = command("EVAL", _RECOUNT, 4, *keys, bucket.root)
             retire = command("EVAL", _RETIRE, 3, bucket.registry, bucket.order, bucket.total, bucket.root)
-            fixed, _ = many(talk, [recount, retire], deadline)
+            fixed, _ = many(talk, [recount(bucket), retire], deadline)
             found["recounted"] += fixed if isinstance(fixed, int) else 0
-        stripes = self._names.stripes
-        sums = [command("EVAL", _RESUM, 2, registry(stripe), used(stripe), prefix(stripe)) for stripe in stripes]
+        sums = [resum(stripe) for stripe in self._names.stripes]
         found["recounted"] += sum(fixed for fixed in many(talk, sums, deadline) if isinstance(fixed, int))
         return found
 

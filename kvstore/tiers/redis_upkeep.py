@@ -12,12 +12,15 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from kvstore.block import PartKey
 from kvstore.errors import TierError
 from kvstore.stats import Stats
 from kvstore.tiers.redis_accounting import Accounting
+from kvstore.tiers.redis_mend import Mender
 from kvstore.tiers.redis_nodes import Nodes, Talk, many, sound
+from kvstore.tiers.redis_pool import WrongBooks
 from kvstore.tiers.redis_sweep import Sweeper
 from kvstore.tiers.redis_wire import command
 
@@ -25,10 +28,27 @@ log = logging.getLogger("kvstore.tiers.redis")
 
 _MAX_CHAINS = 256
 _MAX_DAMAGED = 65_536
+_MAX_BORROWED = 4096
+_RETIRED_AGE_S = 43_200.0
+"""How long unused the private end of a chain looks whose conversation ended; with a TTL a quarter of that at most."""
 _MAX_REMEMBERED = 65_536
 _AGE_EVERY_S = 60.0
 _KEYS_PER_PIPELINE = 2048
 SWEEP_MARK = "kvs2:{000}:sweep"
+
+
+@dataclass(slots=True)
+class _Work:
+    """What waits to be done."""
+
+    chains: OrderedDict[PartKey, Sequence[PartKey]] = field(default_factory=OrderedDict)
+    damaged: dict[PartKey, None] = field(default_factory=dict)
+    borrowed: dict[PartKey, None] = field(default_factory=dict)
+    retired: OrderedDict[PartKey, tuple[Sequence[PartKey], int]] = field(default_factory=OrderedDict)
+    repair: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.chains or self.damaged or self.borrowed or self.retired or self.repair)
 
 
 class Upkeep:
@@ -52,8 +72,8 @@ class Upkeep:
         self._call_timeout_s = call_timeout_s
         self._sweep_every_s = sweep_every_s
         self._changed = threading.Condition()
-        self._chains: OrderedDict[PartKey, Sequence[PartKey]] = OrderedDict()
-        self._damaged: dict[PartKey, None] = {}
+        self._waiting = _Work()
+        self._mender = Mender(accounting)
         self._busy = False
         self._closed = False
         self._ttl_seen_at: OrderedDict[PartKey, float] = OrderedDict()
@@ -70,26 +90,51 @@ class Upkeep:
         if not keys:
             return
         with self._changed:
-            self._chains[keys[-1]] = keys
-            self._chains.move_to_end(keys[-1])
-            if len(self._chains) > _MAX_CHAINS:
-                self._chains.popitem(last=False)
+            self._waiting.chains[keys[-1]] = keys
+            self._waiting.chains.move_to_end(keys[-1])
+            if len(self._waiting.chains) > _MAX_CHAINS:
+                self._waiting.chains.popitem(last=False)
                 self.stats.add("redis.dropped_touches")
+            self._changed.notify_all()
+
+    def borrowed(self, key: PartKey) -> None:
+        """A chain was found here as far as this key: others than we may go on from it, or we from others'."""
+        with self._changed:
+            if len(self._waiting.borrowed) < _MAX_BORROWED:
+                self._waiting.borrowed[key] = None
+            self._changed.notify_all()
+
+    def retire(self, keys: Sequence[PartKey], start: int) -> None:
+        """As `Tier.retire`."""
+        if start >= len(keys):
+            return
+        with self._changed:
+            self._waiting.retired[keys[-1]] = (keys, start)
+            if len(self._waiting.retired) > _MAX_CHAINS:
+                self._waiting.retired.popitem(last=False)
             self._changed.notify_all()
 
     def discard(self, keys: Sequence[PartKey]) -> None:
         """Values that are not what they should be: remove them."""
         with self._changed:
-            if len(self._damaged) < _MAX_DAMAGED:
-                self._damaged.update(dict.fromkeys(keys))
+            if len(self._waiting.damaged) < _MAX_DAMAGED:
+                self._waiting.damaged.update(dict.fromkeys(keys))
             self._changed.notify_all()
+
+    def mend(self, deadline: float) -> None:
+        """A key of the accounting holds something else: take it away, rebuild, and sweep in the background."""
+        with self._nodes.talk(deadline) as talk:
+            found = self._mender.mend(talk, deadline)
+        if found:
+            self.stats.add("redis.foreign_books", len(found))
+            with self._changed:
+                self._waiting.repair = True
+                self._changed.notify_all()
 
     def settle(self, deadline_s: float) -> bool:
         """Wait until all that was handed over is done; False if time ran out first."""
         with self._changed:
-            return self._changed.wait_for(
-                lambda: not (self._busy or self._chains or self._damaged) or self._closed, deadline_s
-            )
+            return self._changed.wait_for(lambda: not (self._busy or self._waiting) or self._closed, deadline_s)
 
     def close(self) -> None:
         with self._changed:
@@ -104,14 +149,17 @@ class Upkeep:
             with self._changed:
                 self._busy = False
                 self._changed.notify_all()
-                self._changed.wait_for(lambda: bool(self._chains or self._damaged or self._closed), self._idle_s())
+                self._changed.wait_for(lambda: bool(self._waiting) or self._closed, self._idle_s())
                 if self._closed:
                     return
-                chains, self._chains = self._chains, OrderedDict()
-                damaged, self._damaged = self._damaged, {}
+                work, self._waiting = self._waiting, _Work()
                 self._busy = True
             try:
-                self._work(list(chains.values()), list(damaged))
+                try:
+                    self._do(work)
+                except WrongBooks:
+                    self.mend(time.monotonic() + self._call_timeout_s)
+                    self._do(work)
             except TierError:
                 # The breaker has said so already. Touches are lost, damaged values are found again when read.
                 self.stats.add("redis.upkeep_failures")
@@ -124,7 +172,7 @@ class Upkeep:
         times += [self._sweep_at] if self._sweep_every_s else []
         return max(0.0, min(times) - time.monotonic()) if times else threading.TIMEOUT_MAX
 
-    def _work(self, chains: Sequence[Sequence[PartKey]], damaged: Sequence[PartKey]) -> None:
+    def _do(self, work: _Work) -> None:
         now = time.monotonic()
         age = bool(self._ttl_s) and now >= self._age_at
         sweep = bool(self._sweep_every_s) and now >= self._sweep_at
@@ -135,14 +183,20 @@ class Upkeep:
             self._sweep_at = now + self._sweep_every_s
         deadline = now + self._call_timeout_s
         with self._nodes.talk(deadline) as talk:
-            if damaged:
-                self._accounting.remove(talk, damaged, deadline)
-            if chains:
-                self._touch(talk, chains, deadline)
+            if work.damaged:
+                self._accounting.remove(talk, work.damaged, deadline)
+            if work.chains:
+                self._touch(talk, list(work.chains.values()), deadline)
+            if work.borrowed:
+                self._accounting.fork(talk, work.borrowed, deadline)
+            for keys, start in work.retired.values():  # after their touches
+                age_s = min(_RETIRED_AGE_S, self._ttl_s / 4) if self._ttl_s else _RETIRED_AGE_S
+                num_cooled = self._accounting.cool(talk, keys, start, age_s, deadline)
+                self.stats.add("redis.retired_blocks", num_cooled)
             if age:
                 self._age(talk, deadline)
-        if sweep:
-            self._sweep()
+        if sweep or work.repair:
+            self._sweep(whoever_else_did=work.repair)
 
     def _touch(self, talk: Talk, chains: Sequence[Sequence[PartKey]], deadline: float) -> None:
         """One time for all chains at hand: a head that several share is touched once, and stays above all tails."""
@@ -183,12 +237,15 @@ class Upkeep:
         if num_parts:
             self.stats.add_all({"redis.aged_blocks": num_parts, "redis.aged_bytes": num_bytes})
 
-    def _sweep(self) -> None:
-        """Sweep, unless another store on this server did within the interval."""
+    def _sweep(self, *, whoever_else_did: bool) -> None:
+        """Sweep, unless another store on this server did within the interval and that is not to count."""
         deadline = time.monotonic() + max(self._call_timeout_s, self._sweep_every_s / 4)
         with self._nodes.talk(deadline) as talk:
             mark = command("SET", SWEEP_MARK, "1", "NX", "EX", max(1, int(self._sweep_every_s * 0.9)))
-            if many(talk, [mark], deadline) != [b"OK"]:
+            taken, left_s = many(talk, [mark, command("TTL", SWEEP_MARK)], deadline)
+            if left_s == -1:  # another program's, for good
+                many(talk, [command("DEL", SWEEP_MARK)], deadline)
+            elif taken != b"OK" and not whoever_else_did:
                 return
             found = self._sweeper.sweep(talk, deadline)
         self.stats.add_all({f"redis.swept_{name}": float(count) for name, count in found.items()})

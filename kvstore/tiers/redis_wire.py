@@ -36,6 +36,12 @@ class ReplyError(Exception):
     def code(self) -> str:
         return str(self).partition(" ")[0]
 
+    @property
+    def is_of_type(self) -> bool:
+        """A key holds something else than it should: the server works, and others may yet be read and written."""
+        text = str(self)
+        return self.code == "WRONGTYPE" or "is not an integer" in text or "attempt to" in text
+
 
 class ProtocolBroken(Exception):
     """Bytes that are not the reply expected here, or the end of the stream."""

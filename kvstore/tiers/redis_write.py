@@ -82,6 +82,8 @@ class Writer:
         self._sealer = sealer
         self._extra_bytes = 0 if sealer is None else frame.SEAL_BYTES + TAG_BYTES
         self._item_bytes: dict[tuple[int, int], int] = {}
+        self.met: Callable[[PartKey], None] = lambda key: None
+        """Told the last key of a write that was there already."""
 
     def learn(self, layout: BlockLayout) -> None:
         """Which element size a part of so many bytes has; a codec works by elements."""
@@ -115,6 +117,8 @@ class Writer:
         self._locked.discard(landed)
         counts["written_blocks"] = len(landed)
         counts["written_bytes"] = sum(parts[key].nbytes for key in landed)
+        if present:
+            self.met(next(key for key in reversed(list(parts)) if key in present))
         return present | landed
 
     def _plan(

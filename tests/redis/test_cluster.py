@@ -104,6 +104,22 @@ def test_presence_in_a_cluster_is_right_for_every_key_wherever_holes_lie(
     tier.clear(None)  # chains with holes are what `check` would find
 
 
+def test_what_another_program_put_under_the_books_of_a_node_is_mended_there(
+    cluster: Cluster, tier: RedisTier, root: Root
+) -> None:
+    first, second = Content(root, 60), Content(root, 200, seed=1)
+    first.write(tier)
+    one, two, three, four = (Names(NUM_STRIPES).bucket(key) for key in first.keys[:40:10])
+    for key in (one.registry, two.order, three.sizes, four.used):
+        node = cluster.nodes[int(key_slot(key.encode())) // (16_384 // 3 + 1)]
+        node.client.delete(key)
+        node.client.rpush(key, "somebody else's")
+    assert second.write(tier) == set(second.keys)
+    assert tier.settle(DEADLINE_S)
+    assert tier.check() == []
+    assert first.read(tier) == first.keys
+
+
 def test_large_blocks_of_several_nodes_arrive_in_order(cluster: Cluster, tier: RedisTier, root: Root) -> None:
     content = Content(Root(replace(root.model, head_dim=4096)), 12)
     tier.open(content.layout)
