@@ -137,6 +137,7 @@ class Receiving:
         self._sums = (ctypes.c_uint64 * count)()
         self._edge = ctypes.create_string_buffer(run.begun, len(run.line) + run.head_bytes + 2)
         self._run = run
+        self._owner = os.getpid()
         self._job = _Receiving(
             fd=fd,
             deadline_s=deadline,
@@ -175,7 +176,8 @@ class Receiving:
         """End it: cuts the connection where it has not ended. Nothing writes to the buffers from here on."""
         if self._thread is not None:
             thread, self._thread = self._thread, None
-            _library.kvstore_receive_end(thread)
+            if os.getpid() == self._owner:  # a forked child has no such thread
+                _library.kvstore_receive_end(thread)
             self._owners.clear()
         job = self._job
         return Received(

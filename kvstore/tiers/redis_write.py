@@ -2,7 +2,9 @@
 """Values into Redis: sent straight from the caller's memory, each with its account, parents before children.
 
 The next value is hashed while the server has not yet taken the one before, piece by piece between sends that would
-wait: hashed before its send it cost a fifth of the rate, and a thread of its own fought for the second core.
+wait: hashed before its send it cost a fifth of the rate, and a thread of its own fought for the second core. Sending,
+hashing and filling in checksums by a thread in C, while the next group is made here, was slower too: 0.73 of a bare
+socket's rate where this has 0.80 (Unix socket), 0.72 for 0.82 (TCP), since a woken server takes that thread's core.
 """
 
 from __future__ import annotations
@@ -157,10 +159,7 @@ class Writer:
 
         One without a member is left out, and so written anew, and so is one that was found to be locked.
         """
-        values = [command("EXISTS", self._names.value(key)) for key in keys]
-        scores = [
-            command("ZSCORE", self._names.bucket(key).order, self._names.member(key.block, key.part)) for key in keys
-        ]
+        values, scores = self._names.commands("EXISTS", keys), self._names.scores(keys)
         began_s = time.perf_counter()
         replies = many(talk, values + scores, deadline, partial=True) if keys else []
         self._codec.link.answered(time.perf_counter() - began_s)

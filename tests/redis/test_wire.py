@@ -238,3 +238,14 @@ def test_damaged_number_is_a_broken_protocol_and_not_a_foreign_error(text: bytes
     with pytest.raises(ProtocolBroken):
         integer(text)
     assert (real(b"1.5e-3"), integer(b"-7")) == (0.0015, -7)
+
+
+def test_many_commands_are_those_that_would_be_put_together_one_by_one() -> None:
+    names = Names(16)
+    keys = [
+        PartKey(RootId(bytes([number % 2] * 32)), BlockId(bytes([number] * 32)), number % 3) for number in range(40)
+    ]
+    assert names.commands("EXISTS", keys) == [command("EXISTS", names.value(key)) for key in keys]
+    orders = [(names.bucket(key).order, names.member(key.block, key.part)) for key in keys]
+    assert names.scores(keys) == [command("ZSCORE", *pair) for pair in orders]
+    assert names.commands("EXISTS", []) == names.scores([]) == []
