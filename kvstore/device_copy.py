@@ -13,7 +13,8 @@ takes the device's processors for a few dozen µs a window. No device has timed 
 belong here as soon as one has. DIRECT and BATCH need pinned slots, BATCH needs pages whose rows are long; a call whose
 slots or pages are not like that is done STAGED.
 
-Order on a device, for a window w in stage w mod 2 (arrows are events; nothing blocks the host until `finish`):
+Order on a device, for windows that take turns with two stages, in a save up to four (arrows are events; nothing blocks
+the host until `finish`):
 
     save   engine ─after─▶ kernels: fill stage ─filled─▶ copies: stage → slots ─free─▶ kernels: fill it again
     load   copies: slots → stage ─filled─▶ kernels (after `after`): stage → pages ─free─▶ copies: fill it again
@@ -45,6 +46,10 @@ from kvstore.pinning import PINNED
 from kvstore.streams import Moment, Stream, Streams, streams_of
 
 _STAGE_BYTES = 64 << 20
+_SAVE_STAGES = 4
+"""A save's pages are free for the engine again when its last window is in a stage: so many windows need not wait for
+the link. 256 MiB are 2,048 tokens of an 8B model. A load has two: its pages are written at the other end."""
+_LEAST_STAGES = 2
 _MIN_ROW_BYTES = 4 << 10
 """Rows shorter than this are not worth a copy engine's call each."""
 _DIRECT_PROGRAMS = 32
@@ -121,7 +126,7 @@ class _Stage:
 @dataclass(slots=True, eq=False)
 class _Direction:
     name: str
-    stages: tuple[_Stage, _Stage] = field(default_factory=lambda: (_Stage(), _Stage()))
+    stages: list[_Stage]
     lock: threading.Lock = field(default_factory=threading.Lock)
     """Held while a call is submitted: windows of two threads would meet in a stage."""
 
@@ -155,8 +160,8 @@ class DeviceCopier:
         self._engine = copy_engine or engine_of(self.device)
         self._reads_host = reads_host_memory(self.device)
         self._stage_bytes = stage_bytes
-        self._save = _Direction("save")
-        self._load = _Direction("load")
+        self._save = _Direction("save", [_Stage() for _ in range(_SAVE_STAGES)])
+        self._load = _Direction("load", [_Stage() for _ in range(_LEAST_STAGES)])
 
     def start(
         self,
@@ -260,8 +265,8 @@ class DeviceCopier:
         if way is Way.BATCH:
             streams.submit(copies, lambda: self._rows(window, to_slots))
             return
-        stage = direction.stages[number % 2]
-        self._make_room(stage, window.num_blocks * max(window.exact_bytes, window.slot_bytes), kernels, copies)
+        num_bytes = window.num_blocks * max(window.exact_bytes, window.slot_bytes)
+        stage = self._stage(direction, number, num_bytes, kernels, copies)
         first, second = (kernels, copies) if to_slots else (copies, kernels)
         before: Callable[[], None]
         then: Callable[[], None]
@@ -276,16 +281,31 @@ class DeviceCopier:
         streams.submit(second, then)
         stage.free, stage.is_new = streams.record(second), False
 
+    def _stage(self, direction: _Direction, number: int, num_bytes: int, kernels: Stream, copies: Stream) -> _Stage:
+        """The stage of a call's window `number`, with room for it. Where the device has no memory for more, two do."""
+        stages = direction.stages
+        stage = stages[number % len(stages)]
+        try:
+            self._make_room(stage, num_bytes, kernels, copies)
+        except torch.cuda.OutOfMemoryError:
+            if number % len(stages) < _LEAST_STAGES:
+                raise
+            del stages[_LEAST_STAGES:]
+            stage = stages[number % len(stages)]
+            self._make_room(stage, num_bytes, kernels, copies)
+        return stage
+
     def _make_room(self, stage: _Stage, num_bytes: int, kernels: Stream, copies: Stream) -> None:
         if num_bytes <= stage.num_bytes:
             return
         if not stage.is_new:
             self.streams.finish(stage.free)
-        stage.num_bytes = max(num_bytes, self._stage_bytes)
+        room_bytes = max(num_bytes, self._stage_bytes)
         # On the kernels' stream, and the copies wait for it: memory that an allocator hands out on one stream may
         # still be in use there by whoever gave it back.
-        self.streams.submit(kernels, lambda: _allocate(stage, self.device))
+        self.streams.submit(kernels, lambda: _allocate(stage, room_bytes, self.device))
         self.streams.wait(copies, self.streams.record(kernels))
+        stage.num_bytes = room_bytes
 
     # -- what runs on the streams ------------------------------------------------------------------------------
 
@@ -374,8 +394,8 @@ def best_way(device: torch.device) -> Way:
     return Way.STAGED if device.type == "cuda" and not copy_kernel.fault(device) else Way.INDEX
 
 
-def _allocate(stage: _Stage, device: torch.device) -> None:
-    stage.memory[:] = [torch.empty(stage.num_bytes, dtype=torch.uint8, device=device)]
+def _allocate(stage: _Stage, num_bytes: int, device: torch.device) -> None:
+    stage.memory[:] = [torch.empty(num_bytes, dtype=torch.uint8, device=device)]
 
 
 def _sent(numbers: Ints, device: torch.device, into: list[torch.Tensor]) -> Callable[[], None]:

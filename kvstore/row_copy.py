@@ -14,6 +14,7 @@ Invariants
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -29,6 +30,17 @@ Rows = Sequence[tuple[int, torch.Tensor]]
 """(position in the chain, `[layers, kv, tokens, heads, head_dim]`, contiguous) pairs."""
 
 _ROWS = "rows"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Sent:
+    """Blocks of one call: tables of their pages and rows, one of each, once the stream has put them on the device."""
+
+    rows: Rows
+    work: PartWork
+    alignment: int
+    offsets: list[torch.Tensor] = field(default_factory=list)
+    starts: list[torch.Tensor] = field(default_factory=list)
 
 
 class RowCopier:
@@ -65,11 +77,11 @@ class RowCopier:
         steps: list[tuple[int, Moment]] = []
         try:
             streams.wait(stream, streams.record(streams.engine()))
-            window = self._all_of(rows, stream)
+            made = self._sent(rows, stream)
             step = step_layers or num_layers
             for low in range(0, num_layers, step):
-                cut = Window(window.part, window.work, window.offsets, low, min(low + step, num_layers), 0, window.stop)
-                streams.submit(stream, lambda cut=cut: self._copy(cut, rows, into_rows))  # type: ignore[misc]
+                window = Window(self._part, made.work, made.offsets, low, min(low + step, num_layers), 0, len(rows))
+                streams.submit(stream, lambda window=window: self._copy(window, made, into_rows))  # type: ignore[misc]
                 steps.append((low, streams.record(stream)))
         except BaseException:
             streams.finish(streams.record(stream))
@@ -77,19 +89,26 @@ class RowCopier:
         num_bytes = sum(row.nbytes for _, row in rows)
         return Copying(num_bytes, streams, steps, (self, rows), steps[-1][1] if into_rows else None)
 
-    def _all_of(self, rows: Rows, stream: Stream) -> Window:
+    def _sent(self, rows: Rows, stream: Stream) -> _Sent:
+        """What a launch is told of all the blocks, sent once."""
         pages = np.array([[index] for index, _ in rows], np.int64)
         work = PartWork(pages, np.zeros_like(pages), ())
-        offsets: list[torch.Tensor] = []
+        starts = np.array([row.data_ptr() for _, row in rows], np.int64)
+        made = _Sent(rows, work, int(np.gcd.reduce(starts)))
         numbers = self._part.offsets(work)
-        self._streams.submit(stream, lambda: offsets.append(on_device(numbers, self._device)))
-        return Window(self._part, work, offsets, 0, len(self._part.planes), 0, len(rows))
 
-    def _copy(self, window: Window, rows: Rows, into_rows: bool) -> None:
-        low, high = window.low, window.high
+        def send() -> None:
+            made.offsets.append(on_device(numbers, self._device))
+            made.starts.append(on_device(starts, self._device))
+
+        self._streams.submit(stream, send)
+        return made
+
+    def _copy(self, window: Window, made: _Sent, into_rows: bool) -> None:
+        rows, low, high = made.rows, window.low, window.high
         if self._way is not Way.INDEX:
-            starts = np.array([row.data_ptr() for _, row in rows], np.int64) + low * self._part.layer_bytes
-            by_kernel(window, on_device(starts, self._device), tuple(starts.tolist()), to_slots=into_rows)
+            skipped = low * self._part.layer_bytes
+            by_kernel(window, made.starts[0] + skipped, (made.alignment, skipped), to_slots=into_rows)
             return
         if into_rows:
             values = torch.empty(len(rows) * window.exact_bytes, dtype=torch.uint8, device=self._device)

@@ -87,7 +87,7 @@ class CudaStreams:
         with self._lock:
             stream = self._sides.get(name)
             if stream is None:
-                # Low priority, as is the default: where both want the same unit, the forward pass goes first.
+                # Of the lowest priority there is, the default, which an engine's stream has too.
                 stream = self._sides[name] = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             return stream
 

@@ -22,7 +22,7 @@ from kvstore.pinning import PinnedRanges
 from kvstore.transfer import Copying, PageCopier, PagedKV
 from tests.devices import DEVICES
 from tests.devices import test_all_of_this_module_ran_on_cuda_too as test_all_of_this_module_ran_on_cuda_too
-from tests.lazy_streams import LazyStreams
+from tests.lazy_streams import LazyStream, LazyStreams
 from tests.test_transfer import (
     ENGINES,
     LAYERS,
@@ -265,7 +265,7 @@ def test_a_load_of_some_tokens_writes_these_and_nothing_else(
 
 
 def windowed(copier: PageCopier) -> PageCopier:
-    """With stages so small that each block is a window: three windows go through two stages."""
+    """With stages so small that each block is a window."""
     copier._on_device()._stage_bytes = copier.layout.parts[0].num_bytes
     return copier
 
@@ -291,9 +291,9 @@ def test_a_save_reads_what_the_forward_wrote_whatever_the_device_does_first(way:
     kv = cross_layer(torch.bfloat16, 16).kv
     streams = LazyStreams(seed)
     copier = windowed(make_copier(layout, kv, way, streams))
-    pages = [5, 9, 2]
+    pages = [5, 9, 2, 0, 7, 1]  # more than there are stages
     fill(kv, pages, 1.0)
-    slots = [(index, slots_of(layout, (0,), 0)) for index in range(3)]
+    slots = [(index, slots_of(layout, (0,), 0)) for index in range(6)]
     streams.run_engine(lambda: fill(kv, pages, 2.0))
     copying = copier.start_gather(pages, slots)
     copying.order()
@@ -311,7 +311,7 @@ def test_a_load_waits_for_the_last_reader_and_the_forward_waits_for_the_load(way
     kv = cross_layer(torch.bfloat16, 16).kv
     streams = LazyStreams(seed)
     copier = windowed(make_copier(layout, kv, way, streams))
-    pages = [5, 9, 2]
+    pages = [5, 9, 2]  # one more than there are stages
     fill(kv, pages, 1.0)
     slots = [(index, slots_of(layout, (0,))) for index in range(3)]
     for number, (_, (slot,)) in enumerate(slots):
@@ -392,6 +392,57 @@ def test_a_forward_may_write_saved_pages_again_while_their_bytes_are_still_on_th
         early += not seen[0]
         assert set(torch.frombuffer(slots[0][1][0] or b"", dtype=torch.bfloat16).tolist()) == {2.0}
     assert early > 0
+
+
+def saved_pages(copier: PageCopier, streams: LazyStreams, kv: PagedKV, num_blocks: int) -> tuple[bool, bool]:
+    """(whether a save has what the pages held, whether the engine wrote them again before a byte had crossed)."""
+    pages, crossed = list(range(num_blocks)), []
+    send = copier._on_device()._over_the_link
+    copier._on_device()._over_the_link = lambda *args, **named: crossed.append(send(*args, **named))  # type: ignore[method-assign]
+    fill(kv, pages, 2.0)
+    slots = [(index, slots_of(copier.layout, (0,), 0)) for index in range(num_blocks)]
+    copier.start_gather(pages, slots).order()
+    early: list[bool] = []
+    streams.run_engine(lambda: (early.append(not crossed), fill(kv, pages, 300.0)))  # type: ignore[arg-type, return-value]
+    streams.drain()
+    values = [set(torch.frombuffer(views[0] or b"", dtype=torch.bfloat16).tolist()) for _, views in slots]
+    return values == [{2.0 + 10 * number} for number in range(num_blocks)], early[0]
+
+
+def test_a_save_of_four_windows_can_let_the_engine_go_on_before_a_byte_has_crossed_the_link() -> None:
+    early = 0
+    for seed in range(60):
+        kv, streams = cross_layer(torch.bfloat16, 16).kv, LazyStreams(seed)
+        sound, before = saved_pages(windowed(make_copier(layout_of(model()), kv, Way.INDEX, streams)), streams, kv, 4)
+        assert sound
+        early += before
+    assert early > 0
+
+
+def test_a_device_without_memory_for_more_stages_does_with_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocate, made = device_copy._allocate, []
+
+    class Strict(LazyStreams):
+        """Memory is asked for when the work is submitted, as on a device."""
+
+        def submit(self, stream: LazyStream, action: Callable[[], None]) -> None:
+            if "_make_room" in getattr(action, "__qualname__", ""):
+                action()
+            else:
+                super().submit(stream, action)
+
+    def scarce(*args: object) -> None:
+        if len(made) == 2:
+            raise torch.OutOfMemoryError("no more")
+        made.append(allocate(*args))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(device_copy, "_allocate", scarce)
+    for seed in range(6):
+        made.clear()
+        kv, streams = cross_layer(torch.bfloat16, 16).kv, Strict(seed)
+        copier = windowed(make_copier(layout_of(model()), kv, Way.INDEX, streams))
+        assert saved_pages(copier, streams, kv, 6)[0]
+        assert len(made) == len(copier._on_device()._save.stages) == 2
 
 
 @pytest.mark.parametrize("to_slots", [True, False])
