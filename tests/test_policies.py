@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import inspect
+import itertools
 import random
 import re
 import sys
@@ -373,17 +374,21 @@ def test_returns_keeps_what_several_went_on_from() -> None:
     assert victims.index(shared + 3) < victims.index(shared)
 
 
-def shadowed(shadow: Shadow, steps: range, worth_of: tuple[float, float], rng: random.Random) -> list[bool]:
+def shadowed(
+    shadow: Shadow, steps: range, worth_of: tuple[float, float], rng: random.Random, *, in_vain: bool = False
+) -> list[bool]:
     """Half of the requests are for one of sixty blocks, at level 1, the others for new ones, at level 0.
 
-    `worth_of` levels: a lower one goes first. Returns whether the levels are believed, after each request.
+    `worth_of` levels: a lower one goes first. The real cache has what the sample's has, or `in_vain` nothing while the
+    levels are believed. Returns whether they are, after each request.
     """
     believed = []
     for step in steps:
         again = rng.random() < 0.5
         number = rng.randrange(60) if again else 1000 + step
         block = BlockId(hashlib.sha256(str(number).encode()).digest())
-        shadow.use([block], 0, [(0, int(again))], float(step), lambda level, _: worth_of[level])
+        had = int(block in shadow._level_of and not (in_vain and shadow.wins))
+        shadow.use([block], 0, had, [(0, int(again))], float(step), lambda level, _: worth_of[level])
         believed.append(shadow.wins)
     return believed
 
@@ -414,6 +419,17 @@ def test_shadow_takes_its_trust_back_soon_and_gives_it_again(seed: int) -> None:
     assert shadowed(shadow, range(8000), RIGHT, rng)[-1]
     assert not any(shadowed(shadow, range(8000, 9000), WRONG, rng)[400:])
     assert shadowed(shadow, range(9000, 11_000), RIGHT, rng)[-1]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_shadow_is_believed_less_and_less_where_the_real_cache_does_not_keep_its_promises(seed: int) -> None:
+    shadow = Shadow(2)
+    shadow.resize(100)
+    believed = shadowed(shadow, range(12_000), RIGHT, random.Random(seed), in_vain=True)
+    begins = [at for at in range(1, len(believed)) if believed[at] and not believed[at - 1]]
+    waits = [later - earlier for earlier, later in itertools.pairwise(begins)]
+    assert sum(believed) < 0.4 * len(believed)
+    assert waits[-1] > 2 * waits[0]
 
 
 def test_returns_is_lru_until_it_has_learned() -> None:

@@ -120,7 +120,8 @@ class ReturnsPolicy(RunPolicy):
                 if last is not runs[-1]:
                     runs.append(last)
         asked_from = 0 if hint.asked else fresh_from
-        self._shadow.use(blocks, asked_from, self._pieces(runs, starts, len(blocks)), self._now_s, self._odds.worth)
+        pieces = self._pieces(runs, starts, len(blocks))
+        self._shadow.use(blocks, asked_from, fresh_from, pieces, self._now_s, self._odds.worth)
         for run in reversed(runs):
             run.at_s, run.key = self._now_s, self._latest_key()
 
