@@ -22,30 +22,12 @@ from kvstore.service.client import SidecarStore, connect
 from kvstore.service.server import Server
 from tests.conftest import chain_of, content, load_all, save_all
 from tests.service.conftest import ROOT, ServerProcess, StartServer
-from tests.service.victims import MODEL
+from tests.service.victims import MODEL, Victim
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.slow  # processes that are killed and started again
 
 SHARED = chain_of(Root(MODEL), 8, seed=0)
-
-
-class Victim:
-    """A client in a process of its own, killed when the test says so."""
-
-    def __init__(self, address: str, what: str, seed: int) -> None:
-        command = [sys.executable, "-m", "tests.service.victims", address, what, str(seed)]
-        self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-
-    def said(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait(60)
-        assert self.process.stdout is not None
-        self.process.stdout.close()
 
 
 @pytest.fixture
@@ -143,12 +125,12 @@ def test_slots_of_a_stopped_client_are_fenced_and_a_late_write_harms_nobody(
         store.open(MODEL)
         victim = Victim(server.address, "save", 9)
         assert victim.said() == "under way"
-        victim.process.send_signal(signal.SIGSTOP)
+        victim.signal(signal.SIGSTOP)
         wait_until(lambda: server.stats()["save.quarantined_slots"] == 8)
         chain = chain_of(Root(MODEL), 8, seed=9)
         assert save_what_fits(store, chain) == 4, "its slots are nobody's, though its blocks may be saved"
         assert load_all(store, chain) == ["host"] * 4
-        victim.process.send_signal(signal.SIGCONT)
+        victim.signal(signal.SIGCONT)
         victim.kill()
         wait_until(lambda: server.stats()["save.quarantined_slots"] == 0)
         assert server.check() == []
@@ -161,9 +143,9 @@ def test_a_client_that_goes_on_writing_long_after_its_save_ended_harms_nobody(st
         store.open(MODEL)
         victim = Victim(server.address, "scribble", 9)
         assert victim.said() == "under way"
-        victim.process.send_signal(signal.SIGSTOP)
+        victim.signal(signal.SIGSTOP)
         wait_until(lambda: server.stats()["save.quarantined_slots"] == 8)
-        victim.process.send_signal(signal.SIGCONT)  # it writes again, to slots that are nobody's by now
+        victim.signal(signal.SIGCONT)  # it writes again, to slots that are nobody's by now
         chain = chain_of(Root(MODEL), 16, seed=9)
         assert save_what_fits(store, chain) == 16
         for turn in range(50):

@@ -1,10 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clients for tests to kill: `python -m tests.service.victims ADDRESS WHAT SEED`, which go on until they are."""
+"""Clients for tests to kill, each a process of its own, which go on until they are.
+
+They are forked by a server that has imported what they need and has no channel: to start an interpreter for each would
+take a second of a processor.
+"""
 
 from __future__ import annotations
 
-import sys
+import multiprocessing
+import os
+import signal
 import time
+from multiprocessing.connection import Connection
 
 from kvstore.block import ModelId, Root
 from kvstore.service.client import connect
@@ -15,10 +22,41 @@ MODEL = ModelId(
 )
 
 
-def main(address: str, what: str, seed: str) -> None:
+_forks = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload(["pytest", "tests.service.victims"])
+
+
+class Victim:
+    """A client that does `what` on the blocks of a chain by `seed`, and then waits, or goes on."""
+
+    def __init__(self, address: str, what: str, seed: int) -> None:
+        self._said, theirs = _forks.Pipe(duplex=False)
+        self._process = _forks.Process(target=_work, args=(address, what, seed, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def said(self) -> str:
+        """The next thing that it says: "under way" at last, where somebody has to kill it."""
+        said: str = self._said.recv()
+        return said
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
+
+    def kill(self) -> None:
+        """kill -9, and wait until it is gone."""
+        self._process.kill()
+        self._process.join(60)
+        assert self._process.exitcode == -signal.SIGKILL
+        self._process.close()
+        self._said.close()
+
+
+def _work(address: str, what: str, seed: int, out: Connection) -> None:
     with connect(address, call_deadline_s=5.0) as store:
         store.open(MODEL)
-        chain = chain_of(Root(MODEL), 8, seed=int(seed))
+        chain = chain_of(Root(MODEL), 8, seed=seed)
         match what:
             case "save":
                 save = store.save(chain, 0, 8)
@@ -32,12 +70,12 @@ def main(address: str, what: str, seed: str) -> None:
                     view = save.views(index)[0]
                     assert view is not None
                     view[:] = content(chain, index, 0, 4096)
-                    print("about to commit", flush=True)
+                    out.send("about to commit")
                     save.commit(index)
             case "scribble":
                 save = store.save(chain, 0, 8)
                 views = [save.views(index)[0] for index in save.indices]
-                print("under way", flush=True)
+                out.send("under way")
                 while True:
                     for view in views:
                         assert view is not None
@@ -52,13 +90,9 @@ def main(address: str, what: str, seed: str) -> None:
                 store.announce(chain, 0, 8)
             case "announce":
                 mark = store.announce(chain, 0, 8)
-                print("under way", flush=True)
+                out.send("under way")
                 while True:
                     time.sleep(0.1)
                     mark.renew()
-        print("under way", flush=True)
+        out.send("under way")
         time.sleep(600)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
