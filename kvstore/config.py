@@ -90,6 +90,8 @@ _SECTIONS: dict[str, type] = {
     "service": ServiceOptions,
 }
 _ENV_PREFIX = "KVSTORE_"
+_OF_KUBERNETES = re.compile(r"KVSTORE_(SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)")
+"""What Kubernetes tells every pod beside a Service that is called kvstore; no settings."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +130,7 @@ class StoreConfig:
             _merge(tree, _read_toml(path), f"file {path}", sources)
         _merge(tree, values or {}, "argument", sources)
         for key, text in sorted((os.environ if environ is None else environ).items()):
-            if key.startswith(_ENV_PREFIX) and key not in CLIENT_VARIABLES:
+            if key.startswith(_ENV_PREFIX) and key not in CLIENT_VARIABLES and not _OF_KUBERNETES.fullmatch(key):
                 _merge(tree, _nest(key, text), f"environment {key}", sources)
         _merge(tree, flags or {}, "command line", sources)
         unknown = [key for key in tree if key not in _SECTIONS and key != "tiers"]
@@ -158,7 +160,7 @@ def _without_password(value: object) -> object:
     """The value; of a URL without its password, wherever in it that stands."""
     if not isinstance(value, str) or "://" not in value:
         return value
-    value = re.sub(r"://([^:/@]*):[^/]*@", r"://\1:***@", value)
+    value = re.sub(r"://([^:@]*):.*@", r"://\1:***@", value)  # to the last @: a password may hold one, or a /
     return re.sub(r"([?&](?:sentinel_)?password=)[^&]*", r"\1***", value)
 
 

@@ -30,6 +30,63 @@ def test_the_environment_wins_over_arguments_and_they_over_the_file(tmp_path: Pa
     assert sources["request.hold_s"] == "default"
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://:secret-1@cache:6379",
+        "redis://:1/secret-1@cache:6379",
+        "redis://user:secret-1@secret-2@cache:6379",
+        "redis+cluster://u:secret-1@a:1,u:secret-2@b:2",
+        "redis://cache:6379?password=secret-1",
+    ],
+)
+def test_explained_settings_hold_no_password(url: str) -> None:
+    config = StoreConfig.load({"tiers": {"redis": {"url": url}}}, environ={})
+    assert "secret-" not in str(config.explain())
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://:secret/1@cache:6379",
+        "redis://user:secret?1@cache:6379",
+        "rediss+cluster://u:secret#1@a:1,b:2",
+        "unix://u:secret/1@/run/redis.sock",
+    ],
+)
+def test_a_password_that_breaks_its_url_is_named_without_being_told(url: str) -> None:
+    with pytest.raises(ConfigError, match="write them as %2F") as raised:
+        StoreConfig.load({"tiers": {"redis": {"url": url}}}, environ={})
+    assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://[::1]:6379/0?client_name=a@b",
+        "redis://[::1]?client_name=a@b",
+        "unix:///run/a@b:c.sock",
+        "redis://h?x=@",
+    ],
+)
+def test_an_at_sign_elsewhere_in_a_url_is_no_password(url: str) -> None:
+    StoreConfig.load({"tiers": {"redis": {"url": url}}}, environ={})
+
+
+def test_what_kubernetes_says_of_a_service_called_kvstore_is_no_setting() -> None:
+    said = {
+        "KVSTORE_SERVICE_HOST": "10.0.0.1",
+        "KVSTORE_SERVICE_PORT": "9400",
+        "KVSTORE_SERVICE_PORT_GRPC": "9400",
+        "KVSTORE_PORT": "tcp://10.0.0.1:9400",
+        "KVSTORE_PORT_9400_TCP": "tcp://10.0.0.1:9400",
+        "KVSTORE_PORT_9400_TCP_PROTO": "tcp",
+    }
+    assert StoreConfig.load(environ=said) == StoreConfig()
+    with pytest.raises(ConfigError, match="unknown key service.host"):
+        StoreConfig.load(environ={"KVSTORE_SERVICE__HOST": "10.0.0.1"})
+
+
 def test_a_tier_section_becomes_the_tiers_own_options() -> None:
     config = StoreConfig.load({}, environ={"KVSTORE_TIERS__REDIS__URL": "redis://cache:6379"})
     options = config.tiers["redis"]

@@ -19,6 +19,7 @@ before heads, by an order that all writers share (`redis_accounting`).
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -109,6 +110,7 @@ class RedisTier(Tier):
         sweep_every_s: float = 3600.0
 
         def __post_init__(self) -> None:
+            _check_password(self.url)
             if not 1 <= self.num_buckets <= MAX_BUCKETS:
                 raise ConfigError(f"num_buckets is {self.num_buckets}: use 1 to {MAX_BUCKETS} (16 is a good default)")
             if self.connections < 1:
@@ -333,6 +335,18 @@ class RedisTier(Tier):
         self._nodes.close()
         if self.server is not None:
             self.server.close()
+
+
+def _check_password(url: str) -> None:
+    """Raise ConfigError, repeating nothing of it, for a URL whose password ends the host's place too early.
+
+    Whoever parses it sees a port in the password's beginning, and says so in an error.
+    """
+    place = re.split(r"[/?#]", url.partition("://")[2], maxsplit=1)[0]
+    ports = [colon and port for _, colon, port in (node.rpartition(":") for node in place.split(","))]
+    cut = any(port and not port.isdigit() and not port.endswith("]") for port in ports)
+    if "@" not in place and "@" in url and cut:
+        raise ConfigError("the redis URL has a password with /, ? or # in it: write them as %2F, %3F, %23")
 
 
 def _sealer(key_file: str) -> Sealer | None:
