@@ -71,12 +71,15 @@ class BlockTable:
     def widen(self, num_parts: int, token_bytes: int, num_rows: int = 0) -> None:
         """Make room for blocks of `num_parts` parts and `token_bytes` of tokens, `num_rows` of them in all."""
         self.ids.expect(num_rows)
-        slots = np.zeros((len(self.slots), max(num_parts, self.slots.shape[1])), np.int64)
-        slots[:, : self.slots.shape[1]] = self.slots
-        slots[:, self.slots.shape[1] :] = NO_SLOT
-        tokens = np.zeros((len(self.tokens), max(token_bytes, self.tokens.shape[1])), np.uint8)
-        tokens[:, : self.tokens.shape[1]] = self.tokens
-        self.slots, self.tokens = slots, tokens
+        if num_parts > self.slots.shape[1]:
+            slots = np.zeros((len(self.slots), num_parts), np.int64)
+            slots[:, : self.slots.shape[1]] = self.slots
+            slots[:, self.slots.shape[1] :] = NO_SLOT
+            self.slots = slots
+        if token_bytes > self.tokens.shape[1]:
+            tokens = np.zeros((len(self.tokens), token_bytes), np.uint8)
+            tokens[:, : self.tokens.shape[1]] = self.tokens
+            self.tokens = tokens
         self._grow()
 
     def add_run(

@@ -39,6 +39,7 @@ _MAX_TEXT_BYTES = 1_024
 _MAX_RANGES = 64
 _MAX_ADAPTER_BYTES = 256
 _MAX_MODELS = 64
+_MAX_MODELS_OF_ALL = 4_096
 _MAX_ROOTS = 16_384
 REPLY_SLOTS = 65_536
 """Slots in one LoadReply: 12 bytes each."""
@@ -69,6 +70,12 @@ class Requests:
                 f"model {model.model!r} digests to {model.digest().hex()} here, to {request.digest.hex()} at the "
                 "client: run the same version of kvstore on both sides"
             )
+        if not session.rights.may_open(model):
+            # Every model opened costs memory for good, and widens the table of blocks for all.
+            raise AccessDenied(f"no right to model {model.model!r}")
+        known = self._store.models
+        if model not in known and len(known) >= _MAX_MODELS_OF_ALL:
+            raise CapacityError(f"{_MAX_MODELS_OF_ALL} models are open here, which is the limit: restart the server")
         layout = self._store.open(model)
         with session.lock:
             if layout not in session.models:

@@ -29,7 +29,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kvstore.block import Root
+from kvstore.block import ModelId, Root
 from kvstore.config import parse_bytes
 from kvstore.errors import AccessDenied, ConfigError
 from kvstore.private import read_private
@@ -62,9 +62,11 @@ class Rights:
 
     def allows(self, root: Root) -> bool:
         """Whether chains under `root` may be used."""
-        return (self.salts is None or root.salt in self.salts) and (
-            self.models is None or root.model.model in self.models
-        )
+        return (self.salts is None or root.salt in self.salts) and self.may_open(root.model)
+
+    def may_open(self, model: ModelId) -> bool:
+        """Whether chains of this model may be used, under some root."""
+        return self.models is None or model.model in self.models
 
 
 FULL = Rights(salts=None, models=None, admin=True)

@@ -450,6 +450,7 @@ quota = "16KiB"
 token = "bob-bob-bob-bob-bob"
 tenant = "bob"
 salts = ["bob"]
+models = ["tiny"]
 [[client]]
 token = "admin-admin-admin"
 admin = true
@@ -465,6 +466,16 @@ def tenants(start_server: StartServer, make_peer: Callable[..., Peer], directory
     server = start_server(service={"tokens_file": str(tokens)})
     names = {"alice": "alice-alice-alice", "bob": "bob-bob-bob-bob-bob", "admin": "admin-admin-admin"}
     return {"server": server, **{name: make_peer(server, token=token) for name, token in names.items()}}
+
+
+def test_a_client_opens_no_model_that_it_has_no_right_to(tenants: dict[str, Any], model: ModelId) -> None:
+    bob = tenants["bob"]
+    other = replace(model, model="another", part_layers=1)  # it would widen the server's table for good
+    asked = pb.OpenModelRequest(session=bob.session, model=model_message(other), digest=other.digest())
+    refused(grpc.StatusCode.PERMISSION_DENIED, lambda: bob.stub.OpenModel(asked))
+    assert tenants["server"].store.models == [model]
+    asked.session = tenants["alice"].session
+    bob.stub.OpenModel(asked)
 
 
 def test_a_client_finds_nothing_of_a_namespace_that_is_not_its_own(tenants: dict[str, Any], model: ModelId) -> None:
