@@ -21,6 +21,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from kvstore.block import FORMAT_VERSION, Chain, ModelId
 from kvstore.errors import ConfigError, KVStoreError, ProtocolError, ServiceUnavailable
 from kvstore.service.handshake import MAX_MESSAGE_BYTES, PROTOCOL_VERSIONS, hash_vector, model_message, model_of
+from kvstore.service.knock import trust_socket
 from kvstore.service.status import UnknownSession, error_of, is_transport
 from kvstore.service_options import default_address, socket_path
 from kvstore.wire import kvstore_pb2 as pb
@@ -273,7 +274,10 @@ class _Translated:
 
 
 def _channel_to(target: Target) -> grpc.Channel:
-    if socket_path(target.address) is not None or not (target.tls_ca or target.tls_cert):
+    place = socket_path(target.address)
+    if place is not None:
+        trust_socket(place)
+    if place is not None or not (target.tls_ca or target.tls_cert):
         return grpc.insecure_channel(target.address, _CHANNEL_OPTIONS)
     credentials = grpc.ssl_channel_credentials(
         _read(target.tls_ca, "KVSTORE_TLS_CA"),

@@ -19,9 +19,11 @@ from kvstore.block import FORMAT_VERSION, Chain, ModelId
 from kvstore.errors import ConfigError, ServiceUnavailable
 from kvstore.service.handlers import SEND_AHEAD
 from kvstore.service.handshake import MAX_MESSAGE_BYTES, PROTOCOL_VERSIONS, hash_vector
+from kvstore.service.knock import trust_socket
 from kvstore.service.lane import LaneStub
 from kvstore.service.plane import DataPlane
 from kvstore.service.status import error_of
+from kvstore.service_options import socket_path
 from kvstore.wire import kvstore_pb2 as pb
 from kvstore.wire.kvstore_pb2_grpc import KVStoreStub
 
@@ -225,7 +227,11 @@ def open_session(options: LinkOptions, plane: DataPlane, before: Connection | No
 
     Raises ServiceUnavailable, or what the server refuses; then the plane is closed.
     """
-    channel = open_channel(options)
+    try:
+        channel = open_channel(options)
+    except BaseException:
+        plane.close()
+        raise
     try:
         stub: Any = KVStoreStub(channel)  # type: ignore[no-untyped-call]
         if plane.lane is not None:
@@ -255,6 +261,8 @@ def open_session(options: LinkOptions, plane: DataPlane, before: Connection | No
 
 def open_channel(options: LinkOptions) -> grpc.Channel:
     """A channel to the server, with TLS where there are files for it."""
+    if (place := socket_path(options.address)) is not None:
+        trust_socket(place)
     channel_options = CHANNEL_OPTIONS if options.mapped else (*CHANNEL_OPTIONS, *SEND_AHEAD)
     if not options.tls_ca and not options.tls_cert:
         return grpc.insecure_channel(options.address, options=channel_options)

@@ -96,6 +96,19 @@ def limit(connection: socket.socket, option: int, seconds: float) -> None:
 def _trust(connection: socket.socket, place: str) -> None:
     """Refuse a service of a user who has no say over the place: anyone could have come first to a name in /tmp."""
     _, uid, _ = CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size))
+    _refuse_stranger(uid, place)
+
+
+def trust_socket(place: str | Path) -> None:
+    """Refuse likewise, for those who knock at no door, before they tell it a token. Raises AccessDenied."""
+    try:
+        owner = os.stat(place).st_uid
+    except OSError:  # connecting will say what is wrong
+        return
+    _refuse_stranger(owner, str(place))
+
+
+def _refuse_stranger(uid: int, place: str) -> None:
     if uid not in (os.geteuid(), 0, os.stat(os.path.dirname(place) or ".").st_uid):
         raise AccessDenied(
             f"the service at {place} runs as user {uid}, whom this user does not trust: have it listen in a directory "

@@ -18,6 +18,7 @@ from kvstore.api import Store
 from kvstore.block import Chain, Root
 from kvstore.errors import AccessDenied, ConfigError, LeaseError, ProtocolError, ServiceUnavailable
 from kvstore.service import handshake
+from kvstore.service.admin import Admin, Target
 from kvstore.service.client import SidecarStore, connect
 from kvstore.service.mapped import MappedLoad, MappedPlane, MappedSave
 from kvstore.service.server import Server
@@ -475,3 +476,17 @@ def test_a_block_that_was_overwritten_before_a_window_moved_over_it_is_noticed(
             assert sum(1 for _ in blocks) == 23
             assert load._windowed
             assert not load.intact()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a socket to another user")
+def test_no_client_tells_a_strangers_socket_its_token(start_server: StartServer) -> None:
+    server = start_server()
+    path = server.address.removeprefix("unix:")
+    os.chown(path, 4242, -1)
+    for mapped in (False, True):
+        with pytest.raises(AccessDenied, match="runs as user 4242, whom this user does not trust"):
+            connect(server.address, mapped=mapped, token="sixteen-letters-or-more", wait_s=0)
+    with pytest.raises(AccessDenied, match="runs as user 4242"), Admin(Target.of(server.address)) as admin:
+        admin.stats()
+    os.chown(path, os.geteuid(), -1)
+    connect(server.address, mapped=False).close()

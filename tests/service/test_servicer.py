@@ -473,7 +473,8 @@ def test_a_client_opens_no_model_that_it_has_no_right_to(tenants: dict[str, Any]
     other = replace(model, model="another", part_layers=1)  # it would widen the server's table for good
     asked = pb.OpenModelRequest(session=bob.session, model=model_message(other), digest=other.digest())
     refused(grpc.StatusCode.PERMISSION_DENIED, lambda: bob.stub.OpenModel(asked))
-    assert tenants["server"].store.models == [model]
+    told = tenants["admin"].stub.Stats(pb.StatsRequest(session=tenants["admin"].session))
+    assert [each.model for each in told.models] == [model.model]
     asked.session = tenants["alice"].session
     bob.stub.OpenModel(asked)
 
