@@ -488,3 +488,18 @@ def test_importing_kvstore_is_quick_and_loads_no_engine_or_driver() -> None:
         assert loaded == []
         best_s = min(best_s, took_s)
     assert best_s <= 0.1
+
+
+UNSAFE = {"pickle", "marshal", "shelve", "dill", "cloudpickle"}
+
+
+def test_nothing_unpickles_or_evaluates() -> None:
+    """What comes from clients, tiers and files is data, whoever sent it."""
+    found = []
+    for module, path in FILES.items():
+        source = path.read_text()
+        found += [f"{module} imports {each.target}" for each in imports(source, module, ()) if each.target in UNSAFE]
+        calls = [node.func for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+        names = {call.id for call in calls if isinstance(call, ast.Name)} & {"eval", "exec", "compile"}
+        found += [f"{module} calls {name}" for name in sorted(names)]
+    assert found == []

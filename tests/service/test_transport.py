@@ -224,3 +224,23 @@ def test_listed_users_alone_map_the_arena_though_the_group_may_use_the_socket(
     assert knock_as(MEMBER, [GROUP], path) == "open"
     refused = knock_as(OTHER_MEMBER, [GROUP], path)
     assert refused.endswith(f"user {OTHER_MEMBER} may not map this arena: name it in service.allowed_uids")
+
+
+@needs_root
+def test_the_server_needs_no_more_than_an_ordinary_user_has(open_directory: Path, model: ModelId) -> None:
+    """As root here: elsewhere every test of this suite shows it."""
+    os.chown(open_directory, OUTSIDER, OUTSIDER)
+    become = f"os.setgroups([]); os.setgid({OUTSIDER}); os.setuid({OUTSIDER})"  # after imports that it may not read
+    code = f"import os, sys; from tests.service import serving; {become}; sys.exit(serving.main(*sys.argv[1:]))"
+    command = [sys.executable, "-c", code, str(open_directory), "64", "{}"]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("ready")
+        assert (open_directory / "kvstore.sock").stat().st_uid == OUTSIDER
+        with connect(f"unix:{open_directory}/kvstore.sock", call_deadline_s=5.0) as store:
+            store.open(model)
+            chain = chain_of(Root(model), 4)
+            assert save_all(store, chain) == 4
+            assert load_all(store, chain) == ["host"] * 4
+        process.communicate()
+    assert process.returncode == 0
