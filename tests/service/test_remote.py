@@ -323,7 +323,10 @@ def resident_bytes(pid: int) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 def test_server_that_dies_mid_stream_is_a_shorter_hit(tmp_path: Path, number: signal.Signals) -> None:
-    with serving(tmp_path, "s") as server, kvstore.connect(server.address, mapped=False) as client:
+    with (
+        serving(tmp_path, "s") as server,
+        kvstore.connect(server.address, mapped=False, call_deadline_s=2.0) as client,
+    ):
         client.open(BIG)
         chain = chain_of(Root(BIG), 30)
         save_big(client, chain)
@@ -343,7 +346,7 @@ def test_server_that_dies_mid_stream_is_a_shorter_hit(tmp_path: Path, number: si
         began = time.monotonic()
         assert client.match(chain, "r") == Match(0, 0, 0, settled=True)
         assert not list(client.save(chain, 0, 1).indices)
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 4, "one call's deadline, and no second one"
 
 
 def _impatient(client: SidecarStore) -> object:
@@ -546,11 +549,12 @@ def test_save_whose_upload_fails_publishes_nothing_and_is_ended() -> None:
 
 
 @contextlib.contextmanager
-def reading_from(address: str, **options: object) -> Iterator[KVStore]:
+def reading_from(address: str, *, lookup_deadline_s: float = 0.25, **options: object) -> Iterator[KVStore]:
     """A store whose only lower tier is the sidecar at `address`."""
     values = {
         "host": {"capacity_bytes": 64 << 20, "prefault": False},
         "tiers": {"remote": {"address": address, **options}},
+        "request": {"lookup_deadline_s": lookup_deadline_s},
     }
     store = KVStore(StoreConfig.load(values, environ={}))
     try:
@@ -640,7 +644,7 @@ def test_peer_that_dies_mid_stream_is_a_shorter_hit(tmp_path: Path, number: sign
 @pytest.mark.slow
 def test_store_starts_without_its_peer_and_finds_it_later(tmp_path: Path) -> None:
     address = f"unix:{tmp_path}/late"
-    with reading_from(address) as cold:
+    with reading_from(address, lookup_deadline_s=5.0) as cold:  # that a machine is busy is no miss here
         chain = chain_of(Root(BIG), 3)
         assert cold.match(chain, "r", wait_s=2).num_blocks == 0
         with serving(tmp_path, "late") as server, kvstore.connect(server.address) as warm:
@@ -655,7 +659,7 @@ def test_restarted_peer_is_read_again(tmp_path: Path) -> None:
     chain = chain_of(Root(BIG), 3)
     with contextlib.ExitStack() as stack:
         with serving(tmp_path, "s") as server:
-            cold = stack.enter_context(reading_from(server.address))
+            cold = stack.enter_context(reading_from(server.address, lookup_deadline_s=5.0))
             with kvstore.connect(server.address) as warm:
                 warm.open(BIG)
                 save_big(warm, chain)
