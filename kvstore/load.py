@@ -435,17 +435,14 @@ class BlockLoad:
         if not into:
             return
         began_s = self._plan.now_s()
-        num_bytes = 0
         try:
-            for key in tier.read(into, self._plan.read_deadline_s):
-                num_bytes += len(into[key])
-                yield key
+            yield from tier.read(into, self._plan.read_deadline_s)
         except TierError:
             self._stats.add(f"{tier.name}.read_failures")
         finally:
-            self._stats.add_all(
-                {f"{tier.name}.read_bytes": num_bytes, f"{tier.name}.read_s": self._plan.now_s() - began_s}
-            )
+            seconds = self._plan.now_s() - began_s
+            self._stats.add(f"{tier.name}.read_s", seconds)  # what was read, the tier counts itself
+            self._stats.observe(f"{tier.name}.read", seconds)
 
     def _deliver(self, blocks: Sequence[ReadyBlock]) -> None:
         with self._moved:

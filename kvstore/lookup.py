@@ -148,11 +148,14 @@ class Lookups:
             keys = chain.part_keys(at, len(chain), parts)
             if not keys:
                 break
+            tier_began_s = self._clock.now_s()
             try:
                 there = tier.contains(keys, self._deadline_s)
             except TierError:
                 self._stats.add(f"{tier.name}.lookup_failures")
                 continue
+            finally:
+                self._stats.observe(f"{tier.name}.lookup", self._clock.now_s() - tier_began_s)
             num_keys = next((number for number, present in enumerate(there) if not present), len(there))
             num_blocks = num_keys // len(parts)
             if num_blocks:

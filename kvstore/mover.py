@@ -334,11 +334,14 @@ class Mover:
             views = self._host.views(row, layout, cells[row])
             parts |= {PartKey(root, block, cell): view for cell, view in zip(cells[row], views, strict=True)}
         num_bytes = sum(map(len, parts.values()))
+        began_s = self._clock.now_s()
         try:
             written = tier.write(parts, meta, self._options.write_deadline_s)
         except TierError as error:
             self._note_failure(number, error)
             return _Outcome.FAILED, num_bytes
+        finally:
+            self._stats.observe(f"{tier.name}.write", self._clock.now_s() - began_s)
         self._note_success(number)
         partial = {key.block for key in parts if key not in written}
         done = [row for block, row in batch if block not in partial]

@@ -39,7 +39,7 @@ from kvstore.marks import Mark, Marks
 from kvstore.mover import Mover
 from kvstore.pool import part_mask
 from kvstore.save import BlockSave, SavePlan
-from kvstore.stats import Stats, saved_seconds
+from kvstore.stats import Durations, Stats, saved_seconds
 from kvstore.tiers import TIERS
 from kvstore.tiers.base import Tier
 from kvstore.tiers.host import HostTier
@@ -184,6 +184,7 @@ class KVStore:
         cells = _cells(layout, parts)
         now_s = self._clock.now_s()
         rows = self._host.pool.pin_leading(chain.ids, part_mask(layout, cells), chain.root.id)
+        self._stats.observe(f"{HOST_TIER}.lookup", self._clock.now_s() - now_s)
         lease = self._leases.add(rows, now_s + self.config.request.hold_s)
         num_host = len(rows)
         with self._lock:
@@ -483,6 +484,10 @@ class KVStore:
             "marks.live": len(self._marks),
         }
         return dict(sorted({**self._stats.snapshot(), **gauges}.items()))
+
+    def durations(self) -> Mapping[str, Durations]:
+        """How long operations of tiers took, by `tier.operation`."""
+        return self._stats.durations()
 
     def check(self) -> list[str]:
         faults = self._host.pool.check()

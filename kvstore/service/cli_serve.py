@@ -99,7 +99,7 @@ def serve(config: StoreConfig) -> int:
         with contextlib.ExitStack() as stack:
             stack.callback(server.stop)
             if options.metrics_listen:
-                endpoint = MetricsEndpoint(options.metrics_listen, server.stats, server.latencies)
+                endpoint = MetricsEndpoint(options.metrics_listen, server.stats, server.latencies, server.durations)
                 log.info("metrics at http://%s/metrics", stack.enter_context(endpoint).address)
             capacity = size(config.host.capacity_bytes)
             print(f"ready: {server.address} arena {capacity} boot {server.boot_id.hex()[:8]}", flush=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import threading
 import time
-from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -30,20 +29,13 @@ from prometheus_client.registry import Collector
 from kvstore.errors import ConfigError
 from kvstore.service.spans import recorder
 from kvstore.service_options import host_and_port
+from kvstore.stats import BOUNDS_S, Durations
 
 Snapshot = Callable[[], Mapping[str, float]]
-
-BOUNDS_S = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-"""Upper bounds of latency buckets: a match takes half a millisecond, a load from Redis seconds."""
+Timings = Callable[[], Mapping[str, Durations]]
 
 
 # ---- latencies ----
-
-
-@dataclass(slots=True)
-class _Calls:
-    counts: list[int]
-    total_s: float = 0.0
 
 
 class Latencies:
@@ -51,17 +43,14 @@ class Latencies:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._calls: defaultdict[str, _Calls] = defaultdict(lambda: _Calls([0] * (len(BOUNDS_S) + 1)))
+        self._calls: defaultdict[str, Durations] = defaultdict(Durations)
         self._failures: defaultdict[tuple[str, str], int] = defaultdict(int)
         self._record = recorder()
 
     def observe(self, rpc: str, seconds: float, failure: str = "") -> None:
         """Count a call; `failure` names its status code where it failed."""
-        bucket = bisect_left(BOUNDS_S, seconds)
         with self._lock:
-            calls = self._calls[rpc]
-            calls.counts[bucket] += 1
-            calls.total_s += seconds
+            self._calls[rpc].add(seconds)
             if failure:
                 self._failures[rpc, failure] += 1
         if self._record is not None:
@@ -71,10 +60,10 @@ class Latencies:
         """A context manager that observes what runs inside it; an exception counts under its class's name."""
         return Measured(self, rpc)
 
-    def rows(self) -> list[tuple[str, list[int], float]]:
-        """(name, calls by bucket, seconds in all), sorted by name."""
+    def rows(self) -> list[tuple[str, Durations]]:
+        """By name, sorted."""
         with self._lock:
-            return sorted((rpc, list(calls.counts), calls.total_s) for rpc, calls in self._calls.items())
+            return [(rpc, calls.copy()) for rpc, calls in sorted(self._calls.items())]
 
     def failures(self) -> list[tuple[str, str, int]]:
         """(name, status code, number), sorted."""
@@ -207,13 +196,15 @@ def name_of(key: str) -> _Name | None:
 class StoreCollector(Collector):
     """Yields one snapshot a scrape."""
 
-    def __init__(self, snapshot: Snapshot, latencies: Latencies) -> None:
+    def __init__(self, snapshot: Snapshot, latencies: Latencies, timings: Timings) -> None:
         self._snapshot = snapshot
         self._latencies = latencies
+        self._timings = timings
 
     def collect(self) -> Iterable[Metric]:
         yield from self._values()
         yield from self._calls()
+        yield self._tiers()
 
     def _values(self) -> Iterator[Metric]:
         families: dict[str, CounterMetricFamily | GaugeMetricFamily | UntypedMetricFamily] = {}
@@ -234,27 +225,43 @@ class StoreCollector(Collector):
         durations = HistogramMetricFamily(
             "kvstore_rpc_seconds", "Duration of calls, streams to their end.", labels=["rpc"]
         )
-        for rpc, counts, total_s in self._latencies.rows():
-            running, buckets = 0, []
-            for bound, count in zip([*map(str, BOUNDS_S), "+Inf"], counts, strict=True):
-                running += count
-                buckets.append((bound, float(running)))
-            durations.add_metric([rpc], buckets, sum_value=total_s)
+        for rpc, calls in self._latencies.rows():
+            durations.add_metric([rpc], _buckets(calls), sum_value=calls.total_s)
         yield durations
         failures = CounterMetricFamily("kvstore_rpc_failures", "Calls that failed.", labels=["rpc", "code"])
         for rpc, code, number in self._latencies.failures():
             failures.add_metric([rpc, code], number)
         yield failures
 
+    def _tiers(self) -> Metric:
+        durations = HistogramMetricFamily(
+            "kvstore_tier_seconds",
+            "Duration of a tier's lookups, reads and writes, each a batch of blocks.",
+            labels=["tier", "operation"],
+        )
+        for name, found in self._timings().items():
+            tier, _, operation = name.partition(".")
+            durations.add_metric([tier, operation], _buckets(found), sum_value=found.total_s)
+        return durations
+
+
+def _buckets(found: Durations) -> list[tuple[str, float]]:
+    """As Prometheus has them: each with all that is shorter."""
+    running, buckets = 0, []
+    for bound, count in zip([*map(str, BOUNDS_S), "+Inf"], found.counts, strict=True):
+        running += count
+        buckets.append((bound, float(running)))
+    return buckets
+
 
 class MetricsEndpoint:
     """Serves `/metrics` on threads of its own. A context manager."""
 
-    def __init__(self, listen: str, snapshot: Snapshot, latencies: Latencies) -> None:
+    def __init__(self, listen: str, snapshot: Snapshot, latencies: Latencies, timings: Timings = dict) -> None:
         """Listen on `host:port`; port 0 takes a free one. Raises ConfigError where that is not possible."""
         host, port = host_and_port(listen, "service.metrics_listen")
         registry = CollectorRegistry()
-        registry.register(StoreCollector(snapshot, latencies))
+        registry.register(StoreCollector(snapshot, latencies, timings))
         try:
             self._server, self._thread = start_http_server(port, host, registry)
         except OSError as error:

@@ -13,7 +13,7 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from kvstore.service.saves import Quarantine
 from kvstore.service.servicer import Identity, Servicer
 from kvstore.service.sessions import SessionBook
 from kvstore.service_options import ServiceOptions
+from kvstore.stats import Durations
 from kvstore.store import KVStore
 from kvstore.tiers.base import Tier
 from kvstore.wire import kvstore_pb2 as pb
@@ -230,6 +231,10 @@ class Server:
     def stats(self) -> dict[str, float]:
         """Counters and gauges, as an admin sees them."""
         return self._care.values()
+
+    def durations(self) -> Mapping[str, Durations]:
+        """How long lookups, reads and writes of each tier took."""
+        return self._store.durations()
 
     def check(self) -> list[str]:
         """Broken invariants of the store; empty when healthy."""

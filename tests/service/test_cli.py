@@ -18,6 +18,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 from typer.testing import CliRunner
@@ -82,6 +83,17 @@ class Serving:
 
     def ask(self, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
         return run(*words, KVSTORE_ADDRESS=self.address, **more)
+
+    @contextlib.contextmanager
+    def running(self, *words: str) -> Iterator[IO[str]]:
+        """A command that goes on until this ends; what it prints."""
+        env = environment(KVSTORE_ADDRESS=self.address)
+        with subprocess.Popen([*KVSTORE, *words], stdout=subprocess.PIPE, text=True, env=env) as process:
+            assert process.stdout is not None
+            try:
+                yield process.stdout
+            finally:
+                process.send_signal(signal.SIGINT)
 
     def wait(self, limit_s: float = 20.0) -> int:
         return self.process.wait(limit_s)
