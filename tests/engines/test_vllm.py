@@ -133,6 +133,17 @@ def test_a_salt_is_a_namespace_and_a_reset_empties_the_store(run: Run) -> None:
     assert healthy(facts)
 
 
+def test_what_requests_say_of_themselves_decides_what_goes(run: Run) -> None:
+    facts = run("hints")
+    for how in ("silent", "said"):
+        assert all(facts[how]["equal"].values())
+        assert facts[how]["held"] == []
+    assert facts["silent"]["kept"]["1"] < 11
+    assert facts["silent"]["kept"]["2"] == facts["silent"]["kept"]["3"] == 11
+    assert facts["said"]["kept"]["2"] < 11
+    assert facts["said"]["kept"]["1"] == facts["said"]["kept"]["3"] == 11
+
+
 def test_adapters_are_known_by_content(run: Run) -> None:
     facts = run("adapters")
     assert facts["hits"] == [0, 0, 0, 299, 299, 299, 299]

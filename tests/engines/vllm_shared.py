@@ -220,12 +220,12 @@ class Watched:
         self.facts: Facts = {"equal": {}, "hits": {}, "ttft_s": {}}
         self._want: dict[int, list[int]] = {}
 
-    def run(self, name: str, seed: int = 1) -> int:
+    def run(self, name: str, seed: int = 1, *, says: Mapping[str, object] | None = None) -> int:
         prompt = tokens_of(seed)
         if seed not in self._want:
             self._want[seed] = self.reference.generate(prompt, NEW)
         self.engine.forget()
-        outs, hits = self.engine.generate([prompt])
+        outs, hits = self.engine.generate([prompt], says=says)
         self.facts["equal"][name] = outs[0] == self._want[seed]
         self.facts["hits"][name] = hits[0]
         self.facts["ttft_s"][name] = self.engine.ttft_s

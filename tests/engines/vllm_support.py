@@ -202,11 +202,13 @@ class Engine:
     def generate(
         self, prompts: Sequence[Sequence[int]], new: int = NEW, **options: Any
     ) -> tuple[list[list[int]], list[int]]:
-        """(new tokens, cached prompt tokens) of each prompt."""
+        """(new tokens, cached prompt tokens) of each prompt. `says`: what the requests say to the store."""
         from vllm import SamplingParams
 
-        lora = options.pop("lora_request", None)
+        lora, says = options.pop("lora_request", None), options.pop("says", None)
         params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
+        if says is not None:
+            params.extra_args = {"kv_transfer_params": {"kvstore": says}}
         inputs = [{"prompt_token_ids": list(prompt), **options} for prompt in prompts]
         outs = self.llm.generate(inputs, params, use_tqdm=False, lora_request=lora)
         self.settle()
