@@ -312,8 +312,8 @@ def _overlapped(
             native.set_length(length)
             model(more, past_key_values=native, use_cache=True, logits_to_keep=1)
 
-        def together() -> None:
-            copying = copier.start_scatter(table, blocks, step_layers=board.sizes.step_layers)
+        def together(step_layers: int) -> None:
+            copying = copier.start_scatter(table, blocks, step_layers=step_layers)
             hooks = [
                 layer.register_forward_pre_hook(lambda *_, at=at: copying.order(at))
                 for at, layer in enumerate(model.model.layers)
@@ -329,7 +329,10 @@ def _overlapped(
             copier.scatter(table, blocks)
             forward()
 
-        arms_of: dict[str, Callable[[], object]] = {"apart": apart, "overlapped": together}
+        chosen = board.sizes.step_layers
+        arms_of: dict[str, Callable[[], object]] = {"apart": apart, "overlapped": lambda: together(chosen)}
+        for step in {1, 2 * chosen, 4 * chosen} - {chosen}:  # what to choose instead: fewer steps are fewer copies
+            arms_of[f"overlapped_by_{step}"] = lambda step=step: together(step)  # type: ignore[misc]
         seconds = board.alternate(arms_of)
     return {f"{name}_s": median(values) for name, values in seconds.items() if values}
 
