@@ -7,6 +7,7 @@ Nothing here opens, reads or checks a file: `kvstore.service.rights` does, when 
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,15 @@ from pathlib import Path
 from kvstore.errors import ConfigError
 
 UNIX = "unix:"
-CLIENT_VARIABLES = ("KVSTORE_ADDRESS", "KVSTORE_TOKEN", "KVSTORE_TLS_CA", "KVSTORE_TLS_CERT", "KVSTORE_TLS_KEY")
+SEND_IN_THE_CLEAR = "KVSTORE_SEND_MY_TOKEN_OVER_THE_NETWORK_IN_THE_CLEAR"
+CLIENT_VARIABLES = (
+    "KVSTORE_ADDRESS",
+    "KVSTORE_TOKEN",
+    "KVSTORE_TLS_CA",
+    "KVSTORE_TLS_CERT",
+    "KVSTORE_TLS_KEY",
+    SEND_IN_THE_CLEAR,
+)
 """What the environment tells clients; no settings of a store."""
 
 _LOG_FORMATS = ("text", "json")
@@ -50,6 +59,27 @@ def host_and_port(address: str, name: str) -> tuple[str, int]:
     if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise ConfigError(f"{name} is {address!r}: give unix:PATH or host:port, such as 127.0.0.1:9400")
     return host, int(port)
+
+
+def check_token_is_hidden(address: str, token: str, *, encrypted: bool) -> None:
+    """Raise ConfigError where an access token would cross a network that anyone may listen to."""
+    if not token or encrypted or socket_path(address) is not None or os.environ.get(SEND_IN_THE_CLEAR) == "yes":
+        return
+    host, _ = host_and_port(address, "address")
+    try:
+        on_this_host = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        on_this_host = host == "localhost"
+    if not on_this_host:
+        raise ConfigError(
+            f"an access token would go to {address} in the clear: set KVSTORE_TLS_CA (tls_ca) to the PEM file of who "
+            f"signed the server's certificate, or take the token away ({SEND_IN_THE_CLEAR}=yes sends it all the same)"
+        )
+
+
+def perhaps_tls(address: str, *, encrypted: bool) -> str:
+    """What else may be wrong where nobody answers: a server that speaks TLS hangs up on who does not."""
+    return "" if encrypted or socket_path(address) is not None else "; if it speaks TLS, set KVSTORE_TLS_CA (tls_ca)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

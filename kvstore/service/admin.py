@@ -23,7 +23,7 @@ from kvstore.errors import ConfigError, KVStoreError, ProtocolError, ServiceUnav
 from kvstore.service.handshake import MAX_MESSAGE_BYTES, PROTOCOL_VERSIONS, hash_vector, model_message, model_of
 from kvstore.service.knock import trust_socket
 from kvstore.service.status import UnknownSession, error_of, is_transport
-from kvstore.service_options import default_address, socket_path
+from kvstore.service_options import check_token_is_hidden, default_address, perhaps_tls, socket_path
 from kvstore.wire import kvstore_pb2 as pb
 from kvstore.wire.kvstore_pb2_grpc import KVStoreStub
 
@@ -58,6 +58,14 @@ class Target:
     tls_cert: str = ""
     tls_key: str = ""
     deadline_s: float = 5.0
+
+    def __post_init__(self) -> None:
+        check_token_is_hidden(self.address, self.token, encrypted=self.encrypted)
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether bytes cross a network under TLS; a Unix socket has none, and needs none."""
+        return socket_path(self.address) is None and bool(self.tls_ca or self.tls_cert)
 
     @classmethod
     def of(cls, address: str = "", *, default: str = "", environ: Mapping[str, str] | None = None) -> Target:
@@ -229,7 +237,7 @@ class Admin:
             return call(request_of(self.opened.session), timeout=timeout_s)
 
     def _errors(self, timeout_s: float | None = None) -> _Translated:
-        return _Translated(self.target.address, timeout_s or self.target.deadline_s)
+        return _Translated(self.target, timeout_s or self.target.deadline_s)
 
     def close(self) -> None:
         self._leave()
@@ -247,8 +255,9 @@ class Admin:
 class _Translated:
     """Turns grpc's errors inside it into kvstore's."""
 
-    def __init__(self, address: str, deadline_s: float) -> None:
-        self._address = address
+    def __init__(self, target: Target, deadline_s: float) -> None:
+        self._address = target.address
+        self._perhaps = perhaps_tls(target.address, encrypted=target.encrypted)
         self._deadline_s = deadline_s
 
     def __enter__(self) -> None: ...
@@ -270,14 +279,14 @@ class _Translated:
             return ServiceUnavailable(f"the server at {self._address} did not answer within {self._deadline_s:g} s")
         return ServiceUnavailable(
             f"no server answers at {self._address}: start one with `kvstore serve`, or name another with --address"
+            f"{self._perhaps}"
         )
 
 
 def _channel_to(target: Target) -> grpc.Channel:
-    place = socket_path(target.address)
-    if place is not None:
+    if (place := socket_path(target.address)) is not None:
         trust_socket(place)
-    if place is not None or not (target.tls_ca or target.tls_cert):
+    if not target.encrypted:
         return grpc.insecure_channel(target.address, _CHANNEL_OPTIONS)
     credentials = grpc.ssl_channel_credentials(
         _read(target.tls_ca, "KVSTORE_TLS_CA"),

@@ -23,7 +23,7 @@ from kvstore.service.knock import trust_socket
 from kvstore.service.lane import LaneStub
 from kvstore.service.plane import DataPlane
 from kvstore.service.status import error_of
-from kvstore.service_options import socket_path
+from kvstore.service_options import check_token_is_hidden, socket_path
 from kvstore.wire import kvstore_pb2 as pb
 from kvstore.wire.kvstore_pb2_grpc import KVStoreStub
 
@@ -58,6 +58,14 @@ class LinkOptions:
     tls_ca: bytes = b""
     tls_cert: bytes = b""
     tls_key: bytes = b""
+
+    def __post_init__(self) -> None:
+        check_token_is_hidden(self.address, self.token, encrypted=self.encrypted)
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether bytes cross a network under TLS; a Unix socket has none, and needs none."""
+        return socket_path(self.address) is None and bool(self.tls_ca or self.tls_cert)
 
 
 class Done:
@@ -264,7 +272,7 @@ def open_channel(options: LinkOptions) -> grpc.Channel:
     if (place := socket_path(options.address)) is not None:
         trust_socket(place)
     channel_options = CHANNEL_OPTIONS if options.mapped else (*CHANNEL_OPTIONS, *SEND_AHEAD)
-    if not options.tls_ca and not options.tls_cert:
+    if not options.encrypted:
         return grpc.insecure_channel(options.address, options=channel_options)
     credentials = grpc.ssl_channel_credentials(
         options.tls_ca or None, options.tls_key or None, options.tls_cert or None

@@ -34,6 +34,7 @@ from kvstore.service.handshake import model_message
 from kvstore.service.plane import DataPlane, Down
 from kvstore.service.replies import Replies
 from kvstore.service.status import UnknownChain, UnknownSession, error_of, is_transport
+from kvstore.service_options import perhaps_tls
 from kvstore.stats import MAX_SAVED_S, Stats, saved_seconds
 from kvstore.wire import kvstore_pb2 as pb
 
@@ -91,6 +92,7 @@ class Link:
                 if time.monotonic() + backoff_s >= deadline_s:
                     raise ServiceUnavailable(
                         f"no server answers at {self.options.address} ({error}): start one with kvstore serve"
+                        + perhaps_tls(self.options.address, encrypted=self.options.encrypted)
                     ) from error
                 time.sleep(backoff_s * random.uniform(0.5, 1.0))
                 backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -15,9 +16,12 @@ from typing import Any
 import pytest
 
 from kvstore.block import ModelId, Root
-from kvstore.errors import AccessDenied, KVStoreError, ServiceUnavailable
+from kvstore.config import StoreConfig
+from kvstore.errors import AccessDenied, ConfigError, KVStoreError, ServiceUnavailable
+from kvstore.service.admin import Target
 from kvstore.service.client import connect
 from kvstore.service.knock import knock
+from kvstore.service.peer import PeerOptions
 from tests.conftest import chain_of, load_all, save_all
 from tests.service.certificates import Authority
 from tests.service.conftest import ROOT, ServerProcess
@@ -119,9 +123,43 @@ def test_a_connection_that_tls_refuses_is_no_server_and_soon_given_up(
         "no TLS": {"token": TOKEN, "call_deadline_s": 10.0, "wait_s": 1.0},
     }[case]
     began_s = time.monotonic()
-    with pytest.raises(ServiceUnavailable, match="no server answers at"):
+    with pytest.raises(ServiceUnavailable, match="no server answers at") as caught:
         connect(process.tcp_address, **shown)
     assert time.monotonic() - began_s < 8
+    assert ("if it speaks TLS, set KVSTORE_TLS_CA" in str(caught.value)) is (case == "no TLS")
+
+
+def test_a_token_never_goes_over_a_network_in_the_clear(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Refused before anything is sent, or any name looked up: by clients, by commands, by a sidecar that reads."""
+    held = tmp_path / "token"
+    held.write_text(TOKEN)
+    held.chmod(0o600)
+    for address in ("cache.invalid:9400", "192.0.2.1:9400", "[2001:db8::1]:9400", "0.0.0.0:9400"):
+        ways: list[Callable[[str], object]] = [
+            lambda at: connect(at, token=TOKEN, wait_s=0.0),
+            lambda at: Target.of(at, environ={"KVSTORE_TOKEN": TOKEN}),
+            lambda at: PeerOptions(address=at, token_file=str(held)).link_options(),
+        ]
+        for way in ways:
+            with pytest.raises(ConfigError, match=re.escape(f"token would go to {address} in the clear")):
+                way(address)
+        Target.of(address, environ={"KVSTORE_TOKEN": TOKEN, "KVSTORE_TLS_CA": str(authority.cert)})
+        Target.of(address, environ={})
+    for address in ("localhost:9400", "127.0.0.1:9400", "[::1]:9400", "unix:/run/k.sock"):
+        Target.of(address, environ={"KVSTORE_TOKEN": TOKEN})
+    monkeypatch.setenv("KVSTORE_SEND_MY_TOKEN_OVER_THE_NETWORK_IN_THE_CLEAR", "yes")
+    Target.of("cache.invalid:9400", environ={"KVSTORE_TOKEN": TOKEN})
+    assert StoreConfig.load({}).host.capacity_bytes, "it is no unknown setting of a store"
+
+
+def test_a_unix_socket_is_reached_with_tls_set_for_other_servers(
+    process: ServerProcess, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVSTORE_TLS_CA", str(authority.cert))
+    with connect(process.address, call_deadline_s=10.0) as store:
+        assert store.check() == []
 
 
 def test_plain_tcp_does_not_start() -> None:
