@@ -151,6 +151,7 @@ class KVStore:
     # -- models ------------------------------------------------------------------------------------------------
 
     def open(self, model: ModelId) -> BlockLayout:
+        """See `kvstore.api.Store.open`."""
         layout = layout_of(model)
         self._host.open(layout)
         for tier in self._tiers:
@@ -180,6 +181,7 @@ class KVStore:
         parts: Sequence[int] | None = None,
         wait_s: float | None = 0.0,
     ) -> Match:
+        """See `kvstore.api.Store.match`."""
         layout = self._layout(chain)
         cells = _cells(layout, parts)
         now_s = self._clock.now_s()
@@ -236,6 +238,7 @@ class KVStore:
         )
 
     def match_partial(self, request: str) -> int:
+        """See `kvstore.api.Store.match_partial`."""
         with self._lock:
             hold = self._holds.get(request)
         return 0 if hold is None else self.hold_similar(request, hold.num_host, hold.chain.tokens_after(hold.num_host))
@@ -257,12 +260,14 @@ class KVStore:
             return hold.num_partial_tokens
 
     def forget(self, request: str) -> None:
+        """See `kvstore.api.Store.forget`."""
         with self._lock:
             hold = self._holds.pop(request, None)
         if hold is not None:
             self._leases.release(hold.lease)
 
     def touch(self, chain: Chain, num_blocks: int, hint: Hint = NO_HINT) -> None:
+        """See `kvstore.api.Store.touch`."""
         hint = _filled_in(hint, chain, self._clock.now_s(), asked=True)
         # Ids are claims: only what lies under this root moves. Lower tiers go by root themselves.
         num_host = self._host.pool.leading(chain.ids[:num_blocks], 0, chain.root.id)
@@ -274,6 +279,7 @@ class KVStore:
     def load(
         self, request: str, num_blocks: int | None = None, *, start: int = 0, partial_tokens: int = 0
     ) -> BlockLoad:
+        """See `kvstore.api.Store.load`."""
         with self._lock:
             hold = self._holds.pop(request, None)
         if hold is None:
@@ -344,6 +350,7 @@ class KVStore:
     # -- saving ------------------------------------------------------------------------------------------------
 
     def announce(self, chain: Chain, start: int, stop: int) -> Mark:
+        """See `kvstore.api.Store.announce`."""
         mark = self._marks.add(chain.root.id, chain.ids[start:stop])
         if self._mover.writes_through:  # otherwise others would wait for what never comes down
             self._fleet.add(mark)
@@ -358,6 +365,7 @@ class KVStore:
         parts: Sequence[int] | None = None,
         hint: Hint = NO_HINT,
     ) -> BlockSave:
+        """See `kvstore.api.Store.save`."""
         layout = self._layout(chain)
         cells = _cells(layout, parts)
         if not 0 <= start <= stop <= len(chain):
@@ -422,6 +430,7 @@ class KVStore:
     # -- care --------------------------------------------------------------------------------------------------
 
     def clear(self, root: RootId | None = None) -> int:
+        """See `kvstore.api.Store.clear`."""
         self._mover.flush(self.config.mover.flush_s)
         removed = self._host.pool.clear(root)
         for tier in self._tiers:
@@ -474,9 +483,11 @@ class KVStore:
                     del self._holds[request]
 
     def note_saved(self, seconds: float) -> None:
+        """See `kvstore.api.Store.note_saved`."""
         self._stats.add("ttft.saved_s", saved_seconds(seconds))
 
     def stats(self) -> Mapping[str, float]:
+        """See `kvstore.api.Store.stats`."""
         gauges = {
             **self._host.gauges(),
             **self._mover.gauges(),
@@ -490,6 +501,7 @@ class KVStore:
         return self._stats.durations()
 
     def check(self) -> list[str]:
+        """See `kvstore.api.Store.check`."""
         faults = self._host.pool.check()
         if num_rows := self._rows_pinned_by_nobody():
             faults.append(f"store: {num_rows} rows are pinned by nobody")
@@ -512,6 +524,7 @@ class KVStore:
         return num_rows
 
     def close(self) -> None:
+        """See `kvstore.api.Store.close`."""
         if self._closing.is_set():
             return
         self._closing.set()

@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 from pathlib import Path
 
 import pytest
 
 import kvstore
+from kvstore.api import Store
 from kvstore.config import StoreConfig
 from kvstore.policies import Policy
+from kvstore.service.client import SidecarStore
 from tests import test_policies as conformance
 
 ROOT = Path(__file__).parent.parent
@@ -81,3 +84,10 @@ def test_every_setting_the_readme_names_exists_with_that_default() -> None:
         value = known[key]
         shown = f"{value >> 30} GiB" if key == "host.capacity_bytes" and isinstance(value, int) else str(value).lower()
         assert shown in default.replace("`", ""), f"{key} is {value!r}, the page says {default!r}"
+
+
+def test_every_public_method_of_a_store_says_what_it_does() -> None:
+    for kind in (kvstore.KVStore, SidecarStore):
+        public = {name for name in vars(kind) if not name.startswith("_")}
+        assert {name for name in vars(Store) if not name.startswith("_")} <= public
+        assert [name for name in sorted(public) if not inspect.getdoc(getattr(kind, name))] == []

@@ -92,6 +92,7 @@ class SidecarStore:
         parts: Sequence[int] | None = None,
         wait_s: float | None = 0.0,
     ) -> Match:
+        """See `kvstore.api.Store.match`."""
         cells = _cells(chain, parts)
         connection = None
         try:
@@ -137,6 +138,7 @@ class SidecarStore:
                 self._matches.popitem(last=False)
 
     def forget(self, request: str) -> None:
+        """See `kvstore.api.Store.forget`."""
         self._link.check_process()
         with self._lock:
             matched = self._matches.pop(request, None)
@@ -144,6 +146,7 @@ class SidecarStore:
             self._link.ended(matched.connection, request=request)
 
     def touch(self, chain: Chain, num_blocks: int, hint: Hint = NO_HINT) -> None:
+        """See `kvstore.api.Store.touch`."""
         try:
             connection = self._link.up()
             self._link.about(
@@ -161,6 +164,7 @@ class SidecarStore:
     # -- loading -----------------------------------------------------------------------------------------------
 
     def match_partial(self, request: str) -> int:
+        """See `kvstore.api.Store.match_partial`."""
         with self._lock:
             matched = self._matches.get(request)
         if matched is None or matched.connection is None or matched.connection.lost.is_set():
@@ -183,6 +187,7 @@ class SidecarStore:
             return 0
 
     def load(self, request: str, num_blocks: int | None = None, *, start: int = 0, partial_tokens: int = 0) -> Load:
+        """See `kvstore.api.Store.load`."""
         self._link.check_process()
         with self._lock:
             matched = self._matches.pop(request, None)
@@ -233,6 +238,7 @@ class SidecarStore:
     # -- saving ------------------------------------------------------------------------------------------------
 
     def announce(self, chain: Chain, start: int, stop: int) -> SentAnnouncement:
+        """See `kvstore.api.Store.announce`."""
         mark = SentAnnouncement(self._link, chain, start, stop)
         mark.renew()
         return mark
@@ -246,6 +252,7 @@ class SidecarStore:
         parts: Sequence[int] | None = None,
         hint: Hint = NO_HINT,
     ) -> Save:
+        """See `kvstore.api.Store.save`."""
         cells = _cells(chain, parts)
         if not 0 <= start <= stop <= len(chain):
             raise ConfigError(f"blocks {start}…{stop} are outside the chain, which has {len(chain)} full blocks")
@@ -302,6 +309,7 @@ class SidecarStore:
     # -- care --------------------------------------------------------------------------------------------------
 
     def clear(self, root: RootId | None = None) -> int:
+        """See `kvstore.api.Store.clear`."""
         try:
             connection = self._link.up()
             request = pb.ClearRequest(session=connection.session, root=root or b"")
