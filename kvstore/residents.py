@@ -94,7 +94,7 @@ class Residents:
     def touch(self, blocks: Sequence[BlockId], num_blocks: int, hint: Hint) -> None:
         before = self._touches.pop(id(blocks), None)
         if before is not None and before[1] > num_blocks:
-            self.policy.touch(before[0][: before[1]], before[2])  # its tail was not used again
+            self._pass_on(*before)  # its tail was not used again
         elif before is not None and before[2].asked and not hint.asked:
             hint = replace(hint, asked=True)  # a request's match and its save, in one
         self._touches[id(blocks)] = (blocks, num_blocks, hint)
@@ -105,9 +105,18 @@ class Residents:
         """Pass the oldest waiting touch to the policy; False where none waits."""
         if not self._touches:
             return False
-        blocks, num_blocks, hint = self._touches.pop(next(iter(self._touches)))
-        self.policy.touch(blocks[:num_blocks], hint)
+        self._pass_on(*self._touches.pop(next(iter(self._touches))))
         return True
+
+    def _pass_on(self, blocks: Sequence[BlockId], num_blocks: int, hint: Hint) -> None:
+        """Tell the policy of those that are a chain from its first block on.
+
+        Ids come from clients, in any order and as often as they like; policies rely on that of chains.
+        """
+        rows, table = self.table.ids.find_leading(blocks[:num_blocks]), self.table
+        if len(rows) and not table.depth[rows[0]]:
+            follows = table.parent[rows[1:]] == rows[:-1]
+            self.policy.touch(blocks[: len(rows) if follows.all() else 1 + int(follows.argmin())], hint)
 
     def apply_touches(self) -> None:
         while self.apply_touch():

@@ -337,8 +337,7 @@ class KVStore:
         """
         masks = self._host.pool.ready_masks(root, blocks)
         if used:
-            absent = np.flatnonzero(masks == 0)
-            num_blocks = int(absent[0]) if len(absent) else len(blocks)
+            num_blocks = self._host.pool.leading(blocks, 0, root)
             self._host.pool.touch(blocks, num_blocks, replace(NO_HINT, time_s=self._clock.now_s()))
         return masks
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -13,6 +14,7 @@ from kvstore.arena import PAGE_BYTES, Arena
 from kvstore.block import BlockId, Chain, ModelId, Root
 from kvstore.health import _family_faults
 from kvstore.layout import BlockLayout, layout_of
+from kvstore.policies import POLICIES
 from kvstore.policies.lru import LruPolicy
 from kvstore.pool import BlockPool, Reservation, part_mask
 from tests.conftest import chain_of
@@ -218,6 +220,27 @@ def test_blocks_of_another_root_open_nothing_and_touch_nothing(make_pool: MakePo
     assert longer.ids[:3] == yours.ids
     assert pool.reserve(mine.root.id, layout, longer.ids[3:], lambda at: longer.meta(3 + at), (0,)) == ([], 2)
     assert pool.check() == []
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("order", ["reversed", "shuffled", "twice", "gaps", "midst", "one again and again"])
+def test_ids_that_are_no_chain_leave_the_order_whole(layout: BlockLayout, root: Root, order: str, policy: str) -> None:
+    pool, chain = BlockPool(Arena(64 * PAGE_BYTES, prefault=False), POLICIES.load(policy)()), chain_of(root, 40)
+    pool.open(layout)
+    put(pool, chain)
+    ids = list(chain.ids)
+    claimed = {
+        "reversed": ids[::-1],
+        "shuffled": random.Random(3).sample(ids, 40),
+        "twice": ids + ids,
+        "gaps": [ids[0], ids[39], ids[3]],
+        "midst": ids[20:],
+        "one again and again": [ids[5]] * 30,
+    }[order]
+    pool.touch(claimed, len(claimed))
+    for seed in range(20):
+        put(pool, chain_of(root, 8, seed=100 + seed))
+        assert pool.check() == []
 
 
 def test_a_chain_is_not_evicted_for_its_own_tail(make_pool: MakePool, root: Root) -> None:
