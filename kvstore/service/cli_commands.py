@@ -7,6 +7,7 @@ A command prints for people, or with `--json` for scripts, and raises kvstore's 
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterable, Mapping
@@ -128,7 +129,8 @@ def examine(
     target = Target.of(address, default=listed)
     findings: list[doctor.Finding] = []
     console = _console()
-    for finding in doctor.examine(read, target):
+    named_one = bool(address or os.environ.get("KVSTORE_ADDRESS", ""))
+    for finding in doctor.examine(read, target, expected=named_one):
         findings.append(finding)
         if not as_json:
             console.print(_finding_line(finding), soft_wrap=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import stat
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from importlib.metadata import version
@@ -65,13 +65,31 @@ def _note(name: str, detail: str, fix: str = "") -> Finding:
     return Finding(name, Verdict.NOTE, detail, fix)
 
 
-def examine(config: StoreConfig, target: Target) -> Iterator[Finding]:
-    """Every check, as it is made."""
+def examine(config: StoreConfig, target: Target, *, expected: bool = True) -> Iterator[Finding]:
+    """Every check, as it is made. `expected`: that no server was ever started there is a problem."""
+    path = socket_path(target.address)
     yield _libraries()
     yield _hashing()
-    yield _rights(config)
-    yield _socket(target.address)
+    if path is not None or config.service.tcp_addresses:  # else it is another host's server that is asked
+        yield _rights(config)
     settings: dict[str, str] = {}
+    running = False
+    if not expected and path is not None and not path.exists():
+        yield _note("server", f"none yet: {path} does not exist", "kvstore serve")
+    else:
+        yield _socket(target.address)
+        running = yield from _met(target, settings)
+    if path is not None or config.tiers or any(key.startswith("tiers.") for key in settings):
+        yield from _redis_servers(config, settings)
+    else:
+        yield _note(
+            "redis", "not looked at: no settings of a lower tier are known here", "give doctor the same --config"
+        )
+    yield from _memory(config, running)
+
+
+def _met(target: Target, settings: dict[str, str]) -> Generator[Finding, None, bool]:
+    """What the server says, and whether it let us in; its settings, as far as it shows them, go into `settings`."""
     running = False
     try:
         with Admin(target, name="kvstore doctor") as admin:
@@ -83,8 +101,7 @@ def examine(config: StoreConfig, target: Target) -> Iterator[Finding]:
         yield _problem("server", f"it lets us not in: {error}", "set KVSTORE_TOKEN to a token of its tokens file")
     except KVStoreError as error:
         yield _problem("server", str(error), "install the same version of kvstore on both sides")
-    yield from _redis_servers(config, settings)
-    yield from _memory(config, running)
+    return running
 
 
 # ---- this installation ----
@@ -223,7 +240,7 @@ def _encryption(name: str, config: StoreConfig, settings: dict[str, str]) -> Ite
     path = str(getattr(config.tiers.get(name), "encryption_key_file", ""))
     path = path or settings.get(f"tiers.{name}.encryption_key_file", "")
     if not path:
-        yield _ok(where, f"off: prompts and KV lie in {name} in the clear (tiers.{name}.encryption_key_file)")
+        yield _note(where, f"off: prompts and KV lie in {name} in the clear (tiers.{name}.encryption_key_file)")
         return
     try:
         from kvstore.wire.seal import Keys

@@ -47,6 +47,24 @@ def test_without_a_server_the_rest_is_checked_all_the_same(tmp_path: Path) -> No
     assert found["redis"].verdict is Verdict.NOTE
 
 
+def test_before_the_first_start_a_missing_server_is_no_problem(tmp_path: Path) -> None:
+    config = StoreConfig.load({"host": {"capacity_bytes": "1MiB"}}, environ={})
+    target = Target(address=f"unix:{tmp_path}/k.sock", deadline_s=2.0)
+    found = {finding.name: finding for finding in examine(config, target, expected=False)}
+    assert problems(found) == set()
+    assert "none yet" in found["server"].detail
+    (tmp_path / "k.sock").write_text("")
+    found = {finding.name: finding for finding in examine(config, target, expected=False)}
+    assert problems(found) == {"socket", "server"}, "something is there, and does not answer"
+
+
+def test_of_another_host_nothing_is_said_that_is_not_known(tmp_path: Path) -> None:
+    config = StoreConfig.load({"host": {"capacity_bytes": "1MiB"}}, environ={})
+    found = {each.name: each for each in examine(config, Target(address="127.0.0.1:1", deadline_s=2.0))}
+    assert "rights" not in found
+    assert "not looked at" in found["redis"].detail
+
+
 def test_a_socket_left_by_a_killed_server_is_told_from_a_missing_one(tmp_path: Path) -> None:
     for name, kind in (("k.sock", socket.SOCK_STREAM), ("k.sock.door", socket.SOCK_SEQPACKET)):
         with socket.socket(socket.AF_UNIX, kind) as dead:
