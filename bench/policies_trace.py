@@ -51,8 +51,10 @@ class Trace:
 
 
 def read_trace(path: Path, counted_share: float = 0.5) -> Trace:
-    """The trace in a file, of which the last `counted_share` of time counts. Raises ConfigError naming a bad line."""
+    """The trace in a file, its last `counted_share` of time counts. Raises ConfigError for a bad line or none."""
     lines: list[tuple[float, int, list[int]]] = []
+    if not path.is_file():
+        raise ConfigError(f"there is no trace {path}: give a file as Mooncake publishes them, or generated:all")
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():

@@ -180,6 +180,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--limit", type=int, default=0, help="requests to replay (default: all)")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args(argv)
+    if not options.trace.is_file():
+        parser.error(f"there is no trace {options.trace}: give a file as Mooncake publishes them")
     requests = read_trace(options.trace, options.limit)
     distinct = len({each for request in requests for each in request})
     host_blocks = max(int(distinct * options.host / 100), max(map(len, requests)))

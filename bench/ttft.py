@@ -207,12 +207,13 @@ def present(name: str, rows: list[TtftRow], summary: dict[str, object], json: st
         if name == "ttft":
             findings.append((key, summary[key], figure.bound, figure.met(summary[key])))
         else:  # a short form has shorter prefixes and a handful of requests: nothing to judge by
-            findings.append((key, summary[key], f"full run: {figure.bound}", None))
+            findings.append((key, summary[key], f"the full run asks {figure.bound}", None))
     if name == "ttft":
         print_figures("ttft-cpu", summary)
     else:
         for key, value, target, _ in findings:
             print(f"{key:32} {number(value):>10}   ({target})")
+        print("This short one decides nothing.")
     if json:
         write_json(json, name, env, [dict(row) for row in rows], summary)  # type: ignore[arg-type]
         print(f"result: {json}")

@@ -13,9 +13,7 @@ import pytest
 import kvstore
 from kvstore.api import Store
 from kvstore.config import StoreConfig
-from kvstore.policies import Policy
 from kvstore.service.client import SidecarStore
-from tests import test_policies as conformance
 
 ROOT = Path(__file__).parent.parent
 PAGES = [page for page in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md") if (ROOT / page).exists()]
@@ -46,27 +44,6 @@ def test_every_dotted_name_a_page_gives_resolves(page: str) -> None:
     text = (ROOT / page).read_text()
     for module, name in set(re.findall(r"`(kvstore(?:\.[a-z_]+)+):([A-Za-z_]\w*)`", text)):
         assert hasattr(importlib.import_module(module), name), f"{module}:{name}"
-
-
-def test_the_policy_recipe_of_the_contributing_page_passes_conformance() -> None:
-    text = (ROOT / "CONTRIBUTING.md").read_text()
-    code = re.search(r"```python\n# kvstore/policies/fifo.py\n(.*?)```", text, re.DOTALL)
-    assert code is not None
-    header = (
-        "from __future__ import annotations\nfrom collections.abc import Iterator, Sequence\n"
-        "from kvstore.api import Hint\nfrom kvstore.block import BlockId\nfrom kvstore.policies.base import Policy\n"
-    )
-    scope: dict[str, type[Policy]] = {}
-    exec(compile(header + code[1], "CONTRIBUTING.md", "exec"), scope)
-    for check in (
-        conformance.test_every_admitted_block_is_a_victim_once,
-        conformance.test_suffixes_go_before_prefixes,
-        conformance.test_removed_and_unknown_blocks_are_not_victims,
-        conformance.test_iterating_changes_nothing,
-        conformance.test_victims_may_be_removed_and_skipped_while_iterating,
-        conformance.test_random_use_keeps_known_blocks_exact,
-    ):
-        check(scope["FifoPolicy"](None))
 
 
 def test_the_engine_example_of_the_readme_runs() -> None:

@@ -48,7 +48,9 @@ Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, such as mover.write=through.")
 ]
 HostCapacity = Annotated[str, typer.Option(metavar="SIZE", help="Host memory, such as 32GiB. (host.capacity_bytes)")]
-RedisUrl = Annotated[str, typer.Option(help="Shared Redis or Valkey. (tiers.redis.url)")]
+RedisUrl = Annotated[
+    str, typer.Option(help="Shared Redis or Valkey; also redis+cluster://, redis+sentinel://. (tiers.redis.url)")
+]
 Model = Annotated[
     str, typer.Option("--model", help="JSON or TOML file with the fields of ModelId; else the one that is open.")
 ]

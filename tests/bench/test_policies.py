@@ -86,6 +86,8 @@ def test_a_bad_line_is_named(tmp_path: Path) -> None:
     path.write_text('{"timestamp": 0, "input_length": 3, "hash_ids": [1]}\n{"timestamp": 1}\n')
     with pytest.raises(ConfigError, match=r"bad.jsonl:2: .*each line needs timestamp, input_length and hash_ids"):
         read_trace(path)
+    with pytest.raises(ConfigError, match=r"there is no trace .*none.jsonl"):
+        read_trace(tmp_path / "none.jsonl")
 
 
 def test_gap_closed_and_memory_saved_are_none_for_the_baseline_itself() -> None:
