@@ -85,12 +85,15 @@ class _ReadAhead:
         self._wire = wire
         self.parts = [(key, buffer.cast("B")) for key, buffer in into.items()]
         self.num_asked = 0
+        self._num_in_turn = 0
+        self._fruitless = 0
 
     def keep_up(self, position: int, deadline: float) -> None:
         """Called before value `position` is read."""
         first = self.num_asked
         ahead_bytes = sum(len(buffer) for _, buffer in self.parts[position:first])
-        if first - position < 2 or ahead_bytes <= _AHEAD_BYTES - _RUN_BYTES:
+        few = first - position <= _MAX_AHEAD // 2  # of tiny ones many are asked for at once, not each as one has come
+        if first - position < 2 or (few and ahead_bytes <= _AHEAD_BYTES - _RUN_BYTES):
             while self.num_asked < len(self.parts) and (
                 self.num_asked - position < 2 or (ahead_bytes < _AHEAD_BYTES and self.num_asked - position < _MAX_AHEAD)
             ):
@@ -98,6 +101,20 @@ class _ReadAhead:
                 self.num_asked += 1
         if self.num_asked > first:
             self._wire.send([self._requests(self.parts[first : self.num_asked])], deadline)
+
+    def is_in_turn(self) -> bool:
+        """Whether the next value is to be read by itself, since runs have brought nothing lately.
+
+        Preparing one takes time for each value that is left: where no two are alike, as those that a codec made
+        smaller, or where the stream cannot, all that for each value.
+        """
+        self._num_in_turn -= 1
+        return self._num_in_turn >= 0
+
+    def ran(self, num_values: int) -> None:
+        """A run brought so many."""
+        self._fruitless = 0 if num_values > 1 else min(_MAX_AHEAD, 2 * self._fruitless + 1)
+        self._num_in_turn = self._fruitless
 
     def run(self, position: int, num_bytes: int) -> list[tuple[PartKey, memoryview]]:
         """Parts from `position` on that have this size."""
@@ -183,6 +200,8 @@ class Reader:
         # What is sealed is opened piece by piece, as it comes.
         if shape is _UNKNOWN or self._sealer is not None or not wire.may_be_like(shape.line, shape.head_bytes):
             return
+        if ahead.is_in_turn():
+            return
         run = ahead.run(position, shape.length - shape.head_bytes)
         if len(run) < 2 and shape.length < _RUN_BYTES:
             return
@@ -190,6 +209,7 @@ class Reader:
         buffers = [buffer for _, buffer in run]
         receiving = wire.begin_run((shape.line, shape.head_bytes), buffers, asking, deadline)
         if receiving is None:
+            ahead.ran(0)
             return
         step = max(1, _RUN_BYTES // shape.length)
         seen = 0
@@ -201,6 +221,7 @@ class Reader:
         finally:
             num_asked, failure = wire.end_run(receiving)
             ahead.num_asked = max(ahead.num_asked, position + num_asked)
+            ahead.ran(seen)
         if failure is not None:
             raise failure
 

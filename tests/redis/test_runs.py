@@ -281,3 +281,34 @@ def test_values_are_asked_for_a_bounded_number_ahead(ends: tuple[socket.socket, 
     thread.join()
     assert arrived == list(into)
     assert 2 <= most_ahead[0] <= 6
+
+
+class CountedNames(Names):
+    """Counts the keys of which requests were made."""
+
+    num_keys = 0
+
+    def pipeline(self, command: str, keys: Sequence[PartKey]) -> bytes:
+        self.num_keys += len(keys)
+        return super().pipeline(command, keys)
+
+
+@pytest.mark.parametrize("stream", [PlainStream, OneByOne])
+def test_values_of_which_no_two_are_alike_cost_no_more_each_the_more_there_are(
+    ends: tuple[socket.socket, socket.socket], stream: type[PlainStream]
+) -> None:
+    ours, theirs = ends
+    num_values, replies, payloads = 600, b"", {}
+    for number in range(num_values):
+        key, value, payload = value_of(number, num_extra=number % 7, num_bytes=200, raw_bytes=200)
+        replies += bulk(value)
+        payloads[key] = payload
+    into = {key: memoryview(bytearray(200)) for key in payloads}
+    names = CountedNames(16)
+    thread = threading.Thread(target=theirs.sendall, args=(replies,))
+    thread.start()
+    arrived = list(Reader(names, Locked(), None).read(Wire(stream(ours)), into, soon(20), [], Counts()))
+    thread.join()
+    assert arrived == list(payloads)
+    assert all(into[key] == payloads[key] for key in arrived)
+    assert names.num_keys < 20 * num_values
