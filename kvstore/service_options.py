@@ -97,10 +97,11 @@ class ServiceOptions:
         serve_anyone_on_the_network_without_authentication: lets TCP start without TLS, tokens and certificates.
         secret_file: cluster secret that keys all block ids, the same on all hosts. Readable by its owner only.
         metrics_listen: `host:port` of the Prometheus endpoint `/metrics`, which asks for no token; empty for none.
-        max_sessions: clients at once.
+        max_sessions: clients at once; those of one tenant take half of it at most.
         max_session_share: of the host's memory, that the holds, loads and saves of one client may keep from eviction;
             of all clients of a tenant together.
-        max_streams: open Load, Read, Write, Session and Watch calls at once; each has a thread.
+        max_streams: open Load, Read, Write, Fetch, Session and Watch calls at once; each has a thread. Those of one
+            tenant take half of it at most.
         drain_s: how long a stopping server lets clients finish and writes go down.
         pin_memory: lock the arena in memory (mlock), so that it cannot be swapped out.
         log_format: text or json, on standard error. log_level: debug, info, warning or error.

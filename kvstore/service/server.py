@@ -111,6 +111,7 @@ class Server:
                 clock=self._clock,
                 lease_s=self._config.request.lease_s,
                 max_sessions=options.max_sessions,
+                max_streams=options.max_streams,
                 forget=self._store.forget,
                 forget_peer=self._forget_peer,
                 quarantine=Quarantine(self._store.release_detached),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import grpc
@@ -183,11 +184,14 @@ class Servicer(KVStoreServicer):
     def _session(self, beats: Iterator[pb.Beat], context: grpc.ServicerContext) -> Iterator[pb.Notice]:
         session = None
         self._beating.add(context)
-        try:
+        with ExitStack() as streaming:
+            streaming.callback(self._beating.discard, context)
             for beat in beats:
                 if session is None:
                     session = self._sessions.get(beat.session)
+                    streaming.enter_context(self._sessions.streaming(session))
                     self._sessions.begin_stream(session)
+                    streaming.callback(self._sessions.end_stream, session)
                 if beat.bye:
                     self._sessions.leave(session)
                     return
@@ -195,10 +199,6 @@ class Servicer(KVStoreServicer):
                 self._sessions.beat(session, beat, live)
                 begun = bool(beat.ticket) and self._begin_another_lane(session, beat.ticket)
                 yield pb.Notice(draining=self.draining.is_set(), prefaulted=self._is_prefaulted(), lane_begun=begun)
-        finally:
-            self._beating.discard(context)
-            if session is not None:
-                self._sessions.end_stream(session)
 
     def _begin_another_lane(self, session: Session, ticket: bytes) -> bool:
         """Serve the lane of one more passage of a session's process; the passage itself is then forgotten."""
@@ -255,7 +255,9 @@ class Servicer(KVStoreServicer):
         return _NOTHING
 
     def _load(self, request: pb.LoadRequest, context: grpc.ServicerContext) -> Iterator[pb.LoadReply]:
-        return self._requests.load(self._known(request.session, request.ended), request)
+        session = self._known(request.session, request.ended)
+        with self._sessions.streaming(session):
+            yield from self._requests.load(session, request)
 
     def _loadhost(self, request: pb.LoadRequest, context: Timed) -> pb.LoadReply:
         return self._requests.load_host(self._known(request.session, request.ended), request)
@@ -280,18 +282,20 @@ class Servicer(KVStoreServicer):
 
     def _read(self, request: pb.LoadRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
         session = self._known(request.session, request.ended)
-        load = self._requests.begin_load(session, request).load
-        try:
-            yield from self._stalls.sending(streams.read(load, self._sums), context.cancel)
-        finally:
-            self._sessions.end_loads(session, [request.lease])
+        with self._sessions.streaming(session):
+            load = self._requests.begin_load(session, request).load
+            try:
+                yield from self._stalls.sending(streams.read(load, self._sums), context.cancel)
+            finally:
+                self._sessions.end_loads(session, [request.lease])
 
     def _write(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> pb.WriteReply:
         messages = self._stalls.receiving(messages, context.cancel)
         session_id, lease = streams.begin_write(messages)
         session = self._sessions.get(session_id)
-        served = session.save_of(lease)
-        published = streams.write(served, messages, self._sums)
+        with self._sessions.streaming(session):
+            served = session.save_of(lease)
+            published = streams.write(served, messages, self._sums)
         if served.is_done:
             session.finish(lease)
         return pb.WriteReply(published=np.array(published, "<u4").tobytes())
@@ -301,9 +305,10 @@ class Servicer(KVStoreServicer):
         return streams.peek(self._store, self._requests.roots, rights, request)
 
     def _fetch(self, request: pb.PeekRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
-        rights = self._sessions.get(request.session).rights
-        messages = streams.fetch(self._store, self._requests.roots, rights, request, self._sums)
-        return self._stalls.sending(messages, context.cancel)
+        session = self._sessions.get(request.session)
+        with self._sessions.streaming(session):
+            messages = streams.fetch(self._store, self._requests.roots, session.rights, request, self._sums)
+            yield from self._stalls.sending(messages, context.cancel)
 
     def end_streams(self) -> None:
         """Let streams that wait for nothing but time return: the server stops."""
@@ -332,7 +337,9 @@ class Servicer(KVStoreServicer):
         return self._care.warm(self._sessions.get(request.session), request, remaining_s(context))
 
     def _watch(self, request: pb.WatchRequest, context: grpc.ServicerContext) -> Iterator[pb.WatchReply]:
-        return self._watch_room.watch(self._sessions.get(request.session), request, context)
+        session = self._sessions.get(request.session)
+        with self._sessions.streaming(session):
+            yield from self._watch_room.watch(session, request, context)
 
     def _check(self, request: pb.CheckRequest, context: grpc.ServicerContext) -> pb.CheckReply:
         return self._care.check(self._known(request.session, request.ended))

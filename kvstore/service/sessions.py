@@ -18,8 +18,9 @@ import math
 import secrets
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -88,13 +89,15 @@ class Account:
 
     Attributes:
         saving: held from reserving a save's slots until the save is registered. Taken before `lock`.
-        pinned_bound: bytes that they pin, at most (`kvstore.service.budget`); guarded by `lock`, as is `sessions`.
+        pinned_bound: bytes that they pin, at most (`kvstore.service.budget`); guarded by `lock`, as the rest is.
+        num_streams: streaming calls of theirs.
     """
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     saving: threading.Lock = field(default_factory=threading.Lock)
     pinned_bound: int = 0
     sessions: set[Session] = field(default_factory=set)
+    num_streams: int = 0
 
     def add(self, num_bytes: int) -> None:
         """So many more are pinned, and registered."""
@@ -233,6 +236,7 @@ class SessionBook:
         clock: Clock,
         lease_s: float,
         max_sessions: int,
+        max_streams: int,
         forget: Callable[[str], None],
         forget_peer: Callable[[Peer], None],
         quarantine: Quarantine,
@@ -245,6 +249,8 @@ class SessionBook:
         self._clock = clock
         self._lease_s = lease_s
         self._max_sessions = max_sessions
+        # A tenant has half of what there is: with all of it, it could keep the others out.
+        self._max_tenant_sessions, self._max_tenant_streams = max(1, max_sessions // 2), max(1, max_streams // 2)
         self._forget = forget
         self._forget_peer = forget_peer
         self._lock = threading.Lock()
@@ -262,11 +268,16 @@ class SessionBook:
     # -- coming ------------------------------------------------------------------------------------------------
 
     def open(self, *, name: str, pid: int, peer: Peer | None, rights: Rights) -> Session:
-        """A new session. Raises CapacityError at the limit."""
+        """A new session. Raises CapacityError at the limit, which for a tenant's is half of all."""
         now_s = self._clock.now_s()
         with self._lock:
             if len(self._sessions) >= self._max_sessions:
                 raise CapacityError(f"{self._max_sessions} sessions are open, which is service.max_sessions")
+            account = self._accounts.get(rights.tenant) if rights.tenant else None
+            if account is not None and len(account.sessions) >= self._max_tenant_sessions:
+                raise CapacityError(
+                    f"the tenant has {self._max_tenant_sessions} sessions open, half of service.max_sessions"
+                )
             self._number += 1
             session = Session(
                 secrets.token_bytes(16), secrets.token_bytes(16), self._number, name, pid, peer, rights, now_s, now_s
@@ -278,6 +289,22 @@ class SessionBook:
             with session.account.lock:
                 session.account.sessions.add(session)
         return session
+
+    @contextmanager
+    def streaming(self, session: Session) -> Iterator[None]:
+        """While a streaming call of a session runs. Raises CapacityError where its tenant has its share of them."""
+        account = session.account
+        with account.lock:
+            if session.rights.tenant and account.num_streams >= self._max_tenant_streams:
+                raise CapacityError(
+                    f"the tenant has {self._max_tenant_streams} streams open, half of service.max_streams"
+                )
+            account.num_streams += 1
+        try:
+            yield
+        finally:
+            with account.lock:
+                account.num_streams -= 1
 
     def get(self, session_id: bytes) -> Session:
         """Raises UnknownSession."""

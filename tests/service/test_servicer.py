@@ -25,7 +25,7 @@ from kvstore.wire.kvstore_pb2_grpc import KVStoreStub
 from tests.conftest import chain_of
 from tests.fakes import DictTier, FakeClock
 from tests.service.conftest import StartServer
-from tests.waiting import wait_until
+from tests.waiting import eventually, wait_until
 
 
 @dataclass
@@ -545,6 +545,38 @@ def test_a_tenant_keeps_within_its_quota_and_others_have_theirs(tenants: dict[st
     assert len(bob.save(chain_of(Root(model, salt=b"bob"), 6)).indices) == 6 * 4
     alice.end(saves=[1])
     bob.end(saves=[1])
+
+
+def test_a_tenant_leaves_others_half_of_the_streams_and_sessions(
+    start_server: StartServer, make_peer: Callable[..., Peer], directory: Path
+) -> None:
+    tokens = directory / "tokens.toml"
+    tokens.write_text(TOKENS)
+    tokens.chmod(0o600)
+    server = start_server(service={"tokens_file": str(tokens), "max_streams": 6, "max_sessions": 6})
+    alice, *others = [make_peer(server, token="alice-alice-alice") for _ in range(3)]
+    bob = make_peer(server, token="bob-bob-bob-bob-bob")
+
+    def watch(peer: Peer) -> Any:
+        stream = peer.stub.Watch(pb.WatchRequest(session=peer.session))
+        next(stream)
+        return stream
+
+    watching = [watch(peer) for peer in (alice, *others)]
+    refused(grpc.StatusCode.RESOURCE_EXHAUSTED, lambda: watch(alice))
+    refused(grpc.StatusCode.RESOURCE_EXHAUSTED, lambda: make_peer(server, token="alice-alice-alice"))
+    watching += [watch(bob) for _ in range(3)]
+    for stream in watching:
+        stream.cancel()
+
+    def watches_again() -> bool:
+        try:
+            watch(alice).cancel()
+        except grpc.RpcError:
+            return False
+        return True
+
+    assert eventually(watches_again)
 
 
 def test_only_what_a_client_may_see_is_told_to_its_watch(tenants: dict[str, Any], model: ModelId) -> None:
