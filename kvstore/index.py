@@ -20,7 +20,20 @@ from kvstore.idmap import Rows as Rows
 
 NO_SLOT = -1
 _COLUMNS = (
-    *("ready", "filling", "slots", "parent", "children", "pins", "depth", "root", "layout", "below", "born"),
+    *(
+        "ready",
+        "filling",
+        "slots",
+        "parent",
+        "children",
+        "branches",
+        "pins",
+        "depth",
+        "root",
+        "layout",
+        "below",
+        "born",
+    ),
     *("newest", "younger", "older"),
 )
 
@@ -33,6 +46,7 @@ class BlockTable:
     parent, children   row of the parent or NO_ROW; number of rows whose parent this is
     newest             row of the child that came last; NO_ROW where there is none (`heads` for the first of a chain)
     younger, older     the parent's child that came next, and the one that came before; NO_ROW at the ends
+    branches           number of children it ever had, 2 for more; 2 as well where others may have more (uint8)
     pins               holds, leases, and copies in flight
     depth              0 for the first block of a chain
     root, layout       small integers given by the owner
@@ -50,6 +64,7 @@ class BlockTable:
         self.slots: npt.NDArray[np.int64] = np.zeros((0, num_parts), np.int64)
         self.parent: npt.NDArray[np.int32] = np.zeros(0, np.int32)
         self.children: npt.NDArray[np.int32] = np.zeros(0, np.int32)
+        self.branches: npt.NDArray[np.uint8] = np.zeros(0, np.uint8)
         self.pins: npt.NDArray[np.int32] = np.zeros(0, np.int32)
         self.depth: npt.NDArray[np.int32] = np.zeros(0, np.int32)
         self.root: npt.NDArray[np.int32] = np.zeros(0, np.int32)
@@ -93,11 +108,13 @@ class BlockTable:
         self._grow()
         self.slots[rows] = NO_SLOT
         self.parent[rows[0]] = parent
+        self.branches[rows[:-1]], self.branches[rows[-1]] = 1, 0
         if len(rows) > 1:
             self.parent[rows[1:]] = rows[:-1]
             self.children[rows[:-1]] = 1
         if parent != NO_ROW:
             self.children[parent] += 1
+            self.branches[parent] = min(2, int(self.branches[parent]) + 1)
         self._adopt(rows, parent, root)
         self.depth[rows] = np.arange(metas[0].depth, metas[0].depth + len(rows))
         self.root[rows] = root

@@ -299,8 +299,10 @@ class BlockLoad:
         """Make blocks resident; pinned from that moment on: a full arena could evict them before the hand-out."""
         if indices:
             items = {filling[index].row: index for index in indices}
-            for item in self._host.pool.publish([filling.pop(index) for index in indices], self._plan.hint, pins=1):
+            done = self._host.pool.publish([filling.pop(index) for index in indices], self._plan.hint, pins=1)
+            for item in done:
                 pinned[items[item.row]] = item
+            self._host.pool.may_be_shared([item.row for item in done])
 
     def _unpin(self, items: Iterable[Reservation]) -> None:
         self._host.pool.unpin(np.array([item.row for item in items], np.int64))

@@ -15,7 +15,7 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from kvstore.api import NO_HINT
+from kvstore.api import Hint
 from kvstore.block import Chain
 from kvstore.clock import Clock
 from kvstore.config import RequestOptions
@@ -49,6 +49,7 @@ class Lookup:
     parts: tuple[int, ...]
     start: int
     stop: int
+    hint: Hint
     answer: Future[Answer]
     again: Future[Answer] | None = None
     """The same asked once more, while the answer still counts."""
@@ -102,15 +103,16 @@ class Lookups:
         # Threads of its own: a load whose consumer is slow holds its thread, and matches must not wait for that.
         self._threads = ThreadPoolExecutor(settings.io_threads, thread_name_prefix="kvstore-ask")
 
-    def begin(self, chain: Chain, start: int, parts: tuple[int, ...]) -> Lookup:
-        """Ask what the tiers hold of `chain` from `start` on."""
+    def begin(self, chain: Chain, start: int, parts: tuple[int, ...], hint: Hint) -> Lookup:
+        """Ask what the tiers hold of `chain` from `start` on; what they hold is touched there, with the hint."""
         if not all(tier.refuses for tier in self._tiers):
-            return Lookup(chain, parts, start, len(chain), self._threads.submit(self._ask, chain, start, parts))
+            answer = self._threads.submit(self._ask, chain, start, parts, hint)
+            return Lookup(chain, parts, start, len(chain), hint, answer)
         # Said at once: two hand-overs between threads would cost a busy machine milliseconds, for nothing.
         self._stats.add_all({f"{tier.name}.lookup_failures": 1 for tier in self._tiers})
-        answer: Future[Answer] = Future()
-        answer.set_result(Answer((), start, self._clock.now_s()))
-        return Lookup(chain, parts, start, len(chain), answer)
+        refused: Future[Answer] = Future()
+        refused.set_result(Answer((), start, self._clock.now_s()))
+        return Lookup(chain, parts, start, len(chain), hint, refused)
 
     def look_again(self, lookup: Lookup, now_s: float) -> None:
         """What another store computes arrives in a lower tier: look again now and then."""
@@ -120,7 +122,7 @@ class Lookups:
             said = lookup.answer.result()
             stop = lookup.start + sum(count for _, count in said.sources)
             if said.pending_to > stop and now_s - said.time_s >= _ASK_AGAIN_S:
-                lookup.again = self._threads.submit(self._ask, lookup.chain, lookup.start, lookup.parts)
+                lookup.again = self._threads.submit(self._ask, lookup.chain, lookup.start, lookup.parts, lookup.hint)
 
     def locate(self, chain: Chain, parts: tuple[int, ...]) -> dict[str, list[bool]]:
         """Which blocks of `chain` each tier holds whole, as it says now; none for one that does not answer.
@@ -140,7 +142,7 @@ class Lookups:
     def close(self) -> None:
         self._threads.shutdown(wait=True)
 
-    def _ask(self, chain: Chain, start: int, parts: tuple[int, ...]) -> Answer:
+    def _ask(self, chain: Chain, start: int, parts: tuple[int, ...], hint: Hint) -> Answer:
         """Ask the tiers one after the other, each about what those before it lack."""
         found: list[tuple[Tier, int]] = []
         at, began_s = start, self._clock.now_s()
@@ -161,7 +163,7 @@ class Lookups:
             if num_blocks:
                 found.append((tier, num_blocks))
                 at += num_blocks
-                self._mover.touched(chain, at, parts, NO_HINT)
+                self._mover.touched(chain, at, parts, hint)
             self._stats.add_all({f"{tier.name}.hit_blocks": num_blocks, f"{tier.name}.missed_blocks": len(chain) - at})
         deadline_s = self._deadline_s - (self._clock.now_s() - began_s)
         return Answer(tuple(found), self._pending_to(chain, at, deadline_s), self._clock.now_s())

@@ -123,11 +123,21 @@ class BlockPool:
             return len(self._leading(blocks, need, root))
 
     def shared_to(self, blocks: Sequence[BlockId], root: RootId) -> int:
-        """How many leading blocks of a chain others go on from: the last of them has several children here."""
+        """How many leading blocks of a chain others may go on from: the last of them had several children here.
+
+        All of them where one is not here: of what goes on from it nothing is known.
+        """
         with self.lock:
             rows = self._leading(blocks, 0, root)
-            forks = np.flatnonzero(self._table.children[rows] > 1)
+            forks = np.flatnonzero(self._table.branches[rows] > 1)
+            if len(rows) < len(blocks):
+                return len(blocks)
             return int(forks[-1]) + 1 if len(forks) else 0
+
+    def may_be_shared(self, rows: Sequence[int]) -> None:
+        """They came from a lower tier: others may have gone on from them."""
+        with self.lock:
+            self._table.branches[rows] = 2
 
     def pin_leading(self, blocks: Sequence[BlockId], need: int, root: RootId) -> Rows:
         """Pin the leading run; returns its rows, to be given to `unpin`."""

@@ -199,7 +199,7 @@ class KVStore:
         if before is not None:
             self._leases.release(before.lease)
         if hold.lookup is None and wait_s is not None and self._tiers and num_host < len(chain):
-            hold.lookup = self._lookups.begin(chain, num_host, cells)
+            hold.lookup = self._lookups.begin(chain, num_host, cells, hold.hint)
         if hold.lookup is not None:
             self._lookups.look_again(hold.lookup, now_s)
             if wait_s:

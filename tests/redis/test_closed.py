@@ -206,3 +206,36 @@ def test_a_hint_that_says_closed_reaches_redis_and_spares_the_head_that_chats_sh
     assert of(mine)[3] > of(theirs)[4]
     for found in (of(mine), of(theirs)):
         assert all(parent > child for parent, child in itertools.pairwise(found))
+
+
+@pytest.mark.parametrize("said", ["touch", "match"])
+@pytest.mark.parametrize("host", ["empty", "brought up again"])
+def test_what_the_host_cannot_tell_to_be_private_stays_as_warm_as_it_was(
+    said: str, host: str, store: KVStore, client: redis.Redis, root: Root
+) -> None:
+    mine, theirs = (chat.chain for chat in chats(root, 1, 2))
+    for chain in (mine, theirs):
+        with store.save(chain, 0, len(chain)) as save:
+            for index in save.indices:
+                for part, view in enumerate(save.views(index)):
+                    assert view is not None
+                    view[:] = bytes_of(chain, index, part, len(view))
+            save.commit()
+    assert store.flush(5)
+    store.drop_host()
+    if host == "brought up again":
+        store.match(mine, "a request", wait_s=5)
+        with store.load("a request") as load:
+            assert len(list(load)) == len(mine)
+    if said == "touch":
+        store.touch(mine, len(mine), CLOSED)
+    else:
+        store.match(mine, "the last request", hint=CLOSED, wait_s=5)
+        store.forget("the last request")
+    assert store.flush(5)
+    (tier,) = store._tiers
+    assert isinstance(tier, RedisTier)
+    assert tier.settle(5)
+    for chain in (mine, theirs):
+        found = [score(client, key, num_buckets=16) for key in chain.part_keys(0, len(chain), (0,))]
+        assert all(parent > child for parent, child in itertools.pairwise(found))
