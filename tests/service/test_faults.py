@@ -32,7 +32,7 @@ SHARED = chain_of(Root(MODEL), 8, seed=0)
 
 @pytest.fixture
 def server(start_server: StartServer) -> Server:
-    return start_server(64)
+    return start_server(2048)  # room for all that victims save: nothing here is to be evicted
 
 
 @pytest.fixture
