@@ -51,7 +51,8 @@ def serve(
     for pair in range(-1, pairs):  # the first warms up
         for arm, engine in order if (pair + start) % 2 else order[::-1]:
             row = engine.serve([rng.randrange(1, VOCABULARY) for _ in range(prompt_tokens)], new=new, forget=False)
-            assert row["hit_tokens"] == 0
+            # By chance a prompt begins as one of the last did, for a token or two, and these are reused.
+            assert row["hit_tokens"] < 8
             if pair >= 0:
                 rows.append(ColdRow(arm=arm, start=start, pair=pair, ttft_s=row["ttft_s"], seconds=row["seconds"]))
     return rows
