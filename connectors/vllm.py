@@ -59,7 +59,6 @@ _INTERFACE: Mapping[str, tuple[str, ...]] = {
     "update_connector_output": ("connector_output",),
     "on_new_request": ("request",),
     "register_kv_caches": ("kv_caches",),
-    "handle_preemptions": ("kv_connector_metadata",),
     "get_finished": ("finished_req_ids",),
     "get_block_ids_with_load_errors": (),
     "start_load_kv": ("forward_context",),
@@ -334,12 +333,6 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             layers=mine.layers,
             saves=mine.saves,
         )
-
-    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
-        """The first that a worker hears of a step: nothing has written to a page yet."""
-        if self._worker is not None:
-            found = kv_connector_metadata
-            self._worker.catch_up(drop=isinstance(found, KVStoreMetadata) and found.orders.drop)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         if self._worker is not None:

@@ -196,14 +196,12 @@ class SaveOrder:
 
 @dataclass(frozen=True, slots=True)
 class Orders:
-    """What one step asks of every worker. `idle`: the step computes nothing, so workers may wait for loads. `drop`:
-    what is not published yet must not be."""
+    """What one step asks of every worker. `idle`: the step computes nothing, so workers may wait for loads."""
 
     loads: tuple[LoadOrder, ...] = ()
     saves: tuple[SaveOrder, ...] = ()
     ended: tuple[str, ...] = ()
     idle: bool = False
-    drop: bool = False
 
 
 # -- from workers ----------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from connectors.vllm_plan import (
     storable_finished,
     storable_running,
 )
-from kvstore.api import HOST_TIER, NO_HINT, Hint, Load, Match, Store
+from kvstore.api import HOST_TIER, Hint, Load, Match, Store
 from kvstore.block import Chain, ModelId, as_u32
 
 log = logging.getLogger("kvstore.connector.vllm")
@@ -57,8 +57,6 @@ class _Tracked:
     """Blocks that a worker was told to save, or that were loaded."""
     told: int = 0
     """Tokens that workers' copies of the chain have."""
-    told_in: int = -1
-    """The step in which workers were last told to save."""
     asked_s: float | None = None
     lower_s: float | None = 0.0
     """How long lower tiers are worth waiting for, from `asked_s` on; None: they are not asked."""
@@ -159,8 +157,6 @@ class SchedulerSide:
         self._pool = ThreadPoolExecutor(settings.load_threads, thread_name_prefix="kvstore-share")
         self._saves: list[SaveOrder] = []
         self._ended: list[str] = []
-        self._drop = False
-        self._num_steps = 0
         self._step: _Step | None = None
         self._num_waiting = 0
         """Requests that wait for pending blocks, of the step being scheduled."""
@@ -380,11 +376,8 @@ class SchedulerSide:
         if not step.num_scheduled and self._num_waiting and not self._loads:
             time.sleep(_REST_S)
         self._num_waiting = 0
-        made = Orders(
-            tuple(self._loads), tuple(self._saves), tuple(self._ended), idle=not step.num_scheduled, drop=self._drop
-        )
-        self._loads, self._saves, self._ended, self._drop = [], [], [], False
-        self._num_steps += 1
+        made = Orders(tuple(self._loads), tuple(self._saves), tuple(self._ended), idle=not step.num_scheduled)
+        self._loads, self._saves, self._ended = [], [], []
         return made
 
     def _save(self, tracked: _Tracked, stop: int, pages: Sequence[int], *, holds: bool) -> bool:
@@ -414,7 +407,7 @@ class SchedulerSide:
                 hint=self._hint(tracked),
             )
         )
-        tracked.num_saved, tracked.told_in = stop, self._num_steps
+        tracked.num_saved = stop
         return True
 
     def ended(self, request: EngineRequest, pages: Sequence[int]) -> bool:
@@ -434,28 +427,9 @@ class SchedulerSide:
             )
             if stop > tracked.num_saved:
                 held = self._save(tracked, stop, pages, holds=True)
-            elif tracked.told_in == self._num_steps - 1:
-                held = True  # what the last step has filled, workers publish with the next one
-                self._saves.append(self._empty_order(tracked, pages))
         if not held:
             self._ended.append(request.request_id)
         return held
-
-    def _empty_order(self, tracked: _Tracked, pages: Sequence[int]) -> SaveOrder:
-        """Nothing to save, but workers report when all before it is done."""
-        return SaveOrder(
-            request=tracked.request.request_id,
-            start=tracked.num_saved,
-            stop=tracked.num_saved,
-            adapter=b"",
-            salt=b"",
-            known=tracked.told,
-            tokens=b"",
-            media=(),
-            pages=tuple(pages),
-            holds=True,
-            hint=NO_HINT,
-        )
 
     def _reported(self, request_id: str) -> bool:
         report = self._loading[request_id].report
@@ -525,7 +499,6 @@ class SchedulerSide:
 
         What was computed before is not saved any more either: vLLM empties caches when weights have changed.
         """
-        self._drop = True
         self._saves = [replace(order, start=order.stop) for order in self._saves if order.holds]
         roots = self._roots.all() or [self._roots.root(b"", b"")]
         return self.fail_open.call(lambda: bool([self._store.clear(root.id) for root in roots]), False)

@@ -110,21 +110,18 @@ class Bench:
     def pages_for(self, request: FakeRequest) -> list[int]:
         return list(range(100, 100 - -request.num_tokens // PAGE))
 
-    def step(self, *scheduled: tuple[FakeRequest, int], next_one: bool = True) -> Orders:
-        """Schedule and run one step of (request, tokens). `next_one`: and begin the next."""
+    def step(self, *scheduled: tuple[FakeRequest, int]) -> Orders:
+        """Schedule and run one step of (request, tokens)."""
         step = Scheduled(
             {request.request_id: count for request, count in scheduled},
             {request.request_id: request.num_computed_tokens for request, _ in scheduled},
             {request.request_id: self.pages_for(request) for request, _ in scheduled},
         )
         orders = self.side.orders(step)
-        self.worker.catch_up(drop=orders.drop)
         self.worker.load(orders)
         self.worker.save(orders)
         for request, count in scheduled:
             request.num_computed_tokens += count
-        if next_one:
-            self.worker.catch_up()
         return orders
 
     def report(self) -> set[str]:
@@ -607,80 +604,21 @@ def test_after_a_load_is_given_up_none_of_its_threads_writes() -> None:
     assert len(bench.pages.written) == 4
 
 
-# -- when what a step has filled is saved ----------------------------------------------------------------------
+# -- resets ----------------------------------------------------------------------------------------------------
 
 
-def filling(bench: Bench) -> FakeRequest:
+def test_a_reset_leaves_nothing_of_before_to_be_saved() -> None:
+    bench = Bench()
     request = FakeRequest("r", tokens(100))
     bench.side.arrived(request)
-    bench.step((request, 100), next_one=False)
-    return request
-
-
-def test_tokens_do_not_wait_for_saves_and_loads_of_the_next_step_do() -> None:
-    bench = Bench()
-    bench.fill(tokens(32, 1))
-    bench.pages.read.clear()
-    filling(bench)
-    assert bench.pages.read == []
-    other = FakeRequest("other", tokens(40, 1))
-    bench.side.match(other, 0)
-    bench.side.allocated(other, bench.pages_for(other), 32)
-    scatter, read = bench.pages.scatter, list[int]()
-
-    def note(*args: Any) -> None:
-        read.extend(bench.pages.read)
-        scatter(*args)
-
-    bench.pages.scatter = note  # type: ignore[method-assign]
-    bench.step((other, 8), next_one=False)
-    assert sorted(read[:6]) == list(range(6)), "the other's pages may have been this one's"
-    assert len(bench.store.blocks) == 2 + 6
-    for name in (FakeRequest("r", tokens(100)), other):
-        bench.side.ended(name, bench.pages_for(name))
-    bench.report()
-    bench.close()
-
-
-def test_what_no_step_follows_is_saved_soon() -> None:
-    bench = Bench()
-    request = filling(bench)
-    assert eventually(lambda: len(bench.store.blocks) == 6)
-    request.num_computed_tokens = 0
-    bench.step((request, 1), next_one=False)
-    bench.side.ended(request, bench.pages_for(request))
-    bench.report()
-    bench.close()
-
-
-def test_who_ends_before_its_last_save_keeps_its_pages_for_one_more_step() -> None:
-    bench = Bench()
-    request = filling(bench)
-    assert bench.side.ended(request, bench.pages_for(request))
-    assert bench.worker.finished(idle=True)[0] == set()
-    bench.step(next_one=False)
-    assert len(bench.store.blocks) == 6
-    assert bench.worker.finished(idle=True)[0] == {"r"}
-    assert sorted(bench.pages.read) == list(range(6))
-    bench.report()
-    bench.close()
-
-
-@pytest.mark.parametrize("ended", [False, True])
-def test_a_reset_leaves_nothing_of_before_to_be_saved(ended: bool) -> None:
-    bench = Bench()
-    request = filling(bench)
+    bench.step((request, 100))
     request.all_token_ids += tokens(20, 2)  # so that its end has something to save of its own
     request.num_computed_tokens = 119
-    if ended:
-        assert bench.side.ended(request, bench.pages_for(request))
+    assert bench.side.ended(request, bench.pages_for(request))
     assert bench.side.clear()
     bench.step()
     assert len(bench.store.blocks) == 0
-    if ended:
-        assert bench.worker.finished(idle=True)[0] == {"r"}
-    else:
-        bench.side.ended(request, [])
+    assert bench.worker.finished(idle=True)[0] == {"r"}
     bench.report()
     bench.close()
 
