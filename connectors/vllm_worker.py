@@ -341,8 +341,8 @@ class WorkerSide:
         """Copy out and publish what the step has filled; from a device, begin to.
 
         On a CPU in the step itself. To do it at the start of the next one, or 20 ms later where none follows, spared
-        the first token nothing that could be seen, and cost 3.4 % of throughput where this costs none: copies then
-        stood in the way of a pass that had begun.
+        the first token nothing that could be seen, and cost 3.4 % of throughput, where this cost 0.1 and 2.3 % in two
+        runs: copies then stood in the way of a pass that had begun.
         """
         self._settle()
         for order in orders.saves:
