@@ -180,10 +180,8 @@ def store(server: EmbeddedServer, model: ModelId) -> Iterator[KVStore]:
     store.close()
 
 
-@pytest.mark.parametrize("said", ["touch", "match"])
-def test_a_hint_that_says_closed_reaches_redis_and_spares_the_head_that_chats_share(
-    said: str, store: KVStore, client: redis.Redis, root: Root
-) -> None:
+def saved_chats(store: KVStore, root: Root) -> tuple[Chain, Chain]:
+    """Two chats with one head, in the host and in Redis."""
     mine, theirs = (chat.chain for chat in chats(root, 1, 2))
     for chain in (mine, theirs):
         with store.save(chain, 0, len(chain)) as save:
@@ -193,15 +191,27 @@ def test_a_hint_that_says_closed_reaches_redis_and_spares_the_head_that_chats_sh
                     view[:] = bytes_of(chain, index, part, len(view))
             save.commit()
     assert store.flush(5)
+    return mine, theirs
+
+
+def say_closed(store: KVStore, chain: Chain, how: str) -> None:
+    if how == "touch":
+        store.touch(chain, len(chain), CLOSED)
+    else:
+        store.match(chain, "the last request", hint=CLOSED, wait_s=5)
+        store.forget("the last request")
+
+
+@pytest.mark.parametrize("said", ["touch", "match"])
+def test_a_hint_that_says_closed_reaches_redis_and_spares_the_head_that_chats_share(
+    said: str, store: KVStore, client: redis.Redis, root: Root
+) -> None:
+    mine, theirs = saved_chats(store, root)
 
     def of(chain: Chain) -> list[float]:
         return [score(client, key, num_buckets=16) for key in chain.part_keys(0, len(chain), (0,))]
 
-    if said == "touch":
-        store.touch(mine, len(mine), CLOSED)
-    else:
-        store.match(mine, "the last request", hint=CLOSED, wait_s=5)
-        store.forget("the last request")
+    say_closed(store, mine, said)
     wait_until(lambda: of(mine)[4] < of(theirs)[-1])
     assert of(mine)[3] > of(theirs)[4]
     for found in (of(mine), of(theirs)):
@@ -213,25 +223,13 @@ def test_a_hint_that_says_closed_reaches_redis_and_spares_the_head_that_chats_sh
 def test_what_the_host_cannot_tell_to_be_private_stays_as_warm_as_it_was(
     said: str, host: str, store: KVStore, client: redis.Redis, root: Root
 ) -> None:
-    mine, theirs = (chat.chain for chat in chats(root, 1, 2))
-    for chain in (mine, theirs):
-        with store.save(chain, 0, len(chain)) as save:
-            for index in save.indices:
-                for part, view in enumerate(save.views(index)):
-                    assert view is not None
-                    view[:] = bytes_of(chain, index, part, len(view))
-            save.commit()
-    assert store.flush(5)
+    mine, theirs = saved_chats(store, root)
     store.drop_host()
     if host == "brought up again":
         store.match(mine, "a request", wait_s=5)
         with store.load("a request") as load:
             assert len(list(load)) == len(mine)
-    if said == "touch":
-        store.touch(mine, len(mine), CLOSED)
-    else:
-        store.match(mine, "the last request", hint=CLOSED, wait_s=5)
-        store.forget("the last request")
+    say_closed(store, mine, said)
     assert store.flush(5)
     (tier,) = store._tiers
     assert isinstance(tier, RedisTier)
