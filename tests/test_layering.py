@@ -266,10 +266,11 @@ RULES: dict[str, Rule] = {
     "connectors.session": Rule(6, (*PUBLIC, "connectors.base"), ("torch",)),
     "connectors.transformers": Rule(
         6,
-        (*PUBLIC, "connectors.base", "connectors.session", "connectors.transformers_cache"),
+        (*PUBLIC, "connectors.base", "connectors.session", "connectors.transformers_*"),
         ("torch", "transformers"),
     ),
     "connectors.transformers_cache": Rule(6, PUBLIC, ("torch", "transformers")),
+    "connectors.transformers_identity": Rule(6, (*PUBLIC, "connectors.base"), ("transformers",)),
     "connectors.trtllm": Rule(6, (*PUBLIC, "connectors.base"), ("torch", "tensorrt_llm")),
     # The store and its configuration are loaded where it is kept in the engine's own process.
     "connectors.vllm": Rule(6, (*PUBLIC, "connectors.vllm_*", "kvstore.config", "kvstore.store"), ("torch", "vllm")),

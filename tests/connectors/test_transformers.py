@@ -28,7 +28,8 @@ from transformers import (
 
 from bench.models import random_llama
 from connectors.base import LoadRule
-from connectors.transformers import BlockCache, Generation, TransformersConnector, model_id_of
+from connectors.transformers import BlockCache, Generation, TransformersConnector
+from connectors.transformers_identity import model_id_of
 from kvstore.config import StoreConfig
 from kvstore.errors import ConfigError
 from kvstore.store import KVStore
