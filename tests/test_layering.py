@@ -219,7 +219,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(
         [
             f"kvstore.service.{name}"
-            for name in ("budget", "calls", "care", "requests", "saves", "servicer", "sessions", "watch")
+            for name in ("budget", "calls", "care", "requests", "saves", "servicer", "session", "sessions", "watch")
         ],
         SERVICE,
     ),

@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 from kvstore.block import BlockId
-from kvstore.service.sessions import Account, Held, Session
+from kvstore.service.session import Account, Held, Session
 
 
 class PinBudget:

@@ -16,7 +16,8 @@ from kvstore.errors import AccessDenied, ConfigError
 from kvstore.inspection import BlockInfo
 from kvstore.service.chains import split_ids
 from kvstore.service.handshake import model_message
-from kvstore.service.sessions import Session, SessionBook
+from kvstore.service.session import Session
+from kvstore.service.sessions import SessionBook
 from kvstore.service.streams import RootBook
 from kvstore.store import KVStore
 from kvstore.wire import kvstore_pb2 as pb

@@ -26,7 +26,8 @@ from kvstore.service.budget import PinBudget
 from kvstore.service.chains import ServedChain
 from kvstore.service.handshake import model_of
 from kvstore.service.saves import ServedSave
-from kvstore.service.sessions import MAX_LEASES, MAX_MARKS, Held, ServedLoad, Session, SessionBook
+from kvstore.service.session import MAX_LEASES, MAX_MARKS, Held, ServedLoad, Session
+from kvstore.service.sessions import SessionBook
 from kvstore.service.status import UnknownSession
 from kvstore.service.streams import RootBook
 from kvstore.store import KVStore

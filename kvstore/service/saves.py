@@ -20,7 +20,7 @@ from kvstore.save import BlockSave
 from kvstore.wire import kvstore_pb2 as pb
 
 if TYPE_CHECKING:
-    from kvstore.service.sessions import Session
+    from kvstore.service.session import Session
 
 
 class ServedSave:

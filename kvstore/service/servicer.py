@@ -28,7 +28,8 @@ from kvstore.service.handshake import MAX_MESSAGE_BYTES, common_version, hash_ve
 from kvstore.service.lane import METHODS, LaneCall, Lanes, Method
 from kvstore.service.requests import Requests, numbers
 from kvstore.service.rights import Gate
-from kvstore.service.sessions import Session, SessionBook
+from kvstore.service.session import Session
+from kvstore.service.sessions import SessionBook
 from kvstore.service.sums import Sums
 from kvstore.service.watch import Watch
 from kvstore.store import KVStore
