@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Copies between an engine's paged KV tensors and slots.
 
-    PagedKV      which tensors hold the KV, and what each of their axes means
     PageCopier   gather (save) and scatter (load) whole blocks, many in one call; begun and waited for, or both at once
     to_tensor    a slot as a tensor, without a copy
     copy_rows    one strided copy between tensors, for engines that have no pages
@@ -46,8 +45,9 @@ from kvstore.copying import Shape, assign, copy_places
 from kvstore.device_copy import Copying as Copying
 from kvstore.device_copy import DeviceCopier
 from kvstore.device_copy import Way as Way
-from kvstore.errors import ConfigError
-from kvstore.layout import BlockLayout, PartLayout, engine_dtype
+from kvstore.layout import BlockLayout, PartLayout
+from kvstore.paged import PagedKV as PagedKV
+from kvstore.paged import check_fit, extent_of, kind_of
 from kvstore.streams import InOrder
 from kvstore.streams import Moment as Moment
 from kvstore.streams import Streams as Streams
@@ -57,8 +57,6 @@ SlotViews = Sequence[memoryview | None]
 """Bytes of a block, one entry for each part of the copier; None where the part is not to be copied."""
 
 Places = npt.NDArray[np.int64]
-
-_AXES = ("layer", "kv", "page", "token", "head", "dim")
 
 
 def to_tensor(view: memoryview, part: PartLayout, dtype: torch.dtype) -> torch.Tensor:
@@ -83,7 +81,7 @@ def copy_rows(into: torch.Tensor, source: torch.Tensor) -> None:
     is torch's own copy, asynchronous where the host side is pinned.
     """
     if into.shape != source.shape or into.dtype != source.dtype:
-        raise ValueError(f"cannot copy {_kind(source)} into {_kind(into)}")
+        raise ValueError(f"cannot copy {kind_of(source)} into {kind_of(into)}")
     if into.device.type != "cpu" or source.device.type != "cpu":
         into.copy_(source, non_blocking=True)
         return
@@ -97,105 +95,8 @@ def copy_rows(into: torch.Tensor, source: torch.Tensor) -> None:
     views = []
     for tensor, at in ((into, 1), (source, 2)):
         steps = tuple(axis[at] for axis in axes)
-        views.append(np.ndarray(shape, row, _memory(tensor.data_ptr(), _extent(tensor)), strides=steps))
+        views.append(np.ndarray(shape, row, _memory(tensor.data_ptr(), extent_of(tensor)), strides=steps))
     assign(views[0], views[1])
-
-
-@dataclass(frozen=True, eq=False)
-class PagedKV:
-    """An engine's KV: for each layer, keys then values, each a view with axes (page, token, head, dim).
-
-    Made with `of` or `separate`. All planes agree in shape, strides, dtype and device; any strides will do.
-    """
-
-    planes: tuple[tuple[torch.Tensor, ...], ...]
-
-    def __post_init__(self) -> None:
-        first = self.planes[0][0]
-        for layer, planes in enumerate(self.planes):
-            for plane in planes:
-                if _kind(plane) != _kind(first):
-                    raise ConfigError(
-                        f"layer {layer} has KV of {_kind(plane)}, layer 0 of {_kind(first)}: "
-                        "only layers that are alike can be copied together"
-                    )
-
-    @classmethod
-    def of(cls, tensors: Sequence[torch.Tensor], axes: str, *, page_tokens: int = 0) -> PagedKV:
-        """KV from one tensor per layer, or from one tensor with a `layer` axis.
-
-        Args:
-            tensors: the engine's tensors, in layer order.
-            axes: what their axes are, in order, from `layer kv page token head dim`. `slot` stands for a flat
-                axis of pages × tokens. An absent `kv` or `head` is taken as one (MLA).
-            page_tokens: tokens a page, where the axes have `slot`.
-        """
-        planes: list[tuple[torch.Tensor, ...]] = []
-        for tensor in tensors:
-            for layer in _logical(tensor, axes, page_tokens):
-                planes.append(tuple(layer))
-        return cls(tuple(planes))
-
-    @classmethod
-    def separate(
-        cls, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], axes: str, *, page_tokens: int = 0
-    ) -> PagedKV:
-        """KV from tensors of keys and tensors of values, one of each per layer."""
-        k_planes = cls.of(keys, axes, page_tokens=page_tokens).planes
-        v_planes = cls.of(values, axes, page_tokens=page_tokens).planes
-        return cls(tuple((k, v) for (k,), (v,) in zip(k_planes, v_planes, strict=True)))
-
-    @property
-    def num_pages(self) -> int:
-        return int(self.planes[0][0].shape[0])
-
-    @property
-    def page_tokens(self) -> int:
-        return int(self.planes[0][0].shape[1])
-
-    @property
-    def num_heads(self) -> int:
-        return int(self.planes[0][0].shape[2])
-
-    @property
-    def head_dim(self) -> int:
-        return int(self.planes[0][0].shape[3])
-
-    @property
-    def num_kv(self) -> int:
-        return len(self.planes[0])
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.planes[0][0].dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.planes[0][0].device
-
-
-def _kind(plane: torch.Tensor) -> str:
-    return f"shape {tuple(plane.shape)}, strides {plane.stride()}, {plane.dtype} on {plane.device}"
-
-
-def _logical(tensor: torch.Tensor, axes: str, page_tokens: int) -> torch.Tensor:
-    """`tensor` as a view with all of `_AXES`, in that order."""
-    names = axes.split()
-    if len(names) != tensor.dim():
-        raise ConfigError(f"axes {axes!r} name {len(names)} axes, the tensor has {tensor.dim()}")
-    if "slot" in names:
-        at = names.index("slot")
-        if page_tokens < 1 or tensor.shape[at] % page_tokens:
-            raise ConfigError(f"a slot axis of {tensor.shape[at]} does not divide into pages of {page_tokens} tokens")
-        tensor = tensor.unflatten(at, (-1, page_tokens))  # type: ignore[no-untyped-call]
-        names[at : at + 1] = ["page", "token"]
-    for name in ("layer", "kv", "head"):
-        if name not in names:
-            tensor = tensor.unsqueeze(0)
-            names.insert(0, name)
-    if sorted(names) != sorted(_AXES):
-        raise ConfigError(f"axes {axes!r} must be among {' '.join(_AXES)}, with page and token (or slot) and dim")
-    return tensor.permute([names.index(name) for name in _AXES])
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +142,7 @@ class PageCopier:
         model = layout.model
         layers = range(model.num_layers) if layers is None else layers
         heads = range(model.num_kv_heads) if heads is None else heads
-        _check_fit(layout, paged, layers, heads)
+        check_fit(layout, paged, layers, heads)
         self.layout = layout
         self.paged = paged
         self.parts = layout.parts_covering(layers, heads)
@@ -344,7 +245,7 @@ class PageCopier:
         slot_kv = tokens * slot_token
         addresses = np.array([[one.data_ptr() for one in layer] for layer in planes])
         runs: list[_Run] = []
-        for layers, kv in _progressions(addresses, _extent(plane)):
+        for layers, kv in _progressions(addresses, extent_of(plane)):
             starts = addresses[layers, kv]
             layer_step = int(starts[1, 0] - starts[0, 0]) if starts.shape[0] > 1 else 0
             axes = [
@@ -492,30 +393,6 @@ class PageCopier:
             return self._device
 
 
-def _check_fit(layout: BlockLayout, paged: PagedKV, layers: range, heads: range) -> None:
-    """Raise ConfigError naming the first way in which the tensors and the layout differ."""
-    model = layout.model
-    pairs = (
-        ("layers", len(paged.planes), len(layers)),
-        ("keys and values", paged.num_kv, model.num_kv),
-        ("KV heads", paged.num_heads, len(heads)),
-        ("head_dim", paged.head_dim, model.head_dim),
-    )
-    for what, has, wants in pairs:
-        if has != wants:
-            raise ConfigError(f"the engine's tensors have {has} {what}, the store's layout {wants}")
-    dtype, wanted = str(paged.dtype).removeprefix("torch."), engine_dtype(model.kv_dtype)
-    # Engines keep fp8 as uint8; anything else of the same size would be a silent reinterpretation.
-    if dtype != wanted and not (dtype == "uint8" and wanted.startswith("float8")):
-        raise ConfigError(f"the engine's tensors are {dtype}, the store's layout is {model.kv_dtype}")
-    page_tokens, block_tokens = paged.page_tokens, model.block_tokens
-    if page_tokens % block_tokens and block_tokens % page_tokens:
-        raise ConfigError(
-            f"pages of {page_tokens} tokens neither divide nor are divided by blocks of {block_tokens}: "
-            "choose block_tokens accordingly"
-        )
-
-
 def _finished(copying: Copying) -> int:
     copying.finish()
     return copying.num_bytes
@@ -523,12 +400,6 @@ def _finished(copying: Copying) -> int:
 
 def _memory(address: int, num_bytes: int) -> memoryview:
     return memoryview((ctypes.c_char * num_bytes).from_address(address))
-
-
-def _extent(plane: torch.Tensor) -> int:
-    """Bytes from a plane's first element to its last."""
-    steps = zip(plane.shape, plane.stride(), strict=True)
-    return plane.element_size() * (1 + sum((size - 1) * step for size, step in steps))
 
 
 def _progressions(addresses: npt.NDArray[np.int64], extent: int) -> list[tuple[slice, slice]]:
