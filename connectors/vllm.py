@@ -36,10 +36,11 @@ from connectors.vllm_pages import DevicePages, EnginePages, PackedPages, Strided
 from connectors.vllm_plan import Orders, Report, Scheduled, VllmSettings
 from connectors.vllm_scheduler import SchedulerSide
 from connectors.vllm_worker import WorkerSide
-from kvstore.api import Load, Store
+from kvstore.api import Load, Register, Store
 from kvstore.block import ModelId
 from kvstore.errors import ConfigError
 from kvstore.layout import BlockLayout
+from kvstore.pinning import CudaPins, pin
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -332,6 +333,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             pages,
             layers=mine.layers,
             saves=mine.saves,
+            register=_register_with(tensors[0].device),
         )
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
@@ -409,6 +411,13 @@ def _tensors_of(kv_caches: Mapping[str, torch.Tensor], layers: range) -> tuple[l
     if missing:
         raise ConfigError(f"the engine registered no KV for layers {missing} of the model")
     return [found[index] for index in layers], names
+
+
+def _register_with(device: torch.device) -> Register | None:
+    """What tells `device` of the memory that slots lie in, each worker its own; None where it copies by itself."""
+    if device.type != "cuda":
+        return None
+    return lambda memory: pin(memory, runtime=CudaPins(device))
 
 
 def _pages_of(

@@ -27,7 +27,7 @@ from connectors.vllm_device import DeviceLoad, DeviceSave
 from connectors.vllm_identity import Roots
 from connectors.vllm_pages import DevicePages, EnginePages
 from connectors.vllm_plan import LoadOrder, LoadReport, Orders, Report, SaveOrder, VllmSettings, failed_pages
-from kvstore.api import Load, LoadedBlock, Save, SaysWhole, Store
+from kvstore.api import LendsMemory, Load, LoadedBlock, Register, Registration, Save, SaysWhole, Store
 from kvstore.block import Chain, ModelId
 from kvstore.transfer import SlotViews
 
@@ -81,7 +81,10 @@ class _Job:
 
 
 class WorkerSide:
-    """See the module. `adopt` makes a Load of what the scheduler's side shared; `layers` are the pages'."""
+    """See the module. `adopt` makes a Load of what the scheduler's side shared; `layers` are the pages'.
+
+    `register`: tells the pages' device of the memory that slots lie in, without which its copies are slower.
+    """
 
     def __init__(
         self,
@@ -93,9 +96,13 @@ class WorkerSide:
         *,
         layers: range = range(0),
         saves: bool = True,
+        register: Register | None = None,
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
+        self._registration: Registration | None = None
+        if register is not None and isinstance(store, LendsMemory):
+            self._registration = store.register_memory(register)
         self._adopt = adopt
         self._pages = pages
         self._device = pages if isinstance(pages, DevicePages) else None
@@ -465,3 +472,5 @@ class WorkerSide:
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._savers.shutdown(wait=True)
         self._helpers.shutdown(wait=True)
+        if self._registration is not None:
+            self._registration.close()  # last: no copy may be under way

@@ -19,15 +19,18 @@ from connectors.vllm_pages import StridedPages
 from connectors.vllm_plan import Orders, Scheduled, VllmSettings
 from connectors.vllm_scheduler import SchedulerSide
 from connectors.vllm_worker import WorkerSide
-from kvstore.api import Load
-from kvstore.block import ModelId
+from kvstore.api import Load, Register
+from kvstore.block import Chain, ModelId, Root
 from kvstore.config import StoreConfig
+from kvstore.copy_windows import address_of
 from kvstore.layout import layout_of
+from kvstore.pinning import PINNED, pin
 from kvstore.store import KVStore
 from kvstore.transfer import to_tensor
 from tests.connectors.test_vllm_plan import FakeRequest, tokens
 from tests.fakes import FakeClock
 from tests.lazy_streams import LazyStreams
+from tests.test_pinning import FakeCuda
 from tests.waiting import eventually
 
 BLOCK, PAGE, LAYERS, HEADS, DIM = 16, 8, 4, 2, 8
@@ -80,7 +83,7 @@ class Watched:
 class Device:
     """Both sides, driven as vLLM drives them, over a real store."""
 
-    def __init__(self, seed: int, *, intact: bool = True, **settings: Any) -> None:
+    def __init__(self, seed: int, *, intact: bool = True, register: Register | None = None, **settings: Any) -> None:
         self.streams = LazyStreams(seed)
         self.clock = FakeClock()
         self.store = KVStore(StoreConfig.load({"host": {"capacity_bytes": 64 << 20}}, environ={}))
@@ -89,7 +92,16 @@ class Device:
         self.side = SchedulerSide(made, MODEL, self.store, lambda load: load, now_s=self.clock.now_s)
         pages = StridedPages(layout_of(MODEL), self.tensors, range(LAYERS), range(HEADS), streams=self.streams)
         adopt = lambda load: cast(Load, Watched(cast(Load, load), self.streams, intact))
-        self.worker = WorkerSide(made, MODEL, self.store, adopt, pages, layers=range(LAYERS), now_s=self.clock.now_s)
+        self.worker = WorkerSide(
+            made,
+            MODEL,
+            self.store,
+            adopt,
+            pages,
+            layers=range(LAYERS),
+            register=register,
+            now_s=self.clock.now_s,
+        )
         self.read: dict[int, list[set[float]]] = {}
 
     def fill(self, pages: Pages, value: float) -> None:
@@ -336,6 +348,25 @@ def test_after_a_load_is_given_up_its_copies_come_before_whatever_the_engine_doe
     assert device.read[0] == [{5.0 + 10 * number} for number in range(10)]
     device.side.ended(request, list(pages))
     device.close()
+
+
+def test_the_device_learns_of_the_slots_beside_the_engines_start_and_forgets_them_with_the_worker() -> None:
+    cuda = FakeCuda()
+    cuda.gate.clear()
+    device = Device(1, register=lambda memory: pin(memory, runtime=cuda))
+    device.store_blocks(64, 2.0)  # it serves meanwhile
+    assert cuda.held == {}
+    cuda.gate.set()
+    assert eventually(lambda: sum(cuda.held.values()) == 64 << 20)
+    chain = Chain(Root(MODEL), tokens(64))
+    device.store.match(chain, "look")
+    with device.store.load("look") as load:
+        views = [view for block in load for view in block.views]
+        assert len(views) == 8
+        assert all(PINNED.covers(address_of(view), view.nbytes) for view in views)
+    del views, load
+    device.close()
+    assert cuda.held == {}
 
 
 class Mode(enum.Enum):
