@@ -229,6 +229,7 @@ class EngineRequest(Protocol):
     lora_request: LoraRequest | None
     mm_features: Sequence[MediaFeature]
     prompt_embeds: Any
+    prompt_is_token_ids: Sequence[bool] | None
     skip_reading_prefix_cache: bool
     kv_transfer_params: Mapping[str, object] | None
 
@@ -241,7 +242,9 @@ def media_of(request: EngineRequest) -> list[tuple[int, bytes]]:
     ]
     if request.prompt_embeds is not None:
         embeds = request.prompt_embeds.detach().cpu().contiguous()
-        head = f"{tuple(embeds.shape)}|{embeds.dtype}|".encode()
+        # Which places are tokens, too: the ids do not say it, since 0 stands for an embedding and is also a token.
+        tokens = "".join("01"[is_token] for is_token in request.prompt_is_token_ids or ())
+        head = f"{tuple(embeds.shape)}|{embeds.dtype}|{tokens}|".encode()
         content = embeds.flatten().view(torch.uint8).numpy().tobytes()
         items.append((0, hashlib.sha256(b"embeds|" + head + content).digest()))
     return sorted(items)

@@ -61,6 +61,7 @@ class FakeRequest:
     lora_request: Any = None
     mm_features: Sequence[Any] = ()
     prompt_embeds: Any = None
+    prompt_is_token_ids: list[bool] | None = None
     kv_transfer_params: dict[str, object] | None = None
     skip_reading_prefix_cache: bool = False
 
@@ -226,6 +227,12 @@ def test_a_miss_allocates_nothing_and_leaves_nothing() -> None:
     assert bench.side.match(request, 0) == (0, False)
     bench.side.allocated(request, bench.pages_for(request), 0)
     assert bench.step((request, 100)).loads == ()
+    # Asked once, let go of, and said to others; then what the step computed is saved.
+    assert bench.store.calls == ["match", "match_partial", "forget", "announce", "save"]
+    assert bench.report() == set()
+    assert bench.worker.bad_pages() == set()
+    assert bench.pages.written == []
+    assert "loads" not in bench.side.figures.counts
     bench.side.ended(request, bench.pages_for(request))
     bench.report()
     bench.close()
@@ -623,6 +630,67 @@ def test_a_reset_leaves_nothing_of_before_to_be_saved() -> None:
     bench.close()
 
 
+def test_the_load_of_an_aborted_request_is_reported_by_its_deadline() -> None:
+    go = threading.Event()
+
+    class Stuck(FakeStore):
+        def load(self, *args: Any, **kwargs: Any) -> FakeLoad:
+            return StuckLoad(super().load(*args, **kwargs), go)
+
+    bench = Bench(Stuck(), sync_load_ms=0, load_deadline_ms=500)
+    bench.fill(tokens(100))
+    request = FakeRequest("r", tokens(120))
+    bench.side.match(request, 0)
+    bench.side.allocated(request, bench.pages_for(request), 96)
+    bench.step()
+    bench.side.ended(request, bench.pages_for(request))
+    bench.step()
+    assert bench.report() == set()
+    bench.clock.time_s += 0.5
+    assert bench.report() == {"r"}
+    assert bench.side.check() == []
+    go.set()
+    bench.close()
+    assert bench.pages.written == []
+
+
+def test_a_load_that_cannot_be_shared_in_time_is_reported_as_failed_without_waiting_for_it() -> None:
+    go = threading.Event()
+    bench = Bench(sync_load_ms=0, load_deadline_ms=500)
+    bench.fill(tokens(100))
+    share = bench.side._share
+    bench.side._share = lambda load: share(load) if go.wait(10) else None
+    request = FakeRequest("r", tokens(120))
+    bench.side.match(request, 0)
+    began_s = time.monotonic()
+    bench.side.allocated(request, bench.pages_for(request), 96)  # the scheduler's thread
+    assert bench.step().loads == ()
+    assert time.monotonic() - began_s < 5
+    bench.clock.time_s += 0.5
+    assert [order.lease for order in bench.step().loads] == [None]
+    assert eventually(lambda: bench.report() == {"r"})
+    assert bench.worker.bad_pages() == set(range(100, 112))
+    go.set()
+    bench.side.ended(request, bench.pages_for(request))
+    bench.side.close()
+    bench.close()
+
+
+def test_only_what_lies_in_the_host_is_loaded_before_the_step() -> None:
+    class HalfBelow(FakeStore):
+        def match(self, *args: Any, **kwargs: Any) -> Match:
+            found = super().match(*args, **kwargs)
+            half = found.num_blocks // 2
+            return Match(found.num_blocks, half, 0, True, (("host", half), ("redis", found.num_blocks - half)))
+
+    bench = Bench(HalfBelow(), sync_load_ms=1000)
+    bench.fill(tokens(100))
+    request = FakeRequest("r", tokens(120))
+    assert bench.side.match(request, 0) == (96, True)
+    bench.side.ended(request, [])
+    bench.close()
+
+
 def test_an_aborted_request_keeps_its_pages_until_its_load_is_reported() -> None:
     go = threading.Event()
 
@@ -743,6 +811,47 @@ def test_an_adapter_is_a_miss_until_its_digest_is_known() -> None:
     bench.close()
 
 
+def test_digests_of_adapters_are_computed_on_another_thread_once_each(tmp_path: Path) -> None:
+    go, seen = threading.Event(), list[tuple[str, str]]()
+
+    def digest(directory: Path) -> bytes:
+        go.wait(10)
+        seen.append((directory.name, threading.current_thread().name))
+        if not directory.exists():
+            raise FileNotFoundError(directory)
+        return directory.name.encode()
+
+    (tmp_path / "one").mkdir()
+    digests = AdapterDigests(digest)
+    one = SimpleNamespace(lora_name="x", lora_int_id=1, lora_path=str(tmp_path / "one"), load_inplace=False)
+    gone = SimpleNamespace(lora_name="x", lora_int_id=1, lora_path=str(tmp_path / "gone"), load_inplace=False)
+    futures = [digests.of(one), digests.of(gone), digests.of(one)]
+    assert not any(future.done() for future in futures), "whoever asks does not wait"
+    go.set()
+    assert futures[0].result(10) == futures[2].result(10) == b"one"
+    assert isinstance(futures[1].exception(10), FileNotFoundError)
+    assert [name for name, _ in seen] == ["one", "gone"]
+    assert all(thread.startswith("kvstore-lora") for _, thread in seen)
+    one.load_inplace = True  # its files have changed under its name and number
+    assert digests.of(one).result(10) == b"one"
+    assert len(seen) == 3
+    digests.close()
+
+
+def test_a_request_whose_adapter_cannot_be_read_runs_without_reuse(tmp_path: Path) -> None:
+    bench = Bench()
+    bench.fill(tokens(100))
+    gone = SimpleNamespace(lora_name="x", lora_int_id=1, lora_path=str(tmp_path / "gone"), load_inplace=False)
+    request = FakeRequest("r", tokens(120), lora_request=gone)
+    bench.side.arrived(request)
+    assert bench.side._tracked["r"].adapter.exception(10) is not None
+    assert bench.side.match(request, 0) == (0, False)
+    bench.side.allocated(request, bench.pages_for(request), 0)
+    assert bench.step((request, 120)).saves == ()
+    assert not bench.side.ended(request, bench.pages_for(request))
+    bench.close()
+
+
 def test_an_adapter_is_known_by_its_weights_and_settings(tmp_path: Path) -> None:
     digests = []
     for name, weights, settings in (("a", b"w", b"{}"), ("b", b"w", b"{}"), ("c", b"v", b"{}"), ("d", b"w", b"{ }")):
@@ -794,6 +903,26 @@ def test_embeddings_stand_for_tokens_they_have_none_of() -> None:
     assert digests[0] == digests[1] != digests[2]
     assert digests[0][0][0] == 0
     assert len(digests[0][0][1]) == hashlib.sha256().digest_size
+
+
+def test_prompts_of_embeddings_share_blocks_only_where_they_are_equal() -> None:
+    torch = pytest.importorskip("torch")
+    bench = Bench()
+
+    def ask(name: str, value: float, is_token: list[bool] | None = None) -> int | None:
+        embeds = torch.full((100, 4), value)
+        request = FakeRequest(name, [0] * 100, prompt_embeds=embeds, prompt_is_token_ids=is_token)
+        found, _ = bench.side.match(request, 0)
+        bench.step((request, 100))
+        bench.side.ended(request, bench.pages_for(request))
+        bench.report()
+        return found
+
+    assert [ask("a", 1.0), ask("b", 1.0), ask("c", 2.0), ask("d", 2.0)] == [0, 96, 0, 96]
+    # Which places are tokens is not in the ids: those of embeddings are 0, as a token may be.
+    first, other = [True, *[False] * 99], [False, True, *[False] * 98]
+    assert [ask("e", 2.0, first), ask("f", 2.0, first), ask("g", 2.0, other)] == [0, 96, 0]
+    bench.close()
 
 
 def test_a_request_that_must_not_read_gets_nothing() -> None:
