@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 
 import pytest
 
@@ -71,3 +72,24 @@ def test_nodes_are_read_as_the_kernel_writes_them() -> None:
     assert nodes_with_memory(lambda _: None) == []
     assert chosen_node("auto", lambda _: None) is None
     assert chosen_node("none", lambda _: "0-1") is None
+
+
+def host(**gpus: str) -> tuple[Callable[[str], str | None], Callable[[], list[str]]]:
+    """What a host with two nodes says of itself; `gpus`: the node of each, by name. There is a network card at 1."""
+    said = {"/sys/devices/system/node/has_memory": "0-1\n"}
+    devices = {"net": ("0x15b3", "0x020000", "1"), "sound": ("0x10de", "0x040300", "0")}
+    devices |= {name: ("0x10de", "0x030200", node) for name, node in gpus.items()}
+    for name, values in devices.items():
+        for key, value in zip(("vendor", "class", "numa_node"), values, strict=True):
+            said[f"/sys/bus/pci/devices/{name}/{key}"] = f"{value}\n"
+    return said.get, lambda: sorted(devices)
+
+
+def test_memory_comes_from_the_node_of_the_gpus_where_they_have_one() -> None:
+    assert chosen_node("auto", *host(gpu0="1", gpu1="1")) == 1
+    assert chosen_node("auto", *host(gpu0="0")) == 0
+    assert chosen_node("auto", *host(gpu0="0", gpu1="1")) is None  # of two nodes neither is the nearer
+    assert chosen_node("auto", *host(gpu0="-1")) is None  # a virtual machine that does not say
+    assert chosen_node("auto", *host()) is None
+    assert chosen_node("auto", *host(gpu0="7")) is None  # a node without memory
+    assert chosen_node("0", *host(gpu0="1")) == 0

@@ -30,6 +30,7 @@ from bench.models import random_llama
 from connectors.base import LoadRule
 from connectors.transformers import BlockCache, Generation, TransformersConnector
 from connectors.transformers_identity import model_id_of
+from kvstore.api import Match
 from kvstore.config import StoreConfig
 from kvstore.errors import ConfigError
 from kvstore.store import KVStore
@@ -267,6 +268,47 @@ def test_the_range_that_is_computed_is_announced(llama: LlamaForCausalLM) -> Non
     connector.generate(torch.cat([prompt(100), prompt(60, seed=3)], dim=1), max_new_tokens=2)
     assert store.announced == [(0, 6), (6, 10)]
     assert store.check() == []
+
+
+class Elsewhere(FakeStore):
+    """A store in which somebody else's blocks appear, two with every look."""
+
+    def __init__(self, theirs: FakeStore) -> None:
+        super().__init__()
+        self.theirs = dict(theirs.blocks)
+        self.stuck = False
+
+    def match(self, *args: Any, **kwargs: Any) -> Match:
+        for block in list(self.theirs)[:2] if not self.stuck else ():
+            self.blocks[block] = self.theirs.pop(block)
+        self.num_pending = len(self.theirs)
+        return super().match(*args, **kwargs)
+
+
+def test_blocks_that_somebody_computes_are_waited_for_one_after_the_other(llama: LlamaForCausalLM) -> None:
+    other, ids = FakeStore(), prompt(161)
+    connect(llama, other).generate(ids, max_new_tokens=1)
+    store = Elsewhere(other)
+    connector = connect(llama, store)
+    connector.cost.seen_prefill(160, 0, 0.5)
+    done = connector.generate(ids, max_new_tokens=NEW)
+    assert hits(done) == 160
+    assert torch.equal(done.sequences, plain(llama, ids))
+    assert done.saved_blocks == 0
+    assert store.check() == []
+
+
+def test_who_waits_in_vain_computes_after_what_computing_would_have_taken(llama: LlamaForCausalLM) -> None:
+    other, ids = FakeStore(), prompt(161)
+    connect(llama, other).generate(ids, max_new_tokens=1)
+    store = Elsewhere(other)
+    store.stuck = True
+    connector = connect(llama, store)
+    connector.cost.seen_prefill(160, 0, 0.2)
+    done = connector.generate(ids, max_new_tokens=NEW)
+    assert hits(done) == 0
+    assert torch.equal(done.sequences, plain(llama, ids))
+    assert 0.2 <= done.ttft_s < 5
 
 
 def test_blocks_are_saved_as_each_chunk_fills_them(llama: LlamaForCausalLM) -> None:
