@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("torch", reason="connectors copy torch tensors")
 
-from bench.breakeven import AGAIN, ALWAYS, NEVER, PLAN, Cell, estimate, measure, summarise
+from bench.breakeven import AGAIN, ALWAYS, NEVER, PLAN, Cell, estimate, measure, samples, summarise
 
 
 def test_the_estimate_passes_over_a_few_disturbed_rounds_and_sees_what_is_in_all_of_them() -> None:
@@ -43,6 +43,35 @@ def test_rounds_are_compared_with_themselves_and_the_better_arm_is_the_one_that_
     assert cell.mean_pct(PLAN, NEVER) == pytest.approx(10.0)
     close = Cell(1.0, 128, {**seconds, ALWAYS: dict.fromkeys(range(4), 0.5)}, NEVER)
     assert close.better == ALWAYS
+
+
+def test_what_is_kept_of_the_requests_gives_the_same_estimate() -> None:
+    rng = np.random.default_rng(1)
+    seconds: dict[str, dict[int, float]] = {NEVER: {}, PLAN: {}, AGAIN: {}}
+    rows: list[dict[str, object]] = []
+    for at in range(40):
+        for arm in (NEVER, PLAN, *([AGAIN] if at >= 3 else [])):
+            seconds[arm][at] = float(rng.normal(0.05, 0.005))
+            row = {
+                "gb_per_s": 1.0,
+                "tokens": 128,
+                "arm": arm,
+                "round": at,
+                "reused": 0,
+                "equal": (arm, at) != (AGAIN, 9),
+            }
+            rows.append({**row, "ttft_s": seconds[arm][at]})
+    kept = {row["arm"]: row for row in samples(rows)}
+    again: dict[str, dict[int, float]] = {}
+    for arm, row in kept.items():
+        times, first = row["ttft_ms"], row["first_round"]
+        assert isinstance(times, list)
+        assert isinstance(first, int)
+        again[str(arm)] = {at: ms / 1e3 for at, ms in enumerate(times, first)}
+    before, after = (Cell(1.0, 128, {**each, ALWAYS: {}}, NEVER) for each in (seconds, again))
+    assert estimate(after.log_ratios(PLAN, NEVER)) == pytest.approx(estimate(before.log_ratios(PLAN, NEVER)), abs=0.02)
+    assert len(after.log_ratios(AGAIN, NEVER)) == 37
+    assert [row["equal"] for row in kept.values()] == [True, True, False]
 
 
 @pytest.mark.slow
