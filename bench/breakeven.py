@@ -10,8 +10,9 @@ by is what the method gives for no difference at all. Arms come in an order of t
 each disturbs the one after it, and in turns it would always be the same one.
 
 A cell's figure is the Hodges-Lehmann estimate over its rounds' ratios (the median of all pairs' geometric means), with
-the 95 % interval that belongs to it, of the signed rank test: as good as blind to a few disturbed rounds like a median,
-with less noise. Since it is blind to what happens seldom, such as tries of a slow tier, the mean is beside it.
+the 95 % interval that belongs to it, of the signed rank test (`bench.paired`): as good as blind to a few disturbed
+rounds like a median, with less noise. Since it is blind to what happens seldom, such as tries of a slow tier, the mean
+is beside it.
 
 Cold start: before each row of the grid, which has one speed, the plan's connector is new. It is then served three
 prompts that nobody has and two that are in Redis; nothing else is known to it, and it goes on learning in the cells.
@@ -40,6 +41,7 @@ from bench.asked import print_figures
 from bench.env import stamp
 from bench.models import random_llama
 from bench.options import listed, whole
+from bench.paired import estimate
 from bench.report import print_table, write_json
 from bench.reuse_plots import plot_breakeven
 from bench.slow_link import SlowLink
@@ -224,21 +226,6 @@ def _write_down(model: PreTrainedModel, stored: dict[int, torch.Tensor], config:
             connector.generate(prompt, max_new_tokens=1)
         if not store.flush(60):
             raise RuntimeError("the prompts were not written to Redis in a minute")
-
-
-def estimate(log_ratios: list[float]) -> tuple[float, float, float]:
-    """By how many per cent these ratios differ from 1, and the 95 % confidence interval of that.
-
-    Hodges and Lehmann, "Estimates of Location Based on Rank Tests" (1963): the median of the means of all pairs, each
-    value with itself included; the interval leaves out at each end as many of these as the signed rank test would.
-    """
-    values, num = np.array(log_ratios), len(log_ratios)
-    first, second = np.triu_indices(num)
-    means = np.sort((values[first] + values[second]) / 2)
-    spread = 1.96 * math.sqrt(num * (num + 1) * (2 * num + 1) / 24)
-    skip = max(0, int(num * (num + 1) / 4 - spread))
-    centre, low, high = np.median(means), means[skip], means[len(means) - 1 - skip]
-    return 100 * math.expm1(centre), 100 * math.expm1(low), 100 * math.expm1(high)
 
 
 def summarise(cells: list[Cell], grid: Grid) -> tuple[list[Row], dict[str, float | bool | str]]:

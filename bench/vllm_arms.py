@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """An engine for ``bench vllm``: runs under a Python that has vLLM and serves what it is told, a line of JSON each.
 
-Its input: {"prompt": [...], "new": tokens to generate, "forget": empty the engine's own prefix cache first}. Its
-answer, after "ROW ": seconds to the first token and to the last, tokens that were cached, and the tokens.
+Its input: {"prompt": [...], "new": tokens to generate, "forget": empty the engine's own prefix cache first,
+"connected": false takes the connector off the engine for this request}. Its answer, after "ROW ": seconds to the first
+token and to the last, tokens that were cached, and the tokens.
 """
 
 from __future__ import annotations
@@ -30,6 +31,22 @@ def _let_vllm_look_at_llvmlite() -> None:
     ffi.lib._fntab["__dict__"] = {}  # where it looks up its attributes, each a function of the library
 
 
+class Connector:
+    """An engine's connector, which can be taken off between requests: for vLLM there is none then.
+
+    Everything that vLLM asks is whether one of these two is None; of what it was configured to, nothing else is left on
+    a CPU. The connector's threads stay, with nothing to do.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+        self._state: Any = importlib.import_module("vllm.distributed.kv_transfer.kv_transfer_state")
+        self._ends = (scheduler.connector, self._state._KV_CONNECTOR_AGENT)
+
+    def connect(self, connected: bool) -> None:
+        self._scheduler.connector, self._state._KV_CONNECTOR_AGENT = self._ends if connected else (None, None)
+
+
 def main() -> None:
     options: dict[str, Any] = json.loads(sys.argv[1])
     if options["transfer"] and options["transfer"]["kv_connector"].startswith("LMCache"):
@@ -52,9 +69,11 @@ def main() -> None:
         kv_transfer_config=options["transfer"],
     )
     core = llm.llm_engine.engine_core.engine_core
+    connector = Connector(core.scheduler)
     print("ROW {}", flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
+        connector.connect(asked.get("connected", True))
         if asked["forget"]:
             llm.reset_prefix_cache()
         params = SamplingParams(temperature=0, max_tokens=asked["new"], ignore_eos=True, detokenize=False)

@@ -1,110 +1,176 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the vLLM connector costs where nothing is ever reused: a real engine with it and one without take turns.
 
-Two engines differ from start to start by more than the connector costs: where their pages and threads come to lie.
-So several pairs are started, in alternating order, and within a pair requests go A B B A, one engine at a time. Each
-pair of requests gives one ratio. The interval is a bootstrap over starts and, within them, over requests: with few
-starts it is as wide as it should be. A third arm is a second engine without the connector: its ratio says what the
-measurement itself is good for.
+Two comparisons, both of requests that take turns within a round, in an order drawn anew for each:
+
+- *between engines*, as asked: an engine with the connector against two that were started without. Engines that are
+  alike differ by more than the connector costs, differently at each start, by where their pages and threads come to
+  lie. So a start is one observation, however many rounds it has: the median of its rounds. Many starts with few rounds
+  say more than few with many.
+- *within an engine*: for some requests the connector is taken off the running engine (`bench.vllm_arms`). Pages,
+  threads and caches are the same, so a round is one observation. This says best what the connector does. What it would
+  not see is an engine that is slower for having been configured with one: that is compared between engines too.
+
+Each has a null beside it, of two arms that do not differ: two engines without, two requests of a round with it taken
+off. It says what the measurement itself is good for.
+
+All estimates are Hodges and Lehmann's with the interval of the signed rank test (`bench.paired`), which asks nothing of
+how observations are spread: single requests stall. With six starts it spans all of them, at 97 %. This was chosen
+before it was run. What the sidecar's process takes of the processors is measured by the kernel, without a comparison.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import signal
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
 from bench.asked import print_figures
 from bench.env import stamp
+from bench.paired import estimate
 from bench.report import write_json
 from bench.vllm_engines import PYTHON, VOCABULARY, Engine, Sidecar, model_options, native_dtype, transfer_to
 from kvstore.tiers.valkey import EmbeddedServer
 
-HELP = "what the connector costs a vLLM engine where nothing is reused: pairs of engines, started again and again"
-OURS, PLAIN, AGAIN = "connector", "none", "none again"
-_RESAMPLES = 2000
+HELP = "what the connector costs a vLLM engine where nothing is reused: engines started again and again"
+OURS, OFF, OFF_AGAIN, PLAIN, AGAIN = "connector", "taken off", "taken off again", "none", "none again"
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """By how much requests of `arms` take longer than those of `bases`, the geometric mean of each in a round."""
+
+    name: str
+    arms: tuple[str, ...]
+    bases: tuple[str, ...]
+    by_start: bool
+
+
+_COMPARED = (
+    Compared("zero_reuse", (OURS,), (PLAIN, AGAIN), by_start=True),
+    Compared("no_difference", (AGAIN,), (PLAIN,), by_start=True),
+    Compared("configured", (OFF, OFF_AGAIN), (PLAIN, AGAIN), by_start=True),
+    Compared("same_engine", (OURS,), (OFF, OFF_AGAIN), by_start=False),
+    Compared("same_engine_no_difference", (OFF_AGAIN,), (OFF,), by_start=False),
+)
+_MEASURED = (("ttft_s", "overhead_pct"), ("seconds", "throughput_pct"))
 
 
 class ColdRow(TypedDict):
-    """One request."""
+    """One request; `sidecar_s` is CPU of the sidecar's process while it ran."""
 
     arm: str
     start: int
     pair: int
     ttft_s: float
     seconds: float
+    sidecar_s: float
 
 
-def serve(
-    engines: dict[str, Engine], start: int, pairs: int, prompt_tokens: int, new: int, rng: random.Random
-) -> list[ColdRow]:
-    """Prompts that nobody has seen, one engine at a time; the order turns round with every pair."""
-    rows: list[ColdRow] = []
-    order = list(engines.items())
-    for pair in range(-1, pairs):  # the first warms up
-        for arm, engine in order if (pair + start) % 2 else order[::-1]:
-            row = engine.serve([rng.randrange(1, VOCABULARY) for _ in range(prompt_tokens)], new=new, forget=False)
-            # By chance a prompt begins as one of the last did, for a token or two, and these are reused.
-            assert row["hit_tokens"] < 8
-            if pair >= 0:
-                rows.append(ColdRow(arm=arm, start=start, pair=pair, ttft_s=row["ttft_s"], seconds=row["seconds"]))
-    return rows
+@dataclass(frozen=True)
+class Start:
+    """The engines of one start: which serves an arm, and what they are asked."""
+
+    number: int
+    engines: Mapping[str, Engine]
+    sidecar: Sidecar
+    prompt_tokens: int
+    new: int
+    rng: random.Random
+
+    def measure(self, pairs: int) -> list[ColdRow]:
+        """Prompts that nobody has seen, one engine at a time."""
+        rows: list[ColdRow] = []
+        for pair in range(-1, pairs):  # the first warms up
+            for arm in self.rng.sample(list(self.engines), k=len(self.engines)):
+                before_s = self.sidecar.cpu_s()
+                row = self._serve(arm, self._prompt())
+                sidecar_s = self.sidecar.cpu_s() - before_s
+                # By chance a prompt begins as one of the last did, for a token or two, and these are reused.
+                assert row["hit_tokens"] < 8
+                if pair >= 0:
+                    rows.append(
+                        ColdRow(
+                            arm=arm,
+                            start=self.number,
+                            pair=pair,
+                            ttft_s=row["ttft_s"],
+                            seconds=row["seconds"],
+                            sidecar_s=sidecar_s,
+                        )
+                    )
+        return rows
+
+    def check(self) -> None:
+        """That one arm has a connector and the other has none: what each served, and whether it can be had again."""
+        for arm, saved in ((OURS, True), (OFF, False)):
+            prompt = self._prompt()
+            self._serve(arm, prompt)
+            again = self.engines[OURS].serve(prompt, forget=True)
+            assert (again["hit_tokens"] > self.prompt_tokens // 2) == saved, (arm, again["hit_tokens"])
+
+    def _serve(self, arm: str, prompt: list[int]) -> dict[str, Any]:
+        return self.engines[arm].serve(prompt, new=self.new, forget=False, connected=arm not in (OFF, OFF_AGAIN))
+
+    def _prompt(self) -> list[int]:
+        return [self.rng.randrange(1, VOCABULARY) for _ in range(self.prompt_tokens)]
 
 
-def overheads(rows: Sequence[ColdRow], arm: str, what: str) -> list[list[float]]:
-    """Per cent that `arm` took longer than none, of each pair of requests, by start."""
-    found: dict[int, list[float]] = {}
-    under = {(row["start"], row["pair"]): float(row[what]) for row in rows if row["arm"] == PLAIN}  # type: ignore[literal-required]
+def log_ratios(rows: Sequence[ColdRow], compared: Compared, what: str) -> dict[int, list[float]]:
+    """By start, one a round: what `arms` took over what `bases` did, as a logarithm."""
+    logs: dict[tuple[int, int], dict[str, float]] = {}
     for row in rows:
-        if row["arm"] == arm:
-            ratio = float(row[what]) / under[row["start"], row["pair"]]  # type: ignore[literal-required]
-            found.setdefault(row["start"], []).append(100 * (ratio - 1))
-    return list(found.values())
-
-
-def interval(starts: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """95 % bootstrap interval of the median, resampling starts and then pairs within them."""
-    rng = random.Random(0)
-    medians = sorted(
-        statistics.median(
-            value for start in rng.choices(starts, k=len(starts)) for value in rng.choices(start, k=len(start))
-        )
-        for _ in range(_RESAMPLES)
-    )
-    return medians[_RESAMPLES // 40], medians[-_RESAMPLES // 40]
+        logs.setdefault((row["start"], row["pair"]), {})[row["arm"]] = math.log(row[what])  # type: ignore[literal-required]
+    found: dict[int, list[float]] = {}
+    for (start, _), took in logs.items():
+        above, below = (statistics.fmean(took[arm] for arm in arms) for arms in (compared.arms, compared.bases))
+        found.setdefault(start, []).append(above - below)
+    return found
 
 
 def summarise(rows: Sequence[ColdRow]) -> dict[str, Any]:
     summary: dict[str, Any] = {}
-    for arm, name in ((OURS, "zero_reuse"), (AGAIN, "no_difference")):
-        for what, figure in (("ttft_s", "overhead_pct"), ("seconds", "throughput_pct")):
-            starts = overheads(rows, arm, what)
-            if not starts:
-                continue
-            low, high = interval(starts)
-            summary[f"{name}_{figure}"] = statistics.median(value for start in starts for value in start)
-            summary |= {f"{name}_{figure}_low": low, f"{name}_{figure}_high": high}
-            summary[f"{name}_{figure}_by_start"] = ", ".join(f"{statistics.median(start):.2f}" for start in starts)
-    pairs = overheads(rows, OURS, "ttft_s")
-    return {**summary, "num_starts": len(pairs), "num_pairs": sum(len(start) for start in pairs)}
+    there = {row["arm"] for row in rows}
+    for compared in _COMPARED:
+        for what, figure in _MEASURED if {*compared.arms, *compared.bases} <= there else ():
+            starts = log_ratios(rows, compared, what)
+            medians = [statistics.median(start) for start in starts.values()]
+            key = f"{compared.name}_{figure}"
+            summary[key], summary[f"{key}_low"], summary[f"{key}_high"] = estimate(
+                medians if compared.by_start else [value for start in starts.values() for value in start]
+            )
+            summary[f"{key}_by_start"] = ", ".join(f"{100 * math.expm1(value):.2f}" for value in medians)
+    num_pairs = sum(row["arm"] == OURS for row in rows)
+    # All of it, whenever it came: what a request leaves to be done is done during the next.
+    sidecar_s = sum(row["sidecar_s"] for row in rows) / num_pairs
+    seconds = statistics.median(row["seconds"] for row in rows if row["arm"] == OURS)
+    return {
+        **summary,
+        "sidecar_cpu_ms_a_request": 1e3 * sidecar_s,
+        "sidecar_cpu_pct_of_request": 100 * sidecar_s / seconds,
+        "num_starts": len({row["start"] for row in rows}),
+        "num_pairs": num_pairs,
+    }
 
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m bench vllm_cold", description=__doc__.split("\n")[0])
     add = made.add_argument
     add("--model", choices=("random", "smollm2"), default="random", help="about 100 M parameters, or SmolLM2-135M")
-    add("--starts", type=int, default=4, help="times that the engines are started (default 4)")
-    add("--pairs", type=int, default=12, help="pairs of requests a start (default 12)")
+    add("--starts", type=int, default=6, help="times that the engines are started (default 6)")
+    add("--pairs", type=int, default=8, help="rounds of requests a start (default 8)")
     add("--prompt", type=int, default=1024, help="tokens of a prompt (default 1024)")
     add("--new", type=int, default=16, help="tokens of an answer (default 16)")
-    add("--again", action="store_true", help="a second engine without the connector beside them")
+    add("--one-engine", action="store_true", help="only compare within an engine")
     add("--dtype", default=native_dtype(), help="of weights and KV (default here %(default)s)")
     add("--python", type=Path, default=PYTHON, help="a Python that has vLLM")
     add("--json", type=Path, help="write the result here")
@@ -123,18 +189,20 @@ def main(argv: list[str]) -> int:
         redis = stack.enter_context(EmbeddedServer())
         sidecar = stack.enter_context(Sidecar(directory, redis.url))
         sidecar.start()
-        arms = {OURS: transfer_to("KVStoreConnector", "connectors.vllm", {"address": sidecar.address}), PLAIN: None}
-        if asked.again:
-            arms[AGAIN] = None
-        for start in range(asked.starts):
+        ours = transfer_to("KVStoreConnector", "connectors.vllm", {"address": sidecar.address})
+        kinds = {OURS: ours} if asked.one_engine else {OURS: ours, PLAIN: None, AGAIN: None}
+        for number in range(asked.starts):
             with ExitStack() as engines:
-                order = list(arms) if start % 2 else list(arms)[::-1]
-                made = {arm: Engine(asked.python, {**options, "transfer": arms[arm]}) for arm in order}
+                made = {}
+                for arm in rng.sample(list(kinds), k=len(kinds)):
+                    made[arm] = engines.enter_context(Engine(asked.python, {**options, "transfer": kinds[arm]}))
                 for engine in made.values():
-                    engines.enter_context(engine)
                     engine.wait()
-                rows += serve({arm: made[arm] for arm in order}, start, asked.pairs, asked.prompt, asked.new, rng)
-            print(f"start {start}: {summarise(rows)}", file=sys.stderr, flush=True)
+                arms = {**made, OFF: made[OURS], OFF_AGAIN: made[OURS]}
+                start = Start(number, arms, sidecar, asked.prompt, asked.new, rng)
+                rows += start.measure(asked.pairs)
+                start.check()
+            print(f"start {number}: {summarise(rows)}", file=sys.stderr, flush=True)
     summary = summarise(rows)
     print_figures("vllm-cold-cpu", summary)
     if asked.json:

@@ -93,8 +93,10 @@ class Engine:
         """Until it is up: engines start side by side, and then each is waited for once."""
         self.answer()
 
-    def serve(self, prompt: Sequence[int], *, new: int = 1, forget: bool = True) -> dict[str, Any]:
-        return self.ask({"prompt": list(prompt), "new": new, "forget": forget})
+    def serve(
+        self, prompt: Sequence[int], *, new: int = 1, forget: bool = True, connected: bool = True
+    ) -> dict[str, Any]:
+        return self.ask({"prompt": list(prompt), "new": new, "forget": forget, "connected": connected})
 
     def ask(self, order: dict[str, object]) -> dict[str, Any]:
         self.send(order)
@@ -151,6 +153,12 @@ class Sidecar:
             if self._process.poll() is not None or time.monotonic() > deadline_s:
                 raise RuntimeError(f"kvstore serve did not become ready:\n{self._log.read_text()}")
             time.sleep(0.05)
+
+    def cpu_s(self) -> float:
+        """CPU that its threads have had so far."""
+        assert self._process is not None
+        tasks = Path(f"/proc/{self._process.pid}/task").iterdir()
+        return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
 
     def end(self) -> None:
         """Let it finish what it writes to Redis, and go."""

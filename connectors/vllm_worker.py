@@ -29,7 +29,6 @@ from connectors.vllm_pages import DevicePages, EnginePages
 from connectors.vllm_plan import LoadOrder, LoadReport, Orders, Report, SaveOrder, VllmSettings, failed_pages
 from kvstore.api import LendsMemory, Load, LoadedBlock, Register, Registration, Save, SaysWhole, Store
 from kvstore.block import Chain, ModelId
-from kvstore.transfer import SlotViews
 
 log = logging.getLogger("kvstore.connector.vllm")
 
@@ -39,9 +38,6 @@ _IDLE_WAIT_S = 0.002
 
 _COPIERS = min(4, len(os.sched_getaffinity(0)))
 """Threads that copy one load together. Two copied 64 MiB of packed pages in 10 ms where one took 20."""
-
-_FEW = 4
-"""Blocks that are not worth waking a thread for."""
 
 _AT_ONCE = 8
 """Blocks that a load copies between two looks at whether it still should: each call costs 20 µs beside the copy."""
@@ -430,25 +426,12 @@ class WorkerSide:
     def _copy_out(self, order: SaveOrder) -> tuple[int, int]:
         """(blocks published, blocks refused). Raises what the store raises."""
         with self._reserve(order) as save:
-            self._gather(order.pages, [(index, save.views(index)) for index in save.indices])
-            return save.commit(*save.indices) if save.indices else 0, save.num_refused
-
-    def _gather(self, pages: Sequence[int], blocks: Sequence[tuple[int, SlotViews]]) -> None:
-        """Copy blocks out, on several threads: the engine waits, its cores are idle. On one, 16 MiB took 5 ms."""
-
-        engine = self._host
-        assert engine is not None
-
-        size = max(_FEW, -(-len(blocks) // _COPIERS))
-        helping = [
-            self._helpers.submit(engine.gather, pages, blocks[at : at + size]) for at in range(size, len(blocks), size)
-        ]
-        try:
-            engine.gather(pages, blocks[:size])
-        finally:
-            wait(helping)  # nothing may write to slots that are given up
-        for done in helping:
-            done.result()
+            if not save.indices:
+                return 0, save.num_refused
+            pages = self._host
+            assert pages is not None
+            pages.gather(order.pages, [(index, save.views(index)) for index in save.indices])
+            return save.commit(*save.indices), save.num_refused
 
     def _count(self, name: str, value: float) -> None:
         if value:

@@ -173,7 +173,13 @@ static void turn_tiles(char *to, const char *from, int64_t lines, int64_t rows, 
 }
 #endif
 
-enum { SHORT_ROW = 256 };
+enum {
+    SHORT_ROW = 256,
+    AT_ONCE = 64 << 10 /* bytes that one of a team takes, or one place */
+};
+
+/* GOMP_parallel: run `work(shared)` on this thread and its team, of the usual size for 0, and wait for all. */
+typedef void team_fn(void (*work)(void *), void *shared, unsigned num_threads, unsigned flags);
 
 /* A rectangle of single elements: `across` of them follow each other at the destination, `down` at the source, where
  * the next rectangle begins `ahead` bytes on. */
@@ -244,30 +250,74 @@ static int dense_axis(int num_axes, const int64_t *steps, size_t row_bytes)
     return -1;
 }
 
-/* For each of num_places pairs of addresses, copy rows of row_bytes over num_axes axes, at most 8; steps are in
- * bytes. Sources and destinations must not overlap. */
-void kvstore_copy(size_t num_places, char *const *to, const char *const *from, int num_axes, const int64_t *sizes,
-                  const int64_t *to_steps, const int64_t *from_steps, size_t row_bytes)
+typedef struct {
+    leaf each;
+    char *const *to;
+    const char *const *from;
+    int num_axes;
+    int64_t sizes[8], to_steps[8], from_steps[8];
+    size_t num_places, at_once;
+    size_t next; /* the first place that nobody has taken */
+} job;
+
+/* What one copy of `num_places` does. */
+static void begin(job *made, size_t num_places, char *const *to, const char *const *from, int num_axes,
+                  const int64_t *sizes, const int64_t *to_steps, const int64_t *from_steps, size_t row_bytes)
 {
     leaf each = {row_bytes < SHORT_ROW && row_bytes % LINE ? copy_plain : row_copy(), row_bytes, 0, {0, 0, 0, 0, 0}};
-    int64_t outer[3][8];
     int across = dense_axis(num_axes, to_steps, row_bytes), down = dense_axis(num_axes, from_steps, row_bytes);
+    size_t place_bytes = row_bytes;
+    int kept = 0;
     each.turned = across >= 0 && down >= 0 && across != down && (row_bytes == 1 || row_bytes == 2 || row_bytes == 4 || row_bytes == 8);
-    if (each.turned) {
-        rectangle area = {sizes[across], sizes[down], to_steps[down], from_steps[across], 0};
-        int kept = 0;
-        each.area = area;
-        for (int at = 0; at < num_axes; at++)
-            if (at != across && at != down) {
-                outer[0][kept] = sizes[at], outer[1][kept] = to_steps[at], outer[2][kept] = from_steps[at];
-                kept++;
-            }
-        each.area.ahead = kept ? outer[2][kept - 1] : 0;
-        num_axes = kept, sizes = outer[0], to_steps = outer[1], from_steps = outer[2];
+    for (int at = 0; at < num_axes; at++) {
+        place_bytes *= (size_t)sizes[at];
+        if (each.turned && (at == across || at == down))
+            continue;
+        made->sizes[kept] = sizes[at], made->to_steps[kept] = to_steps[at], made->from_steps[kept] = from_steps[at];
+        kept++;
     }
-    for (size_t at = 0; at < num_places; at++)
-        copy_axes(&each, to[at], from[at], num_axes, sizes, to_steps, from_steps);
+    if (each.turned) {
+        rectangle area = {sizes[across], sizes[down], to_steps[down], from_steps[across],
+                          kept ? made->from_steps[kept - 1] : 0};
+        each.area = area;
+    }
+    made->each = each;
+    made->to = to, made->from = from;
+    made->num_axes = kept;
+    made->num_places = num_places;
+    made->at_once = place_bytes && place_bytes < AT_ONCE ? AT_ONCE / place_bytes : 1;
+    made->next = 0;
+}
+
+/* Copy places until none is left to take: what each of a team does. */
+static void work(void *shared)
+{
+    job *all = shared;
+    for (;;) {
+        size_t at = __atomic_fetch_add(&all->next, all->at_once, __ATOMIC_RELAXED), stop = at + all->at_once;
+        if (at >= all->num_places)
+            break;
+        for (stop = stop < all->num_places ? stop : all->num_places; at < stop; at++)
+            copy_axes(&all->each, all->to[at], all->from[at], all->num_axes, all->sizes, all->to_steps, all->from_steps);
+    }
     copies_done();
+}
+
+/* For each of num_places pairs of addresses, copy rows of row_bytes over num_axes axes, at most 8; steps are in
+ * bytes. Sources and destinations must not overlap.
+ *
+ * `team`, where it is not NULL, is GOMP_parallel of the OpenMP runtime that computes on this thread, and the threads of
+ * its team copy along. Between two operators they spin for some milliseconds, on every core, and a thread of our own
+ * waits as long for one. Places are taken, not dealt: a thread that comes late finds the rest, or nothing. */
+void kvstore_copy(size_t num_places, char *const *to, const char *const *from, int num_axes, const int64_t *sizes,
+                  const int64_t *to_steps, const int64_t *from_steps, size_t row_bytes, team_fn *team)
+{
+    job made;
+    begin(&made, num_places, to, from, num_axes, sizes, to_steps, from_steps, row_bytes);
+    if (team && num_places > made.at_once)
+        team(work, &made, 0, 0);
+    else
+        work(&made);
 }
 
 /* So that the build backend, which takes this for an extension module, finds the name it asks the linker for. */

@@ -68,13 +68,33 @@ def assign(into: npt.NDArray[Any], source: npt.NDArray[Any]) -> None:
     copy_places([into.ctypes.data], [source.ctypes.data], shape)
 
 
+Team = ctypes.c_void_p
+"""`GOMP_parallel` of an OpenMP runtime; empty for none."""
+
+
+def compute_team() -> Team:
+    """The threads that torch computes with when the calling thread asks it to; empty where it has loaded none.
+
+    A runtime keeps a team for each thread that computes: only the engine's own has one that is awake.
+    """
+    try:
+        # Torch makes its runtime's names global, and LLVM's and Intel's have this one too.
+        found = ctypes.CDLL(None).GOMP_parallel
+    except AttributeError:
+        return Team()
+    return ctypes.cast(found, Team)
+
+
+_ALONE = Team()
+
 Addresses = Sequence[int] | npt.NDArray[np.uintp]
 
 
-def copy_places(into: Addresses, sources: Addresses, shape: Shape) -> None:
+def copy_places(into: Addresses, sources: Addresses, shape: Shape, *, team: Team = _ALONE) -> None:
     """The same strided copy at each pair of addresses, in one call without the GIL.
 
-    The caller answers for the addresses: nothing here can check them.
+    The caller answers for the addresses: nothing here can check them. With a `team` of `compute_team`, on the
+    thread that computes with it, its threads copy along.
     """
     to, source = np.ascontiguousarray(into, np.uintp), np.ascontiguousarray(sources, np.uintp)
     if to.shape != source.shape or to.ndim != 1:
@@ -85,7 +105,7 @@ def copy_places(into: Addresses, sources: Addresses, shape: Shape) -> None:
         return
     sizes, to_steps, from_steps = (native.Steps(*(axis[at] for axis in shape.axes)) for at in range(3))
     native.copy_strided(
-        len(to), to.ctypes.data, source.ctypes.data, len(shape.axes), sizes, to_steps, from_steps, shape.row_bytes
+        len(to), to.ctypes.data, source.ctypes.data, len(shape.axes), sizes, to_steps, from_steps, shape.row_bytes, team
     )
 
 

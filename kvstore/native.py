@@ -56,7 +56,7 @@ def _load() -> Any:
         return None
     size = ctypes.c_size_t
     pointer = ctypes.c_void_p
-    library.kvstore_copy.argtypes = [size, pointer, pointer, ctypes.c_int, Steps, Steps, Steps, size]
+    library.kvstore_copy.argtypes = [size, pointer, pointer, ctypes.c_int, Steps, Steps, Steps, size, pointer]
     library.kvstore_copy.restype = None
     chars = ctypes.c_char_p
     library.kvstore_hash_chain.argtypes = [chars, chars, size, chars, size, size, chars]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore.copying import MIN_BYTES, Shape, assign, copy_bytes, copy_places
+from kvstore.copying import MIN_BYTES, Shape, assign, compute_team, copy_bytes, copy_places
 from kvstore.native import is_built
 
 
@@ -92,3 +92,29 @@ def test_bytes_copy_between_views() -> None:
     into = bytearray(len(source))
     copy_bytes(memoryview(into), memoryview(source))
     assert into == source
+
+
+@pytest.mark.parametrize("num_places", [1, 2, 37])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_team_of_the_threads_that_torch_computes_with_copies_what_one_thread_does(
+    num_places: int, turned: bool
+) -> None:
+    torch = pytest.importorskip("torch")
+    torch.set_num_threads(2)
+    torch.rand(1 << 20).sum()  # so that there is a team
+    rng = np.random.default_rng(num_places)
+    source = rng.integers(1, 200, (num_places, 64, 1024)).astype(np.uint16)
+    if turned:
+        into = np.zeros((num_places, 1024, 64), np.uint16)
+        axes = [(64, 2, 2048), (1024, 128, 2)]
+    else:
+        into = np.zeros((num_places, 64, 1024), np.uint16)
+        axes = [(64, 2048, 2048), (1024, 2, 2)]
+    shape = Shape.of(axes, 2)
+    copy_places([each.ctypes.data for each in into], [each.ctypes.data for each in source], shape, team=compute_team())
+    assert np.array_equal(into, source.transpose(0, 2, 1) if turned else source)
+
+
+def test_torch_has_a_team_here() -> None:
+    pytest.importorskip("torch")
+    assert compute_team().value

@@ -27,6 +27,10 @@ from kvstore.service_options import check_token_is_hidden, socket_path
 from kvstore.wire import kvstore_pb2 as pb
 from kvstore.wire.kvstore_pb2_grpc import KVStoreStub
 
+_MOST_SKIPPED = 5
+"""Of so many beats with nothing to say only one is sent. One took 3 ms of CPU, on both sides together, from an engine
+that computes on the same cores."""
+
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -198,20 +202,27 @@ class Connection:
         `take_saved` gives seconds to report, `ended` is called when the stream ends.
         """
         every_s = max(0.05, min(1.0, self.opened.lease_s / 4))
+        most = max(1, min(_MOST_SKIPPED, int(self.opened.lease_s / 4 / every_s)))
         begun: queue.SimpleQueue[Any] = queue.SimpleQueue()
         lane = self.plane.lane
 
         def beats() -> Iterator[pb.Beat]:
-            notices = None
+            notices, is_ready, num_skipped = None, False, 0
             while not self.lost.wait(0 if notices is None else every_s):
                 ticket = b"" if lane is None else lane.ask_anew()
-                yield self.beat(take_saved(), ticket)
+                saved_s = take_saved()
+                num_skipped += 1
+                if is_ready and num_skipped < most and not ticket and not saved_s:
+                    continue
+                num_skipped = 0
+                yield self.beat(saved_s, ticket)
                 notices = notices or begun.get()
                 try:
                     notice = next(notices)
                 except (grpc.RpcError, StopIteration):
                     return
-                if notice.prefaulted:
+                is_ready = notice.prefaulted
+                if is_ready:
                     self.plane.prefaulted()
                 if lane is not None and ticket:
                     lane.begin_anew(notice.lane_begun)

@@ -10,23 +10,8 @@ import pytest
 
 pytest.importorskip("torch", reason="connectors copy torch tensors")
 
-from bench.breakeven import AGAIN, ALWAYS, NEVER, PLAN, Cell, estimate, measure, samples, summarise
-
-
-def test_the_estimate_passes_over_a_few_disturbed_rounds_and_sees_what_is_in_all_of_them() -> None:
-    quiet = [math.log(1.04)] * 37
-    centre, low, high = estimate([*quiet, math.log(3.0), math.log(2.0), math.log(0.5)])
-    assert (centre, low, high) == pytest.approx((4.0, 4.0, 4.0), abs=0.5)
-
-
-def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
-    rng = np.random.default_rng(0)
-    held = 0
-    for _ in range(400):
-        noise = rng.normal(math.log(1.02), 0.1, 25) + (rng.random(25) < 0.05) * rng.normal(0, 1, 25)
-        _, low, high = estimate(noise.tolist())
-        held += low <= 2.0 <= high
-    assert 0.92 <= held / 400 <= 0.98
+from bench.breakeven import AGAIN, ALWAYS, NEVER, PLAN, Cell, measure, samples, summarise
+from bench.paired import estimate
 
 
 def test_rounds_are_compared_with_themselves_and_the_better_arm_is_the_one_that_went_on() -> None:
