@@ -2,9 +2,11 @@
 """What a lower tier that keeps nothing of what the host holds would bring: hits, writes, and what a restart leaves.
 
 A trace through a host and a private tier below it, without bytes. What the host evicts goes down, what is found below
-comes up. Three ways:
+comes up. Four ways, of which kvstore has the first two (`mover.tiering`; with `mover.write = "on_evict"`):
 
-inclusive   what came up stays below, which evicts chains from their ends, as kvstore's tiers do
+inclusive   what came up stays below, which evicts chains from their ends; a use warms a block wherever it lies
+cooled      uses in the host leave what lies below alone, and what came up is the next to go there, as far as nothing
+            else hangs from it: kvstore's exclusive tiers
 ends        what came up leaves the lower tier where nothing hangs from it there, deepest first: each block below keeps
             its parent there, so that it is found after a restart, and the tier's own checks hold
 exclusive   what came up leaves the lower tier: a block is in one place. Of a chain whose head is used often, only the
@@ -17,6 +19,7 @@ The last half of time counts, as in `bench policies`.
 from __future__ import annotations
 
 import argparse
+import heapq
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -36,11 +39,13 @@ from kvstore.layout import layout_of
 from kvstore.policies import POLICIES
 from kvstore.policies.lru import LruPolicy
 from kvstore.pool import BlockPool
+from kvstore.tiers.redis_names import STEP_S
 
 HELP = "two tiers that share nothing: hits, writes and what a restart finds, beside inclusive ones"
 
-INCLUSIVE, ENDS, EXCLUSIVE = "inclusive", "ends", "exclusive"
-MODES = (INCLUSIVE, ENDS, EXCLUSIVE)
+INCLUSIVE, COOLED, ENDS, EXCLUSIVE = "inclusive", "cooled", "ends", "exclusive"
+MODES = (INCLUSIVE, COOLED, ENDS, EXCLUSIVE)
+_COOLED_S = 43_200.0  # as `kvstore.tiers.redis_upkeep` does
 SIZES = ((1.0, 10.0), (5.0, 10.0), (5.0, 5.0))
 """Of the host and of the tier below, in per cent of the trace's blocks."""
 
@@ -102,7 +107,7 @@ class Below:
     def touch(self, chain: Chain, num_blocks: int, hint: Hint) -> None:
         self._order.touch(chain.ids[:num_blocks], hint)
 
-    def came_up(self, chain: Chain, num_blocks: int) -> None:
+    def came_up(self, chain: Chain, num_blocks: int, hint: Hint) -> None:
         """The chain's first blocks are in the host now."""
         for at in range(num_blocks - 1, -1, -1) if self._mode != INCLUSIVE else ():
             if chain.ids[at] not in self._order:
@@ -128,11 +133,66 @@ class Below:
         return 100 * found / max(1, len(blocks))
 
 
+class Cooled(Below):
+    """The lower tier by scores, as Redis has it: by last use below, and what came up before all."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity, COOLED)
+        self._scores: dict[BlockId, float] = {}
+        self._heap: list[tuple[float, BlockId]] = []
+
+    def run(self, chain: Chain, start: int) -> int:
+        at = start
+        while at < len(chain) and chain.ids[at] in self._scores:
+            at += 1
+        return at - start
+
+    def write(self, chain: Chain, index: int, hint: Hint) -> int:
+        fresh = [at for at in range(index + 1) if chain.ids[at] not in self._scores]
+        for at in fresh:
+            if at:
+                self._children[chain.ids[at - 1]] = self._children.get(chain.ids[at - 1], 0) + 1
+        for at in range(index + 1):
+            self._put(chain.ids[at], hint.time_s - at * STEP_S)
+        return len(fresh)
+
+    def touch(self, chain: Chain, num_blocks: int, hint: Hint) -> None:
+        """A use above says nothing here."""
+
+    def came_up(self, chain: Chain, num_blocks: int, hint: Hint) -> None:
+        there = min(self.run(chain, 0), num_blocks)
+        for at in range(there - 1, -1, -1):
+            below = at + 1 < len(chain) and chain.ids[at + 1] in self._scores
+            if self._children.get(chain.ids[at], 0) > below:
+                return
+            score = hint.time_s - _COOLED_S - at * STEP_S
+            if score < self._scores[chain.ids[at]]:
+                self._put(chain.ids[at], score)
+
+    def shrink(self, where: dict[BlockId, tuple[Chain, int]]) -> None:
+        while len(self._scores) > self._capacity:
+            score, block = heapq.heappop(self._heap)
+            if self._scores.get(block) == score:
+                del self._scores[block]
+                chain, at = where[block]
+                if at:
+                    self._children[chain.ids[at - 1]] -= 1
+
+    def found_alone_pct(self, where: dict[BlockId, tuple[Chain, int]]) -> float:
+        found = sum(self.run(where[block][0], 0) > where[block][1] for block in self._scores)
+        return 100 * found / max(1, len(self._scores))
+
+    def _put(self, block: BlockId, score: float) -> None:
+        self._scores[block] = score
+        heapq.heappush(self._heap, (score, block))
+
+
 def replay(trace: Trace, policy: str, sizes_pct: tuple[float, float], mode: str) -> Row:
     """The whole trace through a host under `policy` and a tier below it."""
     host_blocks, lower_blocks = (max(1, round(trace.num_unique * pct / 100)) for pct in sizes_pct)
     host = BlockPool(Seats(host_blocks), POLICIES.load(policy)(POLICIES.options(policy, {})))
-    layout, gone, below = layout_of(MODEL), Gone(), Below(lower_blocks, mode)
+    layout, gone = layout_of(MODEL), Gone()
+    below = Cooled(lower_blocks) if mode == COOLED else Below(lower_blocks, mode)
     host.open(layout, host_blocks)
     host.observe(gone)
     where: dict[BlockId, tuple[Chain, int]] = {}
@@ -144,7 +204,7 @@ def replay(trace: Trace, policy: str, sizes_pct: tuple[float, float], mode: str)
         found = in_host + below.run(chain, in_host)
         below.touch(chain, found, hint)
         fresh = sum(below.write(*where[block], hint) for block in gone.take())
-        below.came_up(chain, stop)
+        below.came_up(chain, stop, hint)
         below.shrink(where)
         if trace.counted(request):
             hits, asked, written = hits + found, asked + len(chain), written + fresh
@@ -182,7 +242,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
     """Of each mode but inclusive: hits gained at best, writes added at worst, and what is found alone at worst."""
     base = {_place(row): row for row in rows if row["mode"] == INCLUSIVE}
     summary: dict[str, float] = {}
-    for mode in (ENDS, EXCLUSIVE):
+    for mode in (COOLED, ENDS, EXCLUSIVE):
         pairs = [(row, base[_place(row)]) for row in rows if row["mode"] == mode]
         summary[f"gained_pts_{mode}"] = max(_of(row, "hit_pct") - _of(other, "hit_pct") for row, other in pairs)
         summary[f"more_written_pct_{mode}"] = max(

@@ -25,6 +25,7 @@ from kvstore.api import NO_HINT
 from kvstore.block import Chain, ModelId, Root
 from kvstore.config import StoreConfig
 from kvstore.layout import layout_of
+from kvstore.policies.standing import LRU, STANDINGS
 from kvstore.store import KVStore
 from kvstore.tiers.redis import RedisTier
 from kvstore.tiers.valkey import EmbeddedServer
@@ -66,7 +67,9 @@ def chain_of(root: Root, hash_ids: Sequence[int]) -> Chain:
     return Chain(root, np.stack([ids, ids ^ np.uint32(0x5A5A5A5A)], axis=1).reshape(-1))
 
 
-def replay(requests: Iterable[Sequence[int]], capacity_bytes: int, host_blocks: int, progress: Progress) -> Outcome:
+def replay(
+    requests: Iterable[Sequence[int]], capacity_bytes: int, host_blocks: int, progress: Progress, policy: str = LRU
+) -> Outcome:
     """Serve requests in turn from two stores over one server, then look at what is left."""
     requests = list(requests)
     task = progress.add_task("replay", total=len(requests))
@@ -76,7 +79,7 @@ def replay(requests: Iterable[Sequence[int]], capacity_bytes: int, host_blocks: 
         "request": {"lookup_deadline_s": 5},
     }
     with EmbeddedServer() as server:
-        options = RedisTier.Options(url=server.url, capacity_bytes=capacity_bytes, sweep_every_s=0)
+        options = RedisTier.Options(url=server.url, capacity_bytes=capacity_bytes, sweep_every_s=0, policy=policy)
         tiers = [RedisTier(options), RedisTier(options)]
         stores = [KVStore(StoreConfig.load(values, environ={}), tiers=[tier]) for tier in tiers]
         try:
@@ -177,6 +180,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--trace", type=Path, required=True, help="JSON lines with hash_ids (Mooncake's format)")
     parser.add_argument("--capacity", type=float, default=5, help="Redis capacity, %% of distinct blocks (default: 5)")
     parser.add_argument("--host", type=float, default=1, help="each host tier, %% of distinct blocks (default: 1)")
+    parser.add_argument("--policy", choices=list(STANDINGS), default=LRU, help="of the stores (default: lru)")
     parser.add_argument("--limit", type=int, default=0, help="requests to replay (default: all)")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args(argv)
@@ -186,7 +190,8 @@ def main(argv: list[str]) -> int:
     distinct = len({each for request in requests for each in request})
     host_blocks = max(int(distinct * options.host / 100), max(map(len, requests)))
     with Progress(transient=True) as progress:
-        outcome = replay(requests, int(distinct * options.capacity / 100) * VALUE_BYTES, host_blocks, progress)
+        capacity_bytes = int(distinct * options.capacity / 100) * VALUE_BYTES
+        outcome = replay(requests, capacity_bytes, host_blocks, progress, options.policy)
         capacity_blocks = int(distinct * options.capacity / 100)
         alone, broken = replay_tiers(requests, capacity_blocks * VALUE_BYTES, progress)
     exact = exact_lru(requests, capacity_blocks)

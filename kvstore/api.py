@@ -70,13 +70,18 @@ class Hint:
     def __post_init__(self) -> None:
         _check_wish("hint.priority", self.priority, "hint.ttl_s", self.ttl_s)
 
-    def priority_of(self, block: int) -> int:
-        """What the hint says of the chain's block `block`: a range that touches it anywhere has the say."""
+    def retention_of(self, block: int) -> Retention | None:
+        """The range that has the say over the chain's block `block`: the last of those that touch it anywhere."""
         start, stop = block * self.block_tokens, (block + 1) * self.block_tokens
         for each in reversed(self.retention if self.block_tokens else ()):
             if each.start < stop and (each.stop is None or each.stop > start):
-                return each.priority
-        return self.priority
+                return each
+        return None
+
+    def priority_of(self, block: int) -> int:
+        """What the hint says of the chain's block `block`: a range that touches it anywhere has the say."""
+        wish = self.retention_of(block)
+        return self.priority if wish is None else wish.priority
 
 
 def _check_wish(name: str, priority: int, time_name: str, time_s: float | None) -> None:

@@ -17,20 +17,23 @@ from enum import Enum
 
 import numpy as np
 
-from kvstore.api import Hint
+from kvstore.api import NO_HINT, Hint
 from kvstore.block import BlockId, BlockMeta, Chain, PartKey, RootId
 from kvstore.clock import Clock
 from kvstore.errors import ConfigError, TierError
+from kvstore.policies.standing import LRU, RETURNS, STANDINGS
+from kvstore.spill import Risen, Spill, Tiering
 from kvstore.stats import Stats
-from kvstore.tiers.base import Tier
+from kvstore.tiers.base import AS_USED, Later, Tier
 from kvstore.tiers.host import HostTier
 
 log = logging.getLogger("kvstore.mover")
 
 _BATCH_BYTES = 64 << 20
+_BATCH_SHARE = 16
+"""Of the host, that a batch may be: what is being written cannot be evicted meanwhile."""
 _IDLE_S = 0.05
 _MAX_TOUCHES = 1024
-_EVICT_AHEAD_SHARE = 0.1
 _ATTEMPTS = 2
 _MAX_S = 86_400.0
 
@@ -53,6 +56,9 @@ class MoverOptions:
 
     Attributes:
         write: when blocks go to lower tiers: through, on_reuse or on_evict.
+        tiering: inclusive, or exclusive: blocks go down when they are about to leave the host, whatever `write` says,
+            uses in the host do not warm them below, and what came up goes first there (`kvstore.spill`). The rest of
+            the host goes down when the store is closed, within `flush_s`, or drained.
         min_priority: blocks of which the request that commits or reuses them says less stay in the host; 0 to 100.
         min_return_probability: those that the host's policy (`returns`) thinks less likely used again stay there.
             What a block that goes down hangs from goes too, whatever is thought of it.
@@ -63,6 +69,7 @@ class MoverOptions:
     """
 
     write: str = "on_reuse"
+    tiering: str = Tiering.INCLUSIVE.value
     min_priority: int = 0
     min_return_probability: float = 0.0
     write_bytes_per_s: int = 0
@@ -74,15 +81,28 @@ class MoverOptions:
         accepted = [mode.value for mode in WriteMode]
         if self.write not in accepted:
             raise ConfigError(f"mover.write is {self.write!r}: use one of {', '.join(accepted)}")
+        tierings = [tiering.value for tiering in Tiering]
+        if self.tiering not in tierings:
+            raise ConfigError(f"mover.tiering is {self.tiering!r}: use one of {', '.join(tierings)}")
         if self.min_priority > 100:
             raise ConfigError(f"mover.min_priority is {self.min_priority}: give 0 (all) to 100")
-        if self.min_priority and self.write == WriteMode.ON_EVICT.value:
-            raise ConfigError("mover.min_priority needs mover.write through or on_reuse: nobody asks at eviction")
+        if self.min_priority and self.mode is WriteMode.ON_EVICT:
+            raise ConfigError(
+                "mover.min_priority needs mover.write through or on_reuse, and inclusive tiers: nobody asks at eviction"
+            )
         if not 0 <= self.min_return_probability <= 1:
             raise ConfigError(f"mover.min_return_probability is {self.min_return_probability}: give 0 (all) to 1")
         for name, least_s in (("write_deadline_s", 0.001), ("flush_s", 0.0)):
             if not least_s <= getattr(self, name) <= _MAX_S:
                 raise ConfigError(f"mover.{name} is {getattr(self, name)}: give seconds from {least_s:g} to {_MAX_S:g}")
+
+    @property
+    def is_exclusive(self) -> bool:
+        return self.tiering == Tiering.EXCLUSIVE.value
+
+    @property
+    def mode(self) -> WriteMode:
+        return WriteMode.ON_EVICT if self.is_exclusive else WriteMode(self.write)
 
 
 def _after_last(wanted: Sequence[bool]) -> int:
@@ -100,6 +120,7 @@ class _Outcome(Enum):
 class _Job:
     blocks: list[BlockId]
     num_bytes: int
+    hint: Hint
     tiers: list[int]
     attempt: int = 1
 
@@ -114,7 +135,10 @@ class Mover:
         self._tiers = list(tiers)
         self._written = [number for number, tier in enumerate(tiers) if not tier.read_only]
         self._options = options
-        self._mode = WriteMode(options.write)
+        self._mode = options.mode
+        self._spill = Spill(host, tiers, self, clock, is_exclusive=options.is_exclusive)
+        self._drain_until_s: float | None = None
+        self._num_left = 0
         self._clock = clock
         self._stats = stats
         self._wake = threading.Condition()
@@ -127,6 +151,7 @@ class Mover:
         """Told what a tier has confirmed, parents before children. On the demotion thread, no lock held."""
         """Told of blocks that were to go down and will not."""
         self._touches: dict[BlockId, tuple[Chain, int, tuple[int, ...], Hint]] = {}
+        self._risen: Risen = {}
         self._busy = False
         self._dirty = False
         self._closing = False
@@ -155,7 +180,7 @@ class Mover:
         least = self._options.min_priority
         blocks = [chain.ids[index] for index in indices]
         stop = _after_last([hint.priority_of(index) >= least for index in indices]) if least else len(blocks)
-        self._enqueue(blocks[:stop], block_bytes)
+        self._enqueue(blocks[:stop], block_bytes, hint)
         self._leave(blocks[stop:])
 
     def _leave(self, blocks: Sequence[BlockId]) -> None:
@@ -178,6 +203,15 @@ class Mover:
                 self._touches[tail] = (chain, num_blocks, parts, hint)
                 self._wake.notify()
 
+    def came_up(self, chain: Chain, num_blocks: int, parts: tuple[int, ...]) -> None:
+        """Of the chain's first `num_blocks` some were brought from lower tiers into the host."""
+        self._dirty = True
+        if self._options.is_exclusive and num_blocks:
+            with self._wake:
+                if len(self._risen) < _MAX_TOUCHES:
+                    self._risen[chain.ids[num_blocks - 1]] = (chain, num_blocks, parts)
+                    self._wake.notify()
+
     @property
     def writes_through(self) -> bool:
         """What is committed goes down, unless it is dropped."""
@@ -187,7 +221,7 @@ class Mover:
         """It waits to be written down, or is being written."""
         return block in self._queued or block in self._writing
 
-    def _enqueue(self, blocks: Sequence[BlockId], block_bytes: int) -> None:
+    def _enqueue(self, blocks: Sequence[BlockId], block_bytes: int, hint: Hint) -> None:
         dropped: Sequence[BlockId] = ()
         with self._wake:
             if not self._closing:
@@ -198,7 +232,7 @@ class Mover:
                     # The head is kept: a tail without it could not be found.
                     fresh, dropped = fresh[:room], fresh[room:]
                 if fresh:
-                    self._push(_Job(fresh, len(fresh) * block_bytes, self._written))
+                    self._push(_Job(fresh, len(fresh) * block_bytes, hint, self._written))
         if dropped:
             self.lost(dropped)
 
@@ -216,7 +250,7 @@ class Mover:
                 self._busy = False
                 self._writing = frozenset()
                 self._wake.notify_all()
-                if not self._jobs and not self._touches:
+                if not self._jobs and not self._touches and not self._risen and self._drain_until_s is None:
                     if self._closing:
                         return
                     self._wake.wait(_IDLE_S if self._mode is WriteMode.ON_EVICT else None)
@@ -226,45 +260,66 @@ class Mover:
                 if job is not None:  # from here on, a part committed to one of its blocks is news again
                     self._queued.difference_update(job.blocks)
                 touches, self._touches = self._touches, {}
+                risen, self._risen = self._risen, {}
+                drain_until_s = self._drain_until_s
             try:
                 self._pass_touches(touches)
+                self._spill.came_up(risen)
                 if job is not None:
                     self._demote(job)
-                elif self._mode is WriteMode.ON_EVICT:
-                    self._evict_ahead()
+                elif drain_until_s is not None:
+                    self._drain(drain_until_s)
+                elif self._mode is WriteMode.ON_EVICT and self._dirty:
+                    self._dirty = False
+                    self._dirty |= not self._spill.ahead()
             except Exception:  # a thread's top: a bug here must not end demotion for good
                 log.exception("demotion failed")
                 self._stats.add("mover.errors")
 
     def _pass_touches(self, touches: dict[BlockId, tuple[Chain, int, tuple[int, ...], Hint]]) -> None:
         for chain, num_blocks, parts, hint in touches.values():
+            if self._options.is_exclusive:
+                self._spill.used(chain, num_blocks, parts)
             keys = chain.part_keys(0, num_blocks, parts)
             for number, tier in enumerate(self._tiers):
                 try:
-                    tier.touch(keys, hint)
+                    if not self._options.is_exclusive or tier.read_only:
+                        tier.touch(keys, hint, self._standing(number, chain.ids[:num_blocks], range(num_blocks), hint))
                     if hint.closed:
                         private_from = self._host.pool.shared_to(chain.ids[:num_blocks], chain.root.id)
                         tier.retire(keys, private_from * len(parts))
                 except TierError as error:
-                    self._note_failure(number, error)
+                    self.note_failure(number, error)
 
-    def _likely(self, blocks: Sequence[BlockId]) -> list[bool]:
-        """Whether each is as likely used again as is asked for."""
+    def _standing(self, number: int, blocks: Sequence[BlockId], indices: Sequence[int], hint: Hint) -> Later:
+        """How much later than now a use of blocks, at `indices` of their chain, counts in tier `number`."""
+        tier = self._tiers[number]
+        if tier.ranking == LRU:
+            return AS_USED
+        odds = self._host.pool.return_odds(blocks) if tier.ranking == RETURNS else [1.0] * len(blocks)
+        later = STANDINGS[tier.ranking](hint, indices, odds, tier.span_s)
+        return {block: seconds for block, seconds in zip(blocks, later, strict=True) if seconds}
+
+    def likely(self, blocks: Sequence[BlockId]) -> list[bool]:
+        """Whether each is as likely used again as is asked for; what a conversation left that was closed never is."""
         least = self._options.min_return_probability
-        return [odds >= least for odds in self._host.pool.return_odds(blocks)]
+        return [odds >= least and odds > 0 for odds in self._host.pool.return_odds(blocks)]
 
     def _demote(self, job: _Job) -> None:
         again: list[int] = []
         try:
             if self._options.min_return_probability:
-                stop = _after_last(self._likely(job.blocks))
+                stop = _after_last(self.likely(job.blocks))
                 job.blocks, unlikely = job.blocks[:stop], job.blocks[stop:]
                 self._leave(unlikely)
             blocks = job.blocks
             for number in job.tiers:
-                outcome = self._write_blocks(job.blocks, number)
+                outcome = self._write_blocks(job.blocks, number, job.hint)
                 if outcome is not _Outcome.DONE:
                     again.append(number)
+                elif job.blocks and self._tiers[number].ranking != LRU:
+                    # It stands below what it hangs from: where it is to stand higher, both are lifted.
+                    self.use_below(self._host.pool.ancestry(job.blocks[-1]), number, job.hint)
                 if outcome is _Outcome.ORPHANED:
                     blocks = self._with_ancestors(job.blocks, number)
         finally:
@@ -272,23 +327,23 @@ class Mover:
                 self._queued_bytes -= job.num_bytes
         with self._wake:
             if again and job.attempt < _ATTEMPTS and not self._closing:
-                self._push(_Job(blocks, job.num_bytes, again, job.attempt + 1))
+                self._push(_Job(blocks, job.num_bytes, job.hint, again, job.attempt + 1))
             elif again:
                 self._stats.add("mover.failed_blocks", len(job.blocks))
                 self.lost(job.blocks)
 
-    def _write_blocks(self, blocks: Sequence[BlockId], number: int) -> _Outcome:
+    def _write_blocks(self, blocks: Sequence[BlockId], number: int, hint: Hint = NO_HINT) -> _Outcome:
         """Write those of `blocks` that tier `number` is not believed to hold."""
         rest = list(blocks)
         while rest:
-            outcome, num_bytes, num_blocks = self._write_some(rest, number)
+            outcome, num_bytes, num_blocks = self._write_some(rest, number, hint)
             if outcome is not _Outcome.DONE:
                 return outcome
             rest = rest[num_blocks:]
             self._spend(num_bytes)  # with nothing pinned: a slow budget must not keep saves from finding room
         return _Outcome.DONE
 
-    def _write_some(self, blocks: Sequence[BlockId], number: int) -> tuple[_Outcome, int, int]:
+    def _write_some(self, blocks: Sequence[BlockId], number: int, hint: Hint) -> tuple[_Outcome, int, int]:
         """Write what is wanted of the first of `blocks`, a batch at most; outcome, bytes, and how many were seen to."""
         pool = self._host.pool
         resident, rows = pool.pin_resident(blocks[:1])
@@ -296,7 +351,8 @@ class Mover:
             return _Outcome.DONE, 0, 1
         _, layout = pool.place_of(int(rows[0]))
         pool.unpin(rows)
-        num_blocks = max(1, _BATCH_BYTES // layout.block_bytes)
+        num_bytes = min(_BATCH_BYTES, self._host.arena.capacity_bytes // _BATCH_SHARE)
+        num_blocks = max(1, num_bytes // layout.block_bytes)
         resident, rows = pool.pin_resident(blocks[:num_blocks])
         try:
             believed = pool.below(rows, number)
@@ -304,7 +360,7 @@ class Mover:
             wanted = [pair for pair, there in zip(pairs, believed, strict=True) if not there]
             if not wanted:
                 return _Outcome.DONE, 0, num_blocks
-            outcome, num_bytes = self._write_batch(wanted, number)
+            outcome, num_bytes = self._write_batch(wanted, number, hint)
             return outcome, num_bytes, num_blocks
         finally:
             pool.unpin(rows)
@@ -319,7 +375,7 @@ class Mover:
         self._stats.add("mover.restored_blocks", len(resident) - len(blocks))
         return resident
 
-    def _write_batch(self, batch: list[tuple[BlockId, int]], number: int) -> tuple[_Outcome, int]:
+    def _write_batch(self, batch: list[tuple[BlockId, int]], number: int, hint: Hint) -> tuple[_Outcome, int]:
         """Write pinned blocks; outcome and bytes."""
         pool, tier = self._host.pool, self._tiers[number]
         parts: dict[PartKey, memoryview] = {}
@@ -334,11 +390,12 @@ class Mover:
             views = self._host.views(row, layout, cells[row])
             parts |= {PartKey(root, block, cell): view for cell, view in zip(cells[row], views, strict=True)}
         num_bytes = sum(map(len, parts.values()))
+        later = self._standing(number, list(meta), [what.depth for what in meta.values()], hint)
         began_s = self._clock.now_s()
         try:
-            written = tier.write(parts, meta, self._options.write_deadline_s)
+            written = tier.write(parts, meta, self._options.write_deadline_s, later)
         except TierError as error:
-            self._note_failure(number, error)
+            self.note_failure(number, error)
             return _Outcome.FAILED, num_bytes
         finally:
             self._stats.observe(f"{tier.name}.write", self._clock.now_s() - began_s)
@@ -355,20 +412,35 @@ class Mover:
         first = batch[0][0]
         return (_Outcome.ORPHANED if first in partial and meta[first].depth else _Outcome.FAILED), num_bytes
 
-    def _evict_ahead(self) -> None:
-        """Write the coldest blocks of a nearly full host tier down before eviction reaches them."""
-        arena, pool = self._host.arena, self._host.pool
-        if not self._dirty:
+    def write_down(self, blocks: Sequence[BlockId], number: int) -> bool:
+        """See `kvstore.spill.Writes`."""
+        outcome = self._write_blocks(blocks, number)
+        if outcome is _Outcome.ORPHANED:
+            outcome = self._write_blocks(self._with_ancestors(blocks, number), number)
+        return outcome is _Outcome.DONE
+
+    def use_below(self, chain: Sequence[BlockId], number: int, hint: Hint = NO_HINT) -> None:
+        """See `kvstore.spill.Writes`."""
+        later = self._standing(number, chain, range(len(chain)), hint)
+        resident, rows = self._host.pool.pin_resident(chain[:1])
+        if not resident:
             return
-        self._dirty = False
-        if arena.acquired_bytes < (1 - _EVICT_AHEAD_SHARE) * arena.capacity_bytes:
-            return
-        cold = pool.coldest(max(1, int(len(pool) * _EVICT_AHEAD_SHARE)))
-        if self._options.min_return_probability:
-            cold = [block for block, likely in zip(cold, self._likely(cold), strict=True) if likely]
-        chains = dict.fromkeys(block for tail in cold for block in pool.ancestry(tail))
-        for number in self._written:
-            self._write_blocks(list(chains), number)
+        root, layout = self._host.pool.place_of(int(rows[0]))
+        self._host.pool.unpin(rows)
+        try:
+            keys = [PartKey(root, block, part) for block in chain for part in layout.all_parts]
+            self._tiers[number].touch(keys, hint, later)
+        except TierError as error:
+            self.note_failure(number, error)
+
+    def _drain(self, until_s: float) -> None:
+        num_left = 1
+        try:
+            num_left = self._spill.drain(until_s)
+        finally:
+            with self._wake:
+                self._num_left, self._drain_until_s = num_left, None
+                self._wake.notify_all()
 
     def _spend(self, num_bytes: int) -> None:
         """Wait until the write budget allows `num_bytes`."""
@@ -383,7 +455,8 @@ class Mover:
             with self._wake:
                 self._wake.wait_for(lambda: self._closing, timeout=-self._budget_bytes / rate)
 
-    def _note_failure(self, number: int, error: TierError) -> None:
+    def note_failure(self, number: int, error: TierError) -> None:
+        """See `kvstore.spill.Writes`."""
         self._stats.add(f"{self._tiers[number].name}.write_failures")
         if not self._failed[number]:
             self._failed[number] = True
@@ -402,8 +475,20 @@ class Mover:
         """Wait until everything queued has gone down, or failed; False on time-out."""
         with self._wake:
             return self._wake.wait_for(
-                lambda: not self._jobs and not self._touches and not self._busy, timeout=timeout_s
+                lambda: not (self._jobs or self._touches or self._risen or self._busy), timeout=timeout_s
             )
+
+    def drain(self, timeout_s: float) -> bool:
+        """As `flush`; where tiers are exclusive, with all that the host alone holds. False where some of it is left."""
+        until_s = self._clock.now_s() + timeout_s
+        done = self.flush(timeout_s)
+        if not self._options.is_exclusive or self._thread is None:
+            return done
+        with self._wake:
+            self._drain_until_s = until_s
+            self._wake.notify_all()
+            ended = self._wake.wait_for(lambda: self._drain_until_s is None, max(0.0, until_s - self._clock.now_s()))
+            return ended and not self._num_left
 
     def gauges(self) -> dict[str, float]:
         with self._wake:
@@ -413,10 +498,11 @@ class Mover:
         """Flush within the limit, then stop."""
         if self._thread is None:
             return
-        self.flush(self._options.flush_s)
+        self.drain(self._options.flush_s)
         with self._wake:
             self._closing = True
             self._jobs.clear()
             self._touches.clear()
+            self._risen.clear()
             self._wake.notify_all()
         self._thread.join(timeout=self._options.write_deadline_s + 1)

@@ -107,6 +107,11 @@ class BlockPool:
         return self._residents.num_evicted
 
     @property
+    def num_lost(self) -> int:
+        """Those of them that no lower tier was believed to hold."""
+        return self._residents.num_lost
+
+    @property
     def num_quota_refused(self) -> int:
         """Blocks that were refused because their group had its quota."""
         return self._residents.accounts.num_refused
@@ -507,6 +512,20 @@ class BlockPool:
         """Believe nothing of lower tier number `tier` any more, after it failed or came back."""
         with self.lock:
             self._table.below &= np.uint8(~(1 << tier) & 0xFF)
+
+    def missing_below(self, blocks: Sequence[BlockId], tier: int) -> list[BlockId]:
+        """What lower tier `tier` is not believed to hold of `blocks` and all they hang from, parents first."""
+        with self.lock:
+            parent, below = self._table.parent, self._table.below
+            rows = self._table.ids.find(blocks)
+            found: dict[int, None] = {}
+            for row in rows[rows != NO_ROW].tolist():
+                path: list[int] = []
+                while row != NO_ROW and row not in found and not below[row] >> tier & 1:
+                    path.append(row)
+                    row = int(parent[row])
+                found.update(dict.fromkeys(reversed(path)))
+            return self._table.ids.ids_of(np.array(list(found), np.int64))
 
     def ancestry(self, block: BlockId) -> list[BlockId]:
         """The chain from its first block to `block`, head to tail; empty where `block` is not resident."""

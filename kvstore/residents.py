@@ -67,6 +67,7 @@ class Residents:
         self.doomed: set[int] = set()  # rows removed while something still held them
         self.loose: set[int] = set()  # slots that are out and belong to no row
         self.num_evicted = 0
+        self.num_lost = 0  # evicted while no lower tier was believed to hold them
         self._whole_masks = np.zeros(0, np.uint64)
         self._part_bytes = np.zeros((0, 1), np.int64)  # of each layout's parts
         # Touches wait here until order matters: a match must not pay for moving a thousand blocks in the policy.

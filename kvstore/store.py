@@ -318,12 +318,13 @@ class KVStore:
         self._stats.add_all({"load.requests": 1, "host.read_bytes": max(0, host_bytes)})
         if sources:
             load.begin_fetch()
-            self._fetchers.submit(self._fetch, load)
+            self._fetchers.submit(self._fetch, load, plan)
         return load
 
-    def _fetch(self, load: BlockLoad) -> None:
+    def _fetch(self, load: BlockLoad, plan: LoadPlan) -> None:
         try:
             load.fetch()
+            self._mover.came_up(plan.chain, plan.stop, plan.parts)
         except Exception:  # a thread's top: the load has ended, shorter
             self._stats.add("load.errors")
             raise
@@ -453,6 +454,10 @@ class KVStore:
     def flush(self, timeout_s: float = 10.0) -> bool:
         """Wait until queued demotions and touches went down; False on time-out."""
         return self._mover.flush(timeout_s)
+
+    def drain(self, timeout_s: float) -> bool:
+        """As `flush`; where tiers are exclusive, what the host alone holds goes down too. False where some did not."""
+        return self._mover.drain(timeout_s)
 
     def drop_host(self) -> int:
         """Empty the host tier alone, as another replica would see it. Returns the number of blocks."""

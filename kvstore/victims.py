@@ -161,6 +161,7 @@ class Victims:
         residents, table = self._residents, self._residents.table
         rows = np.array(chosen)
         residents.report_removed(rows, residents.is_whole(rows))
+        num_lost = len(rows) - int(np.count_nonzero(table.below[rows]))
         residents.policy.remove(table.ids.ids_of(rows))
         residents.release_slots(rows)
         parents = table.parent[rows]
@@ -170,6 +171,7 @@ class Victims:
             if table.ids.is_used(parent):
                 residents.drop_empty(parent)
         residents.num_evicted += len(chosen)
+        residents.num_lost += num_lost
         self._progress = True
 
     def _vacate(self, row: int) -> bool:
@@ -187,6 +189,7 @@ class Victims:
         doomed = residents.with_descendants(rows[inside])
         if table.pins[doomed].any() or table.filling[doomed].any():
             return False
+        residents.num_lost += len(doomed) - int(np.count_nonzero(table.below[doomed]))
         residents.num_evicted += residents.hide(doomed)
         residents.bury_all(doomed)
         self._progress = True

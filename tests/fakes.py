@@ -10,7 +10,7 @@ from kvstore.api import Hint
 from kvstore.block import BlockId, BlockMeta, PartKey, RootId
 from kvstore.errors import TierUnavailable
 from kvstore.layout import BlockLayout
-from kvstore.tiers.base import Tier
+from kvstore.tiers.base import AS_USED, Later, Tier
 
 
 class FakeClock:
@@ -59,7 +59,11 @@ class DictTier(Tier):
                 yield key
 
     def write(
-        self, parts: Mapping[PartKey, memoryview], meta: Mapping[BlockId, BlockMeta], deadline_s: float
+        self,
+        parts: Mapping[PartKey, memoryview],
+        meta: Mapping[BlockId, BlockMeta],
+        deadline_s: float,
+        later: Later = AS_USED,
     ) -> set[PartKey]:
         self._answer()
         written: set[PartKey] = set()
@@ -73,7 +77,7 @@ class DictTier(Tier):
                 written.add(key)
         return written
 
-    def touch(self, keys: Sequence[PartKey], hint: Hint) -> None:
+    def touch(self, keys: Sequence[PartKey], hint: Hint, later: Later = AS_USED) -> None:
         self._answer()
         self.touched.append(list(keys))
 

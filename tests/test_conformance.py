@@ -41,6 +41,13 @@ def in_process(
         store.flush(5)
 
 
+def in_process_exclusive(
+    directory: Path, clock: FakeClock, num_blocks: int, tiers: Sequence[Tier], sections: dict[str, dict[str, object]]
+) -> Iterator[Store]:
+    sections = {**sections, "mover": {**sections.get("mover", {}), "tiering": "exclusive"}}
+    yield from in_process(directory, clock, num_blocks, tiers, sections)
+
+
 def behind_a_server(*, mapped: bool) -> Callable[..., Iterator[Store]]:
     def make(
         directory: Path,
@@ -65,6 +72,7 @@ def behind_a_server(*, mapped: bool) -> Callable[..., Iterator[Store]]:
 
 STORES = {
     "in process": in_process,
+    "in process, exclusive": in_process_exclusive,
     "local client": behind_a_server(mapped=True),
     "remote client": behind_a_server(mapped=False),
 }

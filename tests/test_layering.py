@@ -105,6 +105,7 @@ STORE = (
     "kvstore.mover",
     "kvstore.save",
     "kvstore.service_options",
+    "kvstore.spill",
     "kvstore.store",
 )
 # Without transfer and device, which load torch. Lower tiers by the registry and the abstract class; the host

@@ -36,11 +36,12 @@ ALL_PARTS = (0, 1)
 class StoreMachine(RuleBasedStateMachine):
     """Chains grow and fork; saves stay open across steps; holds and loads overlap with eviction and demotion."""
 
-    @initialize(num_pages=st.integers(6, 40), write=st.sampled_from(["through", "on_reuse", "on_evict"]))
+    @initialize(num_pages=st.integers(6, 40), write=st.sampled_from(["through", "on_reuse", "on_evict", "exclusive"]))
     def start(self, num_pages: int, write: str) -> None:
         self.clock = FakeClock()
         self.tier = DictTier()
-        values = {"host": {"capacity_bytes": num_pages * 4096, "prefault": False}, "mover": {"write": write}}
+        mover = {"tiering": write} if write == "exclusive" else {"write": write}
+        values = {"host": {"capacity_bytes": num_pages * 4096, "prefault": False}, "mover": mover}
         self.store = KVStore(StoreConfig.load(values, environ={}), clock=self.clock, tiers=[self.tier])
         self.store.open(MODEL)
         self.chains = [Chain(Root(MODEL))]

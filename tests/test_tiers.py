@@ -142,6 +142,15 @@ def test_touching_is_accepted_for_what_is_there_and_what_is_not(tier: Tier, root
     assert content.read(tier) == content.keys[: len(content.keys) // 2]
 
 
+def test_what_counts_as_used_earlier_or_later_is_there_like_anything_else(tier: Tier, root: Root) -> None:
+    content = Content(root, 4)
+    later = dict(zip(content.chain.ids, (-1e12, 50.0, 1e12, 0.0), strict=True))
+    assert tier.write(content.parts, content.meta, DEADLINE_S, later) == set(content.keys)
+    tier.touch(content.keys, NO_HINT, later)
+    assert tier.span_s >= 0
+    assert content.read(tier) == content.keys
+
+
 def test_opening_a_model_twice_is_harmless(tier: Tier, root: Root) -> None:
     tier.open(layout_of(root.model))
     tier.open(layout_of(root.model))

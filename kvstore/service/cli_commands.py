@@ -51,6 +51,12 @@ HostCapacity = Annotated[str, typer.Option(metavar="SIZE", help="Host memory, su
 RedisUrl = Annotated[
     str, typer.Option(help="Shared Redis or Valkey; also redis+cluster://, redis+sentinel://. (tiers.redis.url)")
 ]
+RedisPolicy = Annotated[
+    str, typer.Option(metavar="NAME", help="Who goes first in Redis: lru, priority or returns. (tiers.redis.policy)")
+]
+TieringMode = Annotated[
+    str, typer.Option("--tiering", metavar="NAME", help="inclusive, or exclusive: down at eviction. (mover.tiering)")
+]
 Model = Annotated[
     str, typer.Option("--model", help="JSON or TOML file with the fields of ModelId; else the one that is open.")
 ]
@@ -95,6 +101,8 @@ def serve(
     listen: Annotated[str, typer.Option(help="unix:PATH, or host:port. (service.listen)")] = "",
     host_capacity: HostCapacity = "",
     redis_url: RedisUrl = "",
+    redis_policy: RedisPolicy = "",
+    tiering: TieringMode = "",
     settings: Set = None,
 ) -> None:
     """Run the server on this host until it is told to stop.
@@ -103,10 +111,17 @@ def serve(
     in effect are printed, each with its source, and then one line that begins with "ready:".
 
     SIGTERM lets clients finish for service.drain_s seconds, a second one stops at once; SIGHUP reads tokens again.
+    With --tiering exclusive what the host alone holds goes to Redis in that time.
 
     Example:  kvstore serve --host-capacity 32GiB --redis-url redis://cache:6379 --set mover.write=through
     """
-    named = {"service.listen": listen, "host.capacity_bytes": host_capacity, "tiers.redis.url": redis_url}
+    named = {
+        "service.listen": listen,
+        "host.capacity_bytes": host_capacity,
+        "tiers.redis.url": redis_url,
+        "tiers.redis.policy": redis_policy,
+        "mover.tiering": tiering,
+    }
     raise typer.Exit(cli_serve.serve(cli_serve.read_config(config, named, settings or [])))
 
 

@@ -277,7 +277,7 @@ class Server:
             if time.monotonic() >= deadline_s:
                 return False
             time.sleep(_POLL_S)
-        return self._store.flush(max(0.0, deadline_s - time.monotonic()))
+        return self._store.drain(max(0.0, deadline_s - time.monotonic()))
 
     def stop(self) -> None:
         """End all calls and sessions, close the store, remove the sockets. Idempotent."""

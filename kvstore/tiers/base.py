@@ -6,12 +6,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar
 
 from kvstore.api import Hint
 from kvstore.block import BlockId, BlockMeta, PartKey, RootId
 from kvstore.layout import BlockLayout
+from kvstore.policies.standing import LRU
 from kvstore.stats import Stats
+
+Later = Mapping[BlockId, float]
+"""How many seconds later than it was a use of a block counts, earlier where that is below 0; 0 for those not named."""
+AS_USED: Later = MappingProxyType({})
 
 
 class Tier(ABC):
@@ -30,6 +36,10 @@ class Tier(ABC):
     """Nothing is ever demoted to it; `write` would store nothing."""
     keeps_marks: ClassVar[bool] = False
     """Tells other stores what is being computed: `mark`, `unmark` and `marked_to` do something."""
+    is_exclusive: bool = False
+    """Who writes here takes back what it reads: it is kept above from then on, and no sign that others want it here."""
+    ranking: str = LRU
+    """By what blocks are placed in its order: a name in `kvstore.policies.standing`. Who writes and touches asks it."""
 
     def __init__(self, options: object) -> None:
         self.options = options
@@ -53,17 +63,24 @@ class Tier(ABC):
 
     @abstractmethod
     def write(
-        self, parts: Mapping[PartKey, memoryview], meta: Mapping[BlockId, BlockMeta], deadline_s: float
+        self,
+        parts: Mapping[PartKey, memoryview],
+        meta: Mapping[BlockId, BlockMeta],
+        deadline_s: float,
+        later: Later = AS_USED,
     ) -> set[PartKey]:
         """Store parts, parents before children as mapped; return the keys that are certainly there now.
+
+        What is new there stands in the tier's order as if used now, or as much later as `later` says: as far as it
+        keeps such an order, and never above what it hangs from.
 
         The caller keeps the bytes unchanged during the call, and knows the parents of the first block to be
         in the tier or in the mapping. `meta` has an entry for each block named.
         """
 
     @abstractmethod
-    def touch(self, keys: Sequence[PartKey], hint: Hint) -> None:
-        """A chain was used: its keys from the root, head to tail. Best effort, may be coalesced."""
+    def touch(self, keys: Sequence[PartKey], hint: Hint, later: Later = AS_USED) -> None:
+        """A chain was used, now or as much `later`: its keys from the root, head to tail. Best effort, coalesced."""
 
     @abstractmethod
     def remove(self, keys: Sequence[PartKey]) -> None:
@@ -86,6 +103,11 @@ class Tier(ABC):
 
         They may go before others do, children before parents. Best effort, after touches handed over before.
         """
+
+    @property
+    def span_s(self) -> float:
+        """How long it keeps what nobody uses, as far as it knows: the unit in which `ranking` shifts a use."""
+        return 0.0
 
     # For tiers that several stores share. Most tiers keep no marks, so these do nothing rather than be abstract.
 

@@ -83,6 +83,7 @@ class HostTier:
             "host.used_bytes": self.arena.acquired_bytes,
             "host.capacity_bytes": self.arena.capacity_bytes,
             "host.evicted_blocks": self.pool.num_evicted,
+            "host.lost_blocks": self.pool.num_lost,
             "host.quota_refused_blocks": self.pool.num_quota_refused,
             "host.pinned_blocks": self.pool.pinned_rows(),
         }

@@ -3,8 +3,9 @@
 
 One value per part, a frame header and a payload. Values are sent from the caller's memory and received into it;
 a value that is not exactly the one asked for is a miss, is removed, and is counted. What leaves when space runs
-out is decided here and not by the server (`maxmemory-policy noeviction`): the least recently used chains, tails
-before heads, by an order that all writers share (`redis_accounting`).
+out is decided here and not by the server (`maxmemory-policy noeviction`): the least recently used chains, or what
+`kvstore.policies.standing` puts before them, tails before heads, by an order that all writers share
+(`redis_accounting`).
 
     redis_names       which key, which score        redis_wire    RESP straight from and into memory
     redis_accounting  what is there, what goes      redis_pool    connections, breaker, error mapping
@@ -14,7 +15,8 @@ before heads, by an order that all writers share (`redis_accounting`).
     redis_presence    which keys are there          redis_marks   who is computing what
     redis_sealed      values of keys not at hand    redis_sentinel who is the primary
     redis_codec       whether encoding them pays    redis_clock    the time that scores are made of
-    redis_mend        what other programs spoilt    valkey         a server of our own, for url="embedded"
+    redis_mend        what other programs spoilt    redis_growth   what hangs from what, for exclusive tiers
+    valkey            a server of our own, for url="embedded"
 """
 
 from __future__ import annotations
@@ -29,11 +31,13 @@ from kvstore.api import Hint
 from kvstore.block import BlockId, BlockMeta, PartKey, RootId
 from kvstore.errors import ConfigError
 from kvstore.layout import BlockLayout
+from kvstore.policies.standing import LRU, STANDINGS
 from kvstore.stats import Stats
-from kvstore.tiers.base import Tier
+from kvstore.tiers.base import AS_USED, Later, Tier
 from kvstore.tiers.redis_accounting import Accounting
 from kvstore.tiers.redis_cluster import ClusterBatches
 from kvstore.tiers.redis_codec import AUTO, CodecChoice
+from kvstore.tiers.redis_growth import growth_of
 from kvstore.tiers.redis_marks import RedisMarks
 from kvstore.tiers.redis_mend import Mender
 from kvstore.tiers.redis_names import MAX_BUCKETS, Names
@@ -44,7 +48,7 @@ from kvstore.tiers.redis_presence import present
 from kvstore.tiers.redis_read import Counts, Reader
 from kvstore.tiers.redis_sealed import Locked
 from kvstore.tiers.redis_sweep import Sweeper
-from kvstore.tiers.redis_upkeep import Upkeep
+from kvstore.tiers.redis_upkeep import Upkeep, most_shift_s
 from kvstore.tiers.redis_write import Item, SendItems, Writer
 from kvstore.tiers.valkey import EmbeddedServer
 
@@ -78,6 +82,9 @@ class RedisTier(Tier):
                 80 % of the server's `maxmemory`, and where it has none, no limit (1 GiB for `embedded`).
             namespace_capacity_bytes: limit of each namespace (a model with its adapter under a tenant's salt): what is
                 written beyond it evicts the coldest of the same namespace. Give all stores the same. 0 for none.
+            policy: by what this store places what it writes and uses in the server's one order: `lru`, `priority` or
+                `returns` (`kvstore.policies.standing`). Stores with different ones may share a server: each places its
+                own uses, and the later place counts.
             num_buckets: how many ways a namespace is cut, and over how many slots of a Cluster it is spread (64 or
                 more then). Part of key names: stores that share must agree.
             connections: for loads, and as many again for all else, so that loads never wait behind stores.
@@ -99,6 +106,7 @@ class RedisTier(Tier):
         url: str = field(default=EMBEDDED, repr=False)  # it may hold a password
         capacity_bytes: int = 0
         namespace_capacity_bytes: int = 0
+        policy: str = LRU
         num_buckets: int = 16
         connections: int = 2
         codec: str = AUTO
@@ -113,6 +121,8 @@ class RedisTier(Tier):
             _check_password(self.url)
             if not 1 <= self.num_buckets <= MAX_BUCKETS:
                 raise ConfigError(f"num_buckets is {self.num_buckets}: use 1 to {MAX_BUCKETS} (16 is a good default)")
+            if self.policy not in STANDINGS:
+                raise ConfigError(f"policy of tier redis is {self.policy!r}: use one of {', '.join(STANDINGS)}")
             if self.connections < 1:
                 raise ConfigError(f"connections is {self.connections}: use at least 1 (2 to 4 is a good choice)")
             for name in ("capacity_bytes", "namespace_capacity_bytes", "ttl_s", "sweep_every_s", "breaker_open_s"):
@@ -128,6 +138,7 @@ class RedisTier(Tier):
     def __init__(self, options: RedisTier.Options | None = None) -> None:
         self.options: RedisTier.Options = options or RedisTier.Options()
         super().__init__(self.options)
+        self.ranking = self.options.policy
         self._codec = CodecChoice(self.options.codec)
         sealer = _sealer(self.options.encryption_key_file)
         names = Names(self.options.num_buckets)
@@ -160,7 +171,7 @@ class RedisTier(Tier):
             call_timeout_s=self.options.call_timeout_s,
             sweep_every_s=self.options.sweep_every_s,
         )
-        self._writer.met = self._upkeep.borrowed
+        self._writer.met, self._writer.grew = self._met, self._grew
         self.bind(self.stats)
 
     def bind(self, stats: Stats) -> None:
@@ -215,29 +226,38 @@ class RedisTier(Tier):
         finally:
             self._count(asdict(counts))
             if last is not None:
-                self._upkeep.borrowed(last)
+                self._met(last)
             if damaged:
                 self._upkeep.discard(damaged)
 
     def write(
-        self, parts: Mapping[PartKey, memoryview], meta: Mapping[BlockId, BlockMeta], deadline_s: float
+        self,
+        parts: Mapping[PartKey, memoryview],
+        meta: Mapping[BlockId, BlockMeta],
+        deadline_s: float,
+        later: Later = AS_USED,
     ) -> set[PartKey]:
         deadline = time.monotonic() + deadline_s
         if not parts:
             return set()
+        later = self._within_bounds(later)
         try:
-            return self._write(parts, meta, deadline)
+            return self._write(parts, meta, deadline, later)
         except WrongBooks:
             self._upkeep.mend(deadline)
-            return self._write(parts, meta, deadline)
+            return self._write(parts, meta, deadline, later)
+
+    def _within_bounds(self, later: Later) -> Later:
+        most_s = most_shift_s(self.options.ttl_s)
+        return {block: min(max(seconds, -most_s), most_s) for block, seconds in later.items()}
 
     def _write(
-        self, parts: Mapping[PartKey, memoryview], meta: Mapping[BlockId, BlockMeta], deadline: float
+        self, parts: Mapping[PartKey, memoryview], meta: Mapping[BlockId, BlockMeta], deadline: float, later: Later
     ) -> set[PartKey]:
         counts: dict[str, float] = {}
         try:
             with self._nodes.talk(deadline) as talk:
-                return self._writer.write(talk, parts, meta, deadline, counts, self._sender(talk, deadline))
+                return self._writer.write(talk, parts, meta, deadline, counts, self._sender(talk, deadline), later)
         finally:
             self.stats.set(f"{self.name}.used_bytes", self._accounting.last_total_bytes)
             self._codec.report(self.name, self.stats)
@@ -253,15 +273,27 @@ class RedisTier(Tier):
     def _count(self, counts: Mapping[str, float]) -> None:
         self.stats.add_all({f"{self.name}.{name}": amount for name, amount in counts.items() if amount})
 
+    def _met(self, key: PartKey) -> None:
+        if not self.is_exclusive:
+            self._upkeep.borrowed(key)
+
+    def _grew(self, landed: Sequence[PartKey], meta: Mapping[BlockId, BlockMeta]) -> None:
+        if self.is_exclusive:
+            self._upkeep.grew(growth_of(landed, meta))
+
     def _note_state(self, available: bool) -> None:
         self._available = available
         self.stats.set(f"{self.name}.available", available)
 
-    def touch(self, keys: Sequence[PartKey], hint: Hint) -> None:
-        self._upkeep.touch(keys)
+    @property
+    def span_s(self) -> float:
+        return min(self._accounting.span_s, most_shift_s(self.options.ttl_s))
+
+    def touch(self, keys: Sequence[PartKey], hint: Hint, later: Later = AS_USED) -> None:
+        self._upkeep.touch(keys, self._within_bounds(later))
 
     def retire(self, keys: Sequence[PartKey], start: int) -> None:
-        self._upkeep.retire(keys, start)
+        self._upkeep.retire(keys, start, note_children=self.is_exclusive)
 
     def remove(self, keys: Sequence[PartKey]) -> None:
         deadline = time.monotonic() + self.options.call_timeout_s

@@ -34,6 +34,8 @@ _MAX_ROUNDS = 1000
 _TARGET_SHARE = 0.99
 """How full it is after an eviction: each gives room to the writes of a while, and empty room holds no hits."""
 _TOTAL_GOOD_FOR_S = 0.25
+_SPAN_S = 600.0
+"""How long what nobody uses is taken to be kept while nothing ever had to go: then order does not matter yet."""
 
 # KEYS: registry, used, order, sizes, total of each part. ARGV: root, member, score, bytes of each part. Where it cannot
 # account, for a key that holds something of another program, the values that were set before it go again.
@@ -66,6 +68,7 @@ local function forget(value, member, order, sizes, total, used)
   redis.call('UNLINK', value)
   redis.call('ZREM', order, member)
   redis.pcall('SREM', string.sub(order, 1, -2) .. 'f', member)
+  redis.pcall('HDEL', string.sub(order, 1, -2) .. 'k', member)
   if redis.call('HDEL', sizes, member) == 1 then
     redis.call('DECRBY', total, size)
     redis.call('DECRBY', used, size)
@@ -250,6 +253,12 @@ class Accounting:
         """The time on the scale of scores."""
         return self._clock.now_s(talk, deadline)
 
+    @property
+    def span_s(self) -> float:
+        """How long what nobody uses is kept, as far as any store has seen it go."""
+        kept_s = self._clock.kept_s
+        return _SPAN_S if kept_s is None else kept_s
+
     # ── writing ────────────────────────────────────────────────────────────────────────────────────────────
 
     def account(self, parts: Sequence[tuple[PartKey, float, int]]) -> bytes:
@@ -281,10 +290,12 @@ class Accounting:
             commands.append(_eval(_FORK, [bucket.order, bucket.forks], [self.names.member(key.block, key.part)]))
         many(talk, commands, deadline, partial=True)
 
-    def cool(self, talk: Talk, keys: Sequence[PartKey], start: int, age_s: float, deadline: float) -> int:
+    def cool(
+        self, talk: Talk, keys: Sequence[PartKey], start: int, age_s: float, deadline: float
+    ) -> tuple[Sequence[PartKey], int]:
         """Let the end of a chain look unused for `age_s`: from `start` on, and behind all others went on from.
 
-        Returns how many members that lowered. Children stay below parents: what was colder stays as cold.
+        Returns that end, and how many of it that lowered. Children stay below parents: what was colder stays as cold.
         """
         asked = keys[start:]
         members = [(self.names.bucket(key), self.names.member(key.block, key.part)) for key in asked]
@@ -301,7 +312,7 @@ class Accounting:
             scored.setdefault(bucket, []).extend((repr(oldest_s - depths[key.block] * STEP_S), member))
         cooling = [_eval(_COOL, [b.registry, b.order], [b.root, *words]) for b, words in scored.items()]
         replies = many(talk, cooling, deadline, partial=True) if cooling else []
-        return sum(reply for reply in replies if isinstance(reply, int))
+        return asked[behind:], sum(reply for reply in replies if isinstance(reply, int))
 
     # ── removing ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -412,6 +423,8 @@ class Accounting:
             parts, freed = self.evict_below(talk, watermark, deadline, root)
             num_parts += parts
             num_bytes += freed
+            if parts and not root:
+                self._clock.note_cold(talk, real(watermark), deadline)
             if not parts:
                 break  # used meanwhile, or on nodes that do not answer
         return num_parts, num_bytes

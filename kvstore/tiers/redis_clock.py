@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The time that scores are made of: shared by all stores on a server, and only ever rising.
 
-    kvs2:{000}:clock    hash: now (seconds, on the scale of scores), at (what the server's clock said then)
+    kvs2:{000}:clock    hash: now (seconds, on the scale of scores), at (what the server's clock said then),
+                        cold (the highest score up to which an eviction for all namespaces took)
 
 It goes as the server's clock does, except where that jumps (a host that woke up, a failover to a host with another
 time): then it goes on by as much as stores may have counted on since, whichever way the jump was. So a jump makes
@@ -55,7 +56,17 @@ else
 end
 now = string.format('%.6f', now)
 redis.pcall('HSET', KEYS[1], 'at', string.format('%.6f', says), 'now', now)
-return now
+return {now, redis.call('HGET', KEYS[1], 'cold') or '0'}
+"""
+
+# KEYS: clock. ARGV: score. Raises, never lowers: conversations that were closed lie below all others, and say nothing
+# of how long others are kept.
+_NOTE_COLD = """
+if redis.call('TYPE', KEYS[1]).ok ~= 'hash' then return 0 end
+local cold = tonumber(redis.call('HGET', KEYS[1], 'cold') or 0)
+if cold and cold >= tonumber(ARGV[1]) then return 0 end
+redis.pcall('HSET', KEYS[1], 'cold', ARGV[1])  -- a server without memory remembers the next one
+return 1
 """
 
 ServerTime = Callable[[Talk, float], float]
@@ -84,6 +95,7 @@ class SharedClock:
         self._monotonic_s = monotonic_s
         self._read: tuple[float, float] | None = None
         """When by this host's clock, and what the shared one said."""
+        self._cold = 0.0
 
     def now_s(self, talk: Talk, deadline: float) -> float:
         """Its time; looked at once a minute, counted on meanwhile."""
@@ -97,8 +109,24 @@ class SharedClock:
         says_s = self._server_time_s(talk, deadline) - EPOCH_S
         words = (repr(says_s), repr(counted_s), repr(_MOST_MISSED_S), repr(_YEAR_S))
         (reply,) = many(talk, [command("EVAL", _READ, 2, CLOCK, registry(0), *words)], deadline, place=0)
-        if not isinstance(reply, bytes):
+        if not isinstance(reply, list) or len(reply) != 2 or not all(isinstance(each, bytes) for each in reply):
             raise ProtocolBroken("the shared clock did not give a time")
-        now_s = max(real(reply), counted_s)
+        said, cold = (real(each) for each in reply if isinstance(each, bytes))
+        now_s = max(said, counted_s)
         self._read = here_s, now_s
+        self._cold = max(self._cold, cold)
         return now_s
+
+    def note_cold(self, talk: Talk, score: float, deadline: float) -> None:
+        """All that scored up to this was evicted, of whichever namespace."""
+        if score > self._cold:
+            self._cold = score
+            many(talk, [command("EVAL", _NOTE_COLD, 1, CLOCK, repr(score))], deadline, place=0, partial=True)
+
+    @property
+    def kept_s(self) -> float | None:
+        """How long ago what goes now was used last, as far as any store has noted; None while nothing ever went."""
+        if self._read is None or not self._cold:
+            return None
+        read_at_s, said_s = self._read
+        return max(0.0, said_s + self._monotonic_s() - read_at_s - self._cold)

@@ -8,6 +8,7 @@
     kvs2:{<stripe>}:<root>:s                 hash: member → accounted bytes
     kvs2:{<stripe>}:<root>:b                 sum of that hash
     kvs2:{<stripe>}:<root>:f                 set: members that another store than their writer's went on from, perhaps
+    kvs2:{<stripe>}:<root>:k                 hash: members and the one child each has (`redis_growth`)
     kvs2:{<stripe>}:<root>:m:<block>         who computes the chain from this block on (`redis_marks`)
     kvs2:{000}:clock                         the time that scores are made of (`redis_clock`)
 
@@ -17,14 +18,15 @@ from the block; it stands in braces, the Cluster's hash tag: all that a script o
 node, the list of namespaces included.
 
 A score is the time of the last use in seconds since 2025 by the shared clock, less a microsecond for each step
-down the chain. One use of a chain takes one time for all of it, and scores only ever rise: so a parent's score is
-above its children's, and taking the lowest scores takes tails before heads.
+down the chain, and earlier or later as a store's policy says (`kvstore.policies.standing`). One use of a chain takes
+one time for all of it, nothing in it counts as used earlier than what hangs from it, and scores only ever rise: so a
+parent's score is above its children's, and taking the lowest scores takes tails before heads.
 """
 
 from __future__ import annotations
 
 from binascii import hexlify
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -85,9 +87,29 @@ class Bucket(NamedTuple):
         return f"{self.prefix}:f"
 
     @property
+    def only(self) -> str:
+        return f"{self.prefix}:k"
+
+    @property
     def values(self) -> str:
         """What the name of every value begins with; a member follows."""
         return f"{self.prefix}:v:"
+
+
+class Use(NamedTuple):
+    """A chain that was used."""
+
+    keys: Sequence[PartKey]
+    """From the root, head to tail."""
+    later: Mapping[BlockId, float]
+    """Seconds by which the use counts later than it was, by block."""
+
+
+def _above_children(keys: Sequence[PartKey], later: Mapping[BlockId, float]) -> NDArray[np.int64]:
+    """Microseconds [keys] by which each counts as used later: as is said of it, or of any behind it if that is more."""
+    own = np.array([later.get(block, 0.0) for block in map(_BLOCK, keys)])
+    places: NDArray[np.int64] = np.rint(np.maximum.accumulate(own[::-1])[::-1] * 1e6).astype(np.int64)
+    return places
 
 
 def prefix(stripe: int) -> str:
@@ -152,15 +174,19 @@ class Names:
             self._buckets[root] = buckets
         return buckets
 
-    def touches(self, chains: Sequence[Sequence[PartKey]], now_s: float) -> Iterator[list[bytes]]:
+    def touches(self, uses: Sequence[Use], now_s: float) -> Iterator[list[bytes]]:
         """`ZADD … XX GT` for buckets, giving each chain's keys, head to tail, the scores of a use at `now_s`.
+
+        What counts as used later, or earlier, does, but nothing earlier than what hangs from it.
 
         In steps of `TOUCH_STEP` keys, each a list of commands: the server sorts one while the next is put together.
         What several chains share is named once.
         """
         micros = round(now_s * 1e6)  # whole ones, so that no two depths round to one score
         seen: set[BlockId] = set()
-        for chain in chains:
+        alike = not any(later for _, later in uses)
+        for chain, later in uses:
+            places = None if alike else _above_children(chain, later)
             orders = [bucket.order for bucket in self._of(chain[0].root)]
             depth, last = -1, None
             for at in range(0, len(chain), TOUCH_STEP):
@@ -172,7 +198,7 @@ class Names:
                 depths += blocks[0] != last
                 depth, last = int(depths[-1]), blocks[-1]
                 rows = np.empty((len(some), len(_SCORE_ROW) + _MEMBER_BYTES), np.uint8)
-                _put_scores(rows, micros - depths)
+                _put_scores(rows, micros - depths if places is None else micros - depths + places[at : at + len(some)])
                 _put_members(rows[:, len(_SCORE_ROW) :], some, blocks)
                 stripes = ids[:, 0] % self._num_buckets
                 if seen:
@@ -180,7 +206,7 @@ class Names:
                     rows, stripes = rows[fresh], stripes[fresh]
                 if commands := _touches(orders, rows, stripes):
                     yield commands
-            if len(chains) > 1:
+            if alike and len(uses) > 1:
                 seen.update(map(_BLOCK, chain))
 
     def rows(self, keys: Sequence[PartKey]) -> NDArray[np.uint8]:

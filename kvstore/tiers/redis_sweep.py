@@ -71,7 +71,7 @@ return used == sum and 0 or 1
 # KEYS: registry, order, total. ARGV: root. A bucket without members is named no longer; its next write names it again.
 _RETIRE = """
 if redis.call('EXISTS', KEYS[2]) == 1 then return 0 end
-redis.call('DEL', KEYS[3], string.sub(KEYS[2], 1, -2) .. 'f')
+redis.call('DEL', KEYS[3], string.sub(KEYS[2], 1, -2) .. 'f', string.sub(KEYS[2], 1, -2) .. 'k')
 return redis.call('ZREM', KEYS[1], ARGV[1])
 """
 

@@ -11,14 +11,17 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from kvstore.block import PartKey
+from kvstore.block import BlockId, PartKey
 from kvstore.errors import TierError
 from kvstore.stats import Stats
 from kvstore.tiers.redis_accounting import Accounting
+from kvstore.tiers.redis_growth import Growth, free_end, note, note_only
 from kvstore.tiers.redis_mend import Mender
+from kvstore.tiers.redis_names import Use
 from kvstore.tiers.redis_nodes import Nodes, Talk, many, sound
 from kvstore.tiers.redis_pool import WrongBooks
 from kvstore.tiers.redis_sweep import Sweeper
@@ -29,26 +32,42 @@ log = logging.getLogger("kvstore.tiers.redis")
 _MAX_CHAINS = 256
 _MAX_DAMAGED = 65_536
 _MAX_BORROWED = 4096
-_RETIRED_AGE_S = 43_200.0
-"""How long unused the private end of a chain looks whose conversation ended; with a TTL a quarter of that at most."""
+_MOST_SHIFT_S = 43_200.0
 _MAX_REMEMBERED = 65_536
 _AGE_EVERY_S = 60.0
 _KEYS_PER_PIPELINE = 2048
 SWEEP_MARK = "kvs2:{000}:sweep"
 
 
+def most_shift_s(ttl_s: int) -> float:
+    """By how much a score may differ from the time of use: the private end of a chain that was closed looks so old.
+
+    A quarter of the TTL at most, or ageing by score would take what was used just now, and the TTL come before it.
+    """
+    return min(_MOST_SHIFT_S, ttl_s / 4) if ttl_s else _MOST_SHIFT_S
+
+
+class _Ended(NamedTuple):
+    """A chain whose end may go."""
+
+    keys: Sequence[PartKey]
+    start: int
+    note_children: bool
+
+
 @dataclass(slots=True)
 class _Work:
     """What waits to be done."""
 
-    chains: OrderedDict[PartKey, Sequence[PartKey]] = field(default_factory=OrderedDict)
+    chains: OrderedDict[PartKey, Use] = field(default_factory=OrderedDict)
     damaged: dict[PartKey, None] = field(default_factory=dict)
     borrowed: dict[PartKey, None] = field(default_factory=dict)
-    retired: OrderedDict[PartKey, tuple[Sequence[PartKey], int]] = field(default_factory=OrderedDict)
+    growths: list[Growth] = field(default_factory=list)
+    retired: OrderedDict[PartKey, _Ended] = field(default_factory=OrderedDict)
     repair: bool = False
 
     def __bool__(self) -> bool:
-        return bool(self.chains or self.damaged or self.borrowed or self.retired or self.repair)
+        return bool(self.chains or self.damaged or self.borrowed or self.growths or self.retired or self.repair)
 
 
 class Upkeep:
@@ -85,12 +104,12 @@ class Upkeep:
 
     # ── called from other threads ──────────────────────────────────────────────────────────────────────────
 
-    def touch(self, keys: Sequence[PartKey]) -> None:
+    def touch(self, keys: Sequence[PartKey], later: Mapping[BlockId, float]) -> None:
         """A chain was used. Touches of the same chain that were not sent yet become one."""
         if not keys:
             return
         with self._changed:
-            self._waiting.chains[keys[-1]] = keys
+            self._waiting.chains[keys[-1]] = Use(keys, later)
             self._waiting.chains.move_to_end(keys[-1])
             if len(self._waiting.chains) > _MAX_CHAINS:
                 self._waiting.chains.popitem(last=False)
@@ -104,12 +123,21 @@ class Upkeep:
                 self._waiting.borrowed[key] = None
             self._changed.notify_all()
 
-    def retire(self, keys: Sequence[PartKey], start: int) -> None:
-        """As `Tier.retire`."""
+    def grew(self, growth: Growth) -> None:
+        """A store wrote that takes back what it reads: only what several chains hang from has to stay then."""
+        with self._changed:
+            if len(self._waiting.growths) < _MAX_CHAINS:
+                self._waiting.growths.append(growth)
+            else:
+                self.stats.add("redis.dropped_marks")
+            self._changed.notify_all()
+
+    def retire(self, keys: Sequence[PartKey], start: int, *, note_children: bool = False) -> None:
+        """As `Tier.retire`; `note_children`: for `redis_growth`."""
         if start >= len(keys):
             return
         with self._changed:
-            self._waiting.retired[keys[-1]] = (keys, start)
+            self._waiting.retired[keys[-1]] = _Ended(keys, start, note_children)
             if len(self._waiting.retired) > _MAX_CHAINS:
                 self._waiting.retired.popitem(last=False)
             self._changed.notify_all()
@@ -189,23 +217,35 @@ class Upkeep:
                 self._touch(talk, list(work.chains.values()), deadline)
             if work.borrowed:
                 self._accounting.fork(talk, work.borrowed, deadline)
-            for keys, start in work.retired.values():  # after their touches
-                age_s = min(_RETIRED_AGE_S, self._ttl_s / 4) if self._ttl_s else _RETIRED_AGE_S
-                num_cooled = self._accounting.cool(talk, keys, start, age_s, deadline)
-                self.stats.add("redis.retired_blocks", num_cooled)
+            if work.growths:
+                note(talk, self._accounting.names, work.growths, deadline)
+            for ended in work.retired.values():  # after their touches
+                self._cool(talk, ended, deadline)
             if age:
                 self._age(talk, deadline)
         if sweep or work.repair:
             self._sweep(whoever_else_did=work.repair)
 
-    def _touch(self, talk: Talk, chains: Sequence[Sequence[PartKey]], deadline: float) -> None:
+    def _touch(self, talk: Talk, uses: Sequence[Use], deadline: float) -> None:
         """One time for all chains at hand: a head that several share is touched once, and stays above all tails."""
         now_s = self._accounting.now_s(talk, deadline)
-        sound(talk.ask_in_steps(self._accounting.names.touches(chains, now_s), deadline), partial=True)
-        self.stats.add("redis.touched_blocks", sum(map(len, chains)))
+        sound(talk.ask_in_steps(self._accounting.names.touches(uses, now_s), deadline), partial=True)
+        self.stats.add("redis.touched_blocks", sum(len(use.keys) for use in uses))
         if self._ttl_s:
-            for chain in chains:
-                self._refresh(talk, chain, deadline)
+            for use in uses:
+                self._refresh(talk, use.keys, deadline)
+
+    def _cool(self, talk: Talk, ended: _Ended, deadline: float) -> None:
+        start, stop = ended.start, len(ended.keys)
+        if ended.note_children:
+            start, stop = free_end(talk, self._accounting.names, ended.keys, deadline)
+            if start == stop:
+                return
+        age_s = most_shift_s(self._ttl_s)
+        cooled, num_lowered = self._accounting.cool(talk, ended.keys[:stop], start, age_s, deadline)
+        self.stats.add("redis.retired_blocks", num_lowered)
+        if ended.note_children:
+            note_only(talk, self._accounting.names, cooled, deadline)
 
     def _refresh(self, talk: Talk, chain: Sequence[PartKey], deadline: float) -> None:
         """Give the chain's values their full TTL again where half of it is used, parents first.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -86,6 +86,8 @@ class Writer:
         self._item_bytes: dict[tuple[int, int], int] = {}
         self.met: Callable[[PartKey], None] = lambda key: None
         """Told the last key of a write that was there already."""
+        self.grew: Callable[[Sequence[PartKey], Mapping[BlockId, BlockMeta]], None] = lambda landed, meta: None
+        """Told what a write brought there, parents first."""
 
     def learn(self, layout: BlockLayout) -> None:
         """Which element size a part of so many bytes has; a codec works by elements."""
@@ -100,12 +102,13 @@ class Writer:
         deadline: float,
         counts: dict[str, float],
         send: Callable[[Sequence[Item], SendItems], set[PartKey]],
+        later: Mapping[BlockId, float],
     ) -> set[PartKey]:
         """As `Tier.write`; `send` says which items go over which wire, and numbers go to `counts`."""
-        present, scores = self._plan(talk, parts, meta, deadline)
+        present, scores = self._plan(talk, parts, meta, deadline, later)
         if self._make_room(talk, [key for key in scores if key not in present], parts, meta, deadline, counts):
             # What was evicted may have been a parent, or a part that was there.
-            present, scores = self._plan(talk, parts, meta, deadline)
+            present, scores = self._plan(talk, parts, meta, deadline, later)
         counts["orphans_refused"] = len(parts) - len(scores)
         fresh = self._fitting(talk, [key for key in scores if key not in present], parts, meta, deadline)
         items = [(key, meta[key.block], parts[key].cast("B"), scores[key]) for key in fresh]
@@ -119,6 +122,8 @@ class Writer:
         self._locked.discard(landed)
         counts["written_blocks"] = len(landed)
         counts["written_bytes"] = sum(parts[key].nbytes for key in landed)
+        if landed:
+            self.grew([key for key in fresh if key in landed], meta)
         if present:
             self.met(next(key for key in reversed(list(parts)) if key in present))
         return present | landed
@@ -129,19 +134,21 @@ class Writer:
         parts: Mapping[PartKey, memoryview],
         meta: Mapping[BlockId, BlockMeta],
         deadline: float,
+        later: Mapping[BlockId, float],
     ) -> tuple[set[PartKey], dict[PartKey, float]]:
         """What is there already, and scores of what may be written, in order.
 
-        A score is that of a use now, but below the parent's: a chain that is cold in Redis gets a cold tail, and
-        no tail outlives its head.
+        A score is that of a use now, or as much later as is said of it or of what hangs from it, but below the
+        parent's: a chain that is cold in Redis gets a cold tail, and no tail outlives its head.
         """
+        later = _above_children(parts, meta, later)
         now_s = self._accounting.now_s(talk, deadline)
         parents = {key: key._replace(block=meta[key.block].parent) for key in parts if meta[key.block].depth}
         asked = list(dict.fromkeys([*parts, *parents.values()]))
         known = self._known_scores(talk, asked, deadline)
         scores: dict[PartKey, float] = {}
         for key in parts:
-            score = now_s - meta[key.block].depth * STEP_S
+            score = now_s + later.get(key.block, 0.0) - meta[key.block].depth * STEP_S
             if key in known:
                 scores[key] = known[key]
                 continue
@@ -341,6 +348,20 @@ def _header(value: _Value) -> bytes:
 def _hashing(values: Sequence[_Value]) -> Callable[[], bool]:
     """Hashes `values`, or seals them, a piece a call; False once all is done."""
     return lambda: any(value.work.step() for value in values)
+
+
+def _above_children(
+    parts: Iterable[PartKey], meta: Mapping[BlockId, BlockMeta], later: Mapping[BlockId, float]
+) -> Mapping[BlockId, float]:
+    """`later` of the blocks of `parts`, parents first, or what is said of any behind them if that is more."""
+    if not later:
+        return later
+    places = {key.block: later.get(key.block, 0.0) for key in parts}
+    for block in reversed(places):
+        parent = meta[block].parent if meta[block].depth else None
+        if parent is not None and parent in places:
+            places[parent] = max(places[parent], places[block])
+    return places
 
 
 def _with_descendants(

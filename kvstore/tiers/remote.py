@@ -27,7 +27,7 @@ from kvstore.errors import ConfigError, TierError, TierTimeout
 from kvstore.layout import BlockLayout
 from kvstore.service.peer import MAX_IDS, Counts, Peer, PeerOptions
 from kvstore.stats import Stats
-from kvstore.tiers.base import Tier
+from kvstore.tiers.base import AS_USED, Later, Tier
 
 _MAX_SEEN = 65_536
 
@@ -113,12 +113,16 @@ class RemoteTier(Tier):
             self._count(asdict(counts))
 
     def write(
-        self, parts: Mapping[PartKey, memoryview], meta: Mapping[BlockId, BlockMeta], deadline_s: float
+        self,
+        parts: Mapping[PartKey, memoryview],
+        meta: Mapping[BlockId, BlockMeta],
+        deadline_s: float,
+        later: Later = AS_USED,
     ) -> set[PartKey]:
         """Stores nothing: a peer is read only."""
         return set()
 
-    def touch(self, keys: Sequence[PartKey], hint: Hint) -> None:
+    def touch(self, keys: Sequence[PartKey], hint: Hint, later: Later = AS_USED) -> None:
         """Passed on where the peer is known to have had a block of the chain. A failure is let go."""
         blocks = list(dict.fromkeys(key.block for key in keys))
         with self._lock:

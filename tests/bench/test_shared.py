@@ -33,11 +33,12 @@ def chats(num_requests: int, seed: int) -> list[list[int]]:
     return requests
 
 
-def test_no_resident_block_lacks_its_parent_after_a_replay_at_five_percent() -> None:
+@pytest.mark.parametrize("policy", ["lru", "returns"])
+def test_no_resident_block_lacks_its_parent_after_a_replay_at_five_percent(policy: str) -> None:
     requests = chats(1500, seed=1)
     distinct = len({each for request in requests for each in request})
     with Progress(disable=True) as progress:
-        outcome = replay(requests, distinct * VALUE_BYTES // 20, max(map(len, requests)), progress)
+        outcome = replay(requests, distinct * VALUE_BYTES // 20, max(map(len, requests)), progress, policy)
     assert outcome.faults == []
     assert outcome.out_of_reach_after_sweep == 0
     assert outcome.out_of_reach <= 0.01 * outcome.resident_blocks

@@ -166,7 +166,7 @@ def test_a_write_planned_before_others_used_the_chain_never_makes_it_colder(
     used: dict[PartKey, float] = {}
     deadline = time.monotonic() + DEADLINE_S
     with slow._nodes.talk(deadline) as talk:
-        written = slow._writer.write(talk, content.parts, content.meta, deadline, {}, overtaken)
+        written = slow._writer.write(talk, content.parts, content.meta, deadline, {}, overtaken, {})
     assert written == set(content.keys)
     assert {key: score(client, key) for key in used} == used
 

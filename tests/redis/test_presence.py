@@ -11,7 +11,7 @@ import redis
 
 from kvstore.block import BlockId, PartKey, RootId
 from kvstore.errors import TierError
-from kvstore.tiers.redis_names import TOUCH_STEP, Names
+from kvstore.tiers.redis_names import TOUCH_STEP, Names, Use
 from kvstore.tiers.valkey import EmbeddedServer
 from tests.redis.conftest import MakeTier
 from tests.redis.content import DEADLINE_S
@@ -80,7 +80,7 @@ def test_touch_in_steps_puts_every_parent_above_its_child() -> None:
     keys = keys_of(5, 4 * TOUCH_STEP)
     for now_s in (6e7, 1.0, 1000.000001):
         scores: dict[str, float] = {}
-        for commands in names.touches([keys], now_s):
+        for commands in names.touches([Use(keys, {})], now_s):
             for command in commands:
                 words = command.split(b"\r\n")[2::2]
                 assert len(words) == int(command[1 : command.index(b"\r")])

@@ -12,6 +12,7 @@ from kvstore.config import StoreConfig
 from kvstore.layout import BlockLayout
 from kvstore.service.rights import Gate
 from kvstore.service.server import Server
+from kvstore.tiers.base import AS_USED, Later
 from kvstore.tiers.remote import RemoteTier
 
 
@@ -35,10 +36,14 @@ class PeerWithContent(RemoteTier):
         self._layout = layout
 
     def write(
-        self, parts: Mapping[PartKey, memoryview], meta: Mapping[BlockId, BlockMeta], deadline_s: float
+        self,
+        parts: Mapping[PartKey, memoryview],
+        meta: Mapping[BlockId, BlockMeta],
+        deadline_s: float,
+        later: Later = AS_USED,
     ) -> set[PartKey]:
         if not parts:
-            return super().write(parts, meta, deadline_s)
+            return super().write(parts, meta, deadline_s, later)
         assert self._layout is not None
         pool = self._store._host.pool
         for root, block in dict.fromkeys((key.root, key.block) for key in parts):

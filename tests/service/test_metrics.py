@@ -14,6 +14,7 @@ from kvstore.errors import ConfigError
 from kvstore.service.metrics import Latencies, MetricsEndpoint, name_of
 from kvstore.stats import BOUNDS_S
 from kvstore.store import KVStore
+from kvstore.tiers.base import AS_USED, Later
 from tests.conftest import MakeStore, chain_of, load_all, save_all
 from tests.fakes import DictTier, FakeClock
 
@@ -80,10 +81,14 @@ def test_each_tier_has_histograms_of_its_lookups_reads_and_writes(
             yield from super().read(into, deadline_s)
 
         def write(
-            self, parts: Mapping[PartKey, memoryview], meta: Mapping[BlockId, BlockMeta], deadline_s: float
+            self,
+            parts: Mapping[PartKey, memoryview],
+            meta: Mapping[BlockId, BlockMeta],
+            deadline_s: float,
+            later: Later = AS_USED,
         ) -> set[PartKey]:
             clock.time_s += 0.01
-            return super().write(parts, meta, deadline_s)
+            return super().write(parts, meta, deadline_s, later)
 
     store = make_store(4, tiers=[Slow()], mover={"write": "through"})
     save_all(store, chain_of(root, 4))
