@@ -49,8 +49,9 @@ class Hint:
         prompt_tokens, new_blocks: length of the prompt, and how many of its blocks nobody had.
         priority: 0 (drop first) to 100; 50 for ordinary.
         retention: priorities of ranges of tokens; of two that overlap the later counts.
-        ttl_s: keep at least this long if possible, then drop first (policy `priority`).
-        closed: the conversation ended; its private blocks will not come back (policies `returns`, `priority`).
+        ttl_s: keep at least this long if possible, then drop first.
+        closed: the conversation ended; its private blocks will not come back.
+            Priorities, times and ends are heeded by every policy but `lru`.
         time_s: the store's clock; asked: a request began with this use, False where one adds to what it computed.
             block_tokens: tokens a block. The store fills these in.
     """

@@ -158,7 +158,10 @@ RULES: dict[str, Rule] = {
     "kvstore.policies.base": Rule(1, SEEN_BY_POLICIES, never=POLICY_NEVER),
     "kvstore.policies.*": Rule(
         1,
-        (*SEEN_BY_POLICIES, *(f"kvstore.policies.{name}" for name in ("base", "leaves", "odds", "runs", "shadow"))),
+        (
+            *SEEN_BY_POLICIES,
+            *(f"kvstore.policies.{name}" for name in ("bands", "base", "leaves", "odds", "runs", "shadow")),
+        ),
         library_of_its_own=True,
         never=POLICY_NEVER,
     ),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib.util
 import inspect
@@ -202,16 +203,6 @@ def test_priority_by_range_of_tokens_and_a_use_without_leaves_it() -> None:
     assert order(policy) == [9, 4, 3, 2, 1]
 
 
-@pytest.mark.parametrize("kind", [PriorityPolicy, ReturnsPolicy])
-def test_closed_conversation_goes_first_but_what_it_shares(kind: type[PriorityPolicy] | type[ReturnsPolicy]) -> None:
-    policy = kind()
-    chat(policy, 1, 2, 10, 11, hint=Hint(time_s=1.0))
-    chat(policy, 1, 2, 20, 21, hint=Hint(time_s=2.0), known=2)
-    chat(policy, 1, 2, 20, 21, hint=Hint(time_s=3.0, closed=True), known=4)
-    assert order(policy)[:2] == [21, 20]
-    assert order(policy)[2:] == [11, 10, 2, 1]
-
-
 class ByLastUse(RunPolicy):
     """Runs in one queue by last use: what `LruPolicy` does a block at a time."""
 
@@ -290,6 +281,26 @@ def test_entries_that_are_out_of_date_are_dropped_some_at_a_time_and_none_that_c
         if turn % 10 == 0:
             assert order(runs) == list(range(200))
     assert at_once == 1 or most < 2 * 200 + 1024 + 1024
+
+
+def test_a_use_adds_no_entry_and_moves_none_until_it_comes_up() -> None:
+    runs = ByLastUse()
+    for turn in range(50):
+        for block in range(200):
+            chat(runs, block, known=turn and 1)
+    assert runs._num_entries == 200
+    assert order(runs) == list(range(200))
+
+
+def test_full_garbage_collections_walk_no_ids() -> None:
+    runs = ByLastUse()
+    for step in range(100):
+        known = next((at for at, each in enumerate(ids(1, 2)) if each not in runs), 2)
+        chat(runs, 1, 2, *range(100 * step + 10, 100 * step + 40), known=known)
+        runs.remove(list(itertools.islice(runs.victims(), 10)))
+    gc.collect()
+    assert not any(gc.is_tracked(run.ids) for run in runs._runs.values())
+    assert not any(map(gc.is_tracked, runs._numbers))
 
 
 def test_blocks_that_are_committed_one_by_one_are_one_run() -> None:

@@ -21,7 +21,7 @@ class LruPolicy(Policy):
     """Exact LRU in which a chain's tail is older than its head, so that eviction shortens prefixes.
 
     On real chat traces it is the baseline that frequency policies lose to. Do not use it for one-pass scans larger
-    than the tier; nothing resists them.
+    than the tier; nothing resists them. It knows no hints: `priority` is the same order with them.
 
     Each block has the number of its last use; victims come in the order of these. They are found by sorting the
     coldest part now and then: whatever was not in that part is hotter than all of it, and uses only make hotter, so

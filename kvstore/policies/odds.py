@@ -18,6 +18,7 @@ Invariant: everything is bounded: the last `history` requests, cells of likeness
 from __future__ import annotations
 
 import bisect
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +38,7 @@ _PRIOR_MEDIAN_S, _PRIOR_SPREAD = 120.0, 1.2
 _RIDGE = 1.0
 _NEAR: Floats = np.array([1.0, 2.0, 3.0, 2.0, 1.0])
 _ROUNDS = 3
+_NOT_YET = float("nan")
 _HALF_LIFE = 500.0  # requests, after which one counts half: traffic changes
 _PRIOR_WHOLE = 4.0  # returns that used the whole of what they followed, made up before any is seen
 
@@ -50,9 +52,7 @@ def _design() -> Floats:
 
 
 _DESIGN = _design()
-CLOSED_CELL = _NUM_CELLS
-"""Like nothing else: its level is NUM_LEVELS, after all others."""
-LAST_BLOCK = _NUM_CELLS + 1
+LAST_BLOCK = _NUM_CELLS
 """Added to a cell: the last block of such a request."""
 
 
@@ -84,6 +84,10 @@ class Odds:
         self._at_s: Floats = np.zeros(history)
         self._gap_s: Floats = np.full(history, np.nan)
         self._serial: npt.NDArray[np.int64] = np.zeros(history, np.int64)
+        # Of one element, a view takes half as long as its array.
+        self._cells, self._serials = self._cell.data, self._serial.data
+        self._times_s = cast("memoryview[float]", self._at_s.data)
+        self._gaps_s = cast("memoryview[float]", self._gap_s.data)
         self._num_notes = 0
         self._num = 0  # records in use
         self.num_returned = 0
@@ -99,15 +103,15 @@ class Odds:
     def note(self, record: int, cell: int, now_s: float) -> None:
         """Record `record`, from 0 to history - 1, is a request like `cell` from now on."""
         self._num = max(self._num, record + 1)
-        self._cell[record] = cell
-        self._at_s[record] = now_s
-        self._gap_s[record] = np.nan
+        self._cells[record] = cell
+        self._times_s[record] = now_s
+        self._gaps_s[record] = _NOT_YET
         self._num_notes += 1
-        self._serial[record] = self._num_notes
+        self._serials[record] = self._num_notes
 
     def returned(self, record: int, now_s: float, *, whole: bool) -> None:
         """The request was followed by another of its conversation, which used the `whole` of it, or not its end."""
-        self._gap_s[record] = max(0.0, now_s - self._at_s[record])
+        self._gaps_s[record] = max(0.0, now_s - self._times_s[record])
         self.num_returned += 1
         self._num_whole += whole
 
@@ -119,10 +123,6 @@ class Odds:
     def level(self, cell: int) -> int:
         """How likely requests of a cell are followed, as a level from 0 to NUM_LEVELS - 1."""
         return self._level_of[cell]
-
-    def levels(self, cells: npt.NDArray[np.int16]) -> npt.NDArray[np.uint8]:
-        """`level` of many."""
-        return np.array(self._level_of, np.uint8)[cells]
 
     def share(self, cell: int) -> float:
         """How many requests of a cell are followed."""
@@ -170,8 +170,8 @@ class Odds:
 
     def _tabulate(self) -> None:
         shares = _logistic(_DESIGN @ self._weights)
-        self._share_of = [*shares.tolist(), 0.0, *(shares * self.whole_share).tolist()]
-        self._level_of = [*np.searchsorted(_LEVELS, shares).tolist(), NUM_LEVELS]
+        self._share_of = [*shares.tolist(), *(shares * self.whole_share).tolist()]
+        self._level_of = np.searchsorted(_LEVELS, shares).tolist()
         self._level_of += np.searchsorted(_LEVELS, shares * self.whole_share).tolist()
         middles = np.concatenate([[_LEVELS[0] / 2], (_LEVELS[1:] + _LEVELS[:-1]) / 2, [0.92]])
         gone = np.concatenate([[0.0], 1 - np.cumprod(1 - self._hazard)])

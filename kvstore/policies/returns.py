@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from kvstore.api import Hint
 from kvstore.block import BlockId
 from kvstore.errors import ConfigError
-from kvstore.policies.odds import CLOSED_CELL, LAST_BLOCK, NUM_LEVELS, Odds, cell_of
+from kvstore.policies.odds import LAST_BLOCK, NUM_LEVELS, Odds, cell_of
 from kvstore.policies.runs import Run, RunPolicy
 from kvstore.policies.shadow import Shadow
 
@@ -51,7 +51,8 @@ class ReturnsPolicy(RunPolicy):
     come back to: it counts as likely.
 
     It goes by last use alone until a sample of its own has shown that it has more hits than LRU, and again when that
-    says otherwise (`kvstore.policies.shadow`). Blocks of a conversation that was closed go before all.
+    says otherwise (`kvstore.policies.shadow`). Priorities, durations and closed conversations come before all that is
+    learned, which orders blocks of equal priority (`kvstore.policies.bands`).
     Nothing is saved over a restart: it relearns, by LRU meanwhile.
 
     The idea is that of "KVCache Cache in the Wild" (Wang et al., USENIX ATC 2025), which ranks blocks by the
@@ -59,7 +60,7 @@ class ReturnsPolicy(RunPolicy):
     """
 
     name = "returns"
-    num_queues = NUM_LEVELS + 1  # the last is that of closed conversations
+    num_queues = NUM_LEVELS
 
     @dataclass(frozen=True, slots=True)
     class Options:
@@ -94,7 +95,7 @@ class ReturnsPolicy(RunPolicy):
 
     def _enter(self, run: Run, hint: Hint) -> None:
         self._now_s = max(self._now_s, hint.time_s)
-        run.kind = cell_of(1, len(run.blocks), len(run.blocks))
+        run.kind = cell_of(1, run.length, run.length)
         run.queue = self._odds.level(run.kind)
         run.at_s = self._now_s
         run.key = self._latest_key()
@@ -105,16 +106,12 @@ class ReturnsPolicy(RunPolicy):
             self._place_some()
         fresh_from = next((start for run, start in zip(runs, starts, strict=True) if run.fresh), len(blocks))
         cell = self._recognise(fresh_from, blocks, hint)
-        if hint.closed:
-            marked, cell = self._private(runs), CLOSED_CELL
-        else:
-            marked = runs
         if cell is not None:
-            for run in marked:
+            for run in runs:
                 run.kind = cell
                 run.queue = self._level_of(run)
-            if cell != CLOSED_CELL and fresh_from < len(blocks) and self._odds.whole_share < _WHOLE:
-                last = runs[-1] if len(runs[-1].blocks) == 1 else self._cut(runs[-1], len(runs[-1].blocks) - 1)
+            if fresh_from < len(blocks) and self._odds.whole_share < _WHOLE:
+                last = runs[-1] if runs[-1].length == 1 else self._cut(runs[-1], runs[-1].length - 1)
                 last.kind = cell + LAST_BLOCK
                 last.queue = self._level_of(last)
                 if last is not runs[-1]:
@@ -129,10 +126,10 @@ class ReturnsPolicy(RunPolicy):
         """Levels of a chain's runs and where they begin, the last one first; none outlives what it hangs from."""
         begins = list(starts)
         if len(begins) < len(runs):  # the last one was cut off just now
-            begins.append(num_blocks - len(runs[-1].blocks))
+            begins.append(num_blocks - runs[-1].length)
         pieces, level = [], 0
         for run, begin in zip(reversed(runs), reversed(begins), strict=True):
-            level = min(max(level, run.queue), NUM_LEVELS - 1)
+            level = max(level, run.queue)
             pieces.append((begin, level))
         return pieces
 
@@ -215,11 +212,18 @@ class ReturnsPolicy(RunPolicy):
         self._marks.update(dict.fromkeys(record.marks, record.number))
 
     def return_odds(self, blocks: Sequence[BlockId]) -> list[float]:
-        """As learned, whether or not the order goes by it; 1 until some have returned, and of what several share."""
-        if self._odds.num_returned < _FEW_RETURNS:
-            return [1.0] * len(blocks)
-        runs = [self._runs.get(self._number_of.get(block, 0)) for block in blocks]
-        return [1.0 if run is None or run.forked else self._odds.share(run.kind) for run in runs]
+        """As learned, whether or not the order goes by it; 1 until some have returned, and of what several share.
+
+        0 of what is over: a closed conversation's, and what outlived its time.
+        """
+        runs = [self._runs.get(self._number_of(block)) for block in blocks]
+        learned = self._odds.num_returned >= _FEW_RETURNS
+        return [self._odds_of(run, learned) if run is not None else 1.0 for run in runs]
+
+    def _odds_of(self, run: Run, learned: bool) -> float:
+        if self._bands.is_over(run.bank):
+            return 0.0
+        return self._odds.share(run.kind) if learned and not run.forked else 1.0
 
     # -- order -------------------------------------------------------------------------------------------------
 
@@ -236,9 +240,7 @@ class ReturnsPolicy(RunPolicy):
             if head is None:
                 self._heads[queue] = _NOTHING
             else:
-                closed = queue == NUM_LEVELS
-                age_s = self._now_s - head.at_s
-                worth = -1.0 if closed else self._odds.worth(queue, age_s) if self._by_odds else 0.0
+                worth = self._odds.worth(queue, self._now_s - head.at_s) if self._by_odds else 0.0
                 self._heads[queue] = (worth, head.key, queue)
         self._changed.clear()
         self._next_best = min(self._heads)[2]

@@ -10,14 +10,14 @@ whatever the subclass thinks of either.
 Rows in numpy arrays (`kvstore.policies.leaves`) cost `returns` 23 µs a block of a real chat trace, runs 6: a request
 has 25 blocks, too few for arrays to pay. It keeps 170 bytes a block where `lru` with its arrays keeps 77.
 
-Calls that are long with a million blocks: 63 ms where the dict of ids doubles, once each time; of 75,000 others 33 ms
-at most. Python's full collections of garbage walk another 80 ms over 49,000 runs, in whichever thread they befall:
-packing a run's ids into one bytearray would save 35 of these.
+No call should be long with a million blocks, and none that meets a full garbage collection, which walks every list in
+whichever thread it befalls: so ids lie in many small dicts (one took 63 ms where it doubled) and in tuples, which the
+collector leaves alone; queues are compacted, and levels learned anew, some at a time.
 
 Invariants
 1. The blocks of a run follow each other in one chain; what hangs from a run hangs from its last block.
-2. Heaps hold every end, and entries that are out of date; an entry counts where its number is its run's own, nothing
-   hangs from the run, and it has blocks that the walk did not yield.
+2. Every end has one entry that stands for it, in the heap where it belongs, with its key or one that it had before:
+   a use changes none, and one that turns out too low when it comes up is put back. Other entries stand for nothing.
 3. Blocks that were yielded count as gone until the next walk begins, then as there again where nobody removed them.
 """
 
@@ -29,24 +29,31 @@ from collections.abc import Iterator, Sequence
 
 from kvstore.api import Hint
 from kvstore.block import BlockId
+from kvstore.policies.bands import ORDINARY, Bands, Wish, wishes
 from kvstore.policies.base import Policy
 
 _SPARE_ENTRIES = 1024
 
 
+_NO_CHILDREN: set[Run] = set()  # never added to
+_NONE = -1
+
+
 class Run:
-    """Blocks of one chain, head to tail, used alike. `key`, `queue`, `kind` and `at_s` are the policy's."""
+    """Blocks of one chain, head to tail, used alike. `key`, `queue`, `kind` and `at_s` are a subclass's."""
 
     __slots__ = (
-        "at_s", "blocks", "children", "forked", "fresh", "is_out", "key", "kind", "num_out", "number", "out_children",
-        "parent", "parted", "queue",
+        "at_s", "bank", "children", "entry_heap", "entry_key", "forked", "fresh", "ids", "is_out", "key", "kind",
+        "length", "num_out", "number", "out_children", "parent", "parted", "queue",
     )  # fmt: skip
 
-    def __init__(self, number: int, blocks: list[BlockId]) -> None:
+    def __init__(self, number: int, ids: tuple[BlockId, ...]) -> None:
         self.number = number
-        self.blocks = blocks
+        self.ids = ids
+        """Its blocks, and behind them some that it had: a tuple, since full garbage collections walk lists."""
+        self.length = len(ids)
         self.parent: Run | None = None
-        self.children: set[Run] = set()
+        self.children = _NO_CHILDREN
         self.fresh = True
         """Admitted, and in no touch since."""
         self.parted = False
@@ -59,7 +66,11 @@ class Run:
         """Whether the walk yielded all."""
         self.out_children = 0
         """Children that are out."""
+        self.bank = 0
+        """Where the queues of its priority begin."""
         self.key = 0
+        self.entry_heap, self.entry_key = _NONE, 0
+        """Where the entry is that stands for it, and what it says of `key`."""
         self.queue = 0
         self.kind = 0
         self.at_s = 0.0
@@ -67,34 +78,51 @@ class Run:
     @property
     def is_end(self) -> bool:
         """Whether the walk may take from it."""
-        return len(self.children) == self.out_children and self.num_out < len(self.blocks)
+        return self.num_out < self.length and len(self.children) == self.out_children
+
+    @property
+    def blocks(self) -> tuple[BlockId, ...]:
+        """Head to tail."""
+        return self.ids if self.length == len(self.ids) else self.ids[: self.length]
 
 
 class RunPolicy(Policy):
-    """Yields the tail of the lowest end of whichever queue `_next_queue` names, and what that uncovers, and so on."""
+    """Yields the tail of the lowest end of whichever queue `_next_queue` names, and what that uncovers, and so on.
+
+    There are `num_queues` for each priority that callers wished for (`kvstore.policies.bands`), and those of the
+    lowest give first: what a subclass sees as its queues are those of the band whose turn it is.
+    """
 
     num_queues = 1
     compacted_at_once = 2048
     """Entries of queues that are looked at in one call, to drop those out of date."""
 
-    def __init__(self, options: object = None) -> None:
+    def __init__(self, options: object = None, *, ordinary: int = ORDINARY) -> None:
         super().__init__(options)
+        self._bands = Bands(self.num_queues, ordinary)
+        self._bank = 0
+        """Where the queues of the band begin whose turn it is."""
         # By number: a dict of ids to runs would be walked by every full garbage collection.
-        self._number_of: dict[BlockId, int] = {}
+        self._numbers: list[dict[BlockId, int]] = [{} for _ in range(256)]
+        """Of runs, by block: by its last byte, since one dict of a million ids takes 60 ms where it grows."""
+        self._num_blocks = 0
         self._runs: dict[int, Run] = {}
         self._num_runs = 0
         self._heaps: list[list[tuple[int, int]]] = [[] for _ in range(self.num_queues)]
         self._num_entries = 0
-        self._compacted_queue = 0
+        self._compacted_heap = 0
         self._old: list[tuple[int, int]] = []
-        """Entries of that queue as they were, not looked at yet; those that counted, and new ones, are kept."""
+        """Entries of that heap as they were; those before `_old_at` that count, and new ones, are kept."""
+        self._old_at = 0
         self._kept: dict[tuple[int, int], None] = {}
+        self._untouched: list[int] = []
+        """Runs that were admitted: without entries, until a touch or a walk."""
         self._num_uses = 0
         self._out: dict[int, Run] = {}
         """Runs that the last walk took from."""
         self._walks = 0
         self._changed: set[int] = set()
-        """Queues that may have another lowest end since a subclass looked."""
+        """Queues of the band whose turn it is that may have another lowest end since a subclass looked."""
 
     # -- what a subclass says ----------------------------------------------------------------------------------
 
@@ -106,7 +134,7 @@ class RunPolicy(Policy):
     def _use(self, runs: list[Run], starts: Sequence[int], blocks: Sequence[BlockId], hint: Hint) -> None:
         """Place the runs of a chain that was used. They are known, and begin at `starts` of `blocks`.
 
-        What it cuts off the last one belongs at the end of `runs`.
+        What it cuts off the last one belongs at the end of `runs`. A key that was given may only rise.
         """
 
     @abstractmethod
@@ -127,32 +155,39 @@ class RunPolicy(Policy):
     def admit(self, blocks: Sequence[BlockId], hint: Hint) -> None:
         if blocks:
             self._put_back()
-            run = self._new_run(list(blocks))
-            self._number_of.update(dict.fromkeys(run.blocks, run.number))
+            run = self._new_run(tuple(blocks))
+            self._num_blocks += run.length
             self._enter(run, hint)
-            self._push(run)
+            self._untouched.append(run.number)
+            if len(self._untouched) > _SPARE_ENTRIES:
+                self._push_untouched()
 
     def touch(self, blocks: Sequence[BlockId], hint: Hint) -> None:
         self._put_back()
+        self._bands.now_s = max(self._bands.now_s, hint.time_s)
         runs, starts = self._find(blocks)
         if not runs:
             return
+        if not self._bands.plain or wishes(hint):
+            self._heed(runs, starts, len(blocks), hint)
         self._use(runs, starts, blocks, hint)
         for at in range(len(runs) - 1, 0, -1):
             self._join(runs[at - 1], runs[at])
         for run in runs:
             run.fresh = False
-            if not run.children and run.blocks:
+            if not run.children and run.length:
                 self._push(run)
 
     def remove(self, blocks: Sequence[BlockId]) -> None:
         holes: dict[int, set[BlockId]] = {}
         for block in blocks:
-            number = self._number_of.pop(block, 0)
+            number = self._numbers[block[-1]].pop(block, 0)
             if not number:
                 continue
+            self._num_blocks -= 1
             run = self._runs[number]
-            if run.blocks[-1] is not block and run.blocks[-1] != block:
+            last = run.ids[run.length - 1]
+            if last is not block and last != block:
                 holes.setdefault(number, set()).add(block)
                 continue
             self._shorten(run)
@@ -162,25 +197,27 @@ class RunPolicy(Policy):
     def victims(self) -> Iterator[BlockId]:
         self._put_back()
         walk = self._walks
+        self._push_untouched()
+        self._expire()
+        self._turn_to(self._bands.lowest)
         self._walk_begins()
-        while walk == self._walks and (queue := self._next_queue()) >= 0:
+        while walk == self._walks and (queue := self._next_heap()) >= 0:
             run = self._runs[self._heaps[queue][0][1]]
             self._out[run.number] = run
             run.num_out += 1
             self._yielded(run)
-            block = run.blocks[-run.num_out]
-            if run.num_out == len(run.blocks):
-                heapq.heappop(self._heaps[queue])
-                self._num_entries -= 1
-                self._changed.add(queue)
+            block = run.ids[run.length - run.num_out]
+            if run.num_out == run.length:
+                self._pop(queue, run)
+                self._changed.add(queue - self._bank)
                 self._uncover(run)
             yield block
 
     def __len__(self) -> int:
-        return len(self._number_of)
+        return self._num_blocks
 
     def __contains__(self, block: BlockId) -> bool:
-        return block in self._number_of
+        return block in self._numbers[block[-1]]
 
     # -- places ------------------------------------------------------------------------------------------------
 
@@ -191,28 +228,55 @@ class RunPolicy(Policy):
 
     def _head(self, queue: int) -> Run | None:
         """The lowest end of a queue."""
-        heap = self._heaps[queue]
+        at = self._bank + queue
+        heap = self._heaps[at]
         while heap:
-            run = self._end_of(queue, heap[0])
-            if run is not None:
+            run = self._run_of(at, heap[0])
+            if run is None or run.bank + run.queue != at or not run.is_end:
+                self._pop(at, run)
+            elif run.key != heap[0][0]:
+                self._pop(at, run)
+                self._put(at, run)
+            else:
                 return run
-            heapq.heappop(heap)
-            self._num_entries -= 1
         return None
 
-    def _end_of(self, queue: int, entry: tuple[int, int]) -> Run | None:
-        """The run that an entry of a queue stands for; None where it is out of date."""
+    def _run_of(self, heap: int, entry: tuple[int, int]) -> Run | None:
+        """The run that an entry of a heap stands for; None where another does, or none."""
         key, number = entry
         run = self._runs.get(number)
-        return run if run is not None and run.key == key and run.queue == queue and run.is_end else None
+        return run if run is not None and run.entry_heap == heap and run.entry_key == key else None
+
+    def _pop(self, heap: int, run: Run | None) -> None:
+        """Drop the lowest entry of a heap, which stands for `run`."""
+        heapq.heappop(self._heaps[heap])
+        self._num_entries -= 1
+        if run is not None:
+            run.entry_heap = _NONE
+
+    def _put(self, heap: int, run: Run) -> None:
+        entry = run.key, run.number
+        heapq.heappush(self._heaps[heap], entry)
+        run.entry_heap, run.entry_key = heap, run.key
+        self._num_entries += 1
+        if self._old and heap == self._compacted_heap:
+            self._kept[entry] = None
 
     def _push(self, run: Run) -> None:
-        entry = (run.key, run.number)
-        heapq.heappush(self._heaps[run.queue], entry)
-        if self._old and run.queue == self._compacted_queue:
-            self._kept[entry] = None
-        self._num_entries += 1
-        self._changed.add(run.queue)
+        """See to it that a run has an entry where it belongs. One that is too low will do: uses only raise keys."""
+        if run.entry_heap != run.bank + run.queue:
+            self._put(run.bank + run.queue, run)
+        if run.bank == self._bank:
+            self._changed.add(run.queue)
+        elif self._bands.priority_of(run.bank) < self._bands.priority_of(self._bank):
+            self._turn_to(run.bank)  # the walk uncovered it
+
+    def _push_untouched(self) -> None:
+        for number in self._untouched:
+            run = self._runs.get(number)
+            if run is not None and run.fresh and run.is_end:
+                self._push(run)
+        self._untouched.clear()
 
     def _private(self, runs: Sequence[Run]) -> Sequence[Run]:
         """Those of a chain's runs, from its tail on, that no other known chain uses."""
@@ -235,31 +299,95 @@ class RunPolicy(Policy):
             self._compact_some()
 
     def _compact_some(self) -> None:
-        """Drop what is out of date, or there twice, from one queue after the other, some entries each time.
+        """Drop what is out of date, or there twice, from one heap after the other, some entries each time.
 
-        There would be an entry a use. All queues at once took 60 ms with a million blocks, after every learning; one
-        queue no less, where it had most of the runs.
+        There would be an entry a change of queue. All heaps at once took 60 ms with a million blocks, after every
+        learning; one no less, where it had most of the runs.
         """
         if not self._old:
-            self._compacted_queue = (self._compacted_queue + 1) % self.num_queues
-            self._old, self._kept = list(self._heaps[self._compacted_queue]), {}
-        queue = self._compacted_queue
-        some = self._old[-self.compacted_at_once :]
-        del self._old[-self.compacted_at_once :]
-        self._kept.update(dict.fromkeys(entry for entry in some if self._end_of(queue, entry) is not None))
-        if not self._old:
-            kept, self._kept = list(self._kept), {}
+            self._compacted_heap = (self._compacted_heap + 1) % len(self._heaps)
+            self._old, self._kept, self._old_at = list(self._heaps[self._compacted_heap]), {}, 0
+        heap = self._compacted_heap
+        some = self._old[self._old_at : self._old_at + self.compacted_at_once]
+        self._old_at += len(some)
+        self._kept.update(dict.fromkeys(entry for entry in some if self._run_of(heap, entry) is not None))
+        if self._old_at == len(self._old):
+            kept, self._kept, self._old = list(self._kept), {}, []
             heapq.heapify(kept)
-            self._num_entries -= len(self._heaps[queue]) - len(kept)
-            self._heaps[queue] = kept
-            self._changed.add(queue)
+            self._num_entries -= len(self._heaps[heap]) - len(kept)
+            self._heaps[heap] = kept
+            self._changed.add(heap % self.num_queues)
+
+    # -- what callers wish for ---------------------------------------------------------------------------------
+
+    def _heed(self, runs: list[Run], starts: list[int], num_blocks: int, hint: Hint) -> None:
+        """Move the runs of a chain that was used to the bands that the hint wishes for, cut where it says."""
+        self._expire()  # or a use after the end of its time would go unnoticed
+        for run in runs:
+            if self._bands.is_over(run.bank):
+                self._move(run, Wish(0, num_blocks, 0, private=False))
+        for wish in self._bands.wished(hint, num_blocks):
+            self._make_heaps()
+            for at in (wish.start, wish.stop):
+                self._cut_at(at, runs, starts)
+            meant = self._private(runs) if wish.private else runs
+            for run, start in zip(runs, starts, strict=True):
+                if wish.start <= start < wish.stop and run in meant:
+                    self._move(run, wish)
+
+    def _cut_at(self, at: int, runs: list[Run], starts: list[int]) -> None:
+        """See to it that one of a chain's runs begins at a block of it."""
+        for number, (run, start) in enumerate(zip(runs, starts, strict=True)):
+            if start < at < start + run.length:
+                runs.insert(number + 1, self._cut(run, at - start))
+                starts.insert(number + 1, at)
+                return
+
+    def _move(self, run: Run, wish: Wish) -> None:
+        self._bands.hold(run.number, wish)
+        if wish.bank is not None:
+            run.bank = wish.bank
+
+    def _expire(self) -> None:
+        for number, bank in self._bands.expired():
+            run = self._runs[number]
+            run.bank = 0 if run.forked and self._bands.is_over(bank) else bank
+            if run.is_end:
+                self._push(run)
+
+    def _make_heaps(self) -> None:
+        self._heaps += [[] for _ in range(self._bands.num_heaps - len(self._heaps))]
+
+    def _turn_to(self, bank: int) -> None:
+        self._bank = bank
+        self._changed.update(range(self.num_queues))
+
+    def _next_heap(self) -> int:
+        """The heap whose lowest end goes next, from the lowest band on that has one; -1 where none has."""
+        while (queue := self._next_queue()) < 0:
+            bank = self._bands.next_higher(self._bank, self._heaps)
+            if bank < 0:
+                return -1
+            self._turn_to(bank)
+        return self._bank + queue
 
     # -- runs --------------------------------------------------------------------------------------------------
 
-    def _new_run(self, blocks: list[BlockId]) -> Run:
+    def _new_run(self, ids: tuple[BlockId, ...]) -> Run:
         self._num_runs += 1
-        run = self._runs[self._num_runs] = Run(self._num_runs, blocks)
+        run = self._runs[self._num_runs] = Run(self._num_runs, ids)
+        self._name(ids, run.number)
         return run
+
+    def _name(self, ids: tuple[BlockId, ...], number: int) -> None:
+        """Blocks belong to a run."""
+        numbers = self._numbers
+        for block in ids:
+            numbers[block[-1]][block] = number
+
+    def _number_of(self, block: BlockId) -> int:
+        """Of the run that has a block; 0 where none has."""
+        return self._numbers[block[-1]].get(block, 0)
 
     def _find(self, blocks: Sequence[BlockId]) -> tuple[list[Run], list[int]]:
         """Runs of a chain's known blocks, cut so that they hold no others, and where they begin."""
@@ -269,16 +397,16 @@ class RunPolicy(Policy):
         before: Run | None = None
         while at < num_blocks:
             block = blocks[at]
-            number = self._number_of.get(block, 0)
+            number = self._number_of(block)
             if not number:
                 at, before = at + 1, None
                 continue
             run = self._runs[number]
-            if run.blocks[0] != block:
-                run = self._cut(run, run.blocks.index(block))
+            if run.ids[0] != block:
+                run = self._cut(run, run.ids.index(block))
             own = run.blocks
             length = min(len(own), num_blocks - at)
-            if length < len(own) or own != list(blocks[at : at + length]):
+            if length < len(own) or own != tuple(blocks[at : at + length]):
                 same = 1
                 while same < length and own[same] == blocks[at + same]:
                     same += 1
@@ -295,16 +423,21 @@ class RunPolicy(Policy):
         if run.parent is not None:
             run.parent.children.remove(run)
         run.parent = parent
-        parent.children.add(run)
+        if parent.children:
+            parent.children.add(run)
+        else:
+            parent.children = {run}
         parent.forked |= parent.parted
         parent.parted = True
 
     def _cut(self, run: Run, at: int) -> Run:
         """Make the blocks from `at` on a run of their own, which is returned, and hangs from the rest."""
-        rest = self._new_run(run.blocks[at:])
-        del run.blocks[at:]
-        self._number_of.update(dict.fromkeys(rest.blocks, rest.number))
+        rest = self._new_run(run.ids[at : run.length])
+        run.ids, run.length = run.ids[:at], at
         rest.key, rest.queue, rest.kind, rest.at_s = run.key, run.queue, run.kind, run.at_s
+        rest.bank = run.bank
+        if not self._bands.plain:
+            self._bands.hold(rest.number, self._bands.held(run.number))
         rest.fresh, rest.parted, rest.forked = run.fresh, run.parted, run.forked
         rest.children, rest.parent = run.children, run
         for child in rest.children:
@@ -312,8 +445,8 @@ class RunPolicy(Policy):
         run.children, run.parted, run.forked = {rest}, True, False
         rest.out_children, run.out_children = run.out_children, 0
         if run.num_out:  # a walk is under way
-            rest.num_out = min(run.num_out, len(rest.blocks))
-            rest.is_out = rest.num_out == len(rest.blocks)
+            rest.num_out = min(run.num_out, rest.length)
+            rest.is_out = rest.num_out == rest.length
             run.num_out -= rest.num_out
             run.out_children = int(rest.is_out)
             self._out[rest.number] = rest
@@ -329,12 +462,15 @@ class RunPolicy(Policy):
             and not run.forked
             and not rest.children
             and run.key - rest.key == 1
-            and (run.queue, run.kind, run.at_s) == (rest.queue, rest.kind, rest.at_s)
+            and (run.queue, run.kind, run.at_s, run.bank) == (rest.queue, rest.kind, rest.at_s, rest.bank)
+            and self._bands.held(run.number) is self._bands.held(rest.number)
         ):
-            run.blocks += rest.blocks
-            self._number_of.update(dict.fromkeys(rest.blocks, run.number))
-            run.children, run.parted, run.forked = set(), rest.parted, rest.forked
-            rest.blocks = []
+            self._name(rest.blocks, run.number)
+            run.ids = run.blocks + rest.blocks
+            run.length += rest.length
+            run.children, run.parted, run.forked = _NO_CHILDREN, rest.parted, rest.forked
+            rest.length = 0
+            self._bands.forget(rest.number)
             del self._runs[rest.number]
 
     def _uncover(self, run: Run) -> None:
@@ -348,6 +484,7 @@ class RunPolicy(Policy):
 
     def _drop(self, run: Run) -> None:
         """Forget a run without blocks and children."""
+        self._bands.forget(run.number)
         del self._runs[run.number]
         self._leave_parent(run)
         run.is_out = False
@@ -364,17 +501,20 @@ class RunPolicy(Policy):
     def _tear(self, run: Run, gone: set[BlockId]) -> None:
         """Take blocks out of the midst of a run; what is behind each is a chain of its own from then on."""
         while gone:
-            at = len(run.blocks)
-            while run.blocks[at - 1] not in gone:
+            at = run.length
+            while run.ids[at - 1] not in gone:
                 at -= 1
-            if at < len(run.blocks):
+            if at < run.length:
                 self._cut(run, at)
-            gone.remove(run.blocks[-1])
+            gone.remove(run.ids[run.length - 1])
             self._shorten(run)
 
     def _shorten(self, run: Run) -> None:
         """Forget the last block of a run. What hangs from it hangs from nothing from now on."""
-        block = run.blocks.pop()
+        run.length -= 1
+        block = run.ids[run.length]
+        if run.length < len(run.ids) // 2:
+            run.ids = run.blocks
         for child in list(run.children):
             self._leave_parent(child)
         run.parted = True
@@ -383,5 +523,5 @@ class RunPolicy(Policy):
             run.num_out -= 1
         else:
             self._changed.add(run.queue)
-        if not run.blocks:
+        if not run.length:
             self._drop(run)

@@ -84,10 +84,12 @@ class Shadow:
         lru, level_of, queues = self._lru, self._level_of, self._queues
         limit, stop = self._limit, len(blocks)
         more = real = used = 0
+        whole, move_to_end = limit == _WHOLE, lru.move_to_end
         for start, level in levels:
+            queue = queues[level]
             for at in range(stop - 1, start - 1, -1):
                 block = blocks[at]
-                if (block[30] << 8 | block[31]) >= limit:
+                if not whole and (block[30] << 8 | block[31]) >= limit:
                     continue
                 before = level_of.get(block, -1)
                 if at >= asked_from:
@@ -96,10 +98,13 @@ class Shadow:
                     real += (at < absent_from) + missed - 1
                     used += 1
                 lru[block] = now_s
-                lru.move_to_end(block)
+                move_to_end(block)
+                queue[block] = now_s
+                if before == level:
+                    queue.move_to_end(block)
+                    continue
                 if before >= 0:
                     del queues[before][block]
-                queues[level][block] = now_s
                 level_of[block] = level
             stop = start
         if used:
