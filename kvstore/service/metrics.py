@@ -136,7 +136,7 @@ _OF_A_TIER = {
     "blocks": _Name("blocks", "Blocks there now.", counter=False),
     "pinned_blocks": _Name("pinned_blocks", "Blocks that may not be evicted now.", counter=False),
     "used_bytes": _Name("used_bytes", "Bytes in use now.", counter=False),
-    "capacity_bytes": _Name("capacity_bytes", "Bytes there is room for.", counter=False),
+    "capacity_bytes": _Name("capacity_bytes", "Bytes there is room for; 0 where nothing limits it.", counter=False),
     "available": _Name(
         "breaker_closed", "1 while the tier is asked, 0 while its breaker refuses calls.", counter=False
     ),

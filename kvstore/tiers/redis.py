@@ -176,7 +176,7 @@ class RedisTier(Tier):
 
     def bind(self, stats: Stats) -> None:
         super().bind(stats)
-        self._upkeep.stats = stats
+        self._upkeep.bind(stats)
         stats.set(f"{self.name}.available", self._available)  # it may have failed before anybody counted
 
     def open(self, layout: BlockLayout) -> None:

@@ -14,6 +14,7 @@ a value without an account, and hashing a few hundred bytes costs the server a m
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -217,6 +218,8 @@ class Accounting:
         self.namespace_bytes = namespace_bytes
         self._capacity_bytes = capacity_bytes
         self._facts: Facts | None = None
+        self._warning = threading.Lock()
+        self._warned = ""
         self._clock = SharedClock()
         self._total_bytes = 0
         self._total_read_at = float("-inf")
@@ -226,24 +229,43 @@ class Accounting:
     # ── server ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def facts(self, talk: Talk, deadline: float) -> Facts:
-        if self._facts is None:
-            limit, mem_allocator, policies = 0, "jemalloc", set()
-            for place in talk.places(deadline):
-                (reply,) = many(talk, [command("INFO", "memory")], deadline, place=place, partial=True)
-                text = reply.decode(errors="replace") if isinstance(reply, bytes) else ""
-                info = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-                limit += integer(info.get("maxmemory", "0").encode()) * 4 // 5
-                mem_allocator = info.get("mem_allocator", mem_allocator)
-                policies.add(info.get("maxmemory_policy", "noeviction"))
-            self._facts = Facts(self._capacity_bytes or limit, "libc" not in mem_allocator)
-            policy = ", ".join(sorted(policies))
-            if policy != "noeviction":
-                log.warning(
-                    "redis: maxmemory-policy is %s, which tears holes into chains; set it to noeviction, "
-                    "and capacity_bytes here",
-                    policy,
-                )
+        """As last heard."""
+        return self._facts or self.ask_facts(talk, deadline)
+
+    def ask_facts(self, talk: Talk, deadline: float) -> Facts:
+        """As they are now. What is wrong with them is logged, once for as long as it stays so.
+
+        Where a node does not answer, what was known of all of them stays: its limit is not 0 for that.
+        """
+        limit, mem_allocator, policies, unlimited, whole = 0, "jemalloc", set(), False, True
+        for place in talk.places(deadline):
+            (reply,) = many(talk, [command("INFO", "memory")], deadline, place=place, partial=True)
+            if not isinstance(reply, bytes):
+                whole = False
+                continue
+            info = dict(line.split(":", 1) for line in reply.decode(errors="replace").splitlines() if ":" in line)
+            node_limit = integer(info.get("maxmemory", "0").encode())
+            limit += node_limit * 4 // 5
+            unlimited |= not node_limit
+            mem_allocator = info.get("mem_allocator", mem_allocator)
+            policies.add(info.get("maxmemory_policy", "noeviction"))
+        self._warn(", ".join(sorted(policies - {"noeviction"})), unlimited=unlimited and not self._capacity_bytes)
+        facts = Facts(self._capacity_bytes or limit, "libc" not in mem_allocator)
+        self._facts = facts if whole else self._facts or facts
         return self._facts
+
+    def _warn(self, policy: str, *, unlimited: bool) -> None:
+        """Of what makes blocks leave in another order than ours, or the server grow for ever."""
+        wrong = []
+        if policy:
+            wrong.append(f"maxmemory-policy is {policy}, which drops heads of chains before their tails")
+        if unlimited:
+            wrong.append("maxmemory is not set, nor capacity_bytes here, so that it grows until its host is full")
+        text = "; ".join(wrong)
+        with self._warning:
+            if text and text != self._warned:
+                log.warning("redis: %s: `kvstore doctor` has the fix, under redis maxmemory", text)
+            self._warned = text
 
     def accounted_bytes(self, stored_bytes: int, facts: Facts) -> int:
         """What a value of `stored_bytes` costs the server's memory."""
@@ -368,15 +390,19 @@ class Accounting:
         )
 
     def total_bytes(self, talk: Talk, deadline: float, root: str = "") -> int:
-        """Accounted bytes of all namespaces, or of one."""
-        stripes = self.names.stripes
-        counters = [Bucket(stripe, root).total if root else used(stripe) for stripe in stripes]
-        replies = many(talk, [command("GET", counter) for counter in counters], deadline, partial=True)
-        total = sum(_count(reply) for reply in replies if isinstance(reply, bytes))
+        """Accounted bytes of all namespaces, or of one. For whoever makes room: what it says of all is remembered."""
+        total = self.counted_bytes(talk, deadline, root)
         if not root:
             self._total_bytes = total
             self._total_read_at = time.monotonic()
         return total
+
+    def counted_bytes(self, talk: Talk, deadline: float, root: str = "") -> int:
+        """Accounted bytes of all namespaces, or of one."""
+        stripes = self.names.stripes
+        counters = [Bucket(stripe, root).total if root else used(stripe) for stripe in stripes]
+        replies = many(talk, [command("GET", counter) for counter in counters], deadline, partial=True)
+        return sum(_count(reply) for reply in replies if isinstance(reply, bytes))
 
     def make_room(self, talk: Talk, num_bytes: Mapping[str, int], deadline: float) -> tuple[int, int]:
         """Evict so that so many bytes more fit, by namespace; of each first what is its own.

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Background work of the Redis tier: touches, removal of damaged values, ageing, and a sweep now and then.
+"""Background work of the Redis tier: touches, removal of damaged values, ageing, a sweep now and then.
+
+And a look at how full the server is and how it is set, once a minute, the first at once.
 
 One thread, one bounded queue: what does not fit is dropped and counted, since a lost touch costs a little order
 and a late one would cost a load its connection.
@@ -35,6 +37,9 @@ _MAX_BORROWED = 4096
 _MOST_SHIFT_S = 43_200.0
 _MAX_REMEMBERED = 65_536
 _AGE_EVERY_S = 60.0
+_LOOK_EVERY_S = 60.0
+_LOOK_AGAIN_S = 5.0
+"""After a look that failed."""
 _KEYS_PER_PIPELINE = 2048
 SWEEP_MARK = "kvs2:{000}:sweep"
 
@@ -65,9 +70,11 @@ class _Work:
     growths: list[Growth] = field(default_factory=list)
     retired: OrderedDict[PartKey, _Ended] = field(default_factory=OrderedDict)
     repair: bool = False
+    look: bool = False
 
     def __bool__(self) -> bool:
-        return bool(self.chains or self.damaged or self.borrowed or self.growths or self.retired or self.repair)
+        asked = self.chains or self.damaged or self.borrowed or self.growths or self.retired
+        return bool(asked or self.repair or self.look)
 
 
 class Upkeep:
@@ -83,7 +90,8 @@ class Upkeep:
         call_timeout_s: float,
         sweep_every_s: float,
     ) -> None:
-        self.stats = Stats()
+        self._stats = Stats()
+        self._room: dict[str, float] = {}
         self._nodes = nodes
         self._accounting = accounting
         self._sweeper = sweeper
@@ -91,18 +99,29 @@ class Upkeep:
         self._call_timeout_s = call_timeout_s
         self._sweep_every_s = sweep_every_s
         self._changed = threading.Condition()
-        self._waiting = _Work()
+        self._waiting = _Work(look=True)
         self._mender = Mender(accounting)
         self._busy = False
         self._closed = False
         self._ttl_seen_at: OrderedDict[PartKey, float] = OrderedDict()
         now = time.monotonic()
         self._age_at = now + _AGE_EVERY_S
+        self._look_at = now
         self._sweep_at = now + sweep_every_s
         self._thread = threading.Thread(target=self._run, name="kvstore-redis-upkeep", daemon=True)
         self._thread.start()
 
     # ── called from other threads ──────────────────────────────────────────────────────────────────────────
+
+    @property
+    def stats(self) -> Stats:
+        return self._stats
+
+    def bind(self, stats: Stats) -> None:
+        """Count there from now on. What was seen of the server before is told there too."""
+        self._stats = stats
+        for name, value in self._room.items():
+            stats.set(name, value)
 
     def touch(self, keys: Sequence[PartKey], later: Mapping[BlockId, float]) -> None:
         """A chain was used. Touches of the same chain that were not sent yet become one."""
@@ -196,19 +215,23 @@ class Upkeep:
                 self.stats.add("redis.upkeep_failures")
 
     def _idle_s(self) -> float:
-        times = [self._age_at] if self._ttl_s else []
+        times = [self._look_at]
+        times += [self._age_at] if self._ttl_s else []
         times += [self._sweep_at] if self._sweep_every_s else []
-        return max(0.0, min(times) - time.monotonic()) if times else threading.TIMEOUT_MAX
+        return max(0.0, min(times) - time.monotonic())
 
     def _do(self, work: _Work) -> None:
         now = time.monotonic()
         age = bool(self._ttl_s) and now >= self._age_at
         sweep = bool(self._sweep_every_s) and now >= self._sweep_at
+        look = work.look or now >= self._look_at
         # Set before the attempt, so that a failing one is not repeated at once.
         if age:
             self._age_at = now + _AGE_EVERY_S
         if sweep:
             self._sweep_at = now + self._sweep_every_s
+        if look:
+            self._look_at = now + _LOOK_AGAIN_S
         deadline = now + self._call_timeout_s
         with self._nodes.talk(deadline) as talk:
             if work.damaged:
@@ -223,6 +246,9 @@ class Upkeep:
                 self._cool(talk, ended, deadline)
             if age:
                 self._age(talk, deadline)
+            if look:
+                self._look(talk, deadline)
+                self._look_at = now + _LOOK_EVERY_S
         if sweep or work.repair:
             self._sweep(whoever_else_did=work.repair)
 
@@ -273,9 +299,16 @@ class Upkeep:
         """Evict what nobody used for half the TTL, tails first, so that the TTL never has to."""
         oldest = repr(self._accounting.now_s(talk, deadline) - self._ttl_s / 2).encode()
         num_parts, num_bytes = self._accounting.evict_below(talk, oldest, deadline)
-        self.stats.set("redis.used_bytes", self._accounting.total_bytes(talk, deadline))
         if num_parts:
             self.stats.add_all({"redis.aged_blocks": num_parts, "redis.aged_bytes": num_bytes})
+
+    def _look(self, talk: Talk, deadline: float) -> None:
+        """How full the server is: also before this store writes anything, and with what others wrote."""
+        facts = self._accounting.ask_facts(talk, deadline)
+        used_bytes = self._accounting.counted_bytes(talk, deadline)
+        self._room = {"redis.used_bytes": used_bytes, "redis.capacity_bytes": facts.capacity_bytes}
+        for name, value in self._room.items():
+            self.stats.set(name, value)
 
     def _sweep(self, *, whoever_else_did: bool) -> None:
         """Sweep, unless another store on this server did within the interval and that is not to count."""

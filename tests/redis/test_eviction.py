@@ -21,6 +21,7 @@ import redis
 from kvstore.api import NO_HINT
 from kvstore.block import PartKey, Root
 from kvstore.errors import TierError
+from kvstore.stats import Stats
 from kvstore.tiers.redis import RedisTier
 from kvstore.tiers.redis_accounting import size_class
 from kvstore.tiers.redis_names import CLOCK, MAX_BUCKETS, STEP_S, Bucket, Names, registry
@@ -625,18 +626,49 @@ def test_capacity_follows_the_servers_maxmemory_where_none_is_given(make_tier: M
         tier.close()
 
 
-def test_server_that_evicts_by_itself_is_warned_about(
+def test_server_that_evicts_by_itself_is_warned_about_once_and_before_anything_is_written(
     own_server: EmbeddedServer, make_tier: MakeTier, root: Root, caplog: pytest.LogCaptureFixture
 ) -> None:
     with redis.Redis.from_url(own_server.url) as client:
         client.config_set("maxmemory-policy", "allkeys-lru")
-    tier = make_tier(own_server.url)
+    tier = make_tier(own_server.url, capacity_bytes=1 << 30)
+    assert tier.settle(DEADLINE_S)
+    warned = [
+        "redis: maxmemory-policy is allkeys-lru, which drops heads of chains before their tails: "
+        "`kvstore doctor` has the fix, under redis maxmemory"
+    ]
+    assert warnings_in(caplog) == warned
     for _ in range(2):
         Content(root, 1).write(tier)
-    assert [record.message for record in caplog.records if "noeviction" in record.message] == [
-        "redis: maxmemory-policy is allkeys-lru, which tears holes into chains; set it to noeviction, "
-        "and capacity_bytes here"
-    ]
+    assert warnings_in(caplog) == warned
+
+
+def test_server_without_a_limit_is_warned_about_unless_there_is_one_here(
+    own_server: EmbeddedServer, make_tier: MakeTier, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert make_tier(own_server.url, capacity_bytes=1 << 30).settle(DEADLINE_S)
+    assert warnings_in(caplog) == []
+    assert make_tier(own_server.url).settle(DEADLINE_S)
+    (warning,) = warnings_in(caplog)
+    assert warning.startswith("redis: maxmemory is not set, nor capacity_bytes here")
+
+
+def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.message for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_a_new_store_knows_how_full_the_server_is_before_it_writes(
+    own_server: EmbeddedServer, make_tier: MakeTier, root: Root
+) -> None:
+    writer = make_tier(own_server.url)
+    Content(root, 20).write(writer)
+    with redis.Redis.from_url(own_server.url) as client:
+        client.config_set("maxmemory", 20 << 20)
+    newcomer = make_tier(own_server.url)
+    assert newcomer.settle(DEADLINE_S)
+    newcomer.bind(counts := Stats())
+    assert counts.get("redis.used_bytes") == writer.accounted_bytes() > 0
+    assert counts.get("redis.capacity_bytes") == 16 << 20
 
 
 def test_values_carry_a_ttl_that_touches_renew_once_half_is_used(

@@ -25,12 +25,16 @@ from typer.testing import CliRunner
 
 from kvstore.block import Chain, ModelId, Root
 from kvstore.errors import AccessDenied, ConfigError, ServiceUnavailable
+from kvstore.layout import layout_of
 from kvstore.service.admin import Admin, Target
 from kvstore.service.cli_commands import app, events
 from kvstore.service.cli_serve import notify, read_config
 from kvstore.service.handshake import model_message
+from kvstore.tiers.redis import RedisTier
+from kvstore.tiers.valkey import EmbeddedServer
 from kvstore.wire import kvstore_pb2 as pb
 from kvstore.wire.kvstore_pb2_grpc import KVStoreStub
+from tests.redis.content import Content
 from tests.service.certificates import Authority
 from tests.waiting import eventually
 
@@ -83,6 +87,10 @@ class Serving:
 
     def ask(self, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
         return run(*words, KVSTORE_ADDRESS=self.address, **more)
+
+    def values(self) -> dict[str, float]:
+        values: dict[str, float] = json.loads(self.ask("status", "--json").stdout)["values"]
+        return values
 
     @contextlib.contextmanager
     def running(self, *words: str) -> Iterator[IO[str]]:
@@ -205,6 +213,25 @@ def test_a_client_meets_a_server_that_was_started_again(serve: MakeServing) -> N
         serve()
         assert eventually(lambda: answers(admin))
         assert admin.opened.boot_id != boot
+
+
+def test_a_fresh_server_says_how_full_redis_is_and_warns_where_redis_has_no_limit(
+    serve: MakeServing, model: ModelId
+) -> None:
+    with EmbeddedServer() as valkey:
+        tier = RedisTier(RedisTier.Options(url=valkey.url))
+        tier.open(layout_of(model))
+        assert Content(Root(model), 4).write(tier)
+        used = tier.accounted_bytes()
+        tier.close()
+        server = serve("--redis-url", valkey.url)
+        assert eventually(lambda: "redis.capacity_bytes" in server.values())
+        assert server.values()["redis.used_bytes"] == used
+        (line,) = [line for line in server.log.read_text().splitlines() if "maxmemory" in line]
+        assert "redis: maxmemory is not set" in line
+        assert "`kvstore doctor` has the fix, under redis maxmemory" in line
+        doctor = server.ask("doctor", "--redis-url", valkey.url).stdout
+        assert "redis maxmemory: has no limit" in doctor
 
 
 def answers(admin: Admin) -> bool:
