@@ -41,6 +41,8 @@ _RING_BYTES = 64 << 20
 _MAX_RUN = 1024
 """Blocks of one event of a snapshot: with 64 tokens each, 290 KB."""
 _EVENT_BYTES = 512  # what an event takes beside its ids and tokens
+_MAX_ROOTS = 65_536
+"""Whose events are counted: at one more, all begin anew, with a gap for everybody."""
 
 
 class EventKind(Enum):
@@ -101,9 +103,10 @@ class _Entry(NamedTuple):
 class EventLog:
     """What happened to a pool's blocks lately. Thread-safe. Implements `kvstore.residents.Observer`."""
 
-    def __init__(self, pool: BlockPool, *, ring_bytes: int = _RING_BYTES) -> None:
+    def __init__(self, pool: BlockPool, *, ring_bytes: int = _RING_BYTES, max_roots: int = _MAX_ROOTS) -> None:
         self._pool = pool
         self._ring_bytes = ring_bytes
+        self._max_roots = max_roots
         self._moved = threading.Condition(threading.Lock())
         self._entries: deque[_Entry] = deque()
         self._held_bytes = 0
@@ -111,6 +114,7 @@ class EventLog:
         self._counts: dict[RootId, int] = {}  # entries ever, by root
         self._dropped: dict[RootId, int] = {}  # number of the last entry that left the ring, by root
         self._silences = 0  # how often recording began: what happened before is unknown
+        self._folds = 0  # how often counts were given up
         self._num_waiting = 0
         self._subscriptions: set[Subscription] = set()
         pool.observe(self)
@@ -159,6 +163,8 @@ class EventLog:
     def _append(self, entry: _Entry) -> int:
         root = entry.event.root
         with self._moved:
+            if root not in self._counts and len(self._counts) >= self._max_roots:
+                self._fold()
             self._entries.append(entry)
             self._counts[root] = self._counts.get(root, 0) + 1
             self._held_bytes += _size(entry)
@@ -168,6 +174,15 @@ class EventLog:
             if self._num_waiting:
                 self._moved.notify_all()
         return number
+
+    def _fold(self) -> None:
+        """Forget which root had how many events: roots come and go. No number from before is ever reached again."""
+        self._silences += sum(self._counts.values()) + 1
+        self._folds += 1
+        while self._entries:
+            self._drop_oldest()
+        self._counts.clear()
+        self._dropped.clear()
 
     def _drop_oldest(self) -> None:
         oldest = self._entries.popleft()
@@ -233,6 +248,7 @@ class Subscription:
         self._since = last
         self._at = last + 1  # number of the next entry to look at
         self._sequence = sequence
+        self._folds = log._folds
         self._omitted: set[int] = set()  # rows that left before the snapshot reached them
         self._gap = False
         self._closed = False
@@ -257,6 +273,9 @@ class Subscription:
         """Whether entries left the ring that this subscriber may see and has not seen."""
         log = self._log
         with log._moved:
+            if self._folds != log._folds:
+                self._folds = log._folds
+                self._gap, self._at, self._sequence = True, log._last() + 1, log._seen(self._may_see)
             if self._at < log._first:
                 self._gap |= any(number >= self._at and self._may_see(root) for root, number in log._dropped.items())
                 self._at = log._first

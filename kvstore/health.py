@@ -99,16 +99,20 @@ def _slot_faults(residents: Residents, rows: Rows) -> list[str]:
 
 def _account_faults(residents: Residents, rows: Rows) -> list[str]:
     table, accounts = residents.table, residents.accounts
-    held_bytes = np.zeros(len(accounts.roots), np.int64)
+    numbers, place = np.unique(table.root[rows], return_inverse=True)
+    sums = np.zeros(len(numbers), np.int64)
     for number, layout in enumerate(residents.layouts):
         for part in layout.parts:
             has = (table.layout[rows] == number) & (table.slots[rows, part.part] != NO_SLOT)
-            held_bytes += np.bincount(table.root[rows[has]], minlength=len(held_bytes)) * part.num_bytes
-    return [
-        f"pool: root number {number} is charged {charged} bytes and takes {held}"
-        for number, (charged, held) in enumerate(zip(accounts.held_bytes, held_bytes.tolist(), strict=True))
-        if charged != held
+            sums += np.bincount(place[has], minlength=len(sums)) * part.num_bytes
+    takes = dict(zip(numbers.tolist(), sums.tolist(), strict=True))
+    charged = [
+        f"pool: root number {number} is charged {held} bytes and takes {takes.get(number, 0)}"
+        for number, held in accounts.held_bytes.items()
+        if held != takes.get(number, 0)
     ]
+    forgotten = [f"pool: root number {number} has blocks and is not known" for number in takes.keys() - accounts.roots]
+    return charged + forgotten + accounts.faults()
 
 
 def _policy_faults(residents: Residents) -> list[str]:

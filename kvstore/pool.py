@@ -31,6 +31,7 @@ from kvstore.residents import part_mask as part_mask
 from kvstore.victims import Victims
 
 _MOST_SIMILAR = 64  # children of one block that are looked at for the longest beginning
+_DESCRIBED = 256  # blocks, before the lock is given up for a moment
 _CHUNK = 4096  # rows freed, or told of, before the lock is given up for a moment
 
 
@@ -231,9 +232,16 @@ class BlockPool:
         """What is known of each block, None where it has no part here, or `may_see` denies its root.
 
         A block that is denied takes no longer than one that is not there: its root was judged before it was found.
+        The lock is given up between portions: others' matches wait for one of them at most.
         """
-        accounts = self._residents.accounts
-        seen = [number for number, root in enumerate(list(accounts.roots)) if may_see(root)]
+        with self.lock:
+            known = list(self._residents.accounts.roots.items())
+        seen = [number for number, root in known if may_see(root)]
+        portions = [blocks[at : at + _DESCRIBED] for at in range(0, len(blocks), _DESCRIBED)]
+        return [one for portion in portions for one in self._describe(portion, seen)]
+
+    def _describe(self, blocks: Sequence[BlockId], seen: Sequence[int]) -> list[Resident | None]:
+        """Of each block, None where it is not there or not of a root that is `seen`."""
         found: list[Resident | None] = []
         with self.lock:
             table = self._table
@@ -369,7 +377,7 @@ class BlockPool:
         self._table.filling[rows] |= np.uint64(mask_of(parts))
         self._table.slots[rows[:, None], list(parts)] = slots
         num_bytes = sum(layout.parts[part].num_bytes for part in parts)
-        self._residents.accounts.held_bytes[number] += num_bytes * len(slots)
+        self._residents.accounts.charge(number, num_bytes * len(slots))
         return [Reservation(first + at, row, parts, slots[at]) for at, row in enumerate(rows.tolist())]
 
     def publish(self, reservations: Sequence[Reservation], hint: Hint, *, pins: int = 0) -> list[Reservation]:
@@ -557,9 +565,8 @@ class BlockPool:
         residents, table = self._residents, self._table
         with self.lock:
             accounts = residents.accounts
-            numbers = range(len(accounts.roots)) if root is None else [accounts.find(root)]
             rows = table.live_rows()
-            rows = rows[np.isin(table.root[rows], numbers)]
+            rows = rows if root is None else rows[table.root[rows] == accounts.find(root)]
             rows = rows[np.argsort(-table.depth[rows], kind="stable")]
             if residents.observer is not None and residents.observer.listening:
                 for number in np.unique(table.root[rows]).tolist():
@@ -586,7 +593,7 @@ class BlockPool:
             table, accounts = self._table, self._residents.accounts
             rows = table.ids.found_rows()
             rows = rows[self._residents.is_whole(rows)]
-            hidden = [number for number, root in enumerate(accounts.roots) if not may_see(root)]
+            hidden = [number for number, root in accounts.roots.items() if not may_see(root)]
             if hidden:
                 rows = rows[~np.isin(table.root[rows], hidden)]
             return rows, table.parent[rows].astype(np.int64), table.depth[rows].astype(np.int64)

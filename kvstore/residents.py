@@ -61,7 +61,7 @@ class Residents:
         self.table = BlockTable()
         self.slots = slots
         self.policy = policy
-        self.accounts = Accounts()
+        self.accounts = Accounts(self.table.heads)
         self.layouts: list[BlockLayout] = []
         self.observer: Observer | None = None
         self.doomed: set[int] = set()  # rows removed while something still held them
@@ -229,14 +229,14 @@ class Residents:
         num_bytes = (held * self._part_bytes[table.layout[rows]]).sum(axis=1)
         roots = table.root[rows]
         for number in np.unique(roots).tolist():
-            self.accounts.held_bytes[number] -= int(num_bytes[roots == number].sum())
+            self.accounts.charge(number, -int(num_bytes[roots == number].sum()))
 
     def detach(self, row: int, parts: Sequence[int]) -> None:
         """Take slots that were being filled out of a row; the caller has them now."""
         self.table.filling[row] &= ~np.uint64(mask_of(parts))
         self.table.slots[row, list(parts)] = NO_SLOT
         layout = self.layout_of(row)
-        self.accounts.held_bytes[int(self.table.root[row])] -= sum(layout.parts[part].num_bytes for part in parts)
+        self.accounts.charge(int(self.table.root[row]), -sum(layout.parts[part].num_bytes for part in parts))
         self.drop_empty(row)
 
 

@@ -13,7 +13,7 @@ import pytest
 from kvstore.api import NO_HINT
 from kvstore.arena import PAGE_BYTES, Arena
 from kvstore.block import Chain, ModelId, Root, RootId, hash_blocks
-from kvstore.events import BlockEvent, EventKind, EventLog, Subscription
+from kvstore.events import Batch, BlockEvent, EventKind, EventLog, Subscription
 from kvstore.idmap import unpack_ids
 from kvstore.layout import layout_of
 from kvstore.policies.lru import LruPolicy
@@ -225,6 +225,32 @@ def test_going_on_after_a_time_in_which_nobody_listened_is_a_gap(model: ModelId)
     for _ in range(20):
         world.step()
     assert world.log.subscribe(after=last).poll().gap
+
+
+def test_counts_of_more_roots_than_are_kept_begin_anew_with_a_gap_for_everybody(model: ModelId) -> None:
+    pool = World(model, 40, 3).pool
+    log = EventLog(pool, max_roots=3)
+    roots = [Root(model, salt=bytes([number])) for number in range(5)]
+    with log.subscribe() as all_along, log.subscribe(may_see=lambda root: root == roots[0].id) as of_the_first:
+        first = all_along.poll()
+        assert first.snapshot_done
+        assert of_the_first.poll().snapshot_done
+        for root in roots[:3]:
+            log.cleared(root.id)
+        before = all_along.poll().sequence
+        assert of_the_first.poll().events
+        for root in roots[3:]:
+            log.cleared(root.id)
+        for follower in (all_along, of_the_first):
+            assert follower.poll().gap
+        assert len(log._counts) <= 3
+        log.cleared(roots[0].id)
+        after = all_along.poll()
+        assert [event.root for event in after.events] == [roots[0].id]
+        assert not of_the_first.poll().gap
+        with log.subscribe(snapshot=False, after=before) as late, log.subscribe(after=after.sequence) as in_time:
+            assert late.poll().gap
+            assert in_time.poll() == Batch((), after.sequence)
 
 
 def test_nothing_is_recorded_while_nobody_listens(model: ModelId) -> None:

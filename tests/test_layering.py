@@ -225,7 +225,10 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(
         [
             f"kvstore.service.{name}"
-            for name in ("budget", "calls", "care", "requests", "saves", "servicer", "session", "sessions", "watch")
+            for name in (
+                *("budget", "calls", "care", "requests", "rights", "roots", "saves", "servicer", "session", "sessions"),
+                *("streams", "turns", "watch"),
+            )
         ],
         SERVICE,
     ),
@@ -256,11 +259,9 @@ RULES: dict[str, Rule] = {
     ),
     "kvstore.service.preflight": Rule(5, (*FOUNDATIONS, "kvstore.numa")),
     "kvstore.service.prompt": Rule(5, FOUNDATIONS, ("jinja2", "transformers")),
-    "kvstore.service.rights": SERVICE,
     "kvstore.service.handshake": Rule(5, (*FOUNDATIONS, *MESSAGES), ("google",)),
     "kvstore.service.server": replace(SERVICE, modules=(*SERVICE.modules, "kvstore", "kvstore.tiers.base")),
     "kvstore.service.spans": Rule(5),
-    "kvstore.service.streams": SERVICE,
     "kvstore.service.sums": Rule(5, ("kvstore.arena",)),
     "kvstore.service.status": Rule(5, (*FOUNDATIONS, *MESSAGES), ("grpc", "google")),
     "kvstore.service.top": replace(SERVICE, libraries=(*SERVICE.libraries, "rich")),

@@ -17,6 +17,7 @@ from kvstore.layout import BlockLayout, layout_of
 from kvstore.policies import POLICIES
 from kvstore.policies.lru import LruPolicy
 from kvstore.pool import BlockPool, Reservation, part_mask
+from kvstore.quota import _MAX_IDLE
 from tests.conftest import chain_of
 
 MakePool = Callable[[int], BlockPool]
@@ -318,6 +319,47 @@ def test_a_quota_holds_over_all_roots_of_its_group(make_pool: MakePool, model: M
     assert sum(pool.held_bytes(root.id) for root in roots[:2]) <= 3 * PAGE_BYTES
 
 
+def test_roots_without_blocks_are_forgotten_and_those_with_blocks_are_not(make_pool: MakePool, model: ModelId) -> None:
+    pool = make_pool(8)
+    kept = [Root(model, salt=b"kept%d" % number) for number in range(2)]
+    pool.set_quota("tenant", 8 * PAGE_BYTES)
+    pool.set_group(kept[0].id, "tenant")
+    put(pool, chain_of(kept[0], 3))
+    reserved, _ = reserve(pool, chain_of(kept[1], 2))  # nothing of it can be found yet
+    for number in range(20_000):
+        pool.set_group(Root(model, salt=b"%d" % number).id, "tenant")
+    accounts = pool._residents.accounts
+    assert len(accounts.roots) == len(accounts.held_bytes) <= 2 * _MAX_IDLE + 2
+    assert len(accounts.group_of(accounts.find(kept[0].id))) == len(accounts.roots) - 1
+    assert pool.held_bytes(kept[0].id) == 3 * PAGE_BYTES
+    assert pool.held_bytes(kept[1].id) == 2 * PAGE_BYTES
+    pool.publish(reserved, NO_HINT)
+    assert pool.leading(chain_of(kept[1], 2).ids, 1, kept[1].id) == 2
+    pool.clear()
+    assert pool.check() == []
+
+
+def test_a_root_that_was_forgotten_finds_nothing_of_the_one_that_came_after_it(
+    make_pool: MakePool, model: ModelId
+) -> None:
+    pool = make_pool(8)
+    first = Root(model, salt=b"first")
+    chain = chain_of(first, 2)
+    put(pool, chain)
+    before = pool._residents.accounts.find(first.id)
+    pool.clear()
+    for number in range(20_000):
+        root = Root(model, salt=b"%d" % number)
+        pool.set_group(root.id, "tenant")
+        assert pool._residents.accounts.find(root.id) != before
+    assert pool._residents.accounts.find(first.id) == -1
+    put(pool, chain_of(root, 2))
+    assert pool.leading(chain.ids, 1, first.id) == 0
+    assert pool.held_bytes(first.id) == 0
+    assert put(pool, chain) == 2
+    assert pool.check() == []
+
+
 def test_filling_blocks_count_against_the_quota(make_pool: MakePool, root: Root) -> None:
     pool = make_pool(64)
     pool.set_group(root.id, "tenant")
@@ -331,6 +373,7 @@ def test_filling_blocks_count_against_the_quota(make_pool: MakePool, root: Root)
 
 def test_check_notices_wrong_accounts_children_and_pins(make_pool: MakePool, root: Root) -> None:
     pool, chain = make_pool(8), chain_of(root, 3)
+    pool.set_group(root.id, "t")
     put(pool, chain)
     table, accounts = pool._table, pool._residents.accounts
     row = table.ids.get(chain.ids[1])
@@ -340,6 +383,12 @@ def test_check_notices_wrong_accounts_children_and_pins(make_pool: MakePool, roo
         (lambda: table.pins.__setitem__(row, -1), lambda: table.pins.__setitem__(row, 0), "-1 pins"),
         (lambda: table.root.__setitem__(row, 7), lambda: table.root.__setitem__(row, 0), "cannot follow"),
         (lambda: table.ready.__setitem__(row, 0), lambda: table.ready.__setitem__(row, 1), "parent is not"),
+        (
+            lambda: accounts._group_bytes.update(t=7),
+            lambda: accounts._group_bytes.update(t=12288),
+            "group 't'",
+        ),
+        (lambda: accounts.roots.pop(0), lambda: accounts.roots.update({0: root.id}), "is not known"),
     ):
         break_it()
         faults = pool.check() if words != "cannot follow" else _family(pool)

@@ -16,15 +16,20 @@ from kvstore.errors import AccessDenied, ConfigError
 from kvstore.inspection import BlockInfo
 from kvstore.service.chains import split_ids
 from kvstore.service.handshake import model_message
+from kvstore.service.roots import RootBook
 from kvstore.service.session import Session
 from kvstore.service.sessions import SessionBook
-from kvstore.service.streams import RootBook
+from kvstore.service.turns import Turns
 from kvstore.store import KVStore
 from kvstore.wire import kvstore_pb2 as pb
 
 _MAX_INFOS = 4_096
 """Of one reply: with 256 tokens each they take 5 MB."""
 _WARM_S = 60.0
+_INSPECTS = 4
+"""At once: each keeps the interpreter for some 50 ms."""
+_WARMS = 8
+"""At once: each may hold a thread for a minute."""
 
 
 class Care:
@@ -38,6 +43,8 @@ class Care:
         self._roots = roots
         self._config = config
         self._clock = clock
+        self._inspecting = Turns("Inspect", _INSPECTS)
+        self._warming = Turns("Warm", _WARMS)
 
     def values(self) -> dict[str, float]:
         """Counters and gauges of the store and of the service."""
@@ -79,6 +86,10 @@ class Care:
         ]
 
     def inspect(self, session: Session, request: pb.InspectRequest) -> pb.InspectReply:
+        with self._inspecting.taken(session.account):
+            return self._inspect(session, request)
+
+    def _inspect(self, session: Session, request: pb.InspectRequest) -> pb.InspectReply:
         chain = session.chains.resolve(request.chain) if request.HasField("chain") else None
         ids = split_ids(request.ids, "ids") if chain is None else list(chain.ids)
         rights = session.rights
@@ -114,7 +125,8 @@ class Care:
         chain.describe(contents)
         try:
             limit_s = _WARM_S if remaining_s is None else min(_WARM_S, remaining_s * 0.9)
-            num_host, num_promoted = self._store.warm(chain, limit_s)
+            with self._warming.taken(session.account):
+                num_host, num_promoted = self._store.warm(chain, limit_s)
         finally:
             chain.undescribe(contents)
         return pb.WarmReply(num_host_blocks=num_host, num_promoted=num_promoted)

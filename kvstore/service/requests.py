@@ -25,11 +25,11 @@ from kvstore.save import BlockSave
 from kvstore.service.budget import PinBudget
 from kvstore.service.chains import ServedChain
 from kvstore.service.handshake import model_of
+from kvstore.service.roots import RootBook
 from kvstore.service.saves import ServedSave
 from kvstore.service.session import MAX_LEASES, MAX_MARKS, Held, ServedLoad, Session
 from kvstore.service.sessions import SessionBook
 from kvstore.service.status import UnknownSession
-from kvstore.service.streams import RootBook
 from kvstore.store import KVStore
 from kvstore.wire import kvstore_pb2 as pb
 
@@ -101,9 +101,6 @@ class Requests:
             root = Root(model, message.adapter, message.salt, self._secret)
             if not session.rights.allows(root):
                 raise AccessDenied(f"no right to the namespace of model {model.model!r} and salt {message.salt!r}")
-            self.roots.learn(root)
-            if session.rights.tenant:
-                self._store.limit(root.id, session.rights.tenant, session.rights.quota_bytes)
             with session.lock:
                 if len(session.roots) >= _MAX_ROOTS:
                     session.roots.clear()
@@ -113,7 +110,14 @@ class Requests:
                 f"root digests to {root.id.hex()} here, to {message.id.hex()} at the client: both sides need the same "
                 "cluster secret"
             )
+        self._use(session, root)
         return root
+
+    def _use(self, session: Session, root: Root) -> None:
+        """A root that was not used for long is forgotten: what it holds from now on is this tenant's."""
+        self.roots.learn(root, session.rights.tenant)
+        if session.rights.tenant:
+            self._store.limit(root.id, session.rights.tenant, session.rights.quota_bytes)
 
     # -- finding -----------------------------------------------------------------------------------------------
 
@@ -296,6 +300,7 @@ class Requests:
                 f"contents cover blocks {contents.start}…{contents.stop}: a save of {request.start}…{request.stop} "
                 "needs all of its own"
             )
+        self._use(session, chain.root)  # it may be long since this chain was sent
         chain.describe(contents)
         try:
             with session.account.saving:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from typing import Protocol
 import numpy as np
 
 from kvstore.api import HOST_TIER
-from kvstore.block import DIGEST_BYTES, BlockId, Root, RootId
+from kvstore.block import DIGEST_BYTES, BlockId, RootId
 from kvstore.errors import ConfigError, LeaseError
 from kvstore.layout import MAX_PARTS
 from kvstore.load import BlockLoad
@@ -35,12 +34,12 @@ from kvstore.loan import Loan
 from kvstore.save import BlockSave
 from kvstore.service.bulk import Misfit, Packer, Unpacker, decode, encode
 from kvstore.service.rights import Rights
+from kvstore.service.roots import RootBook
 from kvstore.service.sums import Sums
 from kvstore.store import KVStore
 from kvstore.wire import kvstore_pb2 as pb
 
 MAX_PEEK_IDS = 65_536
-_MAX_ROOTS = 65_536
 
 
 # ---- Read ----
@@ -167,32 +166,6 @@ class _Wanted:
 
 
 # ---- Peek and Fetch ----
-
-
-class RootBook:
-    """Roots by their digest, as clients of this server have shown them. Thread-safe.
-
-    A digest says nothing about tenant and model: only a root that some client has named in full can be checked
-    against the rights of a peer, and one that nobody has named holds nothing here.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._roots: OrderedDict[RootId, Root] = OrderedDict()
-
-    def learn(self, root: Root) -> None:
-        """A client has shown this root, and has a right to it."""
-        with self._lock:
-            self._roots[root.id] = root
-            self._roots.move_to_end(root.id)
-            if len(self._roots) > _MAX_ROOTS:
-                self._roots.popitem(last=False)
-
-    def allows(self, rights: Rights, digest: bytes) -> bool:
-        """Whether these rights reach what lies under a root; False for one that is not known."""
-        with self._lock:
-            root = self._roots.get(RootId(digest))
-        return root is not None and rights.allows(root)
 
 
 @dataclass(frozen=True, slots=True)

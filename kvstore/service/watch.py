@@ -15,8 +15,8 @@ import grpc
 from kvstore.block import RootId
 from kvstore.errors import ConfigError
 from kvstore.events import Batch, BlockEvent, EventKind, EventLog, Subscription
+from kvstore.service.roots import RootBook
 from kvstore.service.session import Session
-from kvstore.service.streams import RootBook
 from kvstore.wire import kvstore_pb2 as pb
 
 _PULSE_S = 0.25

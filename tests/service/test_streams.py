@@ -21,6 +21,7 @@ from kvstore.save import BlockSave
 from kvstore.service import streams
 from kvstore.service.bulk import MESSAGE_BYTES, Arrived, Misfit, Packer, Unpacker, checksum, decode, encode
 from kvstore.service.rights import FULL, Rights
+from kvstore.service.roots import RootBook
 from kvstore.service.sums import Sums
 from kvstore.store import KVStore
 from kvstore.wire import kvstore_pb2 as pb
@@ -473,13 +474,13 @@ def peeked(root: bytes, ids: Sequence[bytes], parts: bytes = b"\0", used: bool =
 
 
 @pytest.fixture
-def roots(root: Root) -> streams.RootBook:
-    book = streams.RootBook()
+def roots(root: Root) -> RootBook:
+    book = RootBook()
     book.learn(root)
     return book
 
 
-def test_peek_says_which_blocks_lie_in_the_host(store: KVStore, root: Root, roots: streams.RootBook) -> None:
+def test_peek_says_which_blocks_lie_in_the_host(store: KVStore, root: Root, roots: RootBook) -> None:
     chain = chain_of(root, 6)
     save_all(store, chain, 0, 4)
     found = streams.peek(store, roots, FULL, peeked(root.id, [*chain.ids, os.urandom(32)]))
@@ -487,7 +488,7 @@ def test_peek_says_which_blocks_lie_in_the_host(store: KVStore, root: Root, root
 
 
 def test_fetch_gives_blocks_in_the_order_asked_with_what_they_hash_to(
-    store: KVStore, root: Root, roots: streams.RootBook
+    store: KVStore, root: Root, roots: RootBook
 ) -> None:
     chain = chain_of(root, 6)
     save_all(store, chain)
@@ -510,12 +511,12 @@ def test_fetch_gives_blocks_in_the_order_asked_with_what_they_hash_to(
 
 @pytest.mark.parametrize("case", ["no right to the salt", "a root nobody named", "another root"])
 def test_peer_without_rights_sees_what_it_would_see_of_nothing(
-    store: KVStore, root: Root, roots: streams.RootBook, case: str
+    store: KVStore, root: Root, roots: RootBook, case: str
 ) -> None:
     chain = chain_of(root, 4)
     save_all(store, chain)
     rights = Rights(salts=frozenset({b"mine"}), models=None) if case == "no right to the salt" else FULL
-    book = streams.RootBook() if case == "a root nobody named" else roots
+    book = RootBook() if case == "a root nobody named" else roots
     asked = Root(root.model, salt=b"mine") if case == "another root" else root
     book.learn(Root(root.model, salt=b"mine"))
     assert not any(streams.peek(store, book, rights, peeked(asked.id, chain.ids)).present)
@@ -537,12 +538,12 @@ def test_peer_without_rights_sees_what_it_would_see_of_nothing(
 )
 def test_malformed_peek_is_refused(store: KVStore, request_: pb.PeekRequest) -> None:
     with pytest.raises(ConfigError):
-        streams.peek(store, streams.RootBook(), FULL, request_)
+        streams.peek(store, RootBook(), FULL, request_)
     with pytest.raises(ConfigError):
-        streams.fetch(store, streams.RootBook(), FULL, request_, Sums(store.arena))
+        streams.fetch(store, RootBook(), FULL, request_, Sums(store.arena))
 
 
-def test_peek_for_use_keeps_a_chain_warm(make_store: MakeStore, root: Root, roots: streams.RootBook) -> None:
+def test_peek_for_use_keeps_a_chain_warm(make_store: MakeStore, root: Root, roots: RootBook) -> None:
     store = make_store(8)
     old, new = chain_of(root, 4, seed=1), chain_of(root, 4, seed=2)
     save_all(store, old)
