@@ -303,9 +303,15 @@ class Upkeep:
             self.stats.add_all({"redis.aged_blocks": num_parts, "redis.aged_bytes": num_bytes})
 
     def _look(self, talk: Talk, deadline: float) -> None:
-        """How full the server is: also before this store writes anything, and with what others wrote."""
+        """How full the server is: also before this store writes anything, and with what others wrote.
+
+        Wrong books are left to whoever writes: two that mend at once may each give up what the other has rebuilt.
+        """
         facts = self._accounting.ask_facts(talk, deadline)
-        used_bytes = self._accounting.counted_bytes(talk, deadline)
+        try:
+            used_bytes = self._accounting.counted_bytes(talk, deadline)
+        except WrongBooks:
+            return
         self._room = {"redis.used_bytes": used_bytes, "redis.capacity_bytes": facts.capacity_bytes}
         for name, value in self._room.items():
             self.stats.set(name, value)
