@@ -337,8 +337,9 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         )
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        if self._worker is not None:
-            self._worker.load(self._orders(), layered=goes_by_layers(forward_context))
+        orders = self._orders()
+        if self._worker is not None and orders.loads:
+            self._worker.load(orders, layered=goes_by_layers(forward_context))
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         layer = self._layers.get(layer_name)

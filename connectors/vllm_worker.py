@@ -321,6 +321,8 @@ class WorkerSide:
     def finished(self, *, idle: bool) -> tuple[set[str], set[str]]:
         """(requests whose last save is done, requests whose load has ended, well or not), each named once."""
         self._settle()
+        if not (self._saving or self._jobs or self._sent):
+            return set(), set()  # as in most steps, each of which a token waits for
         self._collect(wait_for_held=idle)
         if self._jobs and idle:
             with self._ended:
