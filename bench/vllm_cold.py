@@ -66,7 +66,7 @@ _MEASURED = (("ttft_s", "overhead_pct"), ("seconds", "throughput_pct"))
 
 
 class ColdRow(TypedDict):
-    """One request; `sidecar_s` is CPU of the sidecar's process while it ran."""
+    """One request; `sidecar_s` is CPU that the sidecar's process had meanwhile, for its upkeep too."""
 
     arm: str
     start: int
@@ -149,14 +149,12 @@ def summarise(rows: Sequence[ColdRow]) -> dict[str, Any]:
                 medians if compared.by_start else [value for start in starts.values() for value in start]
             )
             summary[f"{key}_by_start"] = ", ".join(f"{100 * math.expm1(value):.2f}" for value in medians)
-    num_pairs = sum(row["arm"] == OURS for row in rows)
-    # All of it, whenever it came: what a request leaves to be done is done during the next.
-    sidecar_s = sum(row["sidecar_s"] for row in rows) / num_pairs
-    seconds = statistics.median(row["seconds"] for row in rows if row["arm"] == OURS)
+    busy, idle = ([row for row in rows if (row["arm"] == OURS) == ours] for ours in (True, False))
+    num_pairs = len(busy)
     return {
         **summary,
-        "sidecar_cpu_ms_a_request": 1e3 * sidecar_s,
-        "sidecar_cpu_pct_of_request": 100 * sidecar_s / seconds,
+        "sidecar_cpu_ms_a_request": 1e3 * statistics.fmean(row["sidecar_s"] for row in busy),
+        "sidecar_cpu_ms_idle": 1e3 * statistics.fmean(row["sidecar_s"] for row in idle),
         "num_starts": len({row["start"] for row in rows}),
         "num_pairs": num_pairs,
     }
