@@ -232,11 +232,11 @@ RULES: dict[str, Rule] = {
         ],
         SERVICE,
     ),
-    "kvstore.service.doctor": replace(
-        SERVICE,
-        modules=(*SERVICE.modules, "kvstore.wire.seal", "kvstore.tiers.redis_sentinel"),
-        libraries=(*SERVICE.libraries, "redis"),
+    "kvstore.service.doctor": SERVICE,
+    "kvstore.service.doctor_redis": replace(
+        SERVICE, modules=(*SERVICE.modules, "kvstore.wire.seal", "kvstore.tiers.redis_look")
     ),
+    "kvstore.service.findings": Rule(5),
     "kvstore.service.door": Rule(5, (*FOUNDATIONS, "kvstore.service.claim")),
     "kvstore.service.handlers": Rule(5, (*FOUNDATIONS, *MESSAGES, "kvstore.service.status"), ("grpc", "google")),
     "kvstore.service.kv_events": Rule(5, (*FOUNDATIONS, *MESSAGES), ("google", "msgspec", "zmq")),

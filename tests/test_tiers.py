@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 import pytest
+import redis
 
 from kvstore.api import NO_HINT
 from kvstore.block import ModelId, Root
@@ -13,11 +14,30 @@ from kvstore.layout import layout_of
 from kvstore.stats import Stats
 from kvstore.tiers import TIERS
 from kvstore.tiers.base import Tier
+from kvstore.tiers.redis import RedisTier
+from kvstore.tiers.valkey import EmbeddedServer
 from tests.redis.content import DEADLINE_S, Content
+from tests.redis.rights import add_user, as_user
 from tests.service.peers import PeerWithContent
 
-# A tier as it can run in a test, on nothing that must be there already.
+
+class LeastRights(RedisTier):
+    """On a server of its own, as a user who may do what doctor names and no more."""
+
+    def __init__(self) -> None:
+        self._own = EmbeddedServer()
+        with redis.Redis.from_url(self._own.url) as client:
+            add_user(client)
+        super().__init__(RedisTier.Options(url=as_user(self._own.url)))
+
+    def close(self) -> None:
+        super().close()
+        self._own.close()
+
+
+# A tier as it can run in a test, on nothing that must be there already; by its name, and what is special about it.
 MADE: Mapping[str, Callable[[], Tier]] = {
+    "redis, least rights": LeastRights,
     "redis": lambda: TIERS.load("redis")(TIERS.options("redis", {"url": "embedded"})),
     "remote": PeerWithContent,
 }
@@ -26,10 +46,10 @@ pytestmark = pytest.mark.redis
 
 
 def test_every_tier_can_be_made_to_be_tested() -> None:
-    assert set(MADE) == set(TIERS)
+    assert {name.partition(",")[0] for name in MADE} == set(TIERS)
 
 
-@pytest.fixture(scope="module", params=sorted(TIERS))
+@pytest.fixture(scope="module", params=sorted(MADE))
 def opened(request: pytest.FixtureRequest) -> Iterator[Tier]:
     tier = MADE[request.param]()
     yield tier

@@ -24,6 +24,7 @@ from rich.text import Text
 from kvstore.errors import ConfigError
 from kvstore.service import cli_serve, doctor, kv_events, top
 from kvstore.service.admin import Admin, Target
+from kvstore.service.findings import Finding, Verdict
 from kvstore.service.prompt import Namespace, as_hash, read_prompt
 from kvstore.service.rights import read_secret_file
 from kvstore.wire import kvstore_pb2 as pb
@@ -144,14 +145,14 @@ def examine(
     read = cli_serve.read_config(config, named, settings or [])
     listed = read.service.listen if "service.listen" in read.sources else ""
     target = Target.of(address, default=listed)
-    findings: list[doctor.Finding] = []
+    findings: list[Finding] = []
     console = _console()
     named_one = bool(address or os.environ.get("KVSTORE_ADDRESS", ""))
     for finding in doctor.examine(read, target, expected=named_one):
         findings.append(finding)
         if not as_json:
             console.print(_finding_line(finding), soft_wrap=True)
-    problems = sum(finding.verdict is doctor.Verdict.PROBLEM for finding in findings)
+    problems = sum(finding.verdict is Verdict.PROBLEM for finding in findings)
     if as_json:
         rows = [{"name": f.name, "verdict": f.verdict.value, "detail": f.detail, "fix": f.fix} for f in findings]
         _print_json({"address": target.address, "problems": problems, "findings": rows})
@@ -160,8 +161,8 @@ def examine(
     raise typer.Exit(1 if problems else 0)
 
 
-def _finding_line(finding: doctor.Finding) -> Text:
-    color = {doctor.Verdict.OK: "green", doctor.Verdict.PROBLEM: "bold red", doctor.Verdict.NOTE: "yellow"}
+def _finding_line(finding: Finding) -> Text:
+    color = {Verdict.OK: "green", Verdict.PROBLEM: "bold red", Verdict.NOTE: "yellow"}
     line = Text.assemble(
         (f"{finding.verdict.value:8}", color[finding.verdict]), (f"{finding.name}: ", "bold"), finding.detail
     )

@@ -16,7 +16,7 @@ out is decided here and not by the server (`maxmemory-policy noeviction`): the l
     redis_sealed      values of keys not at hand    redis_sentinel who is the primary
     redis_codec       whether encoding them pays    redis_clock    the time that scores are made of
     redis_mend        what other programs spoilt    redis_growth   what hangs from what, for exclusive tiers
-    valkey            a server of our own, for url="embedded"
+    redis_look        what doctor can see           valkey         a server of our own, for url="embedded"
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ class RedisTier(Tier):
             codec: how values are written: `auto` (with lz4 where and while that is measured to be faster than raw, for
                 each namespace by itself; `redis_codec`), `raw` or `lz4`. Whatever codec a value names is read.
             ttl_s: backstop of the server: a value that nobody used and nobody evicted goes after this. Ageing
-                by score comes at half of it, tails first. 0 for neither.
+                by score comes at half of it, tails first. 0 for neither. A server's clock that is set forward by more
+                than half of it may end all values at once: a cold cache.
             connect_timeout_s: for connecting and authenticating, within the call's deadline.
             call_timeout_s: deadline of calls that are given none, and of background work.
             breaker_open_s: how often a server that failed is tried in the background; calls are refused at once

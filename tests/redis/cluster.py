@@ -12,25 +12,28 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import quote
 
 import redis
 
 from kvstore.tiers.valkey import embedded_binary
+from tests.redis.rights import PASSWORD, USER, add_user
 
 NODE_TIMEOUT_MS = 2000
 NUM_SLOTS = 16_384
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports whose Cluster bus (port + 10,000) is valid, too."""
+    """Ports whose Cluster bus (port + 10,000) is valid, too, and none of the others."""
     sockets: list[socket.socket] = []
     ports: list[int] = []
     while len(ports) < count:
         probe = socket.socket()
         probe.bind(("127.0.0.1", 0))
         sockets.append(probe)
-        if probe.getsockname()[1] < 50_000:
-            ports.append(probe.getsockname()[1])
+        port = probe.getsockname()[1]
+        if port < 50_000 and not {port - 10_000, port + 10_000} & set(ports):
+            ports.append(port)
     for probe in sockets:
         probe.close()
     return ports
@@ -116,6 +119,8 @@ class Cluster:
         until(lambda: all(b"cluster_state:ok" in node.do("CLUSTER INFO") for node in self.nodes))
         until(lambda: all(node.client.info("replication").get("master_link_status") == "up" for node in self.nodes[3:]))
         until(lambda: all(len(self.owners(node)) == 3 for node in self.nodes))
+        for node in self.nodes:  # users are each node's own
+            add_user(node.client, cluster=True)
 
     def owners(self, node: ClusterNode) -> set[int]:
         """Ports of the primaries, as a node sees them; replicas must be known, too."""
@@ -124,7 +129,9 @@ class Cluster:
 
     @property
     def url(self) -> str:
-        return "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in self.nodes[:2])
+        """For a user with the least rights there are to a tier."""
+        user = f"{USER}:{quote(PASSWORD, safe='')}@"
+        return f"redis+cluster://{user}" + ",".join(f"127.0.0.1:{node.port}" for node in self.nodes[:2])
 
     def kill_primary(self, number: int) -> None:
         self.nodes[number].process.send_signal(signal.SIGKILL)

@@ -13,10 +13,14 @@ import redis
 from kvstore.block import ModelId
 from kvstore.layout import layout_of
 from kvstore.tiers.redis import RedisTier
-from kvstore.tiers.valkey import EmbeddedServer, ServerOptions
+from kvstore.tiers.valkey import EmbeddedServer, ServerOptions, embedded_binary
+from tests.redis.pair import Pair, Pointer
+from tests.redis.rights import add_user, as_user
 
 MakeTier = Callable[..., RedisTier]
 SERVERS = ("valkey", "redis")
+_restricted: set[str] = set()
+"""URLs of servers on which tiers are made as a user who may do what doctor names, and no more."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -48,6 +52,9 @@ def binary_of(kind: str) -> Path | None:
 @pytest.fixture(scope="session", params=SERVERS)
 def shared_server(request: pytest.FixtureRequest) -> Iterator[EmbeddedServer]:
     with EmbeddedServer(ServerOptions(binary=binary_of(request.param))) as server:
+        with redis.Redis.from_url(server.url) as client:
+            add_user(client)
+        _restricted.add(server.url)
         yield server
 
 
@@ -78,6 +85,7 @@ def make_tier(model: ModelId) -> Iterator[MakeTier]:
     made: list[tuple[RedisTier, bool]] = []
 
     def make(url: str, *, healthy: bool = True, **options: object) -> RedisTier:
+        url = as_user(url) if url in _restricted else url
         tier = RedisTier(RedisTier.Options(url=url, **{"breaker_open_s": 0.0, **options}))  # type: ignore[arg-type]
         tier.open(layout_of(model))
         made.append((tier, healthy))
@@ -97,3 +105,17 @@ def make_tier(model: ModelId) -> Iterator[MakeTier]:
 @pytest.fixture
 def tier(server: EmbeddedServer, make_tier: MakeTier) -> RedisTier:
     return make_tier(server.url)
+
+
+@pytest.fixture(params=SERVERS)
+def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pair]:
+    pair = Pair(binary_of(request.param) or embedded_binary(), tmp_path)
+    yield pair
+    pair.close()
+
+
+@pytest.fixture
+def pointer(pair: Pair) -> Iterator[Pointer]:
+    pointer = Pointer(pair.primary.port)
+    yield pointer
+    pointer.close()

@@ -18,7 +18,8 @@ from redis.crc import key_slot
 from kvstore.api import NO_HINT
 from kvstore.block import PartKey, Root
 from kvstore.errors import ConfigError, TierError, TierUnavailable
-from kvstore.service.doctor import Verdict, _redis
+from kvstore.service.doctor_redis import TierSettings, examine_redis
+from kvstore.service.findings import Verdict
 from kvstore.tiers.redis import RedisTier
 from kvstore.tiers.redis_names import Names
 from kvstore.tiers.redis_nodes import stripe_of
@@ -26,6 +27,7 @@ from kvstore.tiers.redis_wire import command
 from tests.redis.cluster import Cluster, until
 from tests.redis.conftest import SERVERS, MakeTier, binary_of
 from tests.redis.content import DEADLINE_S, Content
+from tests.redis.rights import USER
 
 pytestmark = pytest.mark.slow  # six servers that agree on who they are
 
@@ -373,12 +375,22 @@ def test_a_cluster_that_is_not_there_is_an_error_and_not_a_hang(make_tier: MakeT
 
 
 def test_doctor_looks_at_every_primary_of_a_cluster(cluster: Cluster) -> None:
-    assert [finding.verdict for finding in _redis("redis", cluster.url, 100 << 20)] == [Verdict.OK, Verdict.OK]
+    settings = TierSettings(capacity_bytes=100 << 20, num_buckets=NUM_STRIPES)
+
+    def problems() -> set[str]:
+        return {each.name for each in examine_redis("redis", cluster.url, settings) if each.verdict is Verdict.PROBLEM}
+
+    assert problems() == set()
     cluster.nodes[1].do("CONFIG SET", "maxmemory", "20mb")
     cluster.nodes[2].do("CONFIG SET", "maxmemory-policy", "allkeys-lru")
+    lists = [f"kvs2:{{{stripe:03d}}}:u" for stripe in range(3)]  # on some node or other
+    for name in lists:
+        cluster.nodes[int(key_slot(name.encode())) // (16_384 // 3 + 1)].client.rpush(name, "somebody else's")
     try:
-        names = {finding.name for finding in _redis("redis", cluster.url, 100 << 20) if finding.fix}
-        assert names == {"redis maxmemory", "redis maxmemory-policy"}
+        assert problems() == {"redis maxmemory", "redis maxmemory-policy", "redis accounts"}
+        cluster.nodes[2].do("ACL SETUSER", USER, "-zrem")
+        assert problems() == {"redis user"}
     finally:
         cluster.nodes[1].do("CONFIG SET", "maxmemory", "64mb")
         cluster.nodes[2].do("CONFIG SET", "maxmemory-policy", "noeviction")
+        cluster.nodes[2].do("ACL SETUSER", USER, "+zrem")

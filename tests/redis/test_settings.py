@@ -12,7 +12,8 @@ import pytest
 import redis
 
 from kvstore.config import StoreConfig
-from kvstore.service.doctor import Verdict, _redis
+from kvstore.service.doctor_redis import TierSettings, examine_redis
+from kvstore.service.findings import Verdict
 from kvstore.tiers.valkey import embedded_binary
 from tests.redis.cluster import free_ports, until
 from tests.redis.conftest import SERVERS, binary_of
@@ -34,10 +35,17 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         server.kill()
 
 
+def verdicts(url: str, capacity_bytes: int = 0) -> dict[str, Verdict]:
+    """What doctor says, but for what is well."""
+    found = examine_redis("redis", url, TierSettings(capacity_bytes=capacity_bytes))
+    return {finding.name: finding.verdict for finding in found if finding.verdict is not Verdict.OK}
+
+
 def test_a_server_with_the_settings_of_deploy_is_well_set_up_for_doctor(url: str) -> None:
-    found = list(_redis("redis", url, 0))
-    assert [finding.verdict for finding in found] == [Verdict.OK, Verdict.OK]
-    assert "12.80 GiB of it for blocks" in found[1].detail
+    assert verdicts(url) == {}
+    details = {finding.name: finding.detail for finding in examine_redis("redis", url)}
+    assert list(details) == ["redis", "redis maxmemory", "redis user", "redis accounts", "redis clock"]
+    assert "12.80 GiB of it for blocks" in details["redis maxmemory"]
     with redis.Redis.from_url(url) as client:
         assert client.config_get("save")["save"] == ""
 
@@ -45,10 +53,10 @@ def test_a_server_with_the_settings_of_deploy_is_well_set_up_for_doctor(url: str
 def test_doctor_finds_each_setting_of_deploy_that_was_changed(url: str) -> None:
     with redis.Redis.from_url(url) as client:
         client.config_set("maxmemory", "1gb")
-        assert [f.verdict for f in _redis("redis", url, 1 << 30)] == [Verdict.OK, Verdict.PROBLEM]
+        assert verdicts(url, 1 << 30) == {"redis maxmemory": Verdict.PROBLEM}
         client.config_set("maxmemory", "0")
-        assert [f.verdict for f in _redis("redis", url, 1 << 30)] == [Verdict.OK, Verdict.NOTE]
-        assert [f.verdict for f in _redis("redis", url, 0)] == [Verdict.OK, Verdict.PROBLEM]
+        assert verdicts(url, 1 << 30) == {"redis maxmemory": Verdict.NOTE}
+        assert verdicts(url) == {"redis maxmemory": Verdict.PROBLEM}
 
 
 def test_the_settings_file_of_the_sidecar_is_accepted() -> None:

@@ -19,7 +19,8 @@ import yaml  # type: ignore[import-untyped]
 
 from kvstore.config import StoreConfig
 from kvstore.service.admin import Target
-from kvstore.service.doctor import Finding, Verdict, examine
+from kvstore.service.doctor import examine
+from kvstore.service.findings import Finding, Verdict
 from kvstore.tiers.redis import RedisTier
 from kvstore.tiers.valkey import embedded_binary
 from tests.waiting import wait_until
@@ -157,6 +158,17 @@ def test_doctor_checks_what_the_notes_mark_and_by_the_factor_they_name(compose: 
                 client.config_set(name, value)
                 assert problems(findings_about(url, tmp_path)) == {f"redis {name}"}
                 client.config_set(name, directives()[name])
+
+
+@pytest.mark.redis
+def test_the_user_of_the_notes_is_the_one_that_doctor_asks_for(compose: Compose, tmp_path: Path) -> None:
+    rule = re.search(r"^# (user kvstore on >PASSWORD .*)$", (DEPLOY / "valkey.conf").read_text(), re.MULTILINE)
+    assert rule is not None
+    with server_of(compose, embedded_binary(), tmp_path, *f"--{rule[1]}".split()) as url:
+        seen = findings_about(f"{url}?username=kvstore&password=PASSWORD", tmp_path)
+        assert problems(seen) == set()
+        assert seen["redis user"].detail.endswith(rule[1].partition(">PASSWORD ")[2])
+        assert problems(findings_about(f"{url}?username=kvstore&password=wrong", tmp_path)) == {"redis"}
 
 
 def test_compose_names_images_files_and_paths_that_fit_together(compose: Compose) -> None:

@@ -6,16 +6,26 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import redis
 
+from kvstore.block import ModelId, Root
 from kvstore.config import StoreConfig
 from kvstore.service.admin import Target
-from kvstore.service.doctor import Finding, Verdict, examine
+from kvstore.service.client import connect
+from kvstore.service.doctor import examine
+from kvstore.service.doctor_redis import about_clock
+from kvstore.service.findings import Finding, Verdict
+from kvstore.service.server import Server
+from kvstore.tiers.redis import RedisTier
+from kvstore.tiers.redis_look import Look
+from kvstore.tiers.redis_look import Server as RedisServer
 from kvstore.tiers.valkey import EmbeddedServer
+from tests.conftest import chain_of
+from tests.waiting import wait_until
 
 
 def findings_of(tmp_path: Path, values: dict[str, object] | None = None) -> dict[str, Finding]:
@@ -129,6 +139,64 @@ def test_a_redis_that_is_set_up_well_is_ok_and_one_without_a_limit_is_not(
 def test_a_redis_without_a_limit_is_enough_where_the_tier_has_one(tmp_path: Path, valkey: EmbeddedServer) -> None:
     values: dict[str, object] = {"tiers": {"redis": {"url": valkey.url, "capacity_bytes": "64MiB"}}}
     assert problems(findings_of(tmp_path, values)) == {"socket", "server"}
+
+
+@pytest.mark.redis
+def test_keys_of_another_program_in_the_accounts_have_a_line_of_their_own(
+    tmp_path: Path, valkey: EmbeddedServer
+) -> None:
+    values: dict[str, object] = {"tiers": {"redis": {"url": valkey.url, "capacity_bytes": "64MiB"}}}
+    assert findings_of(tmp_path, values)["redis accounts"].verdict is Verdict.OK
+    with redis.Redis.from_url(valkey.url) as client:
+        for stripe in (0, 3, 5, 7):
+            client.rpush(f"kvs2:{{{stripe:03d}}}:r", "somebody else's")
+        client.set("kvs2:{001}:0123456789abcdef:b", "hello")
+        found = findings_of(tmp_path, values)["redis accounts"]
+        assert client.dbsize() == 5  # looked at, not mended
+    assert found.verdict is Verdict.PROBLEM
+    assert "kvs2:{000}:r holds a list" in found.detail
+    assert "and 2 more" in found.detail
+    assert "another database" in found.fix
+
+
+@pytest.mark.redis
+def test_a_running_server_tells_how_many_foreign_keys_it_has_taken_away(
+    tmp_path: Path, valkey: EmbeddedServer, start_server: Callable[..., Server], model: ModelId
+) -> None:
+    tier = RedisTier(RedisTier.Options(url=valkey.url, capacity_bytes=64 << 20))
+    server = start_server(tiers=[tier], mover={"write": "through"})
+    with redis.Redis.from_url(valkey.url) as client, connect(server.address) as store:
+        for stripe in range(16):
+            client.set(f"kvs2:{{{stripe:03d}}}:r", "hello")
+        store.open(model)
+        chain = chain_of(Root(model), 8)
+        with store.save(chain, 0, 8) as save:
+            save.commit()
+        wait_until(lambda: server.stats().get("redis.foreign_books") == 16)
+    config = StoreConfig.load({"tiers": {"redis": {"url": valkey.url}}}, environ={})
+    found = {each.name: each for each in examine(config, Target(address=server.address))}
+    assert "16 were taken away" in found["redis accounts"].detail
+
+
+@pytest.mark.parametrize(
+    ("ahead_s", "ttl_s", "verdict"),
+    [
+        (0.0, 1000, Verdict.OK),
+        (-59.0, 1000, Verdict.OK),
+        (-61.0, 1000, Verdict.NOTE),
+        (90_000.0, 1000, Verdict.NOTE),
+        (-499.0, 1000, Verdict.NOTE),
+        (-500.0, 1000, Verdict.PROBLEM),
+        (-90_000.0, 0, Verdict.NOTE),
+    ],
+)
+def test_a_clock_whose_correction_would_end_all_values_is_a_problem(
+    ahead_s: float, ttl_s: int, verdict: Verdict
+) -> None:
+    servers = tuple(RedisServer("valkey", "9.0", 0, "noeviction", 0, each) for each in (0.1, ahead_s, -0.2))
+    found = about_clock("redis clock", Look(servers, True, 0.001), ttl_s)
+    assert found.verdict is verdict
+    assert bool(found.fix) is (verdict is not Verdict.OK)
 
 
 @pytest.mark.redis
