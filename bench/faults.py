@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a Redis that is slow, gone or lying costs: nothing but shorter hits.
 
-Three measurements: a host-tier hit while Redis is healthy, slow and stopped; the first request that meets a stopped
-Redis, and those after it; and a soak of random faults, in which every byte that is served is held against what was
-saved, every call against its deadline, and at the end every slot and every account is counted.
+Four measurements: a host-tier hit while Redis is healthy, slow and stopped; the first request that meets a stopped
+Redis, and those after it; a primary that is lost, until its replica serves under the same address; and a soak of random
+faults, in which every byte that is served is held against what was saved, every call against its deadline, and at the
+end every slot and every account is counted.
 """
 
 from __future__ import annotations
@@ -27,12 +28,14 @@ from rich.progress import Progress
 
 from bench.asked import print_figures
 from bench.env import stamp
+from bench.failover import measure_failover
 from bench.options import whole
 from bench.redis_proxy import ERRORS, KINDS, Fault, FaultProxy
 from bench.report import print_table, write_json
 from kvstore.block import Chain, ModelId, Root
 from kvstore.config import StoreConfig
 from kvstore.copying import copy_bytes
+from kvstore.layout import layout_of
 from kvstore.store import KVStore
 from kvstore.tiers.redis import RedisTier
 from kvstore.tiers.valkey import EmbeddedServer
@@ -54,6 +57,7 @@ _WORKERS = 4
 _LOOKUP_S = 0.15
 _READ_S = 0.2
 _WRITE_S = 0.2
+_FAILOVER_S = 0.25
 _SLACK_S = 0.1
 """For threads that wait for a core; not for the code."""
 _NUM_CHAINS = 24
@@ -380,6 +384,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", metavar="FILE", help="write {name, env, rows, summary}")
     options = parser.parse_args(argv)
     summary: dict[str, float] = measure_host_hits(options.rounds) | measure_breaker(3)
+    content = [random.Random(at).randbytes(layout_of(LARGE).block_bytes) for at in range(64)]
+    summary |= measure_failover(LARGE, _config(_FAILOVER_S, 5.0, 5.0), content, _FAILOVER_S, 3)
     with Progress(transient=True, auto_refresh=False) as progress:
         task = progress.add_task("operations", total=None)
         began = time.monotonic()

@@ -41,7 +41,8 @@ class FaultProxy:
     """Listens on a Unix socket of its own, passes on to another. A context manager."""
 
     def __init__(self, target: str) -> None:
-        self._target = target
+        self.target = target
+        """Of connections to come; may be changed at any time."""
         self._directory = tempfile.TemporaryDirectory(prefix="kvstore-proxy-")
         path = Path(self._directory.name) / "s"
         self.url = f"unix://{path}"
@@ -72,7 +73,7 @@ class FaultProxy:
                 return
             far = socket.socket(socket.AF_UNIX)
             try:
-                far.connect(self._target)
+                far.connect(self.target)
             except OSError:
                 near.close()
                 far.close()

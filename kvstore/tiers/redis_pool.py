@@ -200,7 +200,11 @@ class Connections:
             self._give_place(wire, era if wire is not None and wire.in_step() else None)
             raise
         except TierError as exc:
-            if not isinstance(exc, TierTimeout):
+            if era != self._breaker.num_failures:
+                # It began before a failure that is known: a late word on the server of then. Taken for one on that of
+                # now, each call that still waited for a lost primary turned off the one that had taken over.
+                pass
+            elif not isinstance(exc, TierTimeout):
                 self._breaker.failed(exc)
             elif wire is None or not wire.heard:
                 fair = time.monotonic() - started >= _FAIR_WAIT_S
@@ -252,13 +256,17 @@ class Connections:
             wire.close()
 
     def _idle_wire(self) -> Wire | None:
-        """The wire used last that the server has not closed meanwhile."""
+        """The wire used last that the server has not closed meanwhile. Those of before a failure are closed."""
         while True:
+            era, wire = self._breaker.num_failures, None
             with self._changed:
-                if not self._idle:
-                    return None
-                era, wire = self._idle.pop()
-            if era == self._breaker.num_failures and wire.alive():
+                stale = [each for of, each in self._idle if of != era]
+                self._idle = [each for each in self._idle if each[0] == era]
+                if self._idle:
+                    _, wire = self._idle.pop()
+            for each in stale:
+                each.close()
+            if wire is None or wire.alive():
                 return wire
             wire.close()
 

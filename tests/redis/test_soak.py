@@ -8,7 +8,8 @@ from contextlib import suppress
 
 import pytest
 
-from bench.faults import Soak, run_soak
+from bench.failover import WAYS, measure_failover
+from bench.faults import MODEL, Soak, _config, run_soak
 from bench.redis_proxy import ERRORS, KINDS, Fault, FaultProxy, reply_length, spoiled
 from kvstore.block import Root
 from kvstore.errors import TierTimeout, TierUnavailable
@@ -30,6 +31,16 @@ def test_stores_under_random_faults_serve_right_bytes_on_time_and_recover() -> N
     assert soak.passed
     assert sum(soak.faults.values()) >= 200
     assert soak.blocks_served > 0
+
+
+@pytest.mark.slow
+def test_a_failover_is_measured_from_the_new_primary_to_the_last_block() -> None:
+    content = [random.Random(at).randbytes(8192) for at in range(12)]
+    found = measure_failover(MODEL, _config(0.25, 5.0, 5.0), content, 0.25, 1)
+    assert found["failover_wrong_blocks"] == 0
+    assert found["failover_requests"] > 100
+    for way in WAYS:
+        assert 0 < found[f"failover_{way}_back_ms"] < 5000
 
 
 @pytest.mark.parametrize(
