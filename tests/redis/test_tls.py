@@ -3,22 +3,29 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
 import threading
-from collections.abc import Iterator
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import redis
 
+from kvstore.api import NO_HINT
 from kvstore.block import Root
-from kvstore.errors import TierUnavailable
-from kvstore.tiers.valkey import EmbeddedServer
-from tests.redis.conftest import MakeTier
+from kvstore.errors import TierTimeout, TierUnavailable
+from kvstore.tiers.valkey import EmbeddedServer, ServerOptions
+from tests.redis.cluster import free_ports
+from tests.redis.conftest import MakeTier, binary_of
 from tests.redis.content import DEADLINE_S, Content
 
 
@@ -81,25 +88,103 @@ def certificate(tmp_path: Path) -> tuple[Path, Path]:
     return paths
 
 
-@pytest.fixture
-def front(own_server: EmbeddedServer, certificate: tuple[Path, Path]) -> Iterator[TlsFront]:
-    front = TlsFront(own_server, *certificate)
-    yield front
-    front.close()
+@pytest.fixture(params=["valkey behind a front", "redis itself"])
+def server(
+    request: pytest.FixtureRequest, certificate: tuple[Path, Path], tmp_path: Path
+) -> Iterator[tuple[EmbeddedServer, str]]:
+    """A server, and its URL for TLS. The embedded Valkey was built without."""
+    query = f"ssl_ca_certs={certificate[0]}"
+    if request.param == "redis itself":
+        (port,) = free_ports(1)
+        launcher = tmp_path / "server"
+        files = f"--tls-cert-file {certificate[0]} --tls-key-file {certificate[1]} --tls-auth-clients no"
+        launcher.write_text(f'#!/bin/sh\nexec {binary_of("redis")} "$@" --tls-port {port} {files}\n')
+        launcher.chmod(0o755)
+        with EmbeddedServer(ServerOptions(binary=launcher)) as made:
+            yield made, f"rediss://127.0.0.1:{port}/0?{query}"
+        return
+    with EmbeddedServer() as made:
+        front = TlsFront(made, *certificate)
+        yield made, f"rediss://127.0.0.1:{front.port}/0?{query}"
+        front.close()
 
 
-def test_values_travel_over_tls(
-    front: TlsFront, certificate: tuple[Path, Path], make_tier: MakeTier, root: Root
-) -> None:
-    tier = make_tier(f"rediss://127.0.0.1:{front.port}/0?ssl_ca_certs={certificate[0]}")
-    for head_dim in (16, 8192):
-        content = Content(Root(replace(root.model, head_dim=head_dim)), 5)
+def large(root: Root, num_blocks: int) -> Content:
+    """Blocks of 2 MiB."""
+    return Content(Root(replace(root.model, head_dim=8192)), num_blocks)
+
+
+def test_values_travel_over_tls(server: tuple[EmbeddedServer, str], make_tier: MakeTier, root: Root) -> None:
+    tier = make_tier(server[1])
+    for content in (Content(root, 5), Content(root, 300), large(root, 5)):
+        tier.open(content.layout)
         assert content.write(tier) == set(content.keys)
         assert all(tier.contains(content.keys, DEADLINE_S))
         assert content.read(tier) == content.keys
+        tier.touch(content.keys, NO_HINT)
+    assert tier.settle(DEADLINE_S)
+    assert tier.stats.get("redis.touched_blocks") == 310
 
 
-def test_unknown_certificate_is_refused(front: TlsFront, make_tier: MakeTier, root: Root) -> None:
-    tier = make_tier(f"rediss://127.0.0.1:{front.port}/0", healthy=False)
+def test_connections_over_tls_are_used_again(
+    server: tuple[EmbeddedServer, str], make_tier: MakeTier, root: Root
+) -> None:
+    tier, content = make_tier(server[1]), Content(root, 5)
+    with redis.Redis.from_url(server[0].unix_url) as client:
+        content.write(tier)
+        content.read(tier)
+        before = client.info("stats")["total_connections_received"]
+        for _ in range(10):
+            content.write(tier)
+            tier.contains(content.keys, DEADLINE_S)
+            content.read(tier)
+        # What goes on in the background may have needed one more of either kind.
+        assert client.info("stats")["total_connections_received"] <= before + 2
+
+
+def test_values_over_tls_are_copied_nowhere_but_in_the_tls_object(
+    server: tuple[EmbeddedServer, str], make_tier: MakeTier, root: Root
+) -> None:
+    tier, content = make_tier(server[1]), large(root, 8)
+    tier.open(content.layout)
+    into = content.buffers()
+    content.write(tier, 0, 1)
+    tracemalloc.start()
+    try:
+        assert content.write(tier) == set(content.keys)
+        assert list(tier.read(into, DEADLINE_S)) == content.keys
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert into == content.parts
+    assert peak_bytes < 1 << 20  # half a value
+
+
+@pytest.mark.parametrize("call", ["contains", "read", "write"])
+def test_a_hung_server_costs_the_deadline_over_tls_too(
+    call: str, server: tuple[EmbeddedServer, str], make_tier: MakeTier, root: Root
+) -> None:
+    tier, content = make_tier(server[1], healthy=False), large(root, 4)
+    tier.open(content.layout)
+    content.write(tier, 0, 2)
+    content.read(tier)
+    into = content.buffers()
+    calls: dict[str, Callable[[], object]] = {
+        "contains": lambda: tier.contains(content.keys, 1.0),
+        "read": lambda: list(tier.read(into, 1.0)),
+        "write": lambda: tier.write(content.parts, content.meta, 1.0),
+    }
+    os.kill(server[0].pid, signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        with pytest.raises(TierTimeout):
+            calls[call]()
+        assert 0.9 <= time.monotonic() - began <= 1.1
+    finally:
+        os.kill(server[0].pid, signal.SIGCONT)
+
+
+def test_unknown_certificate_is_refused(server: tuple[EmbeddedServer, str], make_tier: MakeTier, root: Root) -> None:
+    tier = make_tier(server[1].partition("?")[0], healthy=False)
     with pytest.raises(TierUnavailable):
         tier.contains(Content(root, 1).keys, DEADLINE_S)
