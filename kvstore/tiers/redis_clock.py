@@ -8,7 +8,9 @@ It goes as the server's clock does, except where that jumps (a host that woke up
 time): then it goes on by as much as stores may have counted on since, whichever way the jump was. So a jump makes
 neither the chains used last look cold nor those of before look old. Each store counts on by its own monotonic clock
 from what it read last, and vouches for that when it looks again. While no store runs, no time passes; of the TTL of
-values it does, by the server's own clock.
+values it does, by the server's own clock. Set forward by more than values have left of it, that ends them: all are
+missed, and written again. Nothing is harmed by it, and a longer TTL than is asked for would keep prompts longer than
+was asked, so it is left at that; `kvstore doctor` says where a clock is wrong.
 """
 
 from __future__ import annotations

@@ -154,6 +154,29 @@ def test_a_jump_forward_ages_nothing_that_is_in_use(jumping: Jumping, make_tier:
     assert resident(later, content) == content.keys
 
 
+def test_a_jump_beyond_the_time_to_live_is_a_cold_cache_and_no_more(
+    jumping: Jumping, make_tier: MakeTier, root: Root
+) -> None:
+    limits = {**room_for(32), "ttl_s": int(2 * DAY_S)}
+    before, other = (make_tier(jumping.server.url, **limits) for _ in range(2))
+    old = [Content(root, 10, seed=seed) for seed in range(3)]
+    for content in old:
+        content.write(before)
+    jumping.jump_to(3 * DAY_S)
+    assert [content.read(before) for content in old] == [[], [], []]
+    # Accounts still name what has ended. That costs no room: they are the coldest, and go first.
+    fresh = [Content(root, 10, seed=seed) for seed in range(3, 6)]
+    for content in fresh:
+        assert content.write(other) == set(content.keys)
+        assert before.accounted_bytes() <= limits["capacity_bytes"]
+    assert [content.read(before) for content in fresh] == [content.keys for content in fresh]
+    assert old[0].write(before) == set(old[0].keys)  # heads that have ended are no parents
+    before.sweep()
+    assert before.check() == []
+    jumping.jump_to(0)  # back again: everything lives longer, nothing goes
+    assert old[0].read(other) == old[0].keys
+
+
 # ── the shared clock by itself ──────────────────────────────────────────────────────────────────────────────────
 
 
