@@ -150,6 +150,21 @@ RESULTS_ASKED = (
         ),
     ),
     Result(
+        "codec-cpu",
+        "The tier's codec where it chooses by itself, links of 0.2 GB/s to a Unix socket, real KV and random bytes",
+        (
+            Asked(
+                "codec_auto_worst_pct", "write and read: time above the better of raw and lz4, worst cell", "<= 3", "%"
+            ),
+            Asked("codec_auto_worst_read_pct", "read alone, worst cell", "<= 3", "%"),
+            Asked("codec_null_worst_pct", "two arms that do the same, worst cell", "", "%"),
+            Asked("codec_cells_over", "cells above the bound"),
+            Asked("codec_cells", "cells"),
+            Asked("codec_auto_best_gain_pct", "time saved over raw, best cell", "", "%"),
+        ),
+        "Real KV is SmolLM2's over a document, in bf16.",
+    ),
+    Result(
         "service-cpu",
         "The sidecar in a process of its own",
         (

@@ -132,7 +132,7 @@ def _store_config(total_bytes: int) -> StoreConfig:
     )
 
 
-def _settle(client: redis.Redis) -> None:
+def settle(client: redis.Redis) -> None:
     """Wait until the server has given back what was removed: it does that on another thread."""
     until = time.monotonic() + _DEADLINE_S
     while client.info("memory").get("lazyfree_pending_objects", 0):
@@ -152,14 +152,14 @@ def measure_transport(place: Place, parts: Parts, repeats: int, *, redis_py: boo
             if number == 1:
                 rounds.forget()  # the first warms up
             _raw_round(place, parts, rounds)
-            _settle(client)
+            settle(client)
             _tier_round(tier, parts, rounds)
-            _settle(client)
+            settle(client)
             _store_round(store, parts, rounds)
-            _settle(client)
+            settle(client)
             if redis_py:
                 _redis_py_round(client, parts, rounds)
-                _settle(client)
+                settle(client)
             tick()
     return rounds
 
