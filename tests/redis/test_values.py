@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -166,3 +167,19 @@ def test_values_of_many_sizes_come_back(server: EmbeddedServer, make_tier: MakeT
         tier.open(content.layout)
         assert content.write(tier) == set(content.keys)
         assert content.read(tier) == content.keys
+
+
+def test_values_go_from_memory_to_socket_and_back_with_no_copy_between(tier: RedisTier, root: Root) -> None:
+    content = Content(Root(dataclasses.replace(root.model, head_dim=8192)), 16)  # 2 MiB each
+    tier.open(content.layout)
+    into = content.buffers()
+    content.write(tier, 0, 1)
+    tracemalloc.start()
+    try:
+        assert content.write(tier) == set(content.keys)
+        assert list(tier.read(into, DEADLINE_S)) == content.keys
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert into == content.parts
+    assert peak_bytes < 1 << 20  # half a value
