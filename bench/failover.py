@@ -66,6 +66,7 @@ def _once(model: ModelId, config: StoreConfig, content: Sequence[bytes], way: st
             with KVStore(config, tiers=[tier]) as store:
                 chain = _saved(store, model, content)
                 with redis.Redis.from_url(primary.unix_url) as client:
+                    client.set("last", "1")  # WAIT sees to what its own connection wrote
                     client.wait(1, 5000)
                 os.kill(primary.pid, signal.SIGKILL if way == "killed" else signal.SIGSTOP)
                 times = _ask_for(store, chain, _AWAY_S)

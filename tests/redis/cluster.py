@@ -53,6 +53,12 @@ def until(condition: Callable[[], bool], limit_s: float = 20.0) -> None:
     raise AssertionError(f"it did not come about within {limit_s} s; last: {last}")
 
 
+def caught_up(primary: Any, replica: Any) -> bool:
+    """Whether a replica has all that its primary has told so far."""
+    offset = primary.info("replication")["master_repl_offset"]
+    return bool(replica.info("replication")["slave_repl_offset"] >= offset)
+
+
 class ClusterNode:
     def __init__(self, binary: Path, port: int, directory: Path) -> None:
         self.port = port

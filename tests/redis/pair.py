@@ -15,7 +15,7 @@ import redis
 
 from kvstore.errors import TierError
 from kvstore.tiers.redis import RedisTier
-from tests.redis.cluster import free_ports, until
+from tests.redis.cluster import caught_up, free_ports, until
 from tests.redis.content import Content
 
 BACK_WITHIN_S = 15.0
@@ -79,7 +79,8 @@ class Pair:
         return "redis+sentinel://" + ",".join(f"127.0.0.1:{each.port}" for each in self.sentinels) + "/cache"
 
     def replicated(self) -> None:
-        assert self.primary.client.wait(1, 5000) == 1
+        """Wait until the replica has all of it. WAIT would see to what its own connection wrote: nothing."""
+        until(lambda: caught_up(self.primary.client, self.replica.client))
 
     def close(self) -> None:
         for server in (*self.sentinels, self.replica, self.primary):

@@ -24,7 +24,7 @@ from kvstore.tiers.redis import RedisTier
 from kvstore.tiers.redis_names import Names
 from kvstore.tiers.redis_nodes import stripe_of
 from kvstore.tiers.redis_wire import command
-from tests.redis.cluster import Cluster, until
+from tests.redis.cluster import Cluster, caught_up, until
 from tests.redis.conftest import SERVERS, MakeTier, binary_of
 from tests.redis.content import DEADLINE_S, Content
 from tests.redis.rights import USER
@@ -266,7 +266,8 @@ def test_a_killed_primary_costs_its_keys_until_its_replica_took_over(
     tier = make_tier(own_cluster.url, num_buckets=NUM_STRIPES, breaker_open_s=0.1)
     content = Content(root, 60)
     assert content.write(tier) == set(content.keys)
-    assert all(node.do("WAIT", 1, 5000) == 1 for node in own_cluster.nodes[:3])
+    for primary, replica in zip(own_cluster.nodes[:3], own_cluster.nodes[3:], strict=True):
+        until(lambda: caught_up(primary.client, replica.client))  # noqa: B023
     own_cluster.kill_primary(0)
     began = time.monotonic()
     there = tier.contains(content.keys, DEADLINE_S)

@@ -157,7 +157,7 @@ def test_a_new_primary_is_found_as_soon_as_the_next_probe(
 ) -> None:
     tier = make_tier(pointer.url, breaker_open_s=PROBED_EVERY_S, connect_timeout_s=CONNECT_S)
     content = Content(root, 10)
-    content.write(tier)
+    assert content.write(tier) == set(content.keys)
     pair.replicated()
     if how == "killed":
         pair.primary.kill()
