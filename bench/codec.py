@@ -8,7 +8,7 @@ arms come in an order of their own, by the seed. The better one of raw and lz4 i
 cell; it is there twice, and what the two differ by is what the method gives for no difference at all.
 
 A cell's figure is the Hodges-Lehmann estimate of what `auto` took over what the better one took in the same round, with
-its 95 % interval (`bench.breakeven.estimate`): of a write and a read together, and of a read alone, since requests wait
+its 95 % interval (`bench.paired.estimate`): of a write and a read together, and of a read alone, since requests wait
 for reads. The link is a proxy in a process of its own, as fast both ways; at speeds beyond its own it is what the row
 says that raw reads reached. `direct` is the server's Unix socket.
 """
@@ -30,10 +30,10 @@ from rich.progress import Progress
 from transformers import DynamicCache
 
 from bench.asked import print_figures
-from bench.breakeven import estimate
 from bench.env import stamp
 from bench.models import smollm2
 from bench.options import listed, whole
+from bench.paired import estimate
 from bench.record import Scalar
 from bench.redis_speed import settle
 from bench.report import print_table, write_json
