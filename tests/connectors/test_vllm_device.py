@@ -149,7 +149,14 @@ class Device:
         assert found
         self.side.allocated(request, list(pages), found)
         if beside:
-            return request, self.orders()
+            made: list[Orders] = []
+
+            def loads() -> bool:
+                made.append(self.orders())
+                return bool(made[-1].loads)
+
+            assert eventually(loads)  # shared on another thread: a step that comes too soon for it orders nothing
+            return request, made[-1]
         request.num_computed_tokens = found
         return request, self.orders((request, num_tokens - found, pages))
 
