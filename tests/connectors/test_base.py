@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="connectors copy torch tensors")
 
 from connectors.base import Conversations, CostModel, FailOpen, LoadRule, plan_save
+from connectors.fit import Fit, least_eigenvalue
 from kvstore.api import Match
 from kvstore.block import Chain, ModelId, Root
 from kvstore.errors import ConfigError, LeaseExpired, TierUnavailable
@@ -266,3 +268,27 @@ def test_nothing_that_a_store_raises_fails_a_request(caplog: pytest.LogCaptureFi
         assert FailOpen(now_s=Time()).call(broken, 1) == 1
     # A bug is a miss as well, but it says where it is.
     assert [bool(record.exc_info) for record in caplog.records] == [False, False, True, True]
+
+
+def test_costs_are_those_of_least_squares_where_none_is_negative() -> None:
+    rng = np.random.default_rng(1)
+    fit = Fit(3, decay=1.0)
+    terms = rng.uniform(1, 100, (30, 3))
+    seconds = terms @ [0.3, 0.2, 5.0] * rng.uniform(0.99, 1.01, 30)
+    for row, took in zip(terms.tolist(), seconds.tolist(), strict=True):
+        fit.see(row, took)
+    want = np.linalg.lstsq(terms / seconds[:, None], np.ones(30), rcond=None)[0]
+    assert (want > 0).all()
+    assert [fit.predict(row) for row in np.eye(3).tolist()] == pytest.approx(want.tolist())
+
+
+def test_the_least_eigenvalue_is_what_numpy_finds() -> None:
+    rng = np.random.default_rng(1)
+    for size in (1, 2, 3):
+        for _ in range(50):
+            seen = rng.normal(size=(size, 5)) + rng.normal(size=5) * rng.uniform(0, 100)
+            alike = seen @ seen.T
+            scale = np.sqrt(np.diag(alike))
+            alike /= np.outer(scale, scale)
+            assert least_eigenvalue(alike.tolist()) == pytest.approx(np.linalg.eigvalsh(alike)[0], abs=1e-9)
+    assert least_eigenvalue(np.eye(3).tolist()) == 1
