@@ -43,6 +43,9 @@ _FREE_SHARE = 0.01
 computing less takes no longer, and what is loaded shows what the rest takes. By the fit alone a single short pass that
 stalled could make all cost a constant, which nothing loaded would reduce: then nothing was loaded, so no short pass was
 seen, and two hundred prompts in a row were computed that lay in the host."""
+_FEWEST_TOKENS = 16
+"""Of the beginning of another chain's block. By chance prompts begin alike for a token or two, and a whole block was
+loaded for it; the pass takes no less time for a few tokens less: matrix products go by tiles of some rows."""
 _MAX_CONVERSATIONS = 4096
 VOLATILE_CONFIG = frozenset(
     (
@@ -217,18 +220,22 @@ class CostModel:
     def plan_partial(self, match: Match, stop: int, prompt_tokens: int) -> bool:
         """Whether to ask for the beginning of one block more, where `stop` blocks are to be loaded.
 
-        Not where blocks of lower tiers follow, nor for what takes longer to copy than a whole block to compute.
+        Not where blocks of lower tiers follow, nor where not even as much as could be found would be worth it.
         """
         rest = prompt_tokens - 1 - stop * self.block_tokens
-        if stop < match.num_blocks or match.num_blocks > match.num_host_blocks or rest < 1:
+        if stop < match.num_blocks or match.num_blocks > match.num_host_blocks:
             return False
-        if self.rule is LoadRule.ALWAYS:
-            return True
-        num_tokens, past = min(rest, self.block_tokens), stop * self.block_tokens
-        whole_s, less_s = (
-            self._rest_s(prompt_tokens, stop),
-            self.prefill_s(prompt_tokens - past - num_tokens, past + num_tokens),
-        )
+        return self.is_worth_block(stop, prompt_tokens, min(rest, self.block_tokens))
+
+    def is_worth_block(self, stop: int, prompt_tokens: int, num_tokens: int) -> bool:
+        """Whether the first `num_tokens` of the block after `stop` others are worth loading a whole block."""
+        past = stop * self.block_tokens
+        if num_tokens < 1 or self.rule is LoadRule.ALWAYS:
+            return num_tokens > 0
+        if num_tokens < _FEWEST_TOKENS:
+            return False
+        whole_s = self._rest_s(prompt_tokens, stop)
+        less_s = self.prefill_s(prompt_tokens - past - num_tokens, past + num_tokens)
         return whole_s is None or less_s is None or self.load_s(HOST_TIER, 1) < whole_s - less_s
 
     def plan_wait_s(self, match: Match, prompt_tokens: int) -> float:

@@ -312,10 +312,11 @@ class Session:
 
     def _match_partial(self, store: Store, match: Match, stop: int) -> int:
         """Tokens after `stop` blocks that the beginning of another chain's block brings."""
-        if not self._connection.cost.plan_partial(match, stop, self._prompt_tokens):
+        cost, num_tokens = self._connection.cost, self._prompt_tokens
+        if not cost.plan_partial(match, stop, num_tokens):
             return 0
-        rest = self._prompt_tokens - 1 - stop * self._chain.block_tokens
-        return min(store.match_partial(self._request), rest)
+        found = min(store.match_partial(self._request), num_tokens - 1 - stop * self._chain.block_tokens)
+        return found if cost.is_worth_block(stop, num_tokens, found) else 0
 
     def _match(self, store: Store) -> Match:
         """What the store has, after waiting for blocks that somebody else will finish before we could."""

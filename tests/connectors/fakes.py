@@ -152,6 +152,10 @@ class FakeStore:
         self.live_announcements = 0
         self.saved_s = 0.0
         self.hints: list[Hint] = []
+        self.waits: list[float | None] = []
+        """What each match was told to wait."""
+        self.similar = 0
+        """Tokens that `match_partial` finds."""
         self.open_loads: set[int] = set()
         self.when_asked: Callable[[], None] = lambda: None
         self.num_pending = 0
@@ -181,6 +185,7 @@ class FakeStore:
     ) -> Match:
         self.enter("match")
         self.hints.append(hint)
+        self.waits.append(wait_s)
         run = 0
         while run < len(chain) and chain.ids[run] in self.blocks:
             run += 1
@@ -190,7 +195,7 @@ class FakeStore:
 
     def match_partial(self, request: str) -> int:
         self.enter("match_partial")
-        return 0
+        return self.similar
 
     def load(self, request: str, num_blocks: int | None = None, *, start: int = 0, partial_tokens: int = 0) -> FakeLoad:
         self.enter("load")

@@ -253,6 +253,41 @@ def test_a_hit_in_the_host_is_copied_before_the_step() -> None:
     bench.close()
 
 
+def test_what_a_match_has_found_is_not_offered_again_and_what_follows_it_is_saved() -> None:
+    bench = Bench()
+    bench.fill(tokens(100))
+    request = FakeRequest("r", tokens(130))
+    assert bench.side.match(request, 0) == (96, False)
+    bench.side.allocated(request, bench.pages_for(request), 96)
+    request.num_computed_tokens = 96
+    assert bench.step((request, 14)).saves == ()
+    bench.report()
+    (order,) = bench.step((request, 20)).saves
+    assert (order.start, order.stop, order.known) == (6, 8, 0), "workers hear of the whole chain all the same"
+    assert len(bench.store.blocks) == 8
+    bench.side.ended(request, bench.pages_for(request))
+    bench.report()
+    bench.close()
+
+
+def test_what_a_failed_load_did_not_bring_is_saved_again() -> None:
+    bench = Bench()
+    bench.fill(tokens(100))
+    bench.store.faults.end_load_at = 2
+    request = FakeRequest("r", tokens(130))
+    assert bench.side.match(request, 0) == (96, False)
+    bench.side.allocated(request, bench.pages_for(request), 96)
+    request.num_computed_tokens = 96
+    assert bench.step((request, 14)).saves == ()
+    bench.report()
+    request.num_computed_tokens = 2 * BLOCK  # the engine goes back to the first page that is missing
+    (order,) = bench.step((request, 98)).saves
+    assert (order.start, order.stop) == (2, 8)
+    bench.side.ended(request, bench.pages_for(request))
+    bench.report()
+    bench.close()
+
+
 def test_a_load_too_large_for_a_step_runs_beside_it_and_is_reported_once() -> None:
     bench = Bench(sync_load_ms=0)
     bench.fill(tokens(100))
@@ -307,6 +342,38 @@ def test_an_unsettled_match_is_asked_again_until_the_deadline() -> None:
     bench.close()
 
 
+def test_a_match_waits_for_lower_tiers_only_while_its_request_is_the_only_one() -> None:
+    bench = Bench(match_deadline_ms=100)
+    first, second = FakeRequest("a", tokens(40)), FakeRequest("b", tokens(40, 1))
+    bench.side.match(first, 0)
+    bench.side.arrived(second)
+    bench.side.match(second, 0)
+    bench.side.ended(first, [])
+    bench.side.match(second, 0)
+    bench.side.ended(second, [])
+    (alone, beside, alone_again) = bench.store.waits
+    assert alone == alone_again
+    assert 0 < (alone or 0) <= 0.01
+    assert beside == 0
+    bench.close()
+
+
+def test_a_few_tokens_that_another_prompt_begins_with_by_chance_are_computed() -> None:
+    bench = Bench(load_rule="measured")
+    for number, found in enumerate((1, 15, 16)):
+        bench.store.similar = found
+        request = FakeRequest(f"r{number}", tokens(40, number))
+        assert bench.side.match(request, 0) == (found if found >= 16 else 0, False)
+        bench.side.ended(request, [])
+    assert bench.store.calls.count("match_partial") == 3
+    bench.store.calls.clear()
+    short = FakeRequest("short", tokens(16))
+    assert bench.side.match(short, 0) == (0, False)
+    assert "match_partial" not in bench.store.calls, "where not enough could be found, nobody is asked"
+    bench.side.ended(short, [])
+    bench.close()
+
+
 def test_lower_tiers_are_neither_asked_nor_waited_for_where_computing_it_all_is_quicker() -> None:
     waits: list[object] = []
 
@@ -326,7 +393,7 @@ def test_lower_tiers_are_neither_asked_nor_waited_for_where_computing_it_all_is_
     assert bench.side.match(third, 0) == (None, False)
     bench.clock.time_s += 0.06  # longer than computing would take
     assert bench.side.match(third, 0) == (0, False)
-    assert waits == [0.0, None, 0.0, 0.0]
+    assert [wait is None for wait in waits] == [False, True, False, False]
     for request in (first, second, third):
         bench.side.ended(request, [])
     bench.close()
