@@ -73,6 +73,19 @@ def test_beginning_of_anothers_block_is_reused_to_the_token(run: Run) -> None:
     assert healthy(facts)
 
 
+def test_one_text_under_two_images_shares_nothing_and_under_the_same_image_all(run: Run) -> None:
+    facts = run("images")
+    red, blue, *again = facts["answers"]
+    assert red != blue, "blocks of the other image would be noticed"
+    assert again == [red, blue, red]
+    assert facts["hits"][:2] == [0, 0]
+    assert min(facts["hits"][2:]) >= 288
+    a_prompt = (facts["num_tokens"] - 1) // 32
+    assert facts["num_blocks"] == [a_prompt, *[2 * a_prompt] * 4]
+    assert facts["held"] == []
+    assert facts["check"] == []
+
+
 @pytest.mark.parametrize("scenario", ["ngram", "draft_model", "medusa"])
 def test_rejected_drafts_are_never_stored(run: Run, scenario: str) -> None:
     facts = run(scenario)

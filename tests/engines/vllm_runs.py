@@ -24,7 +24,7 @@ import torch
 from connectors import vllm as connector_module
 from connectors import vllm_scheduler
 from kvstore.errors import ConfigError
-from tests.engines import vllm_hints, vllm_shared, vllm_tiering_runs
+from tests.engines import vllm_hints, vllm_images, vllm_shared, vllm_tiering_runs
 from tests.engines.vllm_support import (
     BLOCK,
     NEW,
@@ -500,6 +500,7 @@ SCENARIOS: dict[str, Callable[[Path], Facts]] = {
     "tenants": tenants,
     "adapters": adapters,
     "hints": vllm_hints.hints,
+    "images": vllm_images.images,
     "fp8": fp8,
     "fp8_e5m2": lambda workdir: fp8(workdir, "fp8_e5m2"),
     "both_engines": both_engines,

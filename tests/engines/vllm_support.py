@@ -188,11 +188,11 @@ class Engine:
             "max_num_seqs": 4,
             "max_model_len": 2048,
             "enforce_eager": True,
+            "skip_tokenizer_init": True,
             **options,
         }
         self.llm = LLM(
             str(directory),
-            skip_tokenizer_init=True,
             seed=0,
             disable_log_stats=False,
             kv_transfer_config=transfer or (ours if self.has_connector else None),
