@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvstore.copying import Shape, compute_team, copy_places
+from kvstore.copying import ALONE, Shape, Team, compute_team, copy_places
 from kvstore.errors import ConfigError
 from kvstore.layout import BlockLayout, PartLayout
 from kvstore.transfer import Copying, Moment, PageCopier, PagedKV, SlotViews, Streams, to_tensor
@@ -54,8 +54,13 @@ class EnginePages(Protocol):
         On the engine's thread, and on those it computes with.
         """
 
-    def scatter(self, pages: Sequence[int], blocks: Sequence[tuple[int, SlotViews]], tokens: range) -> None:
-        """Copy blocks in, as far as the sequence's `tokens` go: nothing below, and no page past them."""
+    def scatter(
+        self, pages: Sequence[int], blocks: Sequence[tuple[int, SlotViews]], tokens: range, *, together: bool
+    ) -> None:
+        """Copy blocks in, as far as the sequence's `tokens` go: nothing below, and no page past them.
+
+        `together`: on the engine's thread, and on those it computes with; otherwise on the calling thread alone.
+        """
 
 
 @runtime_checkable
@@ -291,10 +296,12 @@ class PackedPages:
     def gather(self, pages: Sequence[int], blocks: Sequence[tuple[int, SlotViews]]) -> None:
         # By the threads that have just computed and still spin: 16 MiB after a forward pass take 1.4 ms. With one of
         # ours beside the engine's, which waited for a core until one of those gave up, it was 3.4 to 5.3.
-        self._copy(pages, blocks, None)
+        self._copy(pages, blocks, None, self._team)
 
-    def scatter(self, pages: Sequence[int], blocks: Sequence[tuple[int, SlotViews]], tokens: range) -> None:
-        self._copy(pages, blocks, tokens)
+    def scatter(
+        self, pages: Sequence[int], blocks: Sequence[tuple[int, SlotViews]], tokens: range, *, together: bool
+    ) -> None:
+        self._copy(pages, blocks, tokens, self._team if together else ALONE)
 
     def _plan(self, cell: PartLayout, kv: int) -> _Piece:
         model, order, item = self._layout.model, self.order, self._dtype.itemsize
@@ -314,7 +321,9 @@ class PackedPages:
             slot_offset=kv * model.block_tokens * held_token_step * item,
         )
 
-    def _copy(self, pages: Sequence[int], blocks: Sequence[tuple[int, SlotViews]], within: range | None) -> None:
+    def _copy(
+        self, pages: Sequence[int], blocks: Sequence[tuple[int, SlotViews]], within: range | None, team: Team
+    ) -> None:
         """In, as far as the tokens `within` go, or where that is None out."""
         table = np.asarray(pages, np.int64)
         for at, (part, pieces) in enumerate(zip(self.parts, self._pieces, strict=True)):
@@ -331,9 +340,9 @@ class PackedPages:
             for piece in pieces:
                 held, engine = self._places(table, cell, piece, indices, slots, within)
                 if within is None:
-                    copy_places(held, engine, piece.into_slot, team=self._team)
+                    copy_places(held, engine, piece.into_slot, team=team)
                 else:
-                    copy_places(engine, held, piece.into_page)
+                    copy_places(engine, held, piece.into_page, team=team)
 
     def _places(
         self,
@@ -408,6 +417,6 @@ class PackedPages:
                 raise ConfigError("the engine's pages do not hold what its kernel wrote, in the order found")
         for tensor in trial._tensors:
             tensor.zero_()
-        trial.scatter(pages, [(0, held)], range(model.block_tokens))
+        trial.scatter(pages, [(0, held)], range(model.block_tokens), together=True)
         if not all(torch.equal(a, b) for a, b in zip(trial._tensors, want, strict=True)):
             raise ConfigError("blocks loaded into the engine's pages are not what its kernel would have written")

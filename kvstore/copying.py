@@ -85,12 +85,13 @@ def compute_team() -> Team:
     return ctypes.cast(found, Team)
 
 
-_ALONE = Team()
+ALONE = Team()
+"""No team: the calling thread copies by itself."""
 
 Addresses = Sequence[int] | npt.NDArray[np.uintp]
 
 
-def copy_places(into: Addresses, sources: Addresses, shape: Shape, *, team: Team = _ALONE) -> None:
+def copy_places(into: Addresses, sources: Addresses, shape: Shape, *, team: Team = ALONE) -> None:
     """The same strided copy at each pair of addresses, in one call without the GIL.
 
     The caller answers for the addresses: nothing here can check them. With a `team` of `compute_team`, on the

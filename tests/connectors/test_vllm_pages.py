@@ -104,7 +104,7 @@ def test_what_the_kernel_wrote_is_gathered_and_what_is_scattered_it_would_have_w
         assert torch.equal(torch.frombuffer(view, dtype=torch.float32).view(part.shape), want)
     there = [tensor.clone() for tensor in mine]
     other = [4, 7, 2, 6]
-    pages.scatter(other, [(index, held)], range(1 << 20))
+    pages.scatter(other, [(index, held)], range(1 << 20), together=block_tokens == 64)
     wanted = places[index * block_tokens : (index + 1) * block_tokens]
     moved = torch.tensor(other)[torch.div(wanted.new_tensor(range(64, 64 + block_tokens)), PAGE, rounding_mode="floor")]
     moved = moved * PAGE + wanted % PAGE
@@ -116,7 +116,7 @@ def test_what_the_kernel_wrote_is_gathered_and_what_is_scattered_it_would_have_w
 
 def packed(made: BlockLayout, mine: list[torch.Tensor], held: list[memoryview], tokens: range) -> None:
     pages = PackedPages(made, mine, range(LAYERS), range(HEADS), write=kernel(turned, plain), key_dtype=torch.float32)
-    pages.scatter([5, 3, 8, 1], [(1, held)], tokens)
+    pages.scatter([5, 3, 8, 1], [(1, held)], tokens, together=True)
 
 
 def strided(made: BlockLayout, mine: list[torch.Tensor], held: list[memoryview], tokens: range) -> None:

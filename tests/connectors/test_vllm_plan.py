@@ -81,13 +81,17 @@ class FakePages:
     page_tokens: int = PAGE
     written: list[tuple[int, int]] = field(default_factory=list)
     read: list[int] = field(default_factory=list)
+    together: list[bool] = field(default_factory=list)
 
     def gather(self, pages: Sequence[int], blocks: Sequence[tuple[int, Any]]) -> None:
         for index, _ in blocks:
             assert len(pages) * self.page_tokens >= (index + 1) * BLOCK
             self.read.append(index)
 
-    def scatter(self, pages: Sequence[int], blocks: Sequence[tuple[int, Any]], tokens: range) -> None:
+    def scatter(
+        self, pages: Sequence[int], blocks: Sequence[tuple[int, Any]], tokens: range, *, together: bool
+    ) -> None:
+        self.together.append(together)
         for index, views in blocks:
             assert len(views) == len(self.parts)
             self.written.append((index, tokens.start))
@@ -618,7 +622,7 @@ def test_a_copy_that_fails_in_one_thread_makes_the_load_fail(caplog: pytest.LogC
     bench = Bench(WholeStore(), sync_load_ms=1000)
     request = loading(bench)
 
-    def scatter(pages: Sequence[int], blocks: Sequence[tuple[int, Any]], tokens: range) -> None:
+    def scatter(pages: Sequence[int], blocks: Sequence[tuple[int, Any]], tokens: range, *, together: bool) -> None:
         if 5 in dict(blocks):
             raise RuntimeError("no such page")
 
@@ -633,10 +637,10 @@ def test_a_copy_that_fails_in_one_thread_makes_the_load_fail(caplog: pytest.LogC
 
 @pytest.mark.usefixtures("four_copiers")
 def test_what_counts_ends_where_the_first_thread_stopped() -> None:
-    bench = Bench(WholeStore(), sync_load_ms=1000, load_deadline_ms=500)
+    bench = Bench(WholeStore(), sync_load_ms=0, load_deadline_ms=500)
     request = loading(bench)
 
-    def scatter(pages: Sequence[int], blocks: Sequence[tuple[int, Any]], tokens: range) -> None:
+    def scatter(pages: Sequence[int], blocks: Sequence[tuple[int, Any]], tokens: range, *, together: bool) -> None:
         ((index, _),) = blocks
         if index == 0:
             assert eventually(lambda: len(bench.pages.written) == 4)  # those of the other threads
@@ -644,10 +648,46 @@ def test_what_counts_ends_where_the_first_thread_stopped() -> None:
         bench.pages.written.append((index, tokens.start))
 
     bench.pages.scatter = scatter  # type: ignore[method-assign]
-    bench.step()
-    bench.report()
+    while "r" not in bench.worker._jobs:  # shared on another thread
+        bench.step()
+    job = bench.worker._jobs["r"]
+    assert eventually(lambda: job.ended)
+    assert bench.report() == {"r"}
     assert sorted(bench.pages.written) == [(index, 0) for index in (0, 2, 3, 4, 5)]
     assert bench.worker.bad_pages() == set(range(100 + BLOCK // PAGE, 112))
+    bench.side.ended(request, bench.pages_for(request))
+    bench.close()
+
+
+def test_a_load_in_a_step_is_copied_by_the_engines_own_threads_and_one_beside_it_is_not() -> None:
+    for sync_load_ms, together in ((1000.0, True), (0.0, False)):
+        bench = Bench(WholeStore(), sync_load_ms=sync_load_ms)
+        request = loading(bench)
+        while not bench.pages.written:
+            bench.step()
+        while not together and not bench.report():
+            pass
+        assert sorted(bench.pages.written) == [(index, 0) for index in range(6)]
+        assert set(bench.pages.together) == {together}
+        bench.report()
+        bench.side.ended(request, bench.pages_for(request))
+        bench.close()
+
+
+def test_a_load_in_a_step_that_is_late_ends_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_worker, "_AT_ONCE_IN_STEP", 4)
+    bench = Bench(WholeStore(), sync_load_ms=1000, load_deadline_ms=500)
+    request = loading(bench)
+
+    def scatter(pages: Sequence[int], blocks: Sequence[tuple[int, Any]], tokens: range, *, together: bool) -> None:
+        bench.pages.written += [(index, tokens.start) for index, _ in blocks]
+        bench.clock.time_s += 1
+
+    bench.pages.scatter = scatter  # type: ignore[method-assign]
+    bench.step()
+    bench.report()
+    assert bench.pages.written == [(index, 0) for index in range(4)]
+    assert bench.worker.bad_pages() == set(range(100 + 4 * BLOCK // PAGE, 112))
     bench.side.ended(request, bench.pages_for(request))
     bench.close()
 
@@ -659,7 +699,7 @@ def test_after_a_load_is_given_up_none_of_its_threads_writes() -> None:
     begun: list[int] = []
     go = threading.Event()
 
-    def scatter(pages: Sequence[int], blocks: Sequence[tuple[int, Any]], tokens: range) -> None:
+    def scatter(pages: Sequence[int], blocks: Sequence[tuple[int, Any]], tokens: range, *, together: bool) -> None:
         ((index, _),) = blocks
         begun.append(index)
         go.wait(10)
