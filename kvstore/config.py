@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from kvstore.errors import ConfigError
-from kvstore.mover import MoverOptions
+from kvstore.mover_options import MoverOptions
 from kvstore.service_options import CLIENT_VARIABLES, ServiceOptions
 from kvstore.tiers import TIERS
 from kvstore.tiers.host import HostOptions

@@ -103,6 +103,7 @@ STORE = (
     "kvstore.lookup",
     "kvstore.marks",
     "kvstore.mover",
+    "kvstore.mover_options",
     "kvstore.save",
     "kvstore.service_options",
     "kvstore.spill",

@@ -10,7 +10,7 @@ import pytest
 from kvstore.api import NO_HINT, Hint, Retention
 from kvstore.block import BlockId, Chain, Root
 from kvstore.errors import ConfigError
-from kvstore.mover import MoverOptions
+from kvstore.mover_options import MoverOptions
 from kvstore.policies.lru import LruPolicy
 from kvstore.store import KVStore
 from kvstore.tiers.redis import RedisTier

@@ -17,7 +17,7 @@ from kvstore.api import Hint
 from kvstore.block import Chain, ModelId, PartKey, Root
 from kvstore.config import StoreConfig
 from kvstore.errors import ConfigError
-from kvstore.mover import MoverOptions
+from kvstore.mover_options import MoverOptions
 from kvstore.store import KVStore
 from kvstore.tiers.redis import RedisTier
 from kvstore.tiers.redis_names import Names
