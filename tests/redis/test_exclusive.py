@@ -85,7 +85,7 @@ def above(store: KVStore, chain: Chain) -> int:
 def fill(store: KVStore, root: Root, *seeds: int, num_blocks: int = 4) -> None:
     for seed in seeds:
         save_all(store, chain_of(root, num_blocks, seed=seed))
-        time.sleep(0.06)  # longer than the mover looks away: a trace has pauses too
+        wait_until(lambda: not store._mover._dirty and store.flush(0))  # a trace has pauses too
 
 
 def scores(client: redis.Redis, chain: Chain) -> list[float]:
