@@ -214,7 +214,8 @@ class Connections:
         except BaseException:
             self._give_place(wire, None)
             raise
-        self._breaker.succeeded()
+        if era == self._breaker.num_failures:  # else it tells of the server of then, which was left since
+            self._breaker.succeeded()
         self._give_place(wire, era if wire.in_step() else None)
 
     def probe(self) -> None:
