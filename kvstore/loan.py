@@ -38,7 +38,12 @@ class LentBlock:
 
 
 class Loan:
-    """Those of some blocks that lie in the host with all asked parts. A context manager; leaving it returns them."""
+    """Those of some blocks that lie in the host with all asked parts. A context manager; leaving it returns them.
+
+    Attributes:
+        num_bytes: what its blocks take.
+        is_cut: there were more than fitted into its limit.
+    """
 
     def __init__(
         self,
@@ -48,8 +53,12 @@ class Loan:
         blocks: Sequence[BlockId],
         parts: Sequence[int],
         deadline_s: Callable[[], float],
+        limit_bytes: int,
     ) -> None:
-        """Pin what is there. `deadline_s` says, whenever asked, until when a lease given now holds."""
+        """Pin what is there, as much as takes `limit_bytes` at most.
+
+        `deadline_s` says, whenever asked, until when a lease given now holds.
+        """
         self._host = host
         self._leases = leases
         self._parts = tuple(parts)
@@ -57,6 +66,11 @@ class Loan:
         pool = host.pool
         found, rows = pool.pin_resident(blocks)
         fits = np.array([self._fits(root, row) for row in rows.tolist()], bool)
+        sizes = np.array([self._size(row) for row in rows.tolist()], np.int64) * fits
+        within = sizes.cumsum() <= limit_bytes
+        self.is_cut = bool((fits & ~within).any())
+        fits &= within
+        self.num_bytes = int(sizes[fits].sum())
         pool.unpin(rows[~fits])
         self._rows: Rows = rows[fits]
         numbers = {block: number for number, block in enumerate(blocks)}
@@ -66,6 +80,10 @@ class Loan:
     def _fits(self, root: RootId, row: int) -> bool:
         place, layout = self._host.pool.place_of(row)
         return place == root and set(self._parts) <= set(self._host.pool.ready_parts(row)) & set(layout.all_parts)
+
+    def _size(self, row: int) -> int:
+        """Bytes of a block, which is pinned as a whole."""
+        return self._host.pool.place_of(row)[1].block_bytes
 
     @property
     def num_blocks(self) -> int:

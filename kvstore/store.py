@@ -342,10 +342,13 @@ class KVStore:
             self._host.pool.touch(blocks, num_blocks, replace(NO_HINT, time_s=self._clock.now_s()))
         return masks
 
-    def lend(self, root: RootId, blocks: Sequence[BlockId], parts: Sequence[int]) -> Loan:
-        """Those of some blocks that lie in the host with all of `parts`, until the loan is closed or lapses."""
+    def lend(self, root: RootId, blocks: Sequence[BlockId], parts: Sequence[int], *, limit_bytes: int) -> Loan:
+        """Those of some blocks that lie in the host with all of `parts`, until the loan is closed or lapses.
+
+        The first of them that take `limit_bytes` together: what is lent is kept from eviction.
+        """
         lease_s = self.config.request.lease_s
-        return Loan(self._host, self._leases, root, blocks, parts, lambda: self._clock.now_s() + lease_s)
+        return Loan(self._host, self._leases, root, blocks, parts, lambda: self._clock.now_s() + lease_s, limit_bytes)
 
     # -- saving ------------------------------------------------------------------------------------------------
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much of the arena one tenant may keep from being evicted, by the holds, loads and saves of all its sessions.
+"""How much of the arena one tenant may keep from being evicted, by what all its sessions hold, load, save and fetch.
 
 A session whose client has no tenant counts for itself.
 
 Invariants
-1. What goes beyond is refused as a value: a match of nothing, a save of fewer blocks.
+1. What goes beyond is refused as a value: a match of nothing, a save or a Fetch of fewer blocks.
 2. Blocks that several holds share count once. Finding out takes a look at all of them, and is left until a sum that
    counts them again and again comes to the limit: until then a match pays for an addition.
 """
@@ -15,7 +15,9 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 from kvstore.block import BlockId
+from kvstore.loan import Loan
 from kvstore.service.session import Account, Held, Session
+from kvstore.service.status import UnknownSession
 
 
 class PinBudget:
@@ -59,22 +61,48 @@ class PinBudget:
             self._refused()
         return allowed
 
+    def lend(self, session: Session, lend: Callable[[int], Loan]) -> Loan:
+        """A loan of as many bytes as `session` may still pin, registered in it; `lend` is given the number."""
+        account = session.account
+        with account.saving:
+            with account.lock:
+                account.pinned_bound = self._pinned_bytes(account)
+                room = max(0, self._limit_bytes - account.pinned_bound)
+            loan = lend(room)
+            with session.lock:
+                if not session.ended:
+                    session.loans.add(loan)
+            account.add(loan.num_bytes)
+        if session.ended:
+            loan.close()
+            raise UnknownSession("the session has ended")
+        if loan.is_cut:
+            self._refused()
+        return loan
+
+    def returned(self, session: Session, loan: Loan) -> None:
+        """A loan has ended."""
+        loan.close()
+        with session.lock:
+            session.loans.discard(loan)
+
     def _pinned_bytes(self, account: Account, more_bytes: int = 0) -> int:
         """What its sessions pin; blocks that are held twice count twice where even so there is room for more."""
         now_s = self._now_s()
         held: list[Held] = []
-        saved_bytes = 0
+        other_bytes = 0  # of saves and loans
         for session in account.sessions:
             with session.lock:
                 for name in [name for name, hold in session.holds.items() if hold.until_s <= now_s]:
                     del session.holds[name]  # the store has let go of it
                 held += session.holds.values()
                 held += (load.held for load in session.loads.values())
-                saved_bytes += sum(save.open_bytes for save in session.saves.values())
-        with_repeats = saved_bytes + sum(each.num_bytes for each in held)
+                other_bytes += sum(save.open_bytes for save in session.saves.values())
+                other_bytes += sum(loan.num_bytes for loan in session.loans)
+        with_repeats = other_bytes + sum(each.num_bytes for each in held)
         if with_repeats + more_bytes <= self._limit_bytes:
             return with_repeats
-        return saved_bytes + _distinct_bytes(held)
+        return other_bytes + _distinct_bytes(held)
 
 
 def _distinct_bytes(held: Sequence[Held]) -> int:

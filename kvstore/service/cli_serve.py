@@ -104,7 +104,7 @@ def serve(config: StoreConfig) -> int:
             capacity = size(config.host.capacity_bytes)
             print(f"ready: {server.address} arena {capacity} boot {server.boot_id.hex()[:8]}", flush=True)
             notify("READY=1")
-            _until_told_to_stop(signals, gate)
+            _until_told_to_stop(signals, server.reload_rights)
             notify("STOPPING=1")
             log.info("draining for at most %g s; another signal stops at once", options.drain_s)
             drained = _unless_told_again(signals, lambda: server.drain(options.drain_s))
@@ -139,12 +139,12 @@ def _next(signals: queue.SimpleQueue[int], wait_s: float) -> int | None:
         return None
 
 
-def _until_told_to_stop(signals: queue.SimpleQueue[int], gate: Gate) -> None:
+def _until_told_to_stop(signals: queue.SimpleQueue[int], hang_up: Callable[[], object]) -> None:
     while True:
         # Handlers run on this thread, between two instructions: a wait without end would never let them.
         number = _next(signals, _WAIT_S)
         if number == signal.SIGHUP:
-            gate.reload()
+            hang_up()
         elif number in _STOPPING:
             return
 

@@ -117,8 +117,7 @@ class Door:
         self._boot_id = boot_id
         self._on_exit = on_exit
         self._gid = group_id(group)
-        self._uids = allowed_uids if allowed_uids is not None else frozenset({os.geteuid(), 0})
-        self._let_group = allowed_uids is None and self._gid is not None
+        self.allow(allowed_uids)
         self._max_peers = max_peers
         self._lock = threading.Lock()
         self._passages: dict[int, _Passage] = {}
@@ -169,6 +168,11 @@ class Door:
         """Stop watching a peer that holds nothing any more; `on_exit` is not called for it. Idempotent."""
         with self._lock:
             self._drop(peer.number)
+
+    def allow(self, uids: frozenset[int] | None) -> None:
+        """From now on only these users come through, as with `allowed_uids`. Who is inside stays."""
+        self._uids = uids if uids is not None else frozenset({os.geteuid(), 0})
+        self._let_group = uids is None and self._gid is not None
 
     @property
     def num_peers(self) -> int:

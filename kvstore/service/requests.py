@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
 
 from kvstore.api import HOST_TIER, NO_HINT, Hint, Retention
-from kvstore.block import Root
+from kvstore.block import BlockId, Root, RootId
 from kvstore.clock import Clock
 from kvstore.errors import AccessDenied, CapacityError, ConfigError, LeaseExpired, ProtocolError, UnknownLease
 from kvstore.layout import BlockLayout, layout_of
+from kvstore.loan import Loan
 from kvstore.save import BlockSave
 from kvstore.service.budget import PinBudget
 from kvstore.service.chains import ServedChain
@@ -280,6 +282,15 @@ class Requests:
         if served is None:
             raise UnknownLease(f"no load has number {number} in this session: it ended, or lapsed")
         served.load.passed(passed)
+
+    @contextmanager
+    def lend(self, session: Session, root: RootId, blocks: Sequence[BlockId], parts: Sequence[int]) -> Iterator[Loan]:
+        """Blocks of the host for whoever knows their ids, within what the session may pin. Rights were checked."""
+        loan = self._budget.lend(session, lambda room: self._store.lend(root, blocks, parts, limit_bytes=room))
+        try:
+            yield loan
+        finally:
+            self._budget.returned(session, loan)
 
     # -- saving ------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,11 @@ Invariants
 2. A token is compared by its digest, in constant time, with every entry.
 3. Once an entry names a uid (a certificate), other uids than the server's own and root (other certificates) are
    refused.
-4. A reload that fails leaves the rights as they were.
+4. A reload that fails leaves the rights as they were. After one that does not, nobody has more than the file gives:
+   clients whose rights changed are let in anew, or not.
+
+Memory cannot be taken back from a process that has mapped the arena: it can read what lies there, and write, for as
+long as it lives. Whoever must not do so any more has to be ended, too.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ import logging
 import os
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvstore.block import ModelId, Root
 from kvstore.config import parse_bytes
@@ -72,6 +76,31 @@ class Rights:
 FULL = Rights(salts=None, models=None, admin=True)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shown:
+    """What a client showed when it came, and what is known of it: enough to judge it again later.
+
+    Attributes:
+        token_digest: SHA-256 of its token; empty for none.
+        uid: the client's user as the kernel tells it (from the door), None where that is not known: over TCP, and for a
+            client of the Unix socket that did not pass the door.
+        certificate_name: common name of a client certificate that TLS has verified.
+        local: it came by the Unix socket.
+    """
+
+    token_digest: bytes = field(default=b"", repr=False)
+    uid: int | None = None
+    certificate_name: str | None = None
+    local: bool = False
+
+    @classmethod
+    def of(
+        cls, token: str, *, uid: int | None = None, certificate_name: str | None = None, local: bool = False
+    ) -> Shown:
+        digest = hashlib.sha256(token.encode()).digest() if token else b""
+        return cls(token_digest=digest, uid=uid, certificate_name=certificate_name, local=local)
+
+
 @dataclass(frozen=True, slots=True)
 class _Entry:
     """One [[client]]: a credential and the rights it gives."""
@@ -104,27 +133,30 @@ class Gate:
         log.info("rights read again: %d clients in the tokens file", len(entries))
         return True
 
-    def rights_of(self, token: str, *, uid: int | None, certificate_name: str | None, local: bool = False) -> Rights:
+    def rights_of(self, shown: Shown) -> Rights:
         """The rights of a client. A token that is shown decides, then a certificate, then the user.
-
-        `uid` is the client's as the kernel tells it (from the door), None where that is not known: over TCP, and
-        for a client of the Unix socket that did not pass the door; `local` says that it is one of those.
-        `certificate_name` is the common name of a client certificate that TLS has verified.
 
         Raises AccessDenied, saying what would be accepted.
         """
         entries = self._entries
-        if token:
-            return _by_token(entries, token)
-        if certificate_name is not None:
-            return _by_certificate(entries, certificate_name)
-        if uid is not None:
-            return self._by_uid(entries, uid)
-        if local or self._local_only:
+        if shown.token_digest:
+            return _by_token(entries, shown.token_digest)
+        if shown.certificate_name is not None:
+            return _by_certificate(entries, shown.certificate_name)
+        if shown.uid is not None:
+            return self._by_uid(entries, shown.uid)
+        if shown.local or self._local_only:
             return self._unseen(entries)
         if self._open_to_all:
             return FULL
         raise AccessDenied("no credential was shown: send an access token (KVSTORE_TOKEN), or a client certificate")
+
+    def still_gives(self, rights: Rights, shown: Shown) -> bool:
+        """Whether a client that showed this has exactly these rights now."""
+        try:
+            return self.rights_of(shown) == rights
+        except AccessDenied:
+            return False
 
     def mapping_uids(self) -> frozenset[int] | None:
         """Users whose processes may have the arena, for the door; None: this user and, where one is set, the group.
@@ -162,8 +194,7 @@ class Gate:
         return FULL
 
 
-def _by_token(entries: tuple[_Entry, ...], token: str) -> Rights:
-    digest = hashlib.sha256(token.encode()).digest()
+def _by_token(entries: tuple[_Entry, ...], digest: bytes) -> Rights:
     found: Rights | None = None
     for entry in entries:  # all of them: the time must not tell which one fitted
         if hmac.compare_digest(entry.token_digest, digest):

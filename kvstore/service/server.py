@@ -249,6 +249,11 @@ class Server:
         """Empty the host tier alone. Returns the number of blocks."""
         return self._store.drop_host()
 
+    def reload_rights(self) -> None:
+        """Read the tokens file again. Clients that have other rights by it lose their sessions."""
+        if self._gate.reload():
+            self._servicer.judge_again()
+
     @property
     def draining(self) -> bool:
         return self._servicer.draining.is_set()

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import grpc
 import numpy as np
@@ -27,9 +28,10 @@ from kvstore.service.handlers import messages_of, read
 from kvstore.service.handshake import MAX_MESSAGE_BYTES, common_version, hash_vector
 from kvstore.service.lane import METHODS, LaneCall, Lanes, Method
 from kvstore.service.requests import Requests, numbers
-from kvstore.service.rights import Gate
+from kvstore.service.rights import Gate, Shown
 from kvstore.service.session import Session
 from kvstore.service.sessions import SessionBook
+from kvstore.service.status import UnknownSession
 from kvstore.service.sums import Sums
 from kvstore.service.watch import Watch
 from kvstore.store import KVStore
@@ -126,14 +128,18 @@ class Servicer(KVStoreServicer):
             raise ConfigError(f"client_name has {len(request.client_name)} characters: at most {_MAX_NAME_BYTES} bytes")
         peer = self._redeem(request.ticket)
         try:
-            rights = self._gate.rights_of(
+            shown = Shown.of(
                 request.token,
                 uid=None if peer is None else peer.uid,
                 certificate_name=_certificate_name(context),
                 local=context.peer().startswith("unix:"),
             )
             session = self._sessions.open(
-                name=request.client_name, pid=request.pid if peer is None else peer.pid, peer=peer, rights=rights
+                name=request.client_name,
+                pid=request.pid if peer is None else peer.pid,
+                peer=peer,
+                shown=shown,
+                rights=self._gate.rights_of(shown),
             )
         except BaseException:
             if peer is not None and self._door is not None:
@@ -146,6 +152,9 @@ class Servicer(KVStoreServicer):
                 self.lanes.begin(peer, lane)
             if not self._door.alive(peer):
                 self.process_died(peer)
+        if not self._gate.still_gives(session.rights, shown):  # read again since they were asked for
+            self._sessions.revoke(session)
+            raise AccessDenied("rights were changed just now: open again")
         if request.previous_session:
             self._end_previous(request.previous_session, session)
         return pb.OpenReply(
@@ -174,9 +183,17 @@ class Servicer(KVStoreServicer):
 
     def _end_previous(self, session_id: bytes, successor: Session) -> None:
         """The client has a new session, and has stopped using this one."""
+        previous = self._sessions.find(session_id)
+        if previous is not None and (previous.rights == successor.rights or previous.shown == successor.shown):
+            self._sessions.leave(previous)
+
+    def judge_again(self) -> None:
+        """Rights were read again: who has others now has to come anew, and who has none does not get in."""
+        if self._door is not None:
+            self._door.allow(self._gate.mapping_uids())
         for session in self._sessions.all():
-            if session.id == session_id and session.rights == successor.rights:
-                self._sessions.leave(session)
+            if not self._gate.still_gives(session.rights, session.shown):
+                self._sessions.revoke(session)
 
     def _openmodel(self, request: pb.OpenModelRequest, context: Timed) -> pb.OpenModelReply:
         self._refuse_while_draining()
@@ -197,6 +214,8 @@ class Servicer(KVStoreServicer):
                     self._sessions.leave(session)
                     return
                 live = frozenset(numbers(beat.live_leases, "live_leases", "<u8"))
+                if session.ended:
+                    raise UnknownSession("the session has ended: open again")
                 self._sessions.beat(session, beat, live)
                 begun = bool(beat.ticket) and self._begin_another_lane(session, beat.ticket)
                 yield pb.Notice(draining=self.draining.is_set(), prefaulted=self._is_prefaulted(), lane_begun=begun)
@@ -308,7 +327,8 @@ class Servicer(KVStoreServicer):
     def _fetch(self, request: pb.PeekRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
         session = self._sessions.get(request.session)
         with self._sessions.streaming(session):
-            messages = streams.fetch(self._store, self._requests.roots, session.rights, request, self._sums)
+            lend = partial(self._requests.lend, session)
+            messages = streams.fetch(lend, self._requests.roots, session.rights, request, self._sums)
             yield from self._stalls.sending(messages, context.cancel)
 
     def end_streams(self) -> None:

@@ -13,10 +13,11 @@ from kvstore.block import Root
 from kvstore.errors import CapacityError, ConfigError, UnknownLease
 from kvstore.layout import BlockLayout
 from kvstore.load import BlockLoad
+from kvstore.loan import Loan
 from kvstore.marks import Mark
 from kvstore.service.chains import ChainCache, Contents, ServedChain
 from kvstore.service.door import Peer
-from kvstore.service.rights import Rights
+from kvstore.service.rights import Rights, Shown
 from kvstore.service.saves import ServedSave
 from kvstore.service.status import UnknownSession
 
@@ -66,7 +67,7 @@ class Account:
     """What the sessions of a tenant keep from eviction together; one session's, where it has no tenant.
 
     Attributes:
-        saving: held from reserving a save's slots until the save is registered. Taken before `lock`.
+        saving: held from reserving a save's slots, or pinning a loan's, until it is registered. Taken before `lock`.
         pinned_bound: bytes that they pin, at most (`kvstore.service.budget`); guarded by `lock`, as the rest is.
         num_streams: streaming calls of theirs.
     """
@@ -92,7 +93,9 @@ class Session:
         peer: the process, where it passed the door.
         account: what counts what it pins.
         loading: held while a load begins whose call may come twice at once.
+        shown: what its rights were given for.
         holds: what each match that may be loaded keeps, oldest first.
+        loans: what its Fetch calls pin.
     """
 
     id: bytes
@@ -101,6 +104,7 @@ class Session:
     name: str
     pid: int
     peer: Peer | None
+    shown: Shown
     rights: Rights
     opened_s: float
     last_seen_s: float
@@ -116,6 +120,7 @@ class Session:
     holds: OrderedDict[str, Held] = field(default_factory=OrderedDict)
     loads: dict[int, ServedLoad] = field(default_factory=dict)
     saves: dict[int, ServedSave] = field(default_factory=dict)
+    loans: set[Loan] = field(default_factory=set)
     finished: OrderedDict[int, ServedSave] = field(default_factory=OrderedDict)
     """Saves that were committed whole, for a commit whose reply was lost."""
     joined: dict[tuple[bytes, int], ServedSave] = field(default_factory=dict)

@@ -2,7 +2,8 @@
 """Clients as the server sees them: what each holds, and how all of it ends.
 
 A session ends when its process is dead (a mapped client: the kernel says so), when its stream has been gone for a
-moment (a client without a mapping), or when the client says bye. Loads of a silent client lapse by their deadline.
+moment (a client without a mapping), when the client says bye, or when its rights are not what they were. Loads of a
+silent client lapse by their deadline.
 
 Invariants
 1. Nothing is registered in a session that has ended, or under a number that was ended before it began: the late
@@ -14,6 +15,7 @@ Invariants
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -23,12 +25,14 @@ from contextlib import contextmanager
 from kvstore.clock import Clock
 from kvstore.errors import CapacityError, ConfigError, UnknownLease
 from kvstore.service.door import Peer
-from kvstore.service.rights import Rights
+from kvstore.service.rights import Rights, Shown
 from kvstore.service.saves import Quarantine
 from kvstore.service.session import Account, ServedLoad, Session
 from kvstore.service.status import UnknownSession
 from kvstore.stats import MAX_SAVED_S
 from kvstore.wire import kvstore_pb2 as pb
+
+log = logging.getLogger("kvstore.service")
 
 STREAM_GRACE_S = 5.0
 """A client without a mapping may be without its Session stream for this long."""
@@ -64,6 +68,8 @@ class SessionBook:
         self._forget_peer = forget_peer
         self._lock = threading.Lock()
         self._sessions: dict[bytes, Session] = {}
+        self._revoked: dict[bytes, Session] = {}
+        """Ended, but their processes live and have the memory."""
         self._by_engine_key: dict[bytes, Session] = {}
         self._accounts: dict[str, Account] = {}
         """By tenant."""
@@ -76,7 +82,7 @@ class SessionBook:
 
     # -- coming ------------------------------------------------------------------------------------------------
 
-    def open(self, *, name: str, pid: int, peer: Peer | None, rights: Rights) -> Session:
+    def open(self, *, name: str, pid: int, peer: Peer | None, shown: Shown, rights: Rights) -> Session:
         """A new session. Raises CapacityError at the limit, which for a tenant's is half of all."""
         now_s = self._clock.now_s()
         with self._lock:
@@ -88,9 +94,8 @@ class SessionBook:
                     f"the tenant has {self._max_tenant_sessions} sessions open, half of service.max_sessions"
                 )
             self._number += 1
-            session = Session(
-                secrets.token_bytes(16), secrets.token_bytes(16), self._number, name, pid, peer, rights, now_s, now_s
-            )
+            ids = secrets.token_bytes(16), secrets.token_bytes(16)
+            session = Session(*ids, self._number, name, pid, peer, shown, rights, now_s, now_s)
             self._sessions[session.id] = session
             self._by_engine_key[session.engine_key] = session
             if rights.tenant:
@@ -121,6 +126,10 @@ class SessionBook:
         if session is None:
             raise UnknownSession("no such session here: the server was restarted, or the session ended; open again")
         return session
+
+    def find(self, session_id: bytes) -> Session | None:
+        """A session, also one that was revoked and whose process lives."""
+        return self._sessions.get(session_id) or self._revoked.get(session_id)
 
     def by_engine_key(self, key: bytes) -> Session:
         """Raises UnknownLease."""
@@ -206,6 +215,18 @@ class SessionBook:
 
     # -- going -------------------------------------------------------------------------------------------------
 
+    def revoke(self, session: Session) -> None:
+        """End a session whose client would go on. One that has the memory may be writing, until its process ends."""
+        log.warning("%s (pid %d) lost its rights: its session ends", session.name or "a client", session.pid)
+        if not session.mapped:
+            self._end(session)
+            return
+        log.warning("pid %d keeps the memory that it has mapped until it ends", session.pid)
+        with self._lock:
+            self._revoked[session.id] = session
+        self._let_go(session)
+        self._fence(session)
+
     def leave(self, session: Session) -> None:
         """The client has gone, and writes nothing any more."""
         self._end(session)
@@ -214,10 +235,26 @@ class SessionBook:
 
     def process_died(self, peer: Peer) -> None:
         """Everything of a dead process ends."""
-        for session in [each for each in self.all() if each.peer is peer]:
+        with self._lock:
+            known = [*self._sessions.values(), *self._revoked.values()]
+        for session in [each for each in known if each.peer is peer]:
             self._end(session)
 
     def _end(self, session: Session) -> None:
+        """What it holds goes, and it writes no more."""
+        self._let_go(session)
+        with self._lock:
+            self._revoked.pop(session.id, None)
+        with session.lock:
+            saves, joined = list(session.saves), list(session.joined.values())
+            session.joined.clear()
+        self.end_saves(session, saves)
+        for save in joined:
+            save.leave(session)
+        self.quarantine.left(session)
+
+    def _let_go(self, session: Session) -> None:
+        """It is served no more, and keeps nothing from eviction but what it may be writing to."""
         with self._lock:
             self._sessions.pop(session.id, None)
             self._by_engine_key.pop(session.engine_key, None)
@@ -227,16 +264,14 @@ class SessionBook:
                     del self._accounts[session.rights.tenant]
         with session.lock:
             session.ended = True
-            loads, saves = list(session.loads), list(session.saves)
-            holds, marks, joined = list(session.holds), list(session.marks.values()), list(session.joined.values())
+            loads, loans = list(session.loads), list(session.loans)
+            holds, marks = list(session.holds), list(session.marks.values())
             session.holds.clear()
             session.marks.clear()
-            session.joined.clear()
+            session.loans.clear()
         self.end_loads(session, loads)
-        self.end_saves(session, saves)
-        for save in joined:
-            save.leave(session)
-        self.quarantine.left(session)
+        for loan in loans:
+            loan.close()
         for request in holds:
             self._forget(session.key(request))
         for mark in marks:
@@ -278,7 +313,7 @@ class SessionBook:
         """End every session; the server has stopped."""
         self._closing.set()
         self._sweeper.join()
-        for session in self.all():
+        for session in [*self.all(), *self._revoked.values()]:
             self._end(session)
         self._closer.shutdown(wait=True)
         self.quarantine.clear()

@@ -202,16 +202,20 @@ def peek(store: KVStore, roots: RootBook, rights: Rights, request: pb.PeekReques
     return pb.PeekReply(present=there.astype(np.uint8).tobytes())
 
 
-def fetch(store: KVStore, roots: RootBook, rights: Rights, request: pb.PeekRequest, sums: Sums) -> Iterator[bytes]:
+Lend = Callable[[RootId, Sequence[BlockId], Sequence[int]], AbstractContextManager[Loan]]
+"""Lends blocks of a root with these parts."""
+
+
+def fetch(lend: Lend, roots: RootBook, rights: Rights, request: pb.PeekRequest, sums: Sums) -> Iterator[bytes]:
     """ReadReply messages of those blocks that lie in the host with all asked parts. Raises ConfigError."""
     asked = _Asked.of(request)
     if not roots.allows(rights, asked.root):
         return iter((encode(pb.ReadReply(), ()),))
-    return _lent(store.lend(asked.root, asked.blocks, asked.parts), sums)
+    return _lent(lend(asked.root, asked.blocks, asked.parts), sums)
 
 
-def _lent(loan: Loan, sums: Sums) -> Iterator[bytes]:
-    with loan:
+def _lent(lent: AbstractContextManager[Loan], sums: Sums) -> Iterator[bytes]:
+    with lent as loan:
         yield encode(pb.ReadReply(num_blocks=loan.num_blocks), ())
         packer = Packer(pb.ReadReply)
         for block in loan:

@@ -12,7 +12,7 @@ import pytest
 
 from kvstore.block import ModelId, Root
 from kvstore.errors import AccessDenied, ConfigError
-from kvstore.service.rights import FULL, Gate, Rights, check_transport, read_secret
+from kvstore.service.rights import FULL, Gate, Rights, Shown, check_transport, read_secret
 from kvstore.service_options import ServiceOptions
 
 TOKEN = "a-token-of-acme-0001"
@@ -40,7 +40,7 @@ ACME = f'[[client]]\ntoken = "{TOKEN}"\ntenant = "acme"\nsalts = ["acme"]\nmodel
 
 
 def test_a_token_gives_its_rights_and_no_others(tmp_path: Path, model: ModelId) -> None:
-    rights = gate_of(tmp_path, ACME).rights_of(TOKEN, uid=None, certificate_name=None)
+    rights = gate_of(tmp_path, ACME).rights_of(Shown.of(TOKEN, uid=None, certificate_name=None))
     assert rights == Rights("acme", frozenset({b"acme"}), frozenset({"tiny"}), False, 20 << 30)
     assert rights.allows(Root(model, salt=b"acme"))
     assert not rights.allows(Root(model, salt=b"other"))
@@ -55,52 +55,54 @@ def test_rights_that_were_not_given_allow_nothing(model: ModelId) -> None:
 
 
 def test_an_entry_without_salts_may_use_the_unsalted_namespace_only(tmp_path: Path, model: ModelId) -> None:
-    rights = gate_of(tmp_path, f'[[client]]\ntoken = "{TOKEN}"\n').rights_of(TOKEN, uid=None, certificate_name=None)
+    rights = gate_of(tmp_path, f'[[client]]\ntoken = "{TOKEN}"\n').rights_of(
+        Shown.of(TOKEN, uid=None, certificate_name=None)
+    )
     assert rights.allows(Root(model))
     assert not rights.allows(Root(model, salt=b"acme"))
     everything = gate_of(tmp_path, f'[[client]]\ntoken = "{TOKEN}"\nsalts = ["*"]\n')
-    assert everything.rights_of(TOKEN, uid=None, certificate_name=None).allows(Root(model, salt=b"acme"))
+    assert everything.rights_of(Shown.of(TOKEN, uid=None, certificate_name=None)).allows(Root(model, salt=b"acme"))
     nothing = gate_of(tmp_path, f'[[client]]\ntoken = "{TOKEN}"\nsalts = []\n')
-    assert not nothing.rights_of(TOKEN, uid=None, certificate_name=None).allows(Root(model))
+    assert not nothing.rights_of(Shown.of(TOKEN, uid=None, certificate_name=None)).allows(Root(model))
 
 
 def test_a_token_may_be_known_by_its_digest_and_a_salt_by_its_bytes(tmp_path: Path, model: ModelId) -> None:
     digest = hashlib.sha256(TOKEN.encode()).hexdigest()
     gate = gate_of(tmp_path, f'[[client]]\ntoken_sha256 = "{digest}"\nsalts = ["hex:00ff"]\n')
-    rights = gate.rights_of(TOKEN, uid=None, certificate_name=None)
+    rights = gate.rights_of(Shown.of(TOKEN, uid=None, certificate_name=None))
     assert rights.allows(Root(model, salt=b"\x00\xff"))
     with pytest.raises(AccessDenied):
-        gate.rights_of(digest, uid=None, certificate_name=None)
+        gate.rights_of(Shown.of(digest, uid=None, certificate_name=None))
 
 
 def test_an_unknown_token_is_refused_even_from_the_servers_own_user(tmp_path: Path) -> None:
     gate = gate_of(tmp_path, ACME)
     with pytest.raises(AccessDenied, match="the access token is not known here"):
-        gate.rights_of(TOKEN + "x", uid=os.getuid(), certificate_name=None)
+        gate.rights_of(Shown.of(TOKEN + "x", uid=os.getuid(), certificate_name=None))
     with pytest.raises(AccessDenied):
-        gate.rights_of("", uid=os.getuid() + 1, certificate_name=None)
-    assert gate.rights_of("", uid=os.getuid(), certificate_name=None) is FULL
+        gate.rights_of(Shown.of("", uid=os.getuid() + 1, certificate_name=None))
+    assert gate.rights_of(Shown.of("", uid=os.getuid(), certificate_name=None)) is FULL
 
 
 def test_listed_users_have_full_rights_and_others_none(tmp_path: Path) -> None:
     mine = os.getuid()
     gate = gate_of(tmp_path, "", allowed_uids=(mine + 1,))
-    assert gate.rights_of("", uid=mine + 1, certificate_name=None) is FULL
+    assert gate.rights_of(Shown.of("", uid=mine + 1, certificate_name=None)) is FULL
     assert gate.mapping_uids() == {mine, 0, mine + 1}
     with pytest.raises(AccessDenied, match=f"user {mine + 2} has no rights here"):
-        gate.rights_of("", uid=mine + 2, certificate_name=None)
+        gate.rights_of(Shown.of("", uid=mine + 2, certificate_name=None))
 
 
 def test_the_group_of_the_socket_is_enough_only_where_users_are_not_told_apart(tmp_path: Path) -> None:
     other = os.getuid() + 1
     open_to_group = gate_of(tmp_path, "", group="kv")
-    assert open_to_group.rights_of("", uid=other, certificate_name=None) is FULL
-    assert open_to_group.rights_of("", uid=None, certificate_name=None) is FULL
+    assert open_to_group.rights_of(Shown.of("", uid=other, certificate_name=None)) is FULL
+    assert open_to_group.rights_of(Shown.of("", uid=None, certificate_name=None)) is FULL
     told_apart = gate_of(tmp_path, f'[[client]]\nuid = {other}\nsalts = ["a"]\n', group="kv")
-    assert told_apart.rights_of("", uid=other, certificate_name=None).salts == frozenset({b"a"})
+    assert told_apart.rights_of(Shown.of("", uid=other, certificate_name=None)).salts == frozenset({b"a"})
     for uid in (other + 1, None):
         with pytest.raises(AccessDenied):
-            told_apart.rights_of("", uid=uid, certificate_name=None)
+            told_apart.rights_of(Shown.of("", uid=uid, certificate_name=None))
 
 
 def test_a_user_who_may_not_see_every_namespace_may_not_map_the_arena(tmp_path: Path) -> None:
@@ -114,12 +116,12 @@ def test_a_user_who_may_not_see_every_namespace_may_not_map_the_arena(tmp_path: 
 
 def test_a_certificate_gives_full_rights_until_entries_tell_certificates_apart(tmp_path: Path) -> None:
     plain = Gate(tcp(tmp_path, client_ca="/ca.pem"))
-    assert plain.rights_of("", uid=None, certificate_name="engine-1") is FULL
+    assert plain.rights_of(Shown.of("", uid=None, certificate_name="engine-1")) is FULL
     tokens = write(tmp_path / "t.toml", '[[client]]\ncertificate = "engine-1"\nsalts = ["a"]\n')
     named = Gate(tcp(tmp_path, client_ca="/ca.pem", tokens_file=tokens))
-    assert named.rights_of("", uid=None, certificate_name="engine-1").salts == frozenset({b"a"})
+    assert named.rights_of(Shown.of("", uid=None, certificate_name="engine-1")).salts == frozenset({b"a"})
     with pytest.raises(AccessDenied, match="certificate 'engine-2' has no rights"):
-        named.rights_of("", uid=None, certificate_name="engine-2")
+        named.rights_of(Shown.of("", uid=None, certificate_name="engine-2"))
 
 
 def test_nobody_comes_in_over_the_network_without_a_credential(tmp_path: Path) -> None:
@@ -129,11 +131,11 @@ def test_nobody_comes_in_over_the_network_without_a_credential(tmp_path: Path) -
         tcp(tmp_path, listen="unix:/k", listen_tcp="h:1", tokens_file=tokens),
     ):
         with pytest.raises(AccessDenied, match="no credential was shown"):
-            Gate(options).rights_of("", uid=None, certificate_name=None)
+            Gate(options).rights_of(Shown.of("", uid=None, certificate_name=None))
     both = Gate(tcp(tmp_path, listen="unix:/k", listen_tcp="h:1", tokens_file=tokens))
-    assert both.rights_of("", uid=None, certificate_name=None, local=True) is FULL
+    assert both.rights_of(Shown.of("", uid=None, certificate_name=None, local=True)) is FULL
     frightening = ServiceOptions(listen="h:1", serve_anyone_on_the_network_without_authentication=True)
-    assert Gate(frightening).rights_of("", uid=None, certificate_name=None) is FULL
+    assert Gate(frightening).rights_of(Shown.of("", uid=None, certificate_name=None)) is FULL
 
 
 def test_tcp_refuses_to_start_without_tls_and_a_credential(tmp_path: Path) -> None:
@@ -199,7 +201,7 @@ def test_no_error_shows_a_token(tmp_path: Path) -> None:
         gate_of(tmp_path, f'[[client]]\ntoken = "{TOKEN}"\nuid = 5\n')
     assert TOKEN not in str(caught.value)
     with pytest.raises(AccessDenied) as denied:
-        gate_of(tmp_path, ACME).rights_of(OTHER, uid=None, certificate_name=None)
+        gate_of(tmp_path, ACME).rights_of(Shown.of(OTHER, uid=None, certificate_name=None))
     assert OTHER not in str(denied.value)
 
 
@@ -212,9 +214,9 @@ def test_a_reload_takes_new_tokens_and_a_broken_file_changes_nothing(
     with caplog.at_level(logging.ERROR):
         assert not gate.reload()
     assert "rights stay as they were" in caplog.text
-    assert gate.rights_of(TOKEN, uid=None, certificate_name=None).tenant == "acme"
+    assert gate.rights_of(Shown.of(TOKEN, uid=None, certificate_name=None)).tenant == "acme"
     path.write_text(f'[[client]]\ntoken = "{OTHER}"\nadmin = true\n')
     assert gate.reload()
-    assert gate.rights_of(OTHER, uid=None, certificate_name=None) == FULL
+    assert gate.rights_of(Shown.of(OTHER, uid=None, certificate_name=None)) == FULL
     with pytest.raises(AccessDenied):
-        gate.rights_of(TOKEN, uid=None, certificate_name=None)
+        gate.rights_of(Shown.of(TOKEN, uid=None, certificate_name=None))

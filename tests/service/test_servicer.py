@@ -547,6 +547,34 @@ def test_a_tenant_keeps_within_its_quota_and_others_have_theirs(tenants: dict[st
     bob.end(saves=[1])
 
 
+def test_what_is_fetched_counts_as_pinned_and_ends_with_the_session(
+    start_server: StartServer, make_peer: Callable[..., Peer], root: Root
+) -> None:
+    server = start_server(16, service={"max_session_share": 0.25})
+    peer, chain, other = make_peer(server), chain_of(root, 8), chain_of(root, 2, seed=1)
+    for start in (0, 4):
+        contents = pb.Contents(start=start, tokens=chain.contents(start, start + 4)[0])
+        peer.save(chain, start=start, stop=start + 4, lease=start + 1, contents=contents)
+        peer.commit(start + 1, *range(start, start + 4))
+    peer.save(other, lease=9)
+    peer.commit(9, 0, 1)
+    (session,) = server.sessions.all()
+    lend = server._servicer._requests.lend
+    before = server.stats()["service.over_share"]
+    with lend(session, root.id, chain.ids, [0]) as loan:
+        assert loan.num_blocks == 4, "a quarter of the memory"
+        assert server.stats()["service.over_share"] == before + 1
+        assert peer.match(peer.whole(other)).num_blocks == 0
+        with lend(session, root.id, chain.ids, [0]) as second:
+            assert second.num_blocks == 0
+    assert peer.match(peer.whole(other)).num_blocks == 2
+    with lend(session, root.id, chain.ids, [0]) as loan:
+        assert loan.num_blocks == 2
+        server.sessions.leave(session)
+        assert not loan.intact()
+        assert server.stats()["host.pinned_blocks"] == 0
+
+
 def test_a_tenant_leaves_others_half_of_the_streams_and_sessions(
     start_server: StartServer, make_peer: Callable[..., Peer], directory: Path
 ) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 from google.protobuf.unknown_fields import UnknownFieldSet
@@ -480,6 +481,10 @@ def roots(root: Root) -> RootBook:
     return book
 
 
+def lending(store: KVStore) -> streams.Lend:
+    return partial(store.lend, limit_bytes=1 << 40)
+
+
 def test_peek_says_which_blocks_lie_in_the_host(store: KVStore, root: Root, roots: RootBook) -> None:
     chain = chain_of(root, 6)
     save_all(store, chain, 0, 4)
@@ -493,7 +498,7 @@ def test_fetch_gives_blocks_in_the_order_asked_with_what_they_hash_to(
     chain = chain_of(root, 6)
     save_all(store, chain)
     ids = [chain.ids[4], os.urandom(32), chain.ids[1], chain.ids[2]]
-    first, *messages = streams.fetch(store, roots, FULL, peeked(root.id, ids), Sums(store.arena))
+    first, *messages = streams.fetch(lending(store), roots, FULL, peeked(root.id, ids), Sums(store.arena))
     assert decode(pb.ReadReply, first)[0].num_blocks == 3
     into = {number: [memoryview(bytearray(4096))] for number in (0, 2, 3)}
     unpacker = Unpacker(into.__getitem__, lambda number: number + 1)
@@ -520,7 +525,7 @@ def test_peer_without_rights_sees_what_it_would_see_of_nothing(
     asked = Root(root.model, salt=b"mine") if case == "another root" else root
     book.learn(Root(root.model, salt=b"mine"))
     assert not any(streams.peek(store, book, rights, peeked(asked.id, chain.ids)).present)
-    messages = list(streams.fetch(store, book, rights, peeked(asked.id, chain.ids), Sums(store.arena)))
+    messages = list(streams.fetch(lending(store), book, rights, peeked(asked.id, chain.ids), Sums(store.arena)))
     assert messages == [encode(pb.ReadReply(), ())]
 
 
@@ -540,7 +545,7 @@ def test_malformed_peek_is_refused(store: KVStore, request_: pb.PeekRequest) -> 
     with pytest.raises(ConfigError):
         streams.peek(store, RootBook(), FULL, request_)
     with pytest.raises(ConfigError):
-        streams.fetch(store, RootBook(), FULL, request_, Sums(store.arena))
+        streams.fetch(lending(store), RootBook(), FULL, request_, Sums(store.arena))
 
 
 def test_peek_for_use_keeps_a_chain_warm(make_store: MakeStore, root: Root, roots: RootBook) -> None:

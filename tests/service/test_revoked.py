@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rights that change while the server runs: who has others from then on, loses the session it had."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from kvstore.block import ModelId, Root
+from kvstore.errors import AccessDenied
+from kvstore.service.client import connect
+from kvstore.service.knock import knock
+from kvstore.service.server import Server
+from kvstore.wire import kvstore_pb2 as pb
+from tests.conftest import chain_of, save_all
+from tests.service.conftest import StartServer
+from tests.service.test_servicer import Peer, hello, make_peer, refused
+from tests.service.victims import Victim
+from tests.waiting import eventually
+
+__all__ = ["make_peer"]
+
+ALICE = '[[client]]\ntoken = "alice-alice-alice"\ntenant = "alice"\nsalts = ["alice"]\n'
+BOB = '[[client]]\ntoken = "bob-bob-bob-bob-bob"\ntenant = "bob"\nsalts = ["bob"]\n'
+MakePeer = Callable[..., Peer]
+
+
+@pytest.fixture
+def tokens(directory: Path) -> Path:
+    path = directory / "tokens.toml"
+    path.write_text(ALICE + BOB)
+    path.chmod(0o600)
+    return path
+
+
+@pytest.fixture
+def server(start_server: StartServer, tokens: Path) -> Server:
+    return start_server(service={"tokens_file": str(tokens)})
+
+
+@pytest.fixture
+def hold(model: ModelId) -> Callable[[Peer, bytes], None]:
+    def work(peer: Peer, salt: bytes) -> None:
+        """Save three blocks, and keep them from eviction."""
+        chain = chain_of(Root(model, salt=salt), 3)
+        peer.save(chain)
+        peer.commit(1, 0, 1, 2)
+        assert peer.match(peer.whole(chain)).num_blocks == 3
+
+    return work
+
+
+def watching(peer: Peer) -> Iterator[pb.WatchReply]:
+    stream: Iterator[pb.WatchReply] = peer.stub.Watch(pb.WatchRequest(session=peer.session))
+    next(stream)
+    return stream
+
+
+def test_a_token_that_is_taken_away_ends_its_sessions_and_what_they_hold_and_watch(
+    server: Server, make_peer: MakePeer, tokens: Path, hold: Callable[[Peer, bytes], None], model: ModelId
+) -> None:
+    alice = make_peer(server, mapped=False, token="alice-alice-alice")
+    bob = make_peer(server, mapped=False, token="bob-bob-bob-bob-bob")
+    blocks = chain_of(Root(model, salt=b"bob"), 3)
+    mapped = make_peer(server, token="bob-bob-bob-bob-bob")
+    hold(mapped, b"bob")
+    assert bob.match(bob.whole(blocks)).num_blocks == 3
+    bobs, alices = watching(bob), watching(alice)
+    tokens.write_text(ALICE)
+    server.reload_rights()
+    assert server.stats()["host.pinned_blocks"] == 0
+    for gone in (bob, mapped):
+        refused(grpc.StatusCode.UNAUTHENTICATED, lambda gone=gone: gone.match(gone.whole(blocks)))
+    refused(grpc.StatusCode.UNAUTHENTICATED, lambda: bobs)
+    refused(grpc.StatusCode.PERMISSION_DENIED, lambda: bob.stub.Open(hello(token="bob-bob-bob-bob-bob")))
+    assert alice.match(alice.whole(chain_of(Root(model, salt=b"alice"), 3))).num_blocks == 0
+    alice.end(requests=["r"])
+    alices.cancel()  # type: ignore[attr-defined]
+
+
+def test_narrower_rights_end_the_session_and_are_what_the_next_one_has(
+    server: Server, make_peer: MakePeer, tokens: Path
+) -> None:
+    make_peer(server, mapped=False, token="alice-alice-alice")
+    before = server.sessions.all()
+    tokens.write_text(ALICE.replace('["alice"]', '["other"]') + BOB)
+    server.reload_rights()
+    assert server.sessions.all() == []
+    make_peer(server, mapped=False, token="alice-alice-alice")
+    (after,) = server.sessions.all()
+    assert (before[0].rights.salts, after.rights.salts) == (frozenset({b"alice"}), frozenset({b"other"}))
+
+
+@pytest.mark.parametrize("said", [ALICE + BOB + "# nothing new\n", "no TOML"])
+def test_nobody_notices_a_reload_that_changes_nothing_or_fails(
+    server: Server, make_peer: MakePeer, tokens: Path, said: str, hold: Callable[[Peer, bytes], None]
+) -> None:
+    alice = make_peer(server, token="alice-alice-alice")
+    tokens.write_text(said)
+    server.reload_rights()
+    hold(alice, b"alice")
+    alice.end(requests=["r"])
+
+
+def test_slots_of_a_revoked_process_come_back_only_when_it_is_dead(start_server: StartServer, tokens: Path) -> None:
+    tokens.write_text("")
+    server = start_server(service={"tokens_file": str(tokens)})
+    victim = Victim(server.address, "save", 9)
+    assert victim.said() == "under way"
+    num_open = server.stats()["host.used_bytes"] // 4096
+    assert num_open
+    tokens.write_text(f'[[client]]\nuid = {os.getuid()}\nsalts = ["another"]\n')
+    server.reload_rights()
+    assert server.sessions.all() == []
+    assert server.stats()["save.quarantined_slots"] == num_open, "it may be writing to them"
+    victim.kill()
+    assert eventually(lambda: server.stats()["save.quarantined_slots"] == 0)
+    assert not server.sessions._revoked
+
+
+def test_an_engine_whose_token_is_taken_away_goes_on_without_hits_and_has_them_when_it_is_back(
+    server: Server, tokens: Path, model: ModelId
+) -> None:
+    chain = chain_of(Root(model, salt=b"alice"), 3)
+    with connect(server.address, token="alice-alice-alice") as store:
+        store.open(model)
+        assert save_all(store, chain) == 3
+        tokens.write_text(BOB)
+        server.reload_rights()
+        assert store.match(chain, "r").num_blocks == 0
+        store.forget("r")
+        tokens.write_text(ALICE + BOB)
+        server.reload_rights()
+
+        def finds() -> bool:
+            found = store.match(chain, "r").num_blocks
+            store.forget("r")
+            return found == 3
+
+        assert eventually(finds, 20.0)
+
+
+def test_the_door_closes_for_users_who_lost_the_memory_and_opens_for_others(server: Server, directory: Path) -> None:
+    door, path = server._door, directory / "kvstore.sock"
+    assert door is not None
+    door.allow(frozenset({os.getuid() + 1}))
+    with pytest.raises(AccessDenied, match="may not map this arena"):
+        knock(path, 5.0)
+    door.allow(frozenset({os.getuid()}))
+    knock(path, 5.0).close()
