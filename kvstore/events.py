@@ -253,6 +253,11 @@ class Subscription:
         self._gap = False
         self._closed = False
 
+    @property
+    def sequence(self) -> int:
+        """Number of the last event that was told, or before which it began."""
+        return self._sequence
+
     def poll(self, timeout_s: float = 0.0, *, max_blocks: int = 8192) -> Batch:
         """The next events, about `max_blocks` of them at most; waits up to `timeout_s` for the first.
 

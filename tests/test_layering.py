@@ -239,6 +239,7 @@ RULES: dict[str, Rule] = {
     ),
     "kvstore.service.findings": Rule(5),
     "kvstore.service.door": Rule(5, (*FOUNDATIONS, "kvstore.service.claim")),
+    "kvstore.service.follow": SERVICE,
     "kvstore.service.handlers": Rule(5, (*FOUNDATIONS, *MESSAGES, "kvstore.service.status"), ("grpc", "google")),
     "kvstore.service.kv_events": Rule(5, (*FOUNDATIONS, *MESSAGES), ("google", "msgspec", "zmq")),
     "kvstore.service.knock": Rule(5, (*FOUNDATIONS, "kvstore.service.door")),

@@ -38,6 +38,8 @@ _CHANNEL_OPTIONS = (
     ("grpc.enable_http_proxy", 0),
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2000),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
 )
 
 
@@ -178,17 +180,34 @@ class Admin:
             reply = stub.Check(health_pb2.HealthCheckRequest(service=""), timeout=self.target.deadline_s)
         return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
 
-    def watch(self, *, snapshot: bool, with_tokens: bool) -> Generator[pb.WatchReply]:
-        """Block events until the server stops; each reply holds some."""
+    def reopen(self) -> None:
+        """Open another session, where the server was lost. Raises what opening the first one does."""
+        self.opened = self._open()
+
+    def watch(
+        self, *, snapshot: bool, with_tokens: bool, boot_id: bytes = b"", after_sequence: int = 0
+    ) -> Generator[pb.WatchReply]:
+        """Block events until the server stops; each reply holds some.
+
+        With the `boot_id` and `sequence` of an earlier reply it goes on after that one, or begins with a `gap`.
+        """
         session = self.opened.session
-        request = pb.WatchRequest(session=session, snapshot=snapshot, without_tokens=not with_tokens)
+        request = pb.WatchRequest(
+            session=session,
+            snapshot=snapshot,
+            without_tokens=not with_tokens,
+            boot_id=boot_id,
+            after_sequence=after_sequence,
+        )
         done = threading.Event()
         beating = threading.Thread(target=self._beat, args=(session, done), name="kvstore-beat", daemon=True)
         beating.start()
+        stream = self._stub.Watch(request)
         try:
             with self._errors():
-                yield from self._stub.Watch(request)
+                yield from stream
         finally:
+            stream.cancel()
             done.set()
             beating.join(1.0)
 

@@ -25,6 +25,7 @@ from kvstore.errors import ConfigError
 from kvstore.service import cli_serve, doctor, kv_events, top
 from kvstore.service.admin import Admin, Target
 from kvstore.service.findings import Finding, Verdict
+from kvstore.service.follow import follow
 from kvstore.service.prompt import Namespace, as_hash, read_prompt
 from kvstore.service.rights import read_secret_file
 from kvstore.wire import kvstore_pb2 as pb
@@ -355,17 +356,24 @@ def watch(
 ) -> None:
     """Print blocks as they come and go, until Ctrl-C; or publish them in the format of vLLM's KV events.
 
+    A server that goes away is waited for. A line of the kind "gap" says that events were missed, through a restart for
+    example: what was printed before it says nothing any more. With --snapshot what is there follows anew.
+
     Example:  kvstore watch --json | jq -r .kind
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with Admin(Target.of(address), name="kvstore watch") as admin:
         if zmq:
-            kv_events.publish(zmq, topic, lambda: admin.watch(snapshot=True, with_tokens=True))
+            kv_events.publish(zmq, topic, lambda: follow(admin, snapshot=True, with_tokens=True, say=_say))
             return
-        for reply in admin.watch(snapshot=snapshot, with_tokens=tokens):
+        for reply in follow(admin, snapshot=snapshot, with_tokens=tokens, say=_say):
             for line in events(reply):
                 text = json.dumps(line) if as_json else "  ".join(f"{value}" for value in line.values() if value != "")
                 print(text, flush=True)
+
+
+def _say(sentence: str) -> None:
+    print(f"kvstore: {sentence}", file=sys.stderr, flush=True)
 
 
 def events(reply: pb.WatchReply) -> Iterable[Mapping[str, object]]:

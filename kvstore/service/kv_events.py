@@ -28,7 +28,7 @@ _CLEARED: Event = {"type": "AllBlocksCleared"}
 
 
 def told(watch: Callable[[], Generator[pb.WatchReply]]) -> Iterator[list[Event]]:
-    """The fields of vLLM's events, batch by batch, until the server ends. `watch` begins with a snapshot, with tokens.
+    """The fields of vLLM's events, batch by batch, as replies come. `watch` begins with a snapshot, with tokens.
 
     vLLM can say only that everything went. Where one root was cleared, or events were lost, that is said, and what is
     there now is told anew.
@@ -70,7 +70,10 @@ def _fields(event: pb.BlockEvent) -> Event:
 
 
 def publish(endpoint: str, topic: str, watch: Callable[[], Generator[pb.WatchReply]]) -> None:
-    """Publish until the server ends. Raises ConfigError where a package is missing or the endpoint is no good."""
+    """Publish what `watch` gives, for as long as it does.
+
+    Raises ConfigError where a package is missing or the endpoint is no good.
+    """
     try:
         import msgspec
         import zmq

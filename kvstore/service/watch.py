@@ -17,6 +17,7 @@ from kvstore.errors import ConfigError
 from kvstore.events import Batch, BlockEvent, EventKind, EventLog, Subscription
 from kvstore.service.roots import RootBook
 from kvstore.service.session import Session
+from kvstore.service.status import UnknownSession
 from kvstore.wire import kvstore_pb2 as pb
 
 _PULSE_S = 0.25
@@ -66,10 +67,12 @@ class Watch:
 
         after = request.after_sequence if resumes else None
         with self._events.subscribe(request.snapshot, may_see, after=after) as subscription:
-            yield from self._replies(subscription, context, with_tokens=not request.without_tokens)
+            begin = subscription.sequence if after is None else after
+            yield pb.WatchReply(sequence=begin, boot_id=self._boot_id)  # says at once that it begins, and where
+            yield from self._replies(session, subscription, context, with_tokens=not request.without_tokens)
 
     def _replies(
-        self, subscription: Subscription, context: grpc.ServicerContext, *, with_tokens: bool
+        self, session: Session, subscription: Subscription, context: grpc.ServicerContext, *, with_tokens: bool
     ) -> Iterator[pb.WatchReply]:
         with self._lock:
             number = self._num_begun % _NUM_GROUPS
@@ -78,8 +81,9 @@ class Watch:
             seen = self._pulses[number]
             self._somebody.notify()
         try:
-            yield pb.WatchReply(boot_id=self._boot_id)  # says at once that it begins
             while context.is_active() and not self._closing.is_set():
+                if session.ended:
+                    raise UnknownSession("the session has ended: open again")
                 batch = subscription.poll(max_blocks=_MAX_BLOCKS)
                 if batch.events or batch.gap or batch.snapshot_done:
                     yield self._reply(batch, with_tokens=with_tokens)

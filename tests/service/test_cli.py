@@ -234,6 +234,24 @@ def test_a_fresh_server_says_how_full_redis_is_and_warns_where_redis_has_no_limi
         assert "redis maxmemory: has no limit" in doctor
 
 
+def test_watch_goes_on_with_a_server_that_was_started_again_and_tells_of_the_gap(serve: MakeServing) -> None:
+    first = serve()
+    env = environment(KVSTORE_ADDRESS=first.address)
+    words = [*KVSTORE, "watch", "--snapshot", "--json"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as watching:
+        assert watching.stdout is not None
+        assert watching.stderr is not None
+        assert json.loads(watching.stdout.readline())["kind"] == "snapshot_done"
+        first.process.kill()
+        first.wait()
+        assert watching.stderr.readline().startswith(f"kvstore: lost the server at {first.address} (")
+        serve()
+        assert watching.stderr.readline() == f"kvstore: the server at {first.address} is back\n"
+        assert [json.loads(watching.stdout.readline())["kind"] for _ in range(2)] == ["gap", "snapshot_done"]
+        watching.send_signal(signal.SIGINT)
+        assert watching.wait(10) == 130
+
+
 def answers(admin: Admin) -> bool:
     try:
         admin.stats()

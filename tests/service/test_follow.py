@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Following a server's blocks over what happens to servers: none is missed without a word."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from kvstore.block import Root
+from kvstore.errors import AccessDenied
+from kvstore.service import kv_events
+from kvstore.service.admin import Admin, Target
+from kvstore.service.client import connect
+from kvstore.service.follow import follow
+from kvstore.service.server import Server
+from kvstore.wire import kvstore_pb2 as pb
+from tests.conftest import chain_of, save_all
+from tests.service.conftest import ServerProcess, StartServer
+
+
+def soon(seconds: float) -> None:
+    time.sleep(min(seconds, 0.05))
+
+
+def save(address: str, root: Root, num_blocks: int, seed: int = 0) -> None:
+    with connect(address) as store:
+        store.open(root.model)
+        assert save_all(store, chain_of(root, num_blocks, seed=seed)) == num_blocks
+
+
+def kinds(replies: Iterator[pb.WatchReply], count: int) -> list[str]:
+    """What the next replies with anything to tell say, and of how many blocks."""
+
+    def told() -> Iterator[str]:
+        for reply in replies:
+            if reply.gap:
+                yield "gap"
+            if reply.events:
+                yield f"{sum(len(event.ids) // 32 for event in reply.events)} blocks"
+            if reply.snapshot_done:
+                yield "whole"
+
+    return list(islice(told(), count))
+
+
+@pytest.mark.parametrize("snapshot", [True, False])
+def test_a_server_that_was_killed_and_started_again_is_followed_on_after_a_gap(
+    start_process: Callable[..., ServerProcess], root: Root, snapshot: bool
+) -> None:
+    process, said = start_process(), list[str]()
+    with Admin(Target(address=process.address)) as admin:
+        replies = follow(admin, snapshot=snapshot, with_tokens=False, say=said.append, sleep=soon)
+        with closing(replies):
+            next(replies)
+            assert not snapshot or kinds(replies, 1) == ["whole"]
+            save(process.address, root, 2)
+            assert kinds(replies, 1) == ["2 blocks"]
+            process.kill()
+            process.start()
+            save(process.address, root, 3)
+            if snapshot:
+                assert kinds(replies, 3) == ["gap", "3 blocks", "whole"]
+            else:
+                assert kinds(replies, 1) == ["gap"]
+                save(process.address, root, 1, seed=1)
+                assert kinds(replies, 1)[0].endswith("blocks")
+    lost, back = said
+    assert lost.startswith(f"lost the server at {process.address} (")
+    assert back == f"the server at {process.address} is back"
+
+
+def test_a_session_that_ended_is_opened_again_and_nothing_is_missed_or_told_twice(
+    start_server: StartServer, root: Root
+) -> None:
+    server, said = start_server(), list[str]()
+    target = Target(address=server.address)
+    with (
+        Admin(target, name="keeper") as keeper,
+        Admin(target, name="follower") as admin,
+        closing(keeper.watch(snapshot=False, with_tokens=False)) as kept,
+        closing(follow(admin, snapshot=True, with_tokens=False, say=said.append, sleep=soon)) as replies,
+    ):
+        next(kept)
+        assert kinds(replies, 1) == ["whole"]
+        for number in range(1, 4):
+            end_session(server, "follower")
+            save(server.address, root, number, seed=number)
+            assert kinds(replies, 1) == [f"{number} blocks"]
+    assert len(said) == 6
+
+
+def end_session(server: Server, name: str) -> None:
+    for session in server.sessions.all():
+        if session.name == name:
+            server.sessions.leave(session)
+
+
+def test_half_a_snapshot_is_given_up_with_a_gap(start_server: StartServer, root: Root) -> None:
+    server = start_server(4096)
+    for seed in range(4):
+        save(server.address, root, 1000, seed)
+    with (
+        Admin(Target(address=server.address), name="follower") as admin,
+        closing(follow(admin, snapshot=True, with_tokens=False, say=lambda _: None, sleep=soon)) as replies,
+    ):
+        (first,) = kinds(replies, 1)
+        assert first.endswith("blocks")
+        end_session(server, "follower")
+        while kinds(replies, 1) != ["gap"]:
+            pass
+        told = kinds(replies, 1)
+        while told[-1] != "whole":
+            told += kinds(replies, 1)
+    assert sum(int(each.split()[0]) for each in told if each != "whole") == 4000
+
+
+def test_a_right_that_was_taken_away_ends_it(start_server: StartServer, directory: Path) -> None:
+    tokens = directory / "tokens.toml"
+    tokens.write_text('[[client]]\ntoken = "alice-alice-alice"\n')
+    tokens.chmod(0o600)
+    server = start_server(service={"tokens_file": str(tokens)})
+    with Admin(Target(address=server.address, token="alice-alice-alice")) as admin:
+        replies = follow(admin, snapshot=True, with_tokens=False, say=lambda _: None, sleep=soon)
+        assert kinds(replies, 1) == ["whole"]
+        tokens.write_text("")
+        server.reload_rights()
+        with pytest.raises(AccessDenied, match="the access token is not known here"):
+            kinds(replies, 1)
+
+
+def test_published_events_go_on_with_all_cleared_and_what_is_there_after_a_restart(
+    start_process: Callable[..., ServerProcess], root: Root
+) -> None:
+    process = start_process()
+    with Admin(Target(address=process.address)) as admin:
+
+        def watch() -> Iterator[pb.WatchReply]:
+            return follow(admin, snapshot=True, with_tokens=True, say=lambda _: None, sleep=soon)
+
+        batches = kv_events.told(watch)  # type: ignore[arg-type]
+        save(process.address, root, 2)
+        assert [event["type"] for event in next(batches)] == ["BlockStored"]
+        process.kill()
+        process.start()
+        save(process.address, root, 3)
+        assert [event["type"] for event in next(batches)] == ["AllBlocksCleared"]
+        (event,) = next(batches)
+        assert (event["type"], len(event["block_hashes"])) == ("BlockStored", 3)
