@@ -19,6 +19,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -87,11 +88,14 @@ def _three(value: float) -> str:
 
 
 def print_table(title: str, rows: Sequence[Row], columns: Sequence[str], console: Console | None = None) -> None:
-    """Print rows as a text table with the given columns; a missing cell shows a dash."""
-    table = Table(title=title, title_justify="left", title_style="bold")
+    """Print rows as a text table with the given columns; a missing cell shows a dash.
+
+    Where the console is narrow, texts go on in the next line; nothing is cut off.
+    """
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in columns:
         numeric = any(isinstance(row.get(column), int | float) for row in rows)
-        table.add_column(column, justify="right" if numeric else "left")
+        table.add_column(column, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
     for row in rows:
         table.add_row(*(shown(column, row.get(column)) for column in columns))
     (console or Console()).print(table)

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kvstore.clock import check_seconds
 from kvstore.errors import ConfigError
 from kvstore.mover_options import MoverOptions
 from kvstore.service_options import CLIENT_VARIABLES, ServiceOptions
@@ -35,7 +36,6 @@ from kvstore.tiers.host import HostOptions
 _MAX_BYTES = 1 << 50
 _MAX_NUMBER = 1 << 50
 _MAX_IO_THREADS = 256
-_MAX_S = 86_400.0
 _UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
     _UNITS |= {f"{_letter}b": 1000**_power, f"{_letter}ib": 1024**_power}
@@ -79,8 +79,7 @@ class RequestOptions:
         if not 1 <= self.io_threads <= _MAX_IO_THREADS:
             raise ConfigError(f"request.io_threads is {self.io_threads}: use 1 to {_MAX_IO_THREADS} (4 is the default)")
         for name in ("hold_s", "lease_s", "lookup_deadline_s", "read_deadline_s"):
-            if not 0 < getattr(self, name) <= _MAX_S:
-                raise ConfigError(f"request.{name} is {getattr(self, name)}: give seconds above 0, up to {_MAX_S:g}")
+            check_seconds(f"request.{name}", getattr(self, name))
 
 
 _SECTIONS: dict[str, type] = {

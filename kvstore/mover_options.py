@@ -6,10 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from kvstore.clock import check_seconds
 from kvstore.errors import ConfigError
 from kvstore.spill import Tiering
-
-_MAX_S = 86_400.0
 
 
 class WriteMode(Enum):
@@ -67,8 +66,7 @@ class MoverOptions:
         if not 0 <= self.min_return_probability <= 1:
             raise ConfigError(f"mover.min_return_probability is {self.min_return_probability}: give 0 (all) to 1")
         for name, least_s in (("write_deadline_s", 0.001), ("flush_s", 0.0)):
-            if not least_s <= getattr(self, name) <= _MAX_S:
-                raise ConfigError(f"mover.{name} is {getattr(self, name)}: give seconds from {least_s:g} to {_MAX_S:g}")
+            check_seconds(f"mover.{name}", getattr(self, name), least=least_s)
 
     @property
     def is_exclusive(self) -> bool:

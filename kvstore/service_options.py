@@ -12,6 +12,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kvstore.clock import check_seconds
 from kvstore.errors import ConfigError
 
 UNIX = "unix:"
@@ -141,10 +142,10 @@ class ServiceOptions:
             raise ConfigError(f"service.log_format is {self.log_format!r}: use one of {', '.join(_LOG_FORMATS)}")
         if self.log_level not in ("debug", "info", "warning", "error"):
             raise ConfigError(f"service.log_level is {self.log_level!r}: use one of debug, info, warning, error")
-        for name, least in (("max_sessions", 1), ("max_streams", 1), ("drain_s", 0)):
+        for name, least in (("max_sessions", 1), ("max_streams", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"service.{name} is {getattr(self, name)}: it must be at least {least}")
-
+        check_seconds("service.drain_s", self.drain_s, least=0)
         if not 0 < self.max_session_share <= 1:
             raise ConfigError(f"service.max_session_share is {self.max_session_share}: give more than 0, and at most 1")
 

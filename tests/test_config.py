@@ -163,3 +163,41 @@ def test_a_registry_takes_names_from_outside_the_tree() -> None:
         registry.load("no_such_package:Thing")
     with pytest.raises(ConfigError, match="unknown option 'x' for thing 'here': known options are none"):
         registry.options("here", {"x": 1})
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "tiers.redis.call_timeout_s",
+        "tiers.redis.connect_timeout_s",
+        "tiers.redis.sweep_every_s",
+        "tiers.redis.breaker_open_s",
+        "tiers.remote.call_timeout_s",
+        "mover.write_deadline_s",
+        "request.lease_s",
+        "service.drain_s",
+    ],
+)
+@pytest.mark.parametrize("seconds", [1e14, -1.0])
+def test_a_time_that_nothing_below_could_wait_for_is_refused_in_a_sentence(setting: str, seconds: float) -> None:
+    *sections, name = setting.split(".")
+    tree: dict[str, object] = {name: seconds}
+    for section in reversed(sections):
+        tree = {section: {"address": "h:1", **tree} if section == "remote" else tree}
+    with pytest.raises(ConfigError, match=rf"{name} is .*: give (seconds|a number)"):
+        StoreConfig.load(tree, environ={})
+
+
+def test_a_tier_made_without_a_file_is_held_to_the_same_times() -> None:
+    for seconds in (float("nan"), float("inf"), 0.0):
+        with pytest.raises(ConfigError, match="call_timeout_s is .*: give seconds above 0, up to 86400"):
+            RedisTier.Options(call_timeout_s=seconds)
+    with pytest.raises(ConfigError, match="give at most 315360000 .*ten years"):
+        RedisTier.Options(ttl_s=1 << 40)
+
+
+def test_a_url_of_no_known_kind_names_every_kind_there_is() -> None:
+    with pytest.raises(ConfigError) as raised:
+        RedisTier(RedisTier.Options(url="http://cache:6379"))
+    for kind in ("redis://", "rediss://", "unix://", "redis+cluster://", "redis+sentinel://", "'embedded'"):
+        assert kind in str(raised.value)

@@ -16,6 +16,7 @@ import grpc
 import numpy as np
 
 from kvstore.block import FORMAT_VERSION, Chain, ModelId
+from kvstore.clock import check_seconds
 from kvstore.errors import ConfigError, ServiceUnavailable
 from kvstore.service.handlers import SEND_AHEAD
 from kvstore.service.handshake import MAX_MESSAGE_BYTES, PROTOCOL_VERSIONS, hash_vector
@@ -64,6 +65,8 @@ class LinkOptions:
     tls_key: bytes = b""
 
     def __post_init__(self) -> None:
+        check_seconds("call_deadline_s", self.call_deadline_s)
+        check_seconds("progress_s", self.progress_s)
         check_token_is_hidden(self.address, self.token, encrypted=self.encrypted)
 
     @property

@@ -195,7 +195,7 @@ def _memory(config: StoreConfig, running: bool) -> Iterator[Finding]:
         max_sessions=options.max_sessions,
     )
     for found in preflight(needs):
-        detail = found.available if found.required == "0 B" else f"{found.available} (required: {found.required})"
+        detail = found.available if found.required in ("", "0 B") else f"{found.available} (required: {found.required})"
         if found.ok:
             yield ok(found.name, detail)
         else:

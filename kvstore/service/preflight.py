@@ -42,7 +42,7 @@ class Finding:
     Attributes:
         name: what was looked at.
         ok: whether it is as required.
-        required, available: for people, with units.
+        required, available: for people, with units; nothing is required where that is empty.
         fix: what to do where it is not ok; empty where it is.
         needed: False where the service runs without it, slower.
     """
@@ -223,7 +223,7 @@ def _transparent_huge_pages(host: Host) -> Finding:
         fix = "use a kernel with CONFIG_TRANSPARENT_HUGEPAGE"
         return Finding(name, False, wanted, "not in this kernel", fix, needed=False)
     if chosen[1] == "never" and _release(host.kernel) >= (6, 1):
-        return Finding(name, True, wanted, "never, but this kernel makes them when asked", needed=False)
+        return Finding(name, True, "", "made when asked for, as Linux 6.1 and later do whatever is set", needed=False)
     ok = chosen[1] not in ("never", "deny")
     fix = f"echo advise > {_SHMEM_HUGE}: clients then map the arena at once instead of page by page"
     return Finding(name, ok, wanted, chosen[1], "" if ok else fix, needed=False)

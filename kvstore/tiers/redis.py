@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from kvstore.api import Hint
 from kvstore.block import BlockId, BlockMeta, PartKey, RootId
+from kvstore.clock import check_seconds
 from kvstore.errors import ConfigError
 from kvstore.layout import BlockLayout
 from kvstore.policies.standing import LRU, STANDINGS
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 EMBEDDED = "embedded"
+_MAX_TTL_S = 10 * 365 * 86_400
 _EMBEDDED_CAPACITY_BYTES = 1 << 30
 _WAKING_S = 0.02
 _WAKING_SHARE = 0.05
@@ -126,12 +128,15 @@ class RedisTier(Tier):
                 raise ConfigError(f"policy of tier redis is {self.policy!r}: use one of {', '.join(STANDINGS)}")
             if self.connections < 1:
                 raise ConfigError(f"connections is {self.connections}: use at least 1 (2 to 4 is a good choice)")
-            for name in ("capacity_bytes", "namespace_capacity_bytes", "ttl_s", "sweep_every_s", "breaker_open_s"):
+            for name in ("capacity_bytes", "namespace_capacity_bytes", "ttl_s"):
                 if getattr(self, name) < 0:
                     raise ConfigError(f"{name} is {getattr(self, name)}: it must not be negative")
+            if self.ttl_s > _MAX_TTL_S:
+                raise ConfigError(f"ttl_s is {self.ttl_s}: give at most {_MAX_TTL_S} (ten years), or 0 for none")
+            for name in ("sweep_every_s", "breaker_open_s"):
+                check_seconds(name, getattr(self, name), least=0)
             for name in ("connect_timeout_s", "call_timeout_s"):
-                if getattr(self, name) <= 0:
-                    raise ConfigError(f"{name} is {getattr(self, name)}: it must be more than 0")
+                check_seconds(name, getattr(self, name))
 
     name: ClassVar[str] = "redis"
     keeps_marks: ClassVar[bool] = True

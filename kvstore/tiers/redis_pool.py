@@ -168,7 +168,8 @@ class Connections:
             self._template.connection_class(**self._template.connection_kwargs)
         except (ValueError, TypeError) as exc:
             raise ConfigError(
-                f"the redis URL is not usable: {exc}; use redis://, rediss:// or unix:// or 'embedded'"
+                f"the redis URL is not usable: {exc}; use redis://, rediss:// (TLS) or unix://, redis+cluster:// or "
+                "redis+sentinel:// (rediss+… with TLS), or 'embedded'"
             ) from exc
         self._connect_timeout_s = connect_timeout_s
         self._breaker = breaker

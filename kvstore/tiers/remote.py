@@ -23,6 +23,7 @@ from typing import ClassVar
 
 from kvstore.api import Hint
 from kvstore.block import BlockId, BlockMeta, PartKey, RootId
+from kvstore.clock import check_seconds
 from kvstore.errors import ConfigError, TierError, TierTimeout
 from kvstore.layout import BlockLayout
 from kvstore.service.peer import MAX_IDS, Counts, Peer, PeerOptions
@@ -58,8 +59,7 @@ class RemoteTier(Tier):
                 raise ConfigError("address is empty: give the peer's as host:port, such as cache-2:9400, or unix:PATH")
             if bool(self.tls_cert) != bool(self.tls_key):
                 raise ConfigError("tls_cert and tls_key go together: give both, or neither")
-            if self.call_timeout_s <= 0:
-                raise ConfigError(f"call_timeout_s is {self.call_timeout_s}: it must be more than 0")
+            check_seconds("call_timeout_s", self.call_timeout_s)
 
     name: ClassVar[str] = "remote"
     read_only: ClassVar[bool] = True

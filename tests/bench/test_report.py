@@ -360,3 +360,23 @@ def test_an_unknown_benchmark_is_refused(capsys: pytest.CaptureFixture[str]) -> 
         dispatch.main(["nonesuch"])
     assert exit_.value.code == 2
     assert "no benchmark is called 'nonesuch'" in capsys.readouterr().err
+
+
+def test_a_table_of_the_demo_loses_nothing_in_eighty_columns() -> None:
+    row = {
+        "arm": "store, redis cold",
+        "turn": 3,
+        "requests": 12,
+        "prompt": 12345,
+        "from": "host 1008, redis 12288, computed elsewhere 16",
+        "TTFT p50": "12.345 s",
+        "max": "112.345 s",
+        "equal": True,
+    }
+    console = Console(width=80, file=io.StringIO())
+    report.print_table("Time to first token", [row], list(row), console)
+    assert isinstance(console.file, io.StringIO)
+    printed = console.file.getvalue()
+    assert "…" not in printed
+    for word in (*row, "12,345", "12288", "elsewhere", "12.345 s", "112.345 s", "yes"):
+        assert word in printed

@@ -199,6 +199,8 @@ def test_transparent_huge_pages_are_wished_for_and_not_needed(text: str, kernel:
     files = {"/sys/kernel/mm/transparent_hugepage/shmem_enabled": text}
     found = finding("transparent huge pages", Needs(capacity_bytes=GIB), host(files, kernel=kernel))
     assert (found.ok, found.needed) == (ok, False)
+    chosen = text.partition("[")[2].partition("]")[0]
+    assert not found.ok or not found.required or chosen in ("always", "advise"), "it asks for nothing that it waives"
 
 
 def test_a_kernel_that_cannot_seal_or_watch_is_named() -> None:
