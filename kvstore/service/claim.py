@@ -79,7 +79,7 @@ def _listen(path: str, gid: int | None) -> tuple[socket.socket, int]:
     """A listening socket at `path`, and its inode. Nobody can connect before its mode is set."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
     try:
-        _clear_stale(path)
+        clear_stale(path)
         try:
             listener.bind(path)
             os.chmod(path, 0o600)
@@ -96,8 +96,11 @@ def _listen(path: str, gid: int | None) -> tuple[socket.socket, int]:
     return listener, inode
 
 
-def _clear_stale(path: str) -> None:
-    """Remove what a dead service left. Raises ConfigError where it is no socket, or somebody answers."""
+def clear_stale(path: str) -> None:
+    """Remove the socket, of any kind, that a dead service left.
+
+    Raises ConfigError where it is no socket, or somebody answers.
+    """
     try:
         mode = os.lstat(path).st_mode
     except FileNotFoundError:

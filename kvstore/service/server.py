@@ -27,7 +27,7 @@ from kvstore.config import StoreConfig
 from kvstore.errors import CapacityError, ConfigError, MappingClosed
 from kvstore.service.calls import Calls
 from kvstore.service.care import Care
-from kvstore.service.claim import group_id
+from kvstore.service.claim import clear_stale, group_id
 from kvstore.service.door import Door, Peer
 from kvstore.service.handlers import SEND_AHEAD, add_to_server
 from kvstore.service.handshake import MAX_MESSAGE_BYTES
@@ -190,7 +190,8 @@ class Server:
     def _listen(self, options: ServiceOptions) -> None:
         path = options.unix_path
         if path is not None:
-            # The door's lock says that nobody else serves here; what lies at the path is stale.
+            # The door's lock says that no other kvstore serves here. gRPC replaces any socket that it finds.
+            clear_stale(str(path))
             before = os.umask(0o177)  # nobody may connect before owner and mode are right
             try:
                 self._bind(f"unix:{path}", None)
@@ -212,7 +213,10 @@ class Server:
                 return self._grpc.add_insecure_port(address)
             return self._grpc.add_secure_port(address, credentials)
         except RuntimeError as error:
-            raise ConfigError(f"cannot listen at {address}: {error}") from error
+            why = str(error).partition("; set GRPC_VERBOSITY")[0]
+            raise ConfigError(
+                f"cannot listen at {address}: {why}: another program does, or the address is not this host's"
+            ) from error
 
     def _set_health(self, *, serving: bool) -> None:
         status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING

@@ -217,7 +217,7 @@ class SessionBook:
 
     def revoke(self, session: Session) -> None:
         """End a session whose client would go on. One that has the memory may be writing, until its process ends."""
-        log.warning("%s (pid %d) lost its rights: its session ends", session.name or "a client", session.pid)
+        log.warning("client %r (pid %d) lost its rights: its session ends", session.name, session.pid)
         if not session.mapped:
             self._end(session)
             return
