@@ -56,8 +56,10 @@ def socket_path(address: str) -> Path | None:
 def host_and_port(address: str, name: str) -> tuple[str, int]:
     """`127.0.0.1:9400` or `[::1]:9400` as host and port. Raises ConfigError for anything else."""
     host, colon, port = address.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+    bracketed = host.startswith("[") and host.endswith("]")
+    host = host[1:-1] if bracketed else host
+    right_host = bool(host) and bracketed == (":" in host)
+    if not colon or not right_host or not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise ConfigError(f"{name} is {address!r}: give unix:PATH or host:port, such as 127.0.0.1:9400")
     return host, int(port)
 

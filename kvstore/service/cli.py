@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 
@@ -17,6 +18,9 @@ def main() -> None:
         from kvstore.service.cli_commands import app
     except ModuleNotFoundError as error:
         sys.exit(f"kvstore: the package {error.name} is missing: install kvstore with its extra [service]")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal of another alphabet shows ? for a bar of a chart
     try:
         app()
     except KVStoreError as error:
@@ -25,8 +29,17 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # a reader such as head went away
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         sys.exit(141)
+    except OSError as error:  # the disk is full that the output goes to, say
+        _drop_output()
+        print(f"kvstore: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _drop_output() -> None:
+    """What is still to be printed goes nowhere: it would fail again when this process ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -8,15 +8,18 @@ below do not know is shown as untyped rather than left out, so that a new counte
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from socketserver import ThreadingMixIn
 from types import TracebackType
-from typing import Self
+from typing import Any, ClassVar, Self
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -33,6 +36,9 @@ from kvstore.stats import BOUNDS_S, Durations
 
 Snapshot = Callable[[], Mapping[str, float]]
 Timings = Callable[[], Mapping[str, Durations]]
+_MAX_SCRAPES = 16
+_PATIENCE_S = 5.0
+"""With a scraper that is silent, or does not read."""
 
 
 # ---- latencies ----
@@ -255,6 +261,41 @@ def _buckets(found: Durations) -> list[tuple[str, float]]:
     return buckets
 
 
+class _Handler(WSGIRequestHandler):
+    """Says nothing, and gives up who says nothing."""
+
+    timeout: ClassVar[float] = _PATIENCE_S
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        pass
+
+
+class _Listener(ThreadingMixIn, WSGIServer):
+    """A few scrapes at once: others must not take the descriptors and threads of the service."""
+
+    daemon_threads = True
+
+    def __init__(self, host: str, port: int) -> None:
+        self.address_family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        self._free = threading.BoundedSemaphore(_MAX_SCRAPES)
+        super().__init__((host, port), _Handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self._free.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """It hung up, or was silent for too long."""
+
+
 class MetricsEndpoint:
     """Serves `/metrics` on threads of its own. A context manager."""
 
@@ -264,10 +305,13 @@ class MetricsEndpoint:
         registry = CollectorRegistry()
         registry.register(StoreCollector(snapshot, latencies, timings))
         try:
-            self._server, self._thread = start_http_server(port, host, registry)
+            self._server = _Listener(host, port)
         except OSError as error:
             raise ConfigError(f"service.metrics_listen is {listen}: cannot listen there: {error.strerror}") from error
-        self.address = f"{host}:{self._server.server_port}"
+        self._server.set_app(make_wsgi_app(registry))
+        self._thread = threading.Thread(target=self._server.serve_forever, name="kvstore-metrics", daemon=True)
+        self._thread.start()
+        self.address = f"{f'[{host}]' if ':' in host else host}:{self._server.server_port}"
 
     def close(self) -> None:
         self._server.shutdown()

@@ -335,6 +335,25 @@ def test_a_mistake_is_one_line_and_exit_code_2(words: list[str], says: str) -> N
     assert says in lines[0]
 
 
+def test_output_that_cannot_be_written_is_one_line_and_no_trace() -> None:
+    with open("/dev/full", "w") as full:
+        words = [*KVSTORE, "serve", "--host-capacity", "1MiB", "--set", "mover.write=x"]
+        for command in ([*KVSTORE, "--help"], [*words[:-2]]):
+            done = subprocess.run(
+                command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, env=environment(XDG_RUNTIME_DIR="")
+            )
+            assert done.returncode == 2
+            assert done.stderr.splitlines()[-1] == "kvstore: [Errno 28] No space left on device"
+            assert "Traceback" not in done.stderr
+
+
+def test_a_terminal_of_another_alphabet_is_no_failure(serve: MakeServing) -> None:
+    server = serve()
+    shown = server.ask("status", PYTHONIOENCODING="ascii")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "host" in shown.stdout
+
+
 def test_a_second_server_in_the_same_place_is_refused_and_the_first_serves_on(
     tmp_path: Path, serve: MakeServing
 ) -> None:

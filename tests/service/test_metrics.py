@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -17,6 +20,7 @@ from kvstore.store import KVStore
 from kvstore.tiers.base import AS_USED, Later
 from tests.conftest import MakeStore, chain_of, load_all, save_all
 from tests.fakes import DictTier, FakeClock
+from tests.waiting import eventually
 
 
 def scrape(address: str) -> dict[str, float]:
@@ -146,6 +150,29 @@ def test_a_measured_call_counts_its_failure_and_lets_it_pass() -> None:
         pass
     assert [(rpc, sum(calls.counts)) for rpc, calls in latencies.rows()] == [("Load", 2)]
     assert latencies.failures() == [("Load", "KeyError", 1)]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
+def test_connections_that_stay_silent_take_a_few_threads_and_are_given_up(host: str) -> None:
+    with MetricsEndpoint(f"{host}:0", dict, Latencies()) as endpoint, ExitStack() as silent:
+        place = (host.strip("[]"), int(endpoint.address.rpartition(":")[2]))
+        before = threading.active_count()
+        held = [silent.enter_context(socket.create_connection(place)) for _ in range(100)]
+        assert eventually(lambda: sum(map(is_closed, held)) >= 100 - 16)
+        assert threading.active_count() <= before + 16
+        assert eventually(lambda: all(map(is_closed, held)), 20.0)
+        with urllib.request.urlopen(f"http://{endpoint.address}/metrics", timeout=5) as reply:
+            assert b"kvstore_rpc_seconds" in reply.read()
+
+
+def is_closed(connection: socket.socket) -> bool:
+    connection.setblocking(False)
+    try:
+        return connection.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionResetError:
+        return True
 
 
 def test_a_taken_port_is_named_and_a_closed_endpoint_frees_its_own() -> None:
