@@ -227,8 +227,8 @@ RULES: dict[str, Rule] = {
         [
             f"kvstore.service.{name}"
             for name in (
-                *("budget", "calls", "care", "requests", "rights", "roots", "saves", "servicer", "session", "sessions"),
-                *("streams", "turns", "watch"),
+                *("budget", "calls", "care", "namespaces", "requests", "rights", "roots", "saves", "servicer"),
+                *("session", "sessions", "streams", "turns", "watch"),
             )
         ],
         SERVICE,

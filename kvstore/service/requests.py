@@ -2,9 +2,8 @@
 """A request's life as the server does it: match, announce, load, save, commit, touch.
 
 Invariants
-1. Rights are checked with the root, before anything is looked up under it.
-2. Nothing becomes resident whose contents were not hashed again.
-3. What a call took is given back where its session ended meanwhile.
+1. Nothing becomes resident whose contents were not hashed again.
+2. What a call took is given back where its session ended meanwhile.
 """
 
 from __future__ import annotations
@@ -18,16 +17,15 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore.api import HOST_TIER, NO_HINT, Hint, Retention
-from kvstore.block import BlockId, Root, RootId
+from kvstore.block import BlockId, RootId
 from kvstore.clock import Clock
-from kvstore.errors import AccessDenied, CapacityError, ConfigError, LeaseExpired, ProtocolError, UnknownLease
+from kvstore.errors import AccessDenied, CapacityError, ConfigError, LeaseExpired, UnknownLease
 from kvstore.layout import BlockLayout, layout_of
 from kvstore.loan import Loan
 from kvstore.save import BlockSave
 from kvstore.service.budget import PinBudget
 from kvstore.service.chains import ServedChain
-from kvstore.service.handshake import model_of
-from kvstore.service.roots import RootBook
+from kvstore.service.namespaces import Namespaces
 from kvstore.service.saves import ServedSave
 from kvstore.service.session import MAX_LEASES, MAX_MARKS, Held, ServedLoad, Session
 from kvstore.service.sessions import SessionBook
@@ -40,10 +38,6 @@ MAX_SAVE_PARTS = 131_072
 _MAX_REQUEST_BYTES = 256
 _MAX_TEXT_BYTES = 1_024
 _MAX_RANGES = 64
-_MAX_ADAPTER_BYTES = 256
-_MAX_MODELS = 64
-_MAX_MODELS_OF_ALL = 4_096
-_MAX_ROOTS = 16_384
 REPLY_SLOTS = 65_536
 """Slots in one LoadReply: 12 bytes each."""
 _MAX_WAITING = 16
@@ -53,73 +47,15 @@ _MAX_WAITING = 16
 class Requests:
     """Serves the calls of requests over one store. Thread-safe."""
 
-    def __init__(self, store: KVStore, sessions: SessionBook, secret: bytes, clock: Clock) -> None:
+    def __init__(self, store: KVStore, sessions: SessionBook, namespaces: Namespaces, clock: Clock) -> None:
         self._store = store
         options = store.config
         limit_bytes = int(options.host.capacity_bytes * options.service.max_session_share)
         self._budget = PinBudget(limit_bytes, sessions.note_over_share, clock.now_s)
         self._clock = clock
         self._sessions = sessions
-        self._secret = secret
-        self.roots = RootBook()
+        self._namespaces = namespaces
         self._waiting = threading.BoundedSemaphore(_MAX_WAITING)
-
-    # -- models and roots --------------------------------------------------------------------------------------
-
-    def open_model(self, session: Session, request: pb.OpenModelRequest) -> pb.OpenModelReply:
-        model = model_of(request.model)
-        if model.digest() != request.digest:
-            raise ProtocolError(
-                f"model {model.model!r} digests to {model.digest().hex()} here, to {request.digest.hex()} at the "
-                "client: run the same version of kvstore on both sides"
-            )
-        if not session.rights.may_open(model):
-            # Every model opened costs memory for good, and widens the table of blocks for all.
-            raise AccessDenied(f"no right to model {model.model!r}")
-        known = self._store.models
-        if model not in known and len(known) >= _MAX_MODELS_OF_ALL:
-            raise CapacityError(f"{_MAX_MODELS_OF_ALL} models are open here, which is the limit: restart the server")
-        layout = self._store.open(model)
-        with session.lock:
-            if layout not in session.models:
-                if len(session.models) >= _MAX_MODELS:
-                    raise CapacityError(f"the session has opened {_MAX_MODELS} models, which is the limit")
-                session.models.append(layout)
-            number = session.models.index(layout) + 1
-        sizes = np.array([part.num_bytes for part in layout.parts], "<u8")
-        return pb.OpenModelReply(model=number, part_bytes=sizes.tobytes())
-
-    def root_of(self, session: Session, message: pb.Root) -> Root:
-        """The root of a message, checked against the client's own digest of it and its rights."""
-        key = (message.model, message.adapter, message.salt)
-        root = session.roots.get(key)
-        if root is None:
-            if len(message.adapter) > _MAX_ADAPTER_BYTES or len(message.salt) > _MAX_TEXT_BYTES:
-                raise ConfigError(
-                    f"root.adapter has {len(message.adapter)} bytes, root.salt {len(message.salt)}: at most "
-                    f"{_MAX_ADAPTER_BYTES} and {_MAX_TEXT_BYTES}"
-                )
-            model = session.layout(message.model).model
-            root = Root(model, message.adapter, message.salt, self._secret)
-            if not session.rights.allows(root):
-                raise AccessDenied(f"no right to the namespace of model {model.model!r} and salt {message.salt!r}")
-            with session.lock:
-                if len(session.roots) >= _MAX_ROOTS:
-                    session.roots.clear()
-                session.roots[key] = root
-        if root.id != message.id:
-            raise ProtocolError(
-                f"root digests to {root.id.hex()} here, to {message.id.hex()} at the client: both sides need the same "
-                "cluster secret"
-            )
-        self._use(session, root)
-        return root
-
-    def _use(self, session: Session, root: Root) -> None:
-        """A root that was not used for long is forgotten: what it holds from now on is this tenant's."""
-        self.roots.learn(root, session.rights.tenant)
-        if session.rights.tenant:
-            self._store.limit(root.id, session.rights.tenant, session.rights.quota_bytes)
 
     # -- finding -----------------------------------------------------------------------------------------------
 
@@ -311,7 +247,7 @@ class Requests:
                 f"contents cover blocks {contents.start}…{contents.stop}: a save of {request.start}…{request.stop} "
                 "needs all of its own"
             )
-        self._use(session, chain.root)  # it may be long since this chain was sent
+        self._namespaces.use(session, chain.root)  # it may be long since this chain was sent
         chain.describe(contents)
         try:
             with session.account.saving:

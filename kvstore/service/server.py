@@ -32,6 +32,7 @@ from kvstore.service.door import Door, Peer
 from kvstore.service.handlers import SEND_AHEAD, add_to_server
 from kvstore.service.handshake import MAX_MESSAGE_BYTES
 from kvstore.service.metrics import Latencies
+from kvstore.service.namespaces import Namespaces
 from kvstore.service.requests import Requests
 from kvstore.service.rights import Gate, read_secret
 from kvstore.service.saves import Quarantine
@@ -163,12 +164,14 @@ class Server:
         self._executor = ThreadPoolExecutor(_UNARY_THREADS + options.max_streams, thread_name_prefix="kvstore-call")
         self._grpc = grpc.server(self._executor, options=_OPTIONS)
         calls = Calls(self.latencies, options.max_streams)
-        requests = Requests(self._store, self._sessions, secret, self._clock)
-        self._care = Care(self._store, self._sessions, requests.roots, self._config, self._clock)
+        namespaces = Namespaces(self._store, secret)
+        requests = Requests(self._store, self._sessions, namespaces, self._clock)
+        self._care = Care(self._store, self._sessions, namespaces.roots, self._config, self._clock)
         request = self._config.request
         self._servicer = Servicer(
             self._store,
             self._sessions,
+            namespaces,
             requests,
             self._care,
             calls,

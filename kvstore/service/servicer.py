@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The calls of kvstore.v1, each of them a line or two over the rooms that do the work.
 
-sessions   Open, OpenModel, Session, Release        requests   Match(Partial), Announce, Load, Save, Commit, Join, Touch
+sessions   Open, Session, Release                   requests   Match(Partial), Announce, Load, Save, Commit, Join, Touch
+namespaces OpenModel
 streams    Read, Write, Peek, Fetch                 watch      Watch
 care       Stats, Inspect, Clear, Warm, Check
 """
@@ -27,6 +28,7 @@ from kvstore.service.door import Door, Peer
 from kvstore.service.handlers import messages_of, read
 from kvstore.service.handshake import MAX_MESSAGE_BYTES, common_version, hash_vector
 from kvstore.service.lane import METHODS, LaneCall, Lanes, Method
+from kvstore.service.namespaces import Namespaces
 from kvstore.service.requests import Requests, numbers
 from kvstore.service.rights import Gate, Shown
 from kvstore.service.session import Session
@@ -67,6 +69,7 @@ class Servicer(KVStoreServicer):
         self,
         store: KVStore,
         sessions: SessionBook,
+        namespaces: Namespaces,
         requests: Requests,
         care: Care,
         calls: Calls,
@@ -78,6 +81,7 @@ class Servicer(KVStoreServicer):
         self.draining = threading.Event()
         self._store = store
         self._sessions = sessions
+        self._namespaces = namespaces
         self._requests = requests
         self._care = care
         self._identity = identity
@@ -87,7 +91,7 @@ class Servicer(KVStoreServicer):
         self._beating: set[grpc.ServicerContext] = set()
         self._stalls = streams.StallWatch(_STALL_S)
         self._sums = Sums(store.arena)
-        self._watch_room = Watch(store.events, requests.roots, identity.boot_id)
+        self._watch_room = Watch(store.events, namespaces.roots, identity.boot_id)
         for name in _UNARY:
             setattr(self, name, calls.unary(name, getattr(self, f"_{name.lower()}")))
         self.lanes = Lanes({name: self._by_lane(name, calls) for name in METHODS})
@@ -145,7 +149,7 @@ class Servicer(KVStoreServicer):
             if peer is not None and self._door is not None:
                 self._door.forget(peer)  # a passage that led nowhere
             raise
-        session.chains = ChainCache(lambda message: self._requests.root_of(session, message))
+        session.chains = ChainCache(lambda message: self._namespaces.root_of(session, message))
         if peer is not None and self._door is not None:
             lane = self._door.take_lane(peer)
             if lane is not None:
@@ -197,7 +201,7 @@ class Servicer(KVStoreServicer):
 
     def _openmodel(self, request: pb.OpenModelRequest, context: Timed) -> pb.OpenModelReply:
         self._refuse_while_draining()
-        return self._requests.open_model(self._sessions.get(request.session), request)
+        return self._namespaces.open_model(self._sessions.get(request.session), request)
 
     def _session(self, beats: Iterator[pb.Beat], context: grpc.ServicerContext) -> Iterator[pb.Notice]:
         session = None
@@ -322,13 +326,13 @@ class Servicer(KVStoreServicer):
 
     def _peek(self, request: pb.PeekRequest, context: grpc.ServicerContext) -> pb.PeekReply:
         rights = self._sessions.get(request.session).rights
-        return streams.peek(self._store, self._requests.roots, rights, request)
+        return streams.peek(self._store, self._namespaces.roots, rights, request)
 
     def _fetch(self, request: pb.PeekRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
         session = self._sessions.get(request.session)
         with self._sessions.streaming(session):
             lend = partial(self._requests.lend, session)
-            messages = streams.fetch(lend, self._requests.roots, session.rights, request, self._sums)
+            messages = streams.fetch(lend, self._namespaces.roots, session.rights, request, self._sums)
             yield from self._stalls.sending(messages, context.cancel)
 
     def end_streams(self) -> None:

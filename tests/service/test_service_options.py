@@ -73,6 +73,9 @@ def test_the_default_socket_is_this_users_own(tmp_path: Path, monkeypatch: pytes
 def test_addresses_are_told_apart() -> None:
     assert socket_path("unix:/run/k.sock") == Path("/run/k.sock")
     assert socket_path("[::1]:9400") is None
+    for unclear in ("::1:9400", "[localhost]:9400", "[]:9400"):
+        with pytest.raises(ConfigError, match="give unix:PATH or host:port"):
+            socket_path(unclear)
     options = ServiceOptions(listen="unix:/run/k.sock", listen_tcp="0.0.0.0:9400")
     assert options.tcp_addresses == ("0.0.0.0:9400",)
     assert ServiceOptions(listen="h:1", listen_tcp="h:2").tcp_addresses == ("h:1", "h:2")
