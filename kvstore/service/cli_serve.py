@@ -167,6 +167,7 @@ def _stop_now(stop: Callable[[], object]) -> None:
     thread.start()
     thread.join(_STOP_NOW_S)
     sys.stdout.flush()
+    logging.shutdown()
     os._exit(1)
 
 

@@ -1,13 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the service writes its log: one line a state change, on standard error, as text or as JSON."""
+"""How the service writes its log: one line a state change, on standard error, as text or as JSON.
+
+Lines are written by a thread of their own. Whoever reads them may stand still (a container's runtime, a pipe), or the
+disk be full: that must not hold up the service, so lines that find no room are left out and counted.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+import queue
 import sys
+import threading
 import time
 from typing import TextIO
+
+_MAX_WAITING = 1_000
+_FLUSH_S = 1.0
 
 
 class _JsonLines(logging.Formatter):
@@ -35,9 +44,53 @@ def _utc(record: logging.LogRecord) -> str:
     return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(record.created))}.{int(record.msecs):03d}Z"
 
 
+class _Aside(logging.Handler):
+    """Writes to a stream from a thread of its own."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._stream = stream
+        self._waiting: queue.Queue[str] = queue.Queue(_MAX_WAITING)
+        self._num_lost = 0
+        threading.Thread(target=self._run, name="kvstore-log", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = self.format(record)
+        try:
+            self._waiting.put_nowait(line)
+        except queue.Full:
+            self._num_lost += 1
+            return
+        if self._num_lost and self._waiting.qsize() < _MAX_WAITING // 2:
+            num_lost, self._num_lost = self._num_lost, 0
+            self.emit(_lost(num_lost))
+
+    def _run(self) -> None:
+        while True:
+            line = self._waiting.get()
+            try:
+                self._stream.write(f"{line}\n")
+                self._stream.flush()
+            except (OSError, ValueError):  # a full disk, or nobody reads any more
+                self._num_lost += 1
+            finally:
+                self._waiting.task_done()
+
+    def flush(self) -> None:
+        """Wait a moment for what is still to be written."""
+        end_s = time.monotonic() + _FLUSH_S
+        while self._waiting.unfinished_tasks and time.monotonic() < end_s:
+            time.sleep(0.005)
+
+
+def _lost(num_lost: int) -> logging.LogRecord:
+    text = "%d lines of this log are missing: they could not be written in time"
+    return logging.LogRecord("kvstore.service", logging.WARNING, __file__, 0, text, (num_lost,), None)
+
+
 def set_up_logging(log_format: str, level: str, stream: TextIO | None = None) -> None:
     """Send the log of this process to `stream` (standard error). `log_format` is text or json; times are UTC."""
-    handler = logging.StreamHandler(stream or sys.stderr)
+    handler = _Aside(stream or sys.stderr)
     handler.setFormatter(_JsonLines() if log_format == "json" else _TextLines())
     root = logging.getLogger()
     root.handlers[:] = [handler]
