@@ -124,6 +124,8 @@ class Server:
         try:
             self._serve(options, secret)
         except BaseException:
+            if options.unix_path is not None and self._addresses:  # it was bound, and another place was not to be had
+                options.unix_path.unlink(missing_ok=True)
             self._close_door()
             self._sessions.close()
             self._store.close()

@@ -33,19 +33,19 @@ def save(address: str, root: Root, num_blocks: int, seed: int = 0) -> None:
         assert save_all(store, chain_of(root, num_blocks, seed=seed)) == num_blocks
 
 
-def kinds(replies: Iterator[pb.WatchReply], count: int) -> list[str]:
-    """What the next replies with anything to tell say, and of how many blocks."""
+def telling(replies: Iterator[pb.WatchReply]) -> Iterator[str]:
+    """What replies with anything to tell say, and of how many blocks."""
+    for reply in replies:
+        if reply.gap:
+            yield "gap"
+        if reply.events:
+            yield f"{sum(len(event.ids) // 32 for event in reply.events)} blocks"
+        if reply.snapshot_done:
+            yield "whole"
 
-    def told() -> Iterator[str]:
-        for reply in replies:
-            if reply.gap:
-                yield "gap"
-            if reply.events:
-                yield f"{sum(len(event.ids) // 32 for event in reply.events)} blocks"
-            if reply.snapshot_done:
-                yield "whole"
 
-    return list(islice(told(), count))
+def kinds(told: Iterator[str], count: int) -> list[str]:
+    return list(islice(told, count))
 
 
 @pytest.mark.parametrize("snapshot", [True, False])
@@ -57,18 +57,19 @@ def test_a_server_that_was_killed_and_started_again_is_followed_on_after_a_gap(
         replies = follow(admin, snapshot=snapshot, with_tokens=False, say=said.append, sleep=soon)
         with closing(replies):
             next(replies)
-            assert not snapshot or kinds(replies, 1) == ["whole"]
+            told = telling(replies)
+            assert not snapshot or kinds(told, 1) == ["whole"]
             save(process.address, root, 2)
-            assert kinds(replies, 1) == ["2 blocks"]
+            assert kinds(told, 1) == ["2 blocks"]
             process.kill()
             process.start()
             save(process.address, root, 3)
             if snapshot:
-                assert kinds(replies, 3) == ["gap", "3 blocks", "whole"]
+                assert kinds(told, 3) == ["gap", "3 blocks", "whole"]
             else:
-                assert kinds(replies, 1) == ["gap"]
+                assert kinds(told, 1) == ["gap"]
                 save(process.address, root, 1, seed=1)
-                assert kinds(replies, 1)[0].endswith("blocks")
+                assert kinds(told, 1)[0].endswith("blocks")
     lost, back = said
     assert lost.startswith(f"lost the server at {process.address} (")
     assert back == f"the server at {process.address} is back"
@@ -86,11 +87,12 @@ def test_a_session_that_ended_is_opened_again_and_nothing_is_missed_or_told_twic
         closing(follow(admin, snapshot=True, with_tokens=False, say=said.append, sleep=soon)) as replies,
     ):
         next(kept)
-        assert kinds(replies, 1) == ["whole"]
+        told = telling(replies)
+        assert kinds(told, 1) == ["whole"]
         for number in range(1, 4):
             end_session(server, "follower")
             save(server.address, root, number, seed=number)
-            assert kinds(replies, 1) == [f"{number} blocks"]
+            assert kinds(told, 1) == [f"{number} blocks"]
     assert len(said) == 6
 
 
@@ -108,14 +110,15 @@ def test_half_a_snapshot_is_given_up_with_a_gap(start_server: StartServer, root:
         Admin(Target(address=server.address), name="follower") as admin,
         closing(follow(admin, snapshot=True, with_tokens=False, say=lambda _: None, sleep=soon)) as replies,
     ):
-        (first,) = kinds(replies, 1)
+        telling_all = telling(replies)
+        (first,) = kinds(telling_all, 1)
         assert first.endswith("blocks")
         end_session(server, "follower")
-        while kinds(replies, 1) != ["gap"]:
+        while kinds(telling_all, 1) != ["gap"]:
             pass
-        told = kinds(replies, 1)
+        told = kinds(telling_all, 1)
         while told[-1] != "whole":
-            told += kinds(replies, 1)
+            told += kinds(telling_all, 1)
     assert sum(int(each.split()[0]) for each in told if each != "whole") == 4000
 
 
@@ -125,12 +128,12 @@ def test_a_right_that_was_taken_away_ends_it(start_server: StartServer, director
     tokens.chmod(0o600)
     server = start_server(service={"tokens_file": str(tokens)})
     with Admin(Target(address=server.address, token="alice-alice-alice")) as admin:
-        replies = follow(admin, snapshot=True, with_tokens=False, say=lambda _: None, sleep=soon)
-        assert kinds(replies, 1) == ["whole"]
+        told = telling(follow(admin, snapshot=True, with_tokens=False, say=lambda _: None, sleep=soon))
+        assert kinds(told, 1) == ["whole"]
         tokens.write_text("")
         server.reload_rights()
         with pytest.raises(AccessDenied, match="the access token is not known here"):
-            kinds(replies, 1)
+            kinds(told, 1)
 
 
 def test_published_events_go_on_with_all_cleared_and_what_is_there_after_a_restart(

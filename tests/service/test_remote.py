@@ -734,7 +734,7 @@ def test_nothing_is_demoted_to_a_peer(client: SidecarStore, served: Served) -> N
     ("options", "message"),
     [
         ({}, "address is empty"),
-        ({"address": "a:1", "call_timeout_s": 0}, "more than 0"),
+        ({"address": "a:1", "call_timeout_s": 0}, "above 0"),
         ({"address": "a:1", "tls_cert": "x"}, "go together"),
         ({"address": "unix:/nowhere", "token_file": "/nowhere/token"}, "cannot be read"),
     ],
