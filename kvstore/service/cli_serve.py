@@ -102,6 +102,8 @@ def serve(config: StoreConfig) -> int:
                 endpoint = MetricsEndpoint(options.metrics_listen, server.stats, server.latencies, server.durations)
                 log.info("metrics at http://%s/metrics", stack.enter_context(endpoint).address)
             capacity = size(config.host.capacity_bytes)
+            for handler in logging.getLogger().handlers:
+                handler.flush()  # what was said before is there once it is ready
             print(f"ready: {server.address} arena {capacity} boot {server.boot_id.hex()[:8]}", flush=True)
             notify("READY=1")
             _until_told_to_stop(signals, server.reload_rights)
