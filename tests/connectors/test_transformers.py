@@ -290,7 +290,7 @@ def test_blocks_that_somebody_computes_are_waited_for_one_after_the_other(llama:
     connect(llama, other).generate(ids, max_new_tokens=1)
     store = Elsewhere(other)
     connector = connect(llama, store)
-    connector.cost.seen_prefill(160, 0, 0.5)
+    connector.cost.seen_prefill(160, 0, 5.0)
     done = connector.generate(ids, max_new_tokens=NEW)
     assert hits(done) == 160
     assert torch.equal(done.sequences, plain(llama, ids))

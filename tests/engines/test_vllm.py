@@ -226,10 +226,46 @@ def test_what_parallel_engines_save_a_single_one_loads_and_the_reverse(run: Run,
     assert facts["many loads"]["control_differs"]
 
 
-def test_another_connector_interface_is_refused_in_one_sentence(run: Run) -> None:
-    refused = run("interface")["refused"]
-    assert "has another connector interface (get_num_new_matched_tokens" in refused
-    assert "tested are 0.32" in refused
+def test_an_engine_that_cannot_be_served_does_not_start_and_says_why_in_one_sentence(run: Run) -> None:
+    refused = run("refusals")
+    assert refused["nothing"] == ""
+    assert "has another connector interface (get_num_new_matched_tokens" in refused["interface"]
+    assert "tested are 0.32" in refused["interface"]
+    assert 'set "kv_load_failure_policy": "recompute"' in refused["policy"]
+    assert "has 'adress': known are address" in refused["setting"]
+    assert "one must divide the other" in refused["block"]
+    assert "start `kvstore serve`" in refused["ranks"]
+    assert all("\n" not in sentence for sentence in refused.values())
+
+
+def test_a_prompt_that_many_send_at_once_is_computed_once_and_taken_as_it_comes(run: Run) -> None:
+    facts = run("burst")
+    assert facts["equal"] == [True] * 4
+    assert facts["computed_times"] == 1.0
+    assert max(facts["others_began"]) < facts["first_ended"], "the first one's blocks were reused while it ran"
+    assert facts["error"] < 1e-4
+    assert healthy(facts)
+
+
+def test_who_waited_for_an_aborted_request_goes_on_without_it(run: Run) -> None:
+    facts = run("orphans")
+    assert facts["equal"] == [True] * 3
+    assert facts["aborted"] == []
+    # What it had saved is reused; the rest is computed by one of the three, for which the others wait in their turn.
+    assert min(facts["hits"]) >= 64
+    assert sorted(facts["hits"])[1:] == [640, 640]
+    assert facts["marks"] == 0
+    assert facts["error"] < 1e-4
+    assert healthy(facts)
+
+
+def test_prompts_of_embeddings_are_known_by_content(run: Run) -> None:
+    facts = run("embeddings")
+    assert facts["equal"] == [True] * 5
+    assert facts["hits"] == [0, 0, 299, 299, 0]
+    assert facts["num_blocks"] == [11, 11]
+    assert facts["error"] < 1e-4
+    assert healthy(facts)
 
 
 @pytest.mark.parametrize(("scenario", "hits", "error"), [("both_engines", 299, 1e-4), ("smollm2", 208, 5e-4)])

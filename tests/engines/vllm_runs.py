@@ -24,7 +24,7 @@ import torch
 from connectors import vllm as connector_module
 from connectors import vllm_scheduler
 from kvstore.errors import ConfigError
-from tests.engines import vllm_hints, vllm_images, vllm_shared, vllm_tiering_runs
+from tests.engines import vllm_early, vllm_hints, vllm_images, vllm_inputs, vllm_shared, vllm_tiering_runs
 from tests.engines.vllm_support import (
     BLOCK,
     NEW,
@@ -465,18 +465,35 @@ def smollm2(workdir: Path) -> Facts:
     return {**facts, "prompt_tokens": [len(one), len(two)]}
 
 
-def interface(workdir: Path) -> Facts:
-    """The start-up check, against vLLM's interface and against one that has changed."""
+def refusals(workdir: Path) -> Facts:
+    """Engines that must not start, each with one thing that the connector cannot serve; and that one without does."""
+    reference = Reference(workdir)
+    base = connector_module.KVConnectorBase_V1
 
-    class Renamed(connector_module.KVConnectorBase_V1):  # type: ignore[misc]
-        def get_num_new_matched_tokens(self, req: Any, num_computed_tokens: int) -> Any: ...
+    def renamed(self: Any, req: Any, num_computed_tokens: int) -> Any: ...
 
-    connector_module.check_interface()
-    try:
-        connector_module.check_interface(Renamed)
-    except ConfigError as error:
-        return {"refused": str(error)}
-    return {"refused": ""}
+    def another_interface() -> Facts:
+        base.get_num_new_matched_tokens = renamed
+        return start()
+
+    def start(**options: Any) -> Facts:
+        try:
+            engine = Engine(reference.directory, FaultyStore(), **options)
+        except ConfigError as error:
+            return {"refused": str(error)}
+        return {"refused": "", "held": engine.close()}
+
+    ours = {"kv_connector": "KVStoreConnector", "kv_connector_module_path": "connectors.vllm", "kv_role": "kv_both"}
+    extra = {"kv_connector_extra_config": {"block_tokens": BLOCK}}
+    tried: dict[str, Callable[[], Facts]] = {
+        "nothing": start,
+        "interface": another_interface,
+        "policy": lambda: start(transfer={**ours, **extra}),
+        "setting": lambda: start(extra={"adress": "unix:/tmp/s"}),
+        "block": lambda: start(extra={"block_tokens": 64}, block_size=96),
+        "ranks": lambda: start(extra={"embedded": ""}, distributed_executor_backend="mp"),
+    }
+    return {name: in_fork(one)["refused"] for name, one in tried.items()}
 
 
 SCENARIOS: dict[str, Callable[[Path], Facts]] = {
@@ -505,7 +522,10 @@ SCENARIOS: dict[str, Callable[[Path], Facts]] = {
     "fp8_e5m2": lambda workdir: fp8(workdir, "fp8_e5m2"),
     "both_engines": both_engines,
     "smollm2": smollm2,
-    "interface": interface,
+    "refusals": refusals,
+    "burst": vllm_early.burst,
+    "orphans": vllm_early.orphans,
+    "embeddings": vllm_inputs.embeddings,
     **vllm_shared.SCENARIOS,
     **vllm_tiering_runs.SCENARIOS,
 }

@@ -14,6 +14,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from kvstore.transfer import to_tensor
 BLOCK = 32
 PROMPT, NEW = 300, 84  # together 12 blocks: the last token, which has no KV, ends a block
 Facts = dict[str, Any]
+Media = Sequence[tuple[int, bytes]]
 
 
 # -- the model and its reference -------------------------------------------------------------------------------
@@ -148,6 +150,16 @@ class _FaultyLoad:
 # -- the engine ------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Answer:
+    """Of one request: its tokens, prompt tokens that were cached, steps of its first and of its last token."""
+
+    tokens: list[int] = field(default_factory=list)
+    hits: int = 0
+    began_at: int = 0
+    ended_at: int = 0
+
+
 class Engine:
     """A vLLM engine in this process over a store that outlives it."""
 
@@ -214,6 +226,43 @@ class Engine:
         self.settle()
         self.ttft_s = max(float(out.metrics.first_token_latency) for out in outs)
         return [list(out.outputs[0].token_ids) for out in outs], [int(out.num_cached_tokens) for out in outs]
+
+    def answer(self, prompt: Mapping[str, Any], new: int = NEW) -> tuple[list[int], int]:
+        """(new tokens, cached prompt tokens) of a prompt in vLLM's own terms."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
+        (out,) = self.llm.generate([dict(prompt)], params, use_tqdm=False)
+        self.settle()
+        return list(out.outputs[0].token_ids), int(out.num_cached_tokens)
+
+    def together(
+        self, prompts: Sequence[Sequence[int]], new: int = NEW, *, abort_at: int | None = None
+    ) -> list[Answer]:
+        """Answers to prompts that arrive before the same step; the first is aborted before step `abort_at`."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
+        engine = self.llm.llm_engine
+        answers = {str(number): Answer() for number in range(len(prompts))}
+        for name, prompt in zip(answers, prompts, strict=True):
+            engine.add_request(name, {"prompt_token_ids": list(prompt)}, params)
+        step = 0
+        while engine.has_unfinished_requests():
+            step += 1
+            assert step < 5000, (
+                f"after {step} steps there are {[r.status.name for r in self.scheduler.requests.values()]}"
+            )
+            if step == abort_at:
+                engine.abort_request(["0"])
+            for out in engine.step():
+                answer = answers[str(out.request_id).split("-")[0]]
+                answer.tokens = list(out.outputs[0].token_ids)
+                answer.began_at = answer.began_at or step
+                if out.finished:
+                    answer.ended_at, answer.hits = step, int(out.num_cached_tokens or 0)
+        self.settle()
+        return list(answers.values())
 
     def settle(self) -> None:
         """Step until nothing is left of requests that ended: what is saved at their end is copied after it."""
@@ -291,10 +340,16 @@ def in_fork(work: Callable[[], Facts], log: Path | None = None) -> Facts:
 
 
 def stored(
-    store: Any, model: ModelId, tokens: Sequence[int], *, salt: bytes = b"", adapter: bytes = b""
+    store: Any,
+    model: ModelId,
+    tokens: Sequence[int],
+    *,
+    salt: bytes = b"",
+    adapter: bytes = b"",
+    media: Media = (),
 ) -> Iterator[tuple[int, Any]]:
     """(index, block) of what the store holds of a sequence."""
-    chain = Chain(Root(model, salt=salt, adapter=adapter), list(tokens))
+    chain = Chain(Root(model, salt=salt, adapter=adapter), list(tokens), media=media)
     found = store.match(chain, "look", wait_s=5)
     with KVStore.load(store, "look", found.num_blocks) if isinstance(store, KVStore) else store.load("look") as load:
         for block in load:
@@ -308,13 +363,23 @@ def bytes_of(store: Any, model: ModelId, tokens: Sequence[int], *, adapter: byte
 
 
 def worst_error(
-    store: Any, model: ModelId, reference: Reference, tokens: Sequence[int], *, salt: bytes = b""
+    store: Any,
+    model: ModelId,
+    reference: Reference,
+    tokens: Sequence[int],
+    *,
+    salt: bytes = b"",
+    ids: Sequence[int] | None = None,
+    media: Media = (),
 ) -> tuple[float, int]:
-    """(largest difference between stored and recomputed KV, number of blocks compared)."""
+    """(largest difference between stored and recomputed KV, number of blocks compared).
+
+    `ids`: under which the blocks lie, with `media`, where those are not the tokens that were computed.
+    """
     want = reference.kv(tokens)
     worst, count, block_tokens = 0.0, 0, model.block_tokens
     layout = store.open(model)
-    for index, block in stored(store, model, tokens, salt=salt):
+    for index, block in stored(store, model, tokens if ids is None else ids, salt=salt, media=media):
         for part, view in zip(layout.parts, block.views, strict=True):
             has = to_tensor(view, part, want.dtype)
             mine = want[
@@ -328,11 +393,11 @@ def worst_error(
     return worst, count
 
 
-def poison(store: Any, model: ModelId, tokens: Sequence[int]) -> None:
+def poison(store: Any, model: ModelId, tokens: Sequence[int], *, media: Media = ()) -> None:
     """Store KV under these tokens that is not theirs: right sizes and sums, wrong numbers."""
     store.open(model)
     store.clear()
-    chain = Chain(Root(model), list(tokens))
+    chain = Chain(Root(model), list(tokens), media=media)
     generator = torch.Generator().manual_seed(99)
     with store.save(chain, 0, len(chain)) as save:
         for index in save.indices:
