@@ -48,7 +48,7 @@ class PeerWithContent(RemoteTier):
         pool = self._store._host.pool
         for root, block in dict.fromkeys((key.root, key.block) for key in parts):
             # As a client of the peer would have shown it: a root that nobody has named in full is served to nobody.
-            self._server._servicer._namespaces.roots.learn(Root(self._layout.model))
+            self._server._servicer._namespaces.roots._roots[root] = Root(self._layout.model)
             cells = [key.part for key in parts if (key.root, key.block) == (root, block)]
             reserved, _ = pool.reserve(root, self._layout, [block], lambda _, block=block: meta[block], cells)
             for item in reserved:
