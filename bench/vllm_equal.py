@@ -44,6 +44,7 @@ SCENARIOS = (
     "aborts",
     "tp2",
     "pp2",
+    "tp2_replicas",
     "partial",
     "burst",
     "orphans",

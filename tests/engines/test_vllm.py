@@ -226,6 +226,20 @@ def test_what_parallel_engines_save_a_single_one_loads_and_the_reverse(run: Run,
     assert facts["many loads"]["control_differs"]
 
 
+def test_of_ranks_that_hold_the_same_head_one_saves_and_all_load(run: Run) -> None:
+    facts = run("tp2_replicas")
+    assert facts["many saves"]["hits"] == facts["one saves"]["hits"] == [0]
+    assert facts["one loads"]["hits"] == facts["many loads"]["hits"] == [299]
+    assert facts["many saves"]["save_calls"] == facts["one saves"]["save_calls"] > 0
+    for engine in facts.values():
+        assert all(engine["equal"])
+        assert engine["error"] < 1e-4
+        assert engine["num_blocks"] == [11]
+        assert engine["held"] == []
+    assert facts["many loads"]["control_hits"] > 0
+    assert facts["many loads"]["control_differs"]
+
+
 def test_an_engine_that_cannot_be_served_does_not_start_and_says_why_in_one_sentence(run: Run) -> None:
     refused = run("refusals")
     assert refused["nothing"] == ""

@@ -366,10 +366,16 @@ def redis_tier(workdir: Path) -> Facts:
 
 
 def member(
-    workdir: Path, address: str, seeds: Sequence[int], options: Mapping[str, Any], *, control: int | None = None
+    workdir: Path,
+    address: str,
+    seeds: Sequence[int],
+    options: Mapping[str, Any],
+    *,
+    control: int | None = None,
+    num_kv_heads: int = 2,
 ) -> Facts:
     """One engine of a fleet: its answers to some prompts, what it found, and what is stored then."""
-    reference = Reference(workdir)
+    reference = Reference(workdir, num_kv_heads=num_kv_heads)
     engine = Engine(reference.directory, None, extra={"address": address, **_FINE}, **options)
     wants = {seed: reference.generate(tokens_of(seed), NEW) for seed in seeds}
     facts: Facts = {"equal": [], "hits": [], "blocks": {}}
@@ -418,6 +424,30 @@ def fleet(workdir: Path, options: Mapping[str, Any]) -> Facts:
             server.stop()
 
 
+def replicas(workdir: Path) -> Facts:
+    """Two ranks that hold the same single KV head: one of them saves it, both load it, and so does an engine alone."""
+    Reference(workdir, num_kv_heads=1)
+    with tempfile.TemporaryDirectory(prefix="kv", dir="/tmp") as name:
+        sidecar = Sidecar(Path(name))
+
+        def run(seeds: Sequence[int], options: Mapping[str, Any], control: int | None = None) -> Facts:
+            with sidecar.connect() as client:
+                before = client.stats().get("save.requests", 0.0)
+                facts = in_fork(
+                    lambda: member(workdir, sidecar.address, seeds, options, control=control, num_kv_heads=1)
+                )
+                return {**facts, "save_calls": client.stats().get("save.requests", 0.0) - before}
+
+        try:
+            many = run([1], TP2)
+            single = run([3], {})
+            again = run([1], {})
+            back = run([3], TP2, control=3)
+            return {"many saves": many, "one saves": single, "one loads": again, "many loads": back}
+        finally:
+            sidecar.stop()
+
+
 TP2 = {"tensor_parallel_size": 2}
 PP2 = {
     "pipeline_parallel_size": 2,
@@ -429,5 +459,6 @@ SCENARIOS: dict[str, Callable[[Path], Facts]] = {
     "sidecar_killed": sidecar_killed,
     "redis_tier": redis_tier,
     "tp2": lambda workdir: fleet(workdir, TP2),
+    "tp2_replicas": replicas,
     "pp2": lambda workdir: fleet(workdir, PP2),
 }

@@ -51,12 +51,12 @@ Media = Sequence[tuple[int, bytes]]
 class Reference:
     """A model on disk, by default a small random Llama, and what transformers makes of it."""
 
-    def __init__(self, workdir: Path, directory: Path | None = None) -> None:
-        self.directory = directory or workdir / "llama"
+    def __init__(self, workdir: Path, directory: Path | None = None, *, num_kv_heads: int = 2) -> None:
+        self.directory = directory or workdir / f"llama-{num_kv_heads}"
         if directory is not None:
             self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
             return
-        self.model = random_llama(7, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=32, max_tokens=4096)
+        self.model = random_llama(7, num_layers=3, num_heads=4, num_kv_heads=num_kv_heads, head_dim=32, max_tokens=4096)
         if not self.directory.is_dir():
             self.model.save_pretrained(self.directory)
 
