@@ -208,7 +208,7 @@ def build_native() -> None:
     into = root / f"_native{sysconfig.get_config_var('EXT_SUFFIX') or '.so'}"
     if native.is_built() or into.exists():
         return
-    sources = [str(root / name) for name in ("_copy.c", "_hash.c", "_receive.c", "_xxh3.c")]
+    sources = [str(root / name) for name in ("_copy.c", "_frame.c", "_hash.c", "_receive.c", "_xxh3.c")]
     try:
         subprocess.run(["cc", "-O3", "-shared", "-fPIC", "-o", str(into), *sources], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError) as error:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -175,7 +176,7 @@ def _tier_round(tier: RedisTier, parts: Parts, rounds: Rounds) -> None:
     with rounds.arm("tier save"):
         written = tier.write(parts.by_key(parts.values), parts.meta, _DEADLINE_S)
     with rounds.arm("tier load"):
-        read = list(tier.read(parts.by_key(parts.buffers), _DEADLINE_S))
+        read = list(chain.from_iterable(tier.read(parts.by_key(parts.buffers), _DEADLINE_S)))
     if len(written) != parts.num_blocks or len(read) != parts.num_blocks:
         raise RuntimeError(f"of {parts.num_blocks} blocks {len(written)} were written and {len(read)} read")
     parts.arrived()
@@ -334,7 +335,7 @@ def measure_redis(
     """Every figure of the Redis tier, against the embedded Valkey and, where there is one, `redis-server`."""
     summary: dict[str, float] = {}
     rows: list[Row] = []
-    parts, small = Parts(big, total_bytes, seed), Parts(SMALL, min(total_bytes, 128 << 20), seed)
+    parts = Parts(big, total_bytes, seed)
     with EmbeddedServer(ServerOptions(port=_free_port())) as server:
         tcp, unix = Place("valkey tcp", server.url), Place("valkey unix", server.unix_url)
         rounds = measure_transport(tcp, parts, repeats, redis_py=True, tick=tick)
@@ -346,9 +347,9 @@ def measure_redis(
         rounds = measure_transport(unix, parts, repeats, redis_py=False, tick=tick)
         rows += rows_of(rounds, unix.name, parts.num_bytes)
         summary |= _ratios(rounds, "redis_unix_{verb}_ratio")
-        rounds = measure_transport(tcp, small, repeats, redis_py=False, tick=tick)
-        rows += rows_of(rounds, f"{tcp.name}, 128 KiB", small.num_bytes)
-        summary |= _ratios(rounds, "redis_small_{verb}_ratio")
+        ratios, more = _small(tcp, total_bytes, repeats, seed, tick)
+        summary |= ratios
+        rows += more
         calls, more = measure_calls(tcp, repeats, seed)
         summary |= calls
         rows += more
@@ -360,6 +361,19 @@ def measure_redis(
             rows += rows_of(rounds, place.name, parts.num_bytes)
             summary |= _ratios(rounds, "redis7_{verb}_ratio")
     return summary, rows
+
+
+def measure_small(total_bytes: int, repeats: int, seed: int, tick: Tick) -> tuple[dict[str, float], list[Row]]:
+    """Those of `measure_redis` that are about parts of 128 KiB."""
+    with EmbeddedServer(ServerOptions(port=_free_port())) as server:
+        return _small(Place("valkey tcp", server.url), total_bytes, repeats, seed, tick)
+
+
+def _small(place: Place, total_bytes: int, repeats: int, seed: int, tick: Tick) -> tuple[dict[str, float], list[Row]]:
+    parts = Parts(SMALL, min(total_bytes, 128 << 20), seed)
+    rounds = measure_transport(place, parts, repeats, redis_py=False, tick=tick)
+    rows = rows_of(rounds, f"{place.name}, 128 KiB", parts.num_bytes)
+    return _ratios(rounds, "redis_small_{verb}_ratio"), rows
 
 
 def _ratios(rounds: Rounds, name: str, arm: str = "store") -> dict[str, float]:

@@ -25,7 +25,7 @@ from rich.progress import Progress
 from bench.asked import print_figures
 from bench.env import stamp
 from bench.options import whole
-from bench.redis_speed import NUM_TRANSPORTS, measure_redis
+from bench.redis_speed import NUM_TRANSPORTS, measure_redis, measure_small
 from bench.report import print_table, write_json
 from kvstore.api import Store
 from kvstore.block import Chain, ModelId, Root
@@ -257,12 +257,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--mib", type=whole(8, 65_536), default=512, help="KV to move in each arm (default: 512)")
     parser.add_argument("--repeats", type=whole(1, 10_000), default=9, help="rounds, arms alternating (default: 9)")
     parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=0)
-    parser.add_argument("--only-redis", action="store_true", help="leave the host tier out")
+    parser.add_argument(
+        "--only", choices=("redis", "small"), help="leave the host tier out, or all but the 128 KiB parts in Redis"
+    )
     parser.add_argument("--json", metavar="FILE", help="write {name, env, rows, summary}")
     options = parser.parse_args(argv)
     # Drawn between timings only: a refreshing thread takes the GIL and a core from what is timed.
     with Progress(transient=True, auto_refresh=False) as progress:
-        total = 1 + options.repeats * 6 * (not options.only_redis) + (options.repeats + 1) * NUM_TRANSPORTS
+        num_transports = 1 if options.only == "small" else NUM_TRANSPORTS
+        total = 1 + options.repeats * 6 * (not options.only) + (options.repeats + 1) * num_transports
         task = progress.add_task("tiers", total=total)
 
         def tick() -> None:
@@ -270,10 +273,14 @@ def main(argv: list[str]) -> int:
 
         summary: dict[str, float] = {}
         rows: list[dict[str, object]] = []
-        if not options.only_redis:
+        if not options.only:
             summary, rows = host_figures(options, tick)
         tick()
-        redis_summary, redis_rows = measure_redis(LLAMA_8B, options.mib << 20, options.repeats, options.seed, tick)
+        total_bytes, repeats, seed = options.mib << 20, options.repeats, options.seed
+        if options.only == "small":
+            redis_summary, redis_rows = measure_small(total_bytes, repeats, seed, tick)
+        else:
+            redis_summary, redis_rows = measure_redis(LLAMA_8B, total_bytes, repeats, seed, tick)
     summary |= redis_summary
     rows += redis_rows
     summary["native_loops"] = float(is_built())

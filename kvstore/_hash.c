@@ -28,12 +28,23 @@ static const uint32_t INITIAL[8] = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff5
 
 enum { MAX_MESSAGE = 4096, DIGEST = 32 };
 
-static int has_sha(void)
+static int ask_for_sha(void)
 {
     unsigned a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_SSE4_1) || !(c & bit_SSSE3))
         return 0;
     return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b >> 29 & 1);
+}
+
+static int has_sha(void)
+{
+    static int known; /* 0 for not yet: the question leaves a virtual machine each time it is asked */
+    int answer = __atomic_load_n(&known, __ATOMIC_RELAXED);
+    if (!answer) {
+        answer = ask_for_sha() ? 1 : -1;
+        __atomic_store_n(&known, answer, __ATOMIC_RELAXED);
+    }
+    return answer > 0;
 }
 
 __attribute__((target("sha,sse4.1,ssse3"))) static void digest_of(const uint8_t *message, size_t num_bytes,

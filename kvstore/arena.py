@@ -109,6 +109,7 @@ class Arena:
             if fault:
                 log.warning("the arena's memory may come from any node: preferring node %d: %s", numa_node, fault)
         self._view = self._memory.view()
+        self._readonly = self._view.toreadonly()
         self._extents: list[_Extent] = []
         self._ranges: list[tuple[int, int]] = [(0, self.capacity_bytes)]
         self._classes: dict[int, _SizeClass] = {}
@@ -224,6 +225,10 @@ class Arena:
     def view(self, slot: int, num_bytes: int) -> memoryview:
         """Writable bytes of a slot."""
         return self._view[slot : slot + num_bytes]
+
+    def readable(self, slot: int, num_bytes: int) -> memoryview:
+        """The same for who only reads."""
+        return self._readonly[slot : slot + num_bytes]
 
     def generation_of(self, slot: int) -> int:
         """Changes each time the slot is handed out."""

@@ -94,8 +94,8 @@ class KeyedValues:
         found: set[bytes] = set()
         reading = self._tier.read({ours: into[key] for ours, key in foreign.items()}, deadline_s)
         try:
-            for ours in reading:
-                found.add(foreign[ours])
+            for keys in reading:
+                found.update(foreign[ours] for ours in keys)
         except TierError:
             if not found:
                 raise

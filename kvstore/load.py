@@ -9,9 +9,11 @@ the tail, to slots that belong to no block.
 from __future__ import annotations
 
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from itertools import accumulate, takewhile
 from types import TracebackType
 from typing import Self
 
@@ -74,6 +76,41 @@ class LoadPlan:
         return [self.layout.parts[part] for part in self.parts]
 
 
+class _Coming:
+    """How far the parts of reserved blocks have come, which they do in their order."""
+
+    def __init__(self, keys: list[PartKey], layout: BlockLayout, reserved: list[Reservation]) -> None:
+        sizes = {parts: sum(layout.parts[part].num_bytes for part in parts) for parts in {x.parts for x in reserved}}
+        self._keys = keys
+        self._num_keys = 0
+        self._reserved = reserved
+        self._num_taken = 0
+        self._key_ends = list(accumulate(len(item.parts) for item in reserved))
+        self._byte_ends = [0, *accumulate(sizes[item.parts] for item in reserved)]
+
+    def add(self, keys: Sequence[PartKey]) -> bool:
+        """These have come; False where others should have come before one of them."""
+        expected, num_same = self._keys[self._num_keys : self._num_keys + len(keys)], len(keys)
+        if expected != list(keys):
+            num_same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(expected, keys, strict=False)))
+        self._num_keys += num_same
+        return num_same == len(keys)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of blocks that are there whole, and were not taken yet."""
+        return self._byte_ends[self._num_whole] - self._byte_ends[self._num_taken]
+
+    @property
+    def _num_whole(self) -> int:
+        return bisect_right(self._key_ends, self._num_keys)
+
+    def take(self) -> list[Reservation]:
+        """These blocks, once."""
+        first, self._num_taken = self._num_taken, self._num_whole
+        return self._reserved[first : self._num_taken]
+
+
 class BlockLoad:
     """Implements `kvstore.api.Load` over a host tier and a lease."""
 
@@ -104,12 +141,24 @@ class BlockLoad:
     # -- consumer ----------------------------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[ReadyBlock]:
-        for index in range(self._plan.start, self._plan.stop):
+        index = self._plan.start
+        while index < self._plan.stop:
             self.passed(index)  # asking for the next says that the ones before were copied
             block = self.wait_for(index)
             if block is None:
                 return
             yield block
+            index += 1
+            # Those that came with it: what `passed` and `wait_for` do costs more than a small block does, and before
+            # there are windows nobody waits to hear of each.
+            while (block := self._ready.get(index)) is not None and not self._windowed and self._holds_on():
+                yield block
+                index += 1
+
+    def _holds_on(self) -> bool:
+        """`renew`, without asking for a lock each time."""
+        until_s = self._plan.now_s() + self._plan.lease_s
+        return self._lease.alive if until_s < self._lease.deadline_s + self._plan.lease_s / 8 else self.renew()
 
     def passed(self, index: int) -> None:
         """Every block before chain index `index` was copied: a window may move over them."""
@@ -262,28 +311,28 @@ class BlockLoad:
     def _read_into_pool(self, tier: Tier, start: int, stop: int, reserved: list[Reservation]) -> bool:
         """Promote: blocks become resident as they arrive. Others may be filling some of them."""
         plan, pool = self._plan, self._host.pool
+        into = self._slots_by_key(start, reserved)
         filling = {start + item.position: item for item in reserved}
-        missing = {start + item.position: len(item.parts) for item in reserved}
         pinned: dict[int, Reservation] = {}
-        arrived: list[int] = []
+        coming = _Coming(list(into), plan.layout, reserved)
         at = self._hand_out(tier, start, stop, filling, pinned)
-        index, waiting_bytes, group_bytes = start, 0, _LEAST_GROUP_BYTES
+        group_bytes = _LEAST_GROUP_BYTES
         try:
-            with closing(self._reading(tier, self._slots_by_key(start, reserved))) as reading:
-                for key in reading:
-                    index = plan.chain.ids.index(key.block, index, stop)  # they come in order
-                    waiting_bytes += plan.layout.parts[key.part].num_bytes
-                    missing[index] -= 1
-                    if missing[index] == 0:
-                        arrived.append(index)
-                        if waiting_bytes >= group_bytes:
-                            self._publish(arrived, filling, pinned)
-                            group_bytes = self._group_bytes(index, waiting_bytes)
-                            arrived, waiting_bytes = [], 0
-                            at = self._hand_out(tier, at, stop, filling, pinned)
-                    if self._closed or (not arrived and index > at):
+            with closing(self._reading(tier, into)) as reading:
+                for some in reading:
+                    if not coming.add(some):
                         break  # a hole: what follows it is of no use
-            self._publish(arrived, filling, pinned)
+                    if coming.num_bytes >= group_bytes:
+                        last_bytes = coming.num_bytes
+                        last = self._publish(start, coming.take(), filling, pinned)
+                        at = self._hand_out(tier, at, stop, filling, pinned)
+                        if at <= last:
+                            break  # as is one that others did not bring
+                        group_bytes = self._group_bytes(last, last_bytes)
+                    if self._closed:
+                        break
+            if items := coming.take():
+                self._publish(start, items, filling, pinned)
             at = self._hand_out(tier, at, stop, filling, pinned)
         finally:
             pool.abort(list(filling.values()))
@@ -293,26 +342,34 @@ class BlockLoad:
     def _group_bytes(self, index: int, last_bytes: int) -> int:
         """How many bytes to hand out at once after block `index`, having handed out `last_bytes`."""
         left_bytes = (self._plan.stop - index - 1) * sum(cell.num_bytes for cell in self._plan.cells())
-        return min(_MOST_GROUP_BYTES, 2 * last_bytes, max(_LEAST_GROUP_BYTES, left_bytes // 8))
+        return min(_MOST_GROUP_BYTES, 2 * last_bytes, max(_LEAST_GROUP_BYTES, left_bytes // 4))
 
-    def _publish(self, indices: Sequence[int], filling: dict[int, Reservation], pinned: dict[int, Reservation]) -> None:
-        """Make blocks resident; pinned from that moment on: a full arena could evict them before the hand-out."""
-        if indices:
-            items = {filling[index].row: index for index in indices}
-            done = self._host.pool.publish([filling.pop(index) for index in indices], self._plan.hint, pins=1)
-            for item in done:
-                pinned[items[item.row]] = item
-            self._host.pool.may_be_shared([item.row for item in done])
+    def _publish(
+        self,
+        start: int,
+        items: Sequence[Reservation],
+        filling: dict[int, Reservation],
+        pinned: dict[int, Reservation],
+    ) -> int:
+        """Make blocks resident; pinned from that moment on: a full arena could evict them before the hand-out.
+
+        Their positions count from chain index `start`. Returns the index of the last.
+        """
+        for item in items:
+            del filling[start + item.position]
+        done = self._host.pool.publish(items, self._plan.hint, pins=1)
+        pinned.update((start + item.position, item) for item in done)
+        self._host.pool.may_be_shared([item.row for item in done])
+        return start + items[-1].position
 
     def _unpin(self, items: Iterable[Reservation]) -> None:
         self._host.pool.unpin(np.array([item.row for item in items], np.int64))
 
     def _slots_by_key(self, start: int, reserved: list[Reservation]) -> dict[PartKey, memoryview]:
-        chain, layout = self._plan.chain, self._plan.layout
+        root, ids = self._plan.chain.root.id, self._plan.chain.ids
+        sizes, view = [part.num_bytes for part in self._plan.layout.parts], self._host.arena.view
         return {
-            PartKey(chain.root.id, chain.ids[start + item.position], part): self._host.arena.view(
-                slot, layout.parts[part].num_bytes
-            )
+            PartKey(root, ids[start + item.position], part): view(slot, sizes[part])
             for item in reserved
             for part, slot in zip(item.parts, item.slots, strict=True)
         }
@@ -343,18 +400,11 @@ class BlockLoad:
         """Blocks that this load brought in whole: their pins become the lease's."""
         rows = [item.row for item in items]
         self._leases.extend(self._lease, rows)
-        cells, view = self._plan.cells(), self._host.arena.view
+        sizes, view = [cell.num_bytes for cell in self._plan.cells()], self._host.arena.readable
         self._deliver(
             [
-                ReadyBlock(
-                    at + number,
-                    tier.name,
-                    tuple(
-                        view(slot, cell.num_bytes).toreadonly() for cell, slot in zip(cells, item.slots, strict=True)
-                    ),
-                    item.slots,
-                )
-                for number, item in enumerate(items)
+                ReadyBlock(index, tier.name, tuple(map(view, item.slots, sizes)), item.slots)
+                for index, item in enumerate(items, at)
             ]
         )
         return rows
@@ -417,7 +467,7 @@ class BlockLoad:
             PartKey(plan.chain.root.id, plan.chain.ids[index], cell.part): self._host.arena.view(slot, cell.num_bytes)
             for cell, slot in zip(plan.cells(), slots, strict=True)
         }
-        if len(list(self._reading(tier, into))) != len(into):
+        if sum(map(len, self._reading(tier, into))) != len(into):
             return False
         views = tuple(view.toreadonly() for view in into.values())
         self._deliver([ReadyBlock(index, tier.name, views, slots)])
@@ -432,7 +482,7 @@ class BlockLoad:
             self._leases.shorten(self._lease, 1)
         return slots
 
-    def _reading(self, tier: Tier, into: dict[PartKey, memoryview]) -> Generator[PartKey, None, None]:
+    def _reading(self, tier: Tier, into: dict[PartKey, memoryview]) -> Generator[Sequence[PartKey], None, None]:
         """Keys as the tier fills them; a failure of the tier ends it, counted."""
         if not into:
             return

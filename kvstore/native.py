@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loops that are written in C, where they were built: strided copies, the hash chain, many values off a socket.
 
-`_copy.c`, `_hash.c`, `_receive.c`, `_xxh3.c` are built at installation if there is a C compiler. Without, all works:
-copies run at about half the rate, hashing takes three times as long, values come one by one. Loaded with ctypes,
-which releases the GIL.
+`_copy.c`, `_frame.c`, `_hash.c`, `_receive.c`, `_xxh3.c` are built at installation if there is a C compiler. Without,
+all works: copies run at about half the rate, hashing takes three times as long, values come one by one. Loaded with
+ctypes, which releases the GIL.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -68,6 +69,12 @@ def _load() -> Any:
         library.kvstore_receive_wait.restype = size
         library.kvstore_receive_end.argtypes = [pointer]
         library.kvstore_receive_end.restype = None
+    if hasattr(library, "kvstore_sound_frames"):
+        byte = ctypes.c_uint8
+        library.kvstore_sound_frames.argtypes = [
+            *(pointer, size, size, pointer, byte, chars, chars, chars, size, pointer),
+        ]
+        library.kvstore_sound_frames.restype = None
     return library
 
 
@@ -93,6 +100,41 @@ def hash_chain(parent: bytes, head: bytes, tokens: bytes, block_bytes: int) -> l
         return None
     digests = out.raw
     return [digests[at : at + 32] for at in range(0, len(digests), 32)]
+
+
+class Asked(NamedTuple):
+    """The parts that values should be, all under one root: those of another are not found to be sound."""
+
+    root: bytes
+    blocks: bytes
+    """Block ids, end to end."""
+    parts: array[int]
+    """Cells, one for each of them, as 32-bit integers (`array("I")`)."""
+    raw_id: int
+    """The codec id of payloads that no codec changed."""
+
+
+judges = _library is not None and hasattr(_library, "kvstore_sound_frames")
+"""Whether frames can be verified in C."""
+
+
+def sound_frames(heads: int, head_bytes: int, payload_bytes: int, sums: int, asked: Asked) -> bytes:
+    """Which values are certainly the parts asked for, a byte each: 1, or 0 where `kvstore.wire.frame` has to say.
+
+    Args:
+        heads: address of their headers, end to end, `head_bytes` each.
+        payload_bytes: length of each one's payload.
+        sums: address of the payloads' xxh3, 64 bits each.
+    """
+    count = len(asked.parts)
+    if not judges or len(asked.root) != 32 or len(asked.blocks) != 32 * count:
+        return bytes(count)
+    out = ctypes.create_string_buffer(count)
+    _library.kvstore_sound_frames(
+        *(heads, head_bytes, payload_bytes, sums, asked.raw_id, asked.root, asked.blocks, asked.parts.tobytes()),
+        *(count, out),
+    )
+    return out.raw
 
 
 receives = _library is not None and hasattr(_library, "kvstore_receive_begin")
@@ -171,6 +213,13 @@ class Receiving:
         """Of one that arrived: its header, and xxh3 of what lies in its buffer."""
         at, size = number * self._run.head_bytes, self._run.head_bytes
         return ctypes.string_at(ctypes.addressof(self._heads) + at, size), self._sums[number]
+
+    def sound(self, first: int, asked: Asked) -> bytes:
+        """`sound_frames` of values that arrived, from number `first` on."""
+        size = self._run.head_bytes
+        heads = ctypes.addressof(self._heads) + first * size
+        sums = ctypes.addressof(self._sums) + first * ctypes.sizeof(ctypes.c_uint64)
+        return sound_frames(heads, size, self._job.payload_bytes, sums, asked)
 
     def close(self) -> Received:
         """End it: cuts the connection where it has not ended. Nothing writes to the buffers from here on."""

@@ -402,9 +402,8 @@ class BlockPool:
     def _make_ready(self, done: Sequence[Reservation], pins: int) -> tuple[Rows, Rows]:
         """Returns the rows that had no part until now, and those that are whole since now."""
         table = self._table
-        rows = np.array([item.row for item in done])
+        rows, masks = np.array([item.row for item in done]), _masks(done)
         before = table.ready[rows]
-        masks = np.array([mask_of(item.parts) for item in done], np.uint64)
         after = before | masks
         table.ready[rows] = after
         table.filling[rows] &= ~masks
@@ -418,6 +417,8 @@ class BlockPool:
         table, doomed = self._table, self._residents.doomed
         rows = np.array([item.row for item in reservations])
         parents = table.parent[rows]
+        if not doomed and self._follow(rows, parents, _masks(reservations)):
+            return list(reservations), []
         above = dict(zip(parents.tolist(), table.ready[parents].tolist(), strict=True))
         done: list[Reservation] = []
         lost: list[Reservation] = []
@@ -430,6 +431,12 @@ class BlockPool:
                 above[item.row] |= mask
             done.append(item)
         return done, lost
+
+    def _follow(self, rows: Rows, parents: Rows, masks: npt.NDArray[np.uint64]) -> bool:
+        """Whether the first of these has its place, and each other one hangs from the one before, part by part."""
+        table, mask = self._table, masks[0]
+        begins = parents[0] == NO_ROW or table.ready[parents[0]] & mask == mask
+        return bool(begins and (parents[1:] == rows[:-1]).all() and (masks == mask).all())
 
     def abort(self, reservations: Sequence[Reservation]) -> None:
         """Give back slots that were not published; leaves no trace."""
@@ -629,3 +636,9 @@ class BlockPool:
     def pinned_rows(self) -> int:
         """Rows with pins: 0 when nobody holds anything."""
         return int(np.count_nonzero(self._table.pins))
+
+
+def _masks(reservations: Sequence[Reservation]) -> npt.NDArray[np.uint64]:
+    """Mask of the parts of each."""
+    known = {parts: mask_of(parts) for parts in {item.parts for item in reservations}}
+    return np.array([known[item.parts] for item in reservations], np.uint64)

@@ -36,6 +36,8 @@ class DictTier(Tier):
         self.asked: list[int] = []
         self.down = False
         self.before_read: Callable[[PartKey], None] = lambda key: None
+        self.together = 1
+        """How many keys a read yields at once."""
         self.lock = threading.Lock()
 
     def _answer(self) -> None:
@@ -50,13 +52,19 @@ class DictTier(Tier):
         self.asked.append(len(keys))
         return [key in self.values for key in keys]
 
-    def read(self, into: Mapping[PartKey, memoryview], deadline_s: float) -> Iterator[PartKey]:
+    def read(self, into: Mapping[PartKey, memoryview], deadline_s: float) -> Iterator[list[PartKey]]:
+        found: list[PartKey] = []
         for key, buffer in into.items():
             self._answer()
             self.before_read(key)
             if key in self.values:
                 buffer[:] = self.values[key]
-                yield key
+                found.append(key)
+            if len(found) == self.together:
+                yield found
+                found = []
+        if found:
+            yield found
 
     def write(
         self,

@@ -136,6 +136,35 @@ def test_a_child_of_an_aborted_parent_is_not_published(make_pool: MakePool, root
     assert pool.check() == []
 
 
+def test_of_blocks_published_at_once_those_after_a_gap_are_not(make_pool: MakePool, root: Root) -> None:
+    pool, chain = make_pool(8), chain_of(root, 5)
+    reserved, _ = reserve(pool, chain)
+    assert pool.publish([*reserved[:2], *reserved[3:]], NO_HINT) == reserved[:2]
+    pool.abort(reserved[2:3])
+    assert len(pool) == 2
+    assert pool.check() == []
+
+
+def test_blocks_removed_while_they_were_filled_are_not_published(make_pool: MakePool, root: Root) -> None:
+    pool, chain = make_pool(8), chain_of(root, 4)
+    reserved, _ = reserve(pool, chain)
+    pool.remove([chain.ids[2]])
+    assert pool.publish(reserved, NO_HINT) == reserved[:2]
+    assert pool.leading(chain.ids, 1, chain.root.id) == 2
+    assert pool.check() == []
+
+
+def test_a_block_published_with_a_part_that_its_parent_lacks_is_not(model: ModelId) -> None:
+    gridded = Root(dataclasses.replace(model, part_heads=1))
+    pool, chain = BlockPool(Arena(16 * PAGE_BYTES, prefault=False), LruPolicy()), chain_of(gridded, 2)
+    pool.open(layout_of(gridded.model))
+    head, _ = reserve(pool, chain, 0, 1, parts=(0,))
+    tail, _ = reserve(pool, chain, 1, 2)
+    assert pool.publish([*head, *tail], NO_HINT) == head
+    assert len(pool) == 1
+    assert pool.check() == []
+
+
 def test_two_writers_of_one_block_do_not_meet(make_pool: MakePool, root: Root) -> None:
     pool, chain = make_pool(8), chain_of(root, 3)
     first, _ = reserve(pool, chain)

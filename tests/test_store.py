@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import pytest
@@ -241,6 +242,97 @@ def test_a_block_that_lacks_one_part_below_ends_the_load_and_leaves_no_trace(
     store.forget("r")
     assert store.stats()["host.used_bytes"] == 3 * 2 * 4096
     tier.values[PartKey(gridded.id, chain.ids[3], 1)] = lost
+
+
+@pytest.mark.parametrize("together", [1, 2, 3, 7, 100])
+@pytest.mark.parametrize("lost", [0, 1, 8, 9, 22, 23])
+def test_a_load_ends_before_the_first_part_that_is_lost_however_many_come_at_once(
+    make_store: MakeStore, gridded: Root, together: int, lost: int
+) -> None:
+    tier = DictTier()
+    tier.together = together
+    store = make_store(tiers=[tier], mover=THROUGH)
+    store.open(gridded.model)
+    chain = chain_of(gridded, 12)
+    save_all(store, chain)
+    assert store.flush()
+    store.drop_host()
+    store.match(chain, "load", wait_s=5)
+    keys = chain.part_keys(0, 12, (0, 1))
+    del tier.values[keys[lost]]  # after it was found
+    read: list[PartKey] = []
+    tier.before_read = read.append
+    with store.load("load") as load:
+        for block in load:
+            for part, view in enumerate(block.views):
+                assert bytes(view) == content(chain, block.index, part, len(view))
+        assert load.intact()
+    assert together > 1 or len(read) <= lost + 2, "what follows is of no use"
+    assert load_all(store, chain) == ["host"] * (lost // 2)
+    tier.remove(keys)  # a chain with a hole in it is what `check` would find
+
+
+def test_a_tier_that_yields_other_keys_than_come_next_is_not_believed(make_store: MakeStore, root: Root) -> None:
+    class Astray(DictTier):
+        """Tells of a part that it did not bring, among others that it did."""
+
+        def read(self, into: Mapping[PartKey, memoryview], deadline_s: float) -> Iterator[list[PartKey]]:
+            keys = list(into)
+            for keys_at_once in super().read({key: into[key] for key in keys if key != keys[3]}, deadline_s):
+                yield keys_at_once[:4] + keys_at_once[5:]
+
+    tier = Astray()
+    tier.together = 100
+    store = make_store(tiers=[tier], mover=THROUGH)
+    chain = chain_of(root, 9)
+    save_all(store, chain)
+    assert store.flush()
+    store.drop_host()
+    assert load_all(store, chain) == ["dict"] * 3
+
+
+def test_a_consumer_that_takes_its_time_over_blocks_that_came_at_once_keeps_its_lease(
+    make_store: MakeStore, root: Root, clock: FakeClock
+) -> None:
+    tier = DictTier()
+    store = make_store(tiers=[tier], mover=THROUGH, request={"lease_s": 10})
+    chain = chain_of(root, 9)
+    save_all(store, chain)
+    assert store.flush()
+    store.drop_host()
+    store.match(chain, "load", wait_s=5)
+    leases: LeaseBook = store._leases
+    with store.load("load") as load:
+        load.wait_for(8)  # they are all there
+        for block in load:
+            assert bytes(block.views[0]) == content(chain, block.index, 0, len(block.views[0]))
+            clock.time_s += 6
+            assert leases.expire(clock.now_s()) == 0
+        assert load.intact()
+    assert block.index == 8
+
+
+@pytest.mark.parametrize("how", ["late", "taken"])
+def test_blocks_that_came_at_once_are_handed_out_no_more_once_the_lease_ended(
+    make_store: MakeStore, root: Root, clock: FakeClock, how: str
+) -> None:
+    tier = DictTier()
+    store = make_store(tiers=[tier], mover=THROUGH, request={"lease_s": 10})
+    chain = chain_of(root, 9)
+    save_all(store, chain)
+    assert store.flush()
+    store.drop_host()
+    store.match(chain, "load", wait_s=5)
+    leases: LeaseBook = store._leases
+    with store.load("load") as load:
+        load.wait_for(8)
+        blocks = iter(load)
+        assert [next(blocks).index for _ in range(3)] == [0, 1, 2]
+        if how == "late":
+            clock.time_s += 11
+        leases.expire(clock.now_s() + (0 if how == "late" else 100))
+        assert list(blocks) == []
+        assert not load.intact()
 
 
 def test_parts_written_by_two_ranks_make_one_block(make_store: MakeStore, gridded: Root) -> None:

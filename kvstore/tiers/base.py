@@ -54,11 +54,12 @@ class Tier(ABC):
         """Presence of each key, as far as known without reading values."""
 
     @abstractmethod
-    def read(self, into: Mapping[PartKey, memoryview], deadline_s: float) -> Iterator[PartKey]:
-        """Fill buffers in mapping order; yield each key once its buffer is filled and verified.
+    def read(self, into: Mapping[PartKey, memoryview], deadline_s: float) -> Iterator[Sequence[PartKey]]:
+        """Fill buffers in mapping order; yield keys once their buffers are filled and verified.
 
-        Keys that are missing or corrupt are skipped. Once the iterator ends, is closed, or raises, by time-out
-        included, nothing writes to `into` any more. Buffers of keys not yielded hold garbage.
+        Those that came together are yielded together, one at least: of small parts, a key at a time costs more than
+        receiving it. Keys that are missing or corrupt are skipped. Once the iterator ends, is closed, or raises, by
+        time-out included, nothing writes to `into` any more. Buffers of keys not yielded hold garbage.
         """
 
     @abstractmethod

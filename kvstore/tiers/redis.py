@@ -204,10 +204,10 @@ class RedisTier(Tier):
                 found = present(wire, self._names, keys, deadline, by_stripe=False)
         return self._locked.without(keys, found)
 
-    def read(self, into: Mapping[PartKey, memoryview], deadline_s: float) -> Iterator[PartKey]:
+    def read(self, into: Mapping[PartKey, memoryview], deadline_s: float) -> Iterator[list[PartKey]]:
         return self._read(into, time.monotonic() + deadline_s)
 
-    def _read(self, into: Mapping[PartKey, memoryview], deadline: float) -> Iterator[PartKey]:
+    def _read(self, into: Mapping[PartKey, memoryview], deadline: float) -> Iterator[list[PartKey]]:
         if not into:
             return
         damaged: list[PartKey] = []
@@ -215,17 +215,17 @@ class RedisTier(Tier):
         last: PartKey | None = None
         try:
             if self._cluster is not None:
-                for key in self._cluster.read(into, deadline, damaged, counts):
-                    last = key
-                    yield key
+                for keys in self._cluster.read(into, deadline, damaged, counts):
+                    last = keys[-1]
+                    yield keys
                 return
             with self._nodes.of_stripe(0, deadline).loads.lease(deadline) as wire:
                 took_s = 0.0  # without what the caller does between two values
                 began_s = time.perf_counter()
-                for key in self._reader.read(wire, into, deadline, damaged, counts):
+                for keys in self._reader.read(wire, into, deadline, damaged, counts):
                     took_s += time.perf_counter() - began_s
-                    last = key
-                    yield key
+                    last = keys[-1]
+                    yield keys
                     began_s = time.perf_counter()
                 took_s += time.perf_counter() - began_s
             self._codec.link.received(counts.read_bytes - counts.decoded_saved_bytes, took_s - counts.decode_s)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from queue import SimpleQueue
 
 from kvstore.block import PartKey
@@ -60,7 +61,7 @@ class _NodeRead:
                     reading = reader.read(
                         wire, self.into, deadline, self.damaged, self.counts, lambda key, to: self._say(_Moved(key, to))
                     )
-                    for key in reading:
+                    for key in chain.from_iterable(reading):
                         self._say(key)
                     self._adopt(None)
                 except (ProtocolBroken, OSError):
@@ -177,7 +178,7 @@ class ClusterBatches:
 
     def read(
         self, into: Mapping[PartKey, memoryview], deadline: float, damaged: list[PartKey], counts: Counts
-    ) -> Generator[PartKey, None, None]:
+    ) -> Generator[list[PartKey], None, None]:
         """As `Tier.read`: keys in mapping order, whichever node is ahead."""
         keys = list(into)
         shares = self._nodes.split([self._names.stripe(key) for key in keys], deadline)
@@ -209,7 +210,7 @@ class ClusterBatches:
         deadline: float,
         damaged: list[PartKey],
         counts: Counts,
-    ) -> Iterator[PartKey]:
+    ) -> Iterator[list[PartKey]]:
         for key in keys:
             outcome = by_key[key].outcome(key)
             if isinstance(outcome, TierError):
@@ -218,11 +219,11 @@ class ClusterBatches:
             if isinstance(outcome, _Moved):
                 yield from self._read_elsewhere(outcome, into[key], deadline, damaged, counts)
             elif outcome is not None:
-                yield key
+                yield [key]
 
     def _read_elsewhere(
         self, moved: _Moved, buffer: memoryview, deadline: float, damaged: list[PartKey], counts: Counts
-    ) -> Iterator[PartKey]:
+    ) -> Iterator[list[PartKey]]:
         if not moved.to.asking:
             self._nodes.learn(moved.to)
         with self._nodes.at(moved.to.address).loads.lease(deadline) as wire:

@@ -2,14 +2,16 @@
 """Values out of Redis: received straight into the caller's buffers, verified before anybody sees them.
 
 Values that look alike are received and hashed by a thread in C (`kvstore/_receive.c`), which also asks for the next
-ones; here their headers are verified, and the caller makes use of them, while more come in. The rest go one by one:
-odd ones, sealed ones, those that come by TLS, and all where the C loops were not built. One by one a value is received
-in one go and then hashed: in steps between receives it was slower, since each step lets the socket run dry.
+ones; here their headers are verified, some at a time (`kvstore/_frame.c`), and the caller makes use of them, while more
+come in. The rest go one by one: odd ones, sealed ones, those that come by TLS, and all where the C loops were not
+built. One by one a value is received in one go and then hashed: in steps between receives it was slower, since each
+step lets the socket run dry.
 """
 
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields
@@ -18,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from kvstore.block import PartKey
 from kvstore.codecs import CODECS, Codec
+from kvstore.native import Asked, Receiving
 from kvstore.tiers.redis_names import Names
 from kvstore.tiers.redis_nodes import Redirection, redirection
 from kvstore.tiers.redis_sealed import Locked
@@ -32,7 +35,11 @@ _AHEAD_BYTES = 4 << 20
 """Values asked for beyond the one being received: enough to hide a round trip, little for the server to hold."""
 _MAX_AHEAD = 64
 _RUN_BYTES = _AHEAD_BYTES // 2
-"""Small values are asked for so many bytes at a time, and looked at so many at a time."""
+"""Small values are asked for so many bytes at a time."""
+_LEAST_GROUP_BYTES = 1 << 20
+_MOST_GROUP_BYTES = 8 << 20
+"""Values of a run are looked at, and handed on, so many bytes at a time; first and last ones in small groups. Each
+group wakes this thread and the caller's, while all cores are busy sending and receiving."""
 _RAW_ID = CODECS.load("raw").wire_id
 
 
@@ -148,7 +155,7 @@ class Reader:
         damaged: list[PartKey],
         counts: Counts,
         moved: Callable[[PartKey, Redirection], None] | None = None,
-    ) -> Iterator[PartKey]:
+    ) -> Iterator[list[PartKey]]:
         """As `Tier.read`, over a lent wire. Keys to remove go to `damaged`, numbers to `counts`.
 
         `moved` is told of keys that lie on another node of a Cluster; they are not there for this read.
@@ -159,13 +166,12 @@ class Reader:
             ahead.keep_up(position, deadline)
             first = position
             with closing(self._receive_run(wire, ahead, first, deadline, damaged, counts)) as run:
-                for arrived in run:
-                    key, buffer = ahead.parts[position]
-                    position += 1
-                    if arrived:
-                        counts.read_blocks += 1
-                        counts.read_bytes += len(buffer)
-                        yield key
+                for num_values, keys in run:
+                    if keys:
+                        counts.read_blocks += len(keys)
+                        counts.read_bytes += len(keys) * len(ahead.parts[position][1])
+                        yield keys
+                    position += num_values
             if position > first:
                 continue
             key, buffer = ahead.parts[position]
@@ -181,7 +187,7 @@ class Reader:
             if arrived:
                 counts.read_blocks += 1
                 counts.read_bytes += len(buffer)
-                yield key
+                yield [key]
 
     def _receive_run(
         self,
@@ -191,8 +197,8 @@ class Reader:
         deadline: float,
         damaged: list[PartKey],
         counts: Counts,
-    ) -> Generator[bool, None, None]:
-        """Of each value that looks like the one before whether it is the part asked for, up to one that does not.
+    ) -> Generator[tuple[int, list[PartKey]], None, None]:
+        """Of values that look like the one before, up to one that does not: how many came, and which are sound parts.
 
         None come where they cannot be received like this.
         """
@@ -211,19 +217,38 @@ class Reader:
         if receiving is None:
             ahead.ran(0)
             return
-        step = max(1, _RUN_BYTES // shape.length)
-        seen = 0
+        seen, step = 0, max(1, _LEAST_GROUP_BYTES // shape.length)
         try:
             while (until := receiving.wait(min(len(run), seen + step))) > seen:
-                for number in range(seen, until):
-                    yield self._is_asked_for(*receiving.value(number), *run[number], damaged, counts)
-                seen = until
+                yield until - seen, self._sound(receiving, seen, run[seen:until], damaged, counts)
+                seen, step = until, _next_step(step, len(run) - until, shape.length)
         finally:
             num_asked, failure = wire.end_run(receiving)
             ahead.num_asked = max(ahead.num_asked, position + num_asked)
             ahead.ran(seen)
         if failure is not None:
             raise failure
+
+    def _sound(
+        self,
+        receiving: Receiving,
+        first: int,
+        parts: Sequence[tuple[PartKey, memoryview]],
+        damaged: list[PartKey],
+        counts: Counts,
+    ) -> list[PartKey]:
+        """Which of the values that arrived, from number `first` on, are the parts asked for."""
+        keys = [key for key, _ in parts]
+        blocks = b"".join([key.block for key in keys])
+        asked = Asked(keys[0].root, blocks, array("I", [key.part for key in keys]), _RAW_ID)
+        sound = receiving.sound(first, asked)
+        if sound.count(1) == len(keys):
+            return keys
+        return [
+            key
+            for number, (is_sound, (key, buffer)) in enumerate(zip(sound, parts, strict=True), first)
+            if is_sound or self._is_asked_for(*receiving.value(number), key, buffer, damaged, counts)
+        ]
 
     def _is_asked_for(
         self, head: bytes, xxh3: int, key: PartKey, buffer: memoryview, damaged: list[PartKey], counts: Counts
@@ -350,6 +375,12 @@ class Reader:
         if codec is None or num_bytes >= raw_bytes or not told.item_bytes:
             raise FrameError(f"codec {told.codec_id} is not known here, or saves nothing")
         return codec
+
+
+def _next_step(step: int, num_left: int, num_bytes: int) -> int:
+    """How many values of `num_bytes` to wait for after a group of `step`, of `num_left` in all."""
+    most, least = _MOST_GROUP_BYTES // num_bytes, _LEAST_GROUP_BYTES // num_bytes
+    return max(1, min(most, 2 * step, max(least, num_left // 4)))
 
 
 def _whole_header(wire: Wire, head: bytes, deadline: float) -> bytes:

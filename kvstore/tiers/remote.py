@@ -100,15 +100,15 @@ class RemoteTier(Tier):
         self._note({key.block for key, found in there.items() if found})
         return [there[key] for key in keys]
 
-    def read(self, into: Mapping[PartKey, memoryview], deadline_s: float) -> Iterator[PartKey]:
+    def read(self, into: Mapping[PartKey, memoryview], deadline_s: float) -> Iterator[list[PartKey]]:
         return self._read(into, time.monotonic() + deadline_s)
 
-    def _read(self, into: Mapping[PartKey, memoryview], deadline: float) -> Iterator[PartKey]:
+    def _read(self, into: Mapping[PartKey, memoryview], deadline: float) -> Iterator[list[PartKey]]:
         counts = Counts()
         try:
             for root, parts, blocks in _runs(into):
                 for block, part in self._peer.fetch(root, blocks, parts, self._left_s(deadline), counts):
-                    yield PartKey(root, block, part)
+                    yield [PartKey(root, block, part)]
         finally:
             self._count(asdict(counts))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import chain
 
 from kvstore.block import BlockId, BlockMeta, Chain, PartKey, Root
 from kvstore.layout import layout_of
@@ -58,7 +59,7 @@ class Content:
         """Keys the tier delivers, each held against what was written."""
         into = self.buffers()
         delivered = []
-        for key in tier.read(into, deadline_s):
+        for key in chain.from_iterable(tier.read(into, deadline_s)):
             assert into[key] == self.parts[key], "wrong bytes were delivered as right ones"
             delivered.append(key)
         return delivered

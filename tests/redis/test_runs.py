@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from itertools import chain
 
 import pytest
 
@@ -70,12 +71,27 @@ def flipped(value: bytes, at: int) -> bytes:
     return value[:at] + bytes([value[at] ^ 1]) + value[at + 1 :]
 
 
+def forged(value: bytes, at: int) -> bytes:
+    """The value with another byte in its header, of which the header's checksum knows."""
+    size = frame.measure(value)
+    return frame.with_checksum(flipped(value[: size - 8], at)) + value[size:]
+
+
 HARM: dict[str, Callable[[bytes], bytes]] = {
     "nil": lambda value: b"$-1\r\n",
     "another type": lambda value: b"-WRONGTYPE it is a list\r\n",
     "a flipped bit": lambda value: bulk(flipped(value, len(value) - 7)),
     "a flipped header": lambda value: bulk(flipped(value, 150)),
     "no magic": lambda value: bulk(flipped(value, 0)),
+    "forged tokens": lambda value: bulk(forged(value, 200)),
+    "another parent": lambda value: bulk(forged(value, 112)),
+    "another cell": lambda value: bulk(forged(value, 8)),
+    "another root": lambda value: bulk(forged(value, 79)),
+    "another block": lambda value: bulk(forged(value, 80)),
+    "another checksum": lambda value: bulk(forged(value, 47)),
+    "another length": lambda value: bulk(forged(value, 32)),
+    "another codec": lambda value: bulk(forged(value, 6)),
+    "another version": lambda value: bulk(forged(value, 5)),
     "another part": lambda value: bulk(value_of(999)[1]),
     "shorter": lambda value: bulk(value[:-1]),
     "empty": lambda value: b"$0\r\n\r\n",
@@ -95,8 +111,22 @@ def replies_with(harm: Sequence[str | None]) -> tuple[bytes, dict[PartKey, bytes
     return replies, expected
 
 
+def delivered(
+    wire: Wire,
+    into: dict[PartKey, memoryview],
+    deadline: float,
+    damaged: list[PartKey] | None = None,
+    counts: Counts | None = None,
+    names: Names | None = None,
+) -> Iterator[PartKey]:
+    """Keys in the order in which a reader delivers them."""
+    reader = Reader(names or Names(16), Locked(), None)
+    damaged = [] if damaged is None else damaged
+    return chain.from_iterable(reader.read(wire, into, deadline, damaged, counts or Counts()))
+
+
 def read_onto(arrived: list[PartKey], wire: Wire, into: dict[PartKey, memoryview], deadline: float) -> None:
-    for key in Reader(Names(16), Locked(), None).read(wire, into, deadline, [], Counts()):
+    for key in delivered(wire, into, deadline):
         arrived.append(key)  # not list(): an error leaves those before it
 
 
@@ -126,7 +156,7 @@ def test_a_harmed_value_among_others_is_a_miss_and_the_others_arrive(
         thread.start()
     else:
         thread = drip(theirs, replies, random.Random(seed))
-    arrived = list(Reader(Names(16), Locked(), None).read(wire, into, soon(20), damaged, counts))
+    arrived = list(delivered(wire, into, soon(20), damaged, counts))
     thread.join()
     assert arrived == [key for key, payload in expected.items() if payload is not None]
     assert all(into[key] == expected[key] for key in arrived)
@@ -135,6 +165,25 @@ def test_a_harmed_value_among_others_is_a_miss_and_the_others_arrive(
     assert wire.in_step()
     if isinstance(stream, Many) and native.receives:
         assert stream.num_values > NUM_PARTS // 4
+
+
+def test_headers_too_long_to_be_verified_in_c_are_verified_each_by_its_own(
+    ends: tuple[socket.socket, socket.socket],
+) -> None:
+    ours, theirs = ends
+    values = [value_of(number, num_extra=5000) for number in range(300)]  # several groups of them
+    replies = b"".join(
+        bulk(value if number != FLIPPED else flipped(value, 300)) for number, (_, value, _) in enumerate(values)
+    )
+    into = {key: memoryview(bytearray(NUM_BYTES)) for key, _, _ in values}
+    thread = threading.Thread(target=theirs.sendall, args=(replies,))
+    thread.start()
+    damaged: list[PartKey] = []
+    arrived = list(delivered(Wire(PlainStream(ours)), into, soon(20), damaged))
+    thread.join()
+    assert damaged == [values[FLIPPED][0]]
+    assert arrived == [key for key in into if key not in damaged]
+    assert all(into[key] == payload for key, _, payload in values if key not in damaged)
 
 
 @pytest.mark.parametrize("cut", [3, 150, 400, 2000])
@@ -191,7 +240,7 @@ def test_who_waits_for_many_values_goes_on_when_the_wire_is_aborted(
     timer.start()
     began = time.monotonic()
     with pytest.raises(ProtocolBroken):
-        list(Reader(Names(16), Locked(), None).read(wire, into, soon(10), [], Counts()))
+        list(delivered(wire, into, soon(10)))
     assert time.monotonic() - began < 5
     timer.join()
 
@@ -224,7 +273,7 @@ def test_a_checksum_taken_while_receiving_is_that_of_the_whole_payload(
     into = {key: memoryview(bytearray(num_bytes)) for key in payloads}
     stream = Many(ours)
     thread = drip(theirs, replies, random.Random(num_bytes))
-    arrived = list(Reader(Names(16), Locked(), None).read(Wire(stream), into, soon(20), [], Counts()))
+    arrived = list(delivered(Wire(stream), into, soon(20)))
     thread.join()
     assert arrived == [key for number, key in enumerate(payloads) if number != FLIPPED]
     assert all(into[key] == payloads[key] for key in arrived)
@@ -241,7 +290,7 @@ def test_who_stops_among_many_values_leaves_no_thread_that_writes_to_the_buffers
     half = len(replies) // 2
     theirs.sendall(replies[:half])
     reading = Reader(Names(16), Locked(), None).read(wire, into, soon(10), [], Counts())
-    assert next(reading) == next(iter(expected))
+    assert next(reading) == [next(iter(expected))]
     began = time.monotonic()
     reading.close()
     assert time.monotonic() - began < 5
@@ -277,7 +326,7 @@ def test_values_are_asked_for_a_bounded_number_ahead(ends: tuple[socket.socket, 
 
     thread = threading.Thread(target=serve)
     thread.start()
-    arrived = list(Reader(Names(16), Locked(), None).read(Wire(PlainStream(ours)), into, soon(20), [], Counts()))
+    arrived = list(delivered(Wire(PlainStream(ours)), into, soon(20)))
     thread.join()
     assert arrived == list(into)
     assert 2 <= most_ahead[0] <= 6
@@ -307,7 +356,7 @@ def test_values_of_which_no_two_are_alike_cost_no_more_each_the_more_there_are(
     names = CountedNames(16)
     thread = threading.Thread(target=theirs.sendall, args=(replies,))
     thread.start()
-    arrived = list(Reader(names, Locked(), None).read(Wire(stream(ours)), into, soon(20), [], Counts()))
+    arrived = list(delivered(Wire(stream(ours)), into, soon(20), names=names))
     thread.join()
     assert arrived == list(payloads)
     assert all(into[key] == payloads[key] for key in arrived)

@@ -80,7 +80,7 @@ def test_each_tier_has_histograms_of_its_lookups_reads_and_writes(
             clock.time_s += 0.02
             return super().contains(keys, deadline_s)
 
-        def read(self, into: Mapping[PartKey, memoryview], deadline_s: float) -> Iterator[PartKey]:
+        def read(self, into: Mapping[PartKey, memoryview], deadline_s: float) -> Iterator[list[PartKey]]:
             clock.time_s += 0.2
             yield from super().read(into, deadline_s)
 
