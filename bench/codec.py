@@ -114,7 +114,7 @@ class Arm:
         began = time.perf_counter()
         written = self.tier.write(self._parts, self._meta, _DEADLINE_S)
         wrote = time.perf_counter()
-        read = list(self.tier.read(self._into, _DEADLINE_S))
+        read = [key for keys in self.tier.read(self._into, _DEADLINE_S) for key in keys]
         ended = time.perf_counter()
         if len(written) != len(self._parts) or len(read) != len(self._parts) or self._into != self._parts:
             raise RuntimeError(f"{self.name}: not all bytes came back as they were")
