@@ -74,6 +74,7 @@ def test_fault_strikes_once_and_no_byte_of_it_is_believed(
     with FaultProxy(own_server.unix_url.removeprefix("unix://")) as proxy:
         tier = make_tier(proxy.url, healthy=False)
         assert content.read(tier) == content.keys
+        assert tier.settle(DEADLINE_S)  # its first look at the server must not be what the fault strikes
         proxy.arm(Fault(kind, 2, 5, 0.05))
         delivered = []
         with suppress(TierTimeout, TierUnavailable):
