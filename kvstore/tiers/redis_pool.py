@@ -247,10 +247,13 @@ class Connections:
             self._free -= 1
 
     def _give_place(self, wire: Wire | None, era: int | None) -> None:
-        """Take a wire back, to be lent again where it has an era."""
+        """Take a wire back, to be lent again where no failure came after its era, which is None for one that is spoilt.
+
+        A call can outlast a failover: its wire, to a primary that is one no more, would lie here unused and open.
+        """
         with self._changed:
             self._free += 1
-            if wire is not None and era is not None and not self._closed:
+            if wire is not None and era == self._breaker.num_failures and not self._closed:
                 self._idle.append((era, wire))
                 wire = None
             self._changed.notify()

@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import redis
 
 from kvstore.api import NO_HINT
 from kvstore.block import Chain, Root
@@ -24,6 +25,8 @@ from kvstore.config import StoreConfig
 from kvstore.errors import TierError, TierUnavailable
 from kvstore.store import KVStore
 from kvstore.tiers.redis import RedisTier
+from kvstore.tiers.redis_pool import Breaker, Connections
+from kvstore.tiers.valkey import EmbeddedServer
 from tests.redis.cluster import until
 from tests.redis.conftest import MakeTier
 from tests.redis.content import DEADLINE_S, Content
@@ -333,3 +336,20 @@ def test_a_replica_is_off_until_it_is_promoted(pair: Pair, make_tier: MakeTier, 
     assert tier.stats.get("redis.available") == 0
     pair.replica.client.replicaof("NO", "ONE")
     works(tier, content)
+
+
+def test_a_call_that_outlasts_a_failure_leaves_no_connection_behind(own_server: EmbeddedServer) -> None:
+    breaker = Breaker(0)
+    connections = Connections(own_server.url, 2, CONNECT_S, breaker)
+    with redis.Redis.from_url(own_server.url) as client:
+
+        def num_open() -> int:
+            return len(client.client_list(_type="normal")) - 1
+
+        with connections.lease(time.monotonic() + CALL_S):
+            assert num_open() == 1
+        assert num_open() == 1  # kept, to be lent again
+        with connections.lease(time.monotonic() + CALL_S):
+            breaker.failed(TierUnavailable("redis", "said another call"))
+        until(lambda: num_open() == 0)
+    connections.close()
