@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
@@ -87,10 +88,15 @@ def _three(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
+_FILE_COLUMNS = 200
+"""Of a table that goes to a file or a pipe, which says no width."""
+
+
 def print_table(title: str, rows: Sequence[Row], columns: Sequence[str], console: Console | None = None) -> None:
     """Print rows as a text table with the given columns; a missing cell shows a dash.
 
-    Where the console is narrow, texts go on in the next line; nothing is cut off.
+    Where the console is narrow, texts go on in the next line; nothing is cut off. In a file, lines are as long as they
+    need be.
     """
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in columns:
@@ -98,7 +104,7 @@ def print_table(title: str, rows: Sequence[Row], columns: Sequence[str], console
         table.add_column(column, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
     for row in rows:
         table.add_row(*(shown(column, row.get(column)) for column in columns))
-    (console or Console()).print(table)
+    (console or Console(width=None if sys.stdout.isatty() else _FILE_COLUMNS)).print(table)
 
 
 # --- plots -----------------------------------------------------------------------
