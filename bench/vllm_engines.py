@@ -155,10 +155,9 @@ class Sidecar:
             time.sleep(0.05)
 
     def cpu_s(self) -> float:
-        """CPU that its threads have had so far."""
+        """CPU that it has had so far, threads that ended included."""
         assert self._process is not None
-        tasks = Path(f"/proc/{self._process.pid}/task").iterdir()
-        return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+        return time.clock_gettime(~self._process.pid << 3 | 2)  # clock_getcpuclockid(3), which Python lacks
 
     def end(self) -> None:
         """Let it finish what it writes to Redis, and go."""

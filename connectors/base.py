@@ -217,24 +217,28 @@ class CostModel:
             return None
         return min(limit_s, gain_s)
 
-    def plan_partial(self, match: Match, stop: int, prompt_tokens: int) -> bool:
+    def plan_partial(self, match: Match, stop: int, prompt_tokens: int, *, have: int = 0) -> bool:
         """Whether to ask for the beginning of one block more, where `stop` blocks are to be loaded.
 
-        Not where blocks of lower tiers follow, nor where not even as much as could be found would be worth it.
+        Not where blocks of lower tiers follow, nor where not even as much as could be found would be worth it. `have`:
+        see `is_worth_block`.
         """
         rest = prompt_tokens - 1 - stop * self.block_tokens
         if stop < match.num_blocks or match.num_blocks > match.num_host_blocks:
             return False
-        return self.is_worth_block(stop, prompt_tokens, min(rest, self.block_tokens))
+        return self.is_worth_block(stop, prompt_tokens, min(rest, self.block_tokens - 1), have=have)
 
-    def is_worth_block(self, stop: int, prompt_tokens: int, num_tokens: int) -> bool:
-        """Whether the first `num_tokens` of the block after `stop` others are worth loading a whole block."""
-        past = stop * self.block_tokens
-        if num_tokens < 1 or self.rule is LoadRule.ALWAYS:
-            return num_tokens > 0
-        if num_tokens < _FEWEST_TOKENS:
+    def is_worth_block(self, stop: int, prompt_tokens: int, num_tokens: int, *, have: int = 0) -> bool:
+        """Whether the first `num_tokens` of the block after `stop` others are worth loading a whole block.
+
+        `have`: so many of these tokens the engine has already.
+        """
+        past, gained = stop * self.block_tokens, num_tokens - have
+        if gained < 1 or self.rule is LoadRule.ALWAYS:
+            return gained > 0
+        if gained < _FEWEST_TOKENS:
             return False
-        whole_s = self._rest_s(prompt_tokens, stop)
+        whole_s = self.prefill_s(prompt_tokens - past - have, past + have)
         less_s = self.prefill_s(prompt_tokens - past - num_tokens, past + num_tokens)
         return whole_s is None or less_s is None or self.load_s(HOST_TIER, 1) < whole_s - less_s
 

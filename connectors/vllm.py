@@ -236,6 +236,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 self._link.store,
                 self._link.share,
                 num_ranks=vllm_config.parallel_config.world_size,
+                may_be_alone=vllm_config.parallel_config.data_parallel_size == 1,
             )
 
     @property

@@ -128,7 +128,11 @@ class Figures:
 
 
 class SchedulerSide:
-    """See the module. `share` makes of a load what a worker's store can take up."""
+    """See the module. `share` makes of a load what a worker's store can take up.
+
+    `may_be_alone` is False where other engines step together with this one, as under data parallelism: whatever waits
+    here delays them.
+    """
 
     def __init__(
         self,
@@ -138,6 +142,7 @@ class SchedulerSide:
         share: Callable[[Load], object],
         *,
         num_ranks: int = 1,
+        may_be_alone: bool = True,
         now_s: Callable[[], float] = time.monotonic,
         adapters: AdapterDigests | None = None,
     ) -> None:
@@ -145,6 +150,7 @@ class SchedulerSide:
         self._store = store
         self._share = share
         self._num_ranks = num_ranks
+        self._may_be_alone = may_be_alone
         self._now_s = now_s
         self._adapters = adapters or AdapterDigests()
         self._roots = Roots(model, settings.secret.encode())
@@ -216,7 +222,7 @@ class SchedulerSide:
             tracked.lower_s = self.cost.plan_ask_s(tracked.request.num_tokens, most_s)
         wait_s = tracked.lower_s
         if wait_s is not None:
-            wait_s = min(wait_s, _ALONE_S) if len(self._tracked) == 1 else 0.0
+            wait_s = min(wait_s, _ALONE_S) if self._may_be_alone and len(self._tracked) == 1 else 0.0
         return self._store.match(chain, tracked.key, hint=self._hint(tracked), wait_s=wait_s)
 
     def _hint(self, tracked: _Tracked) -> Hint:
@@ -252,7 +258,8 @@ class SchedulerSide:
         tracked.num_saved = max(tracked.num_saved, match.num_host_blocks)
         partial_tokens = 0
         if (stop + 1) * self._block_tokens > local_tokens:
-            partial_tokens = self._match_partial(tracked, match, stop)
+            have = max(0, local_tokens - stop * self._block_tokens)
+            partial_tokens = self._match_partial(tracked, match, stop, have)
         tokens = stop * self._block_tokens + partial_tokens - local_tokens
         stop += bool(partial_tokens)
         if stop <= start or tokens <= 0:
@@ -266,14 +273,14 @@ class SchedulerSide:
         )
         return tokens, not tracked.in_step
 
-    def _match_partial(self, tracked: _Tracked, match: Match, stop: int) -> int:
-        """Tokens after `stop` blocks that the beginning of another chain's block brings."""
+    def _match_partial(self, tracked: _Tracked, match: Match, stop: int, have: int) -> int:
+        """Tokens after `stop` blocks that the beginning of another chain's block brings; the engine has `have`."""
         num_tokens = tracked.request.num_tokens
-        if not self.cost.plan_partial(match, stop, num_tokens):
+        if not self.cost.plan_partial(match, stop, num_tokens, have=have):
             return 0
         found: int = self.fail_open.call(lambda: self._store.match_partial(tracked.key), 0)
         found = min(found, num_tokens - 1 - stop * self._block_tokens)
-        return found if self.cost.is_worth_block(stop, num_tokens, found) else 0
+        return found if self.cost.is_worth_block(stop, num_tokens, found, have=have) else 0
 
     def _forget(self, tracked: _Tracked) -> None:
         self.fail_open.call(lambda: self._store.forget(tracked.key), None)
@@ -450,12 +457,12 @@ class SchedulerSide:
         for request_id, done in report.loads.items():
             loading = self._loading.get(request_id)
             if loading is None:
-                self._note_load(request_id, done, stop=None)
+                self._note_load(request_id, done, start=0, stop=None)
                 continue
             loading.report = done if loading.report is None else loading.report.joined(done)
             if loading.report.num_ranks >= self._num_ranks:
                 del self._loading[request_id]
-                self._note_load(request_id, loading.report, stop=loading.stop)
+                self._note_load(request_id, loading.report, start=loading.start, stop=loading.stop)
                 self._note_saved(loading, loading.report)
                 self.fail_open.call(loading.load.close, None)
         for request_id, block in report.unsaved.items():
@@ -465,7 +472,7 @@ class SchedulerSide:
         for name, value in report.counts.items():
             self.figures.add(name, value)
 
-    def _note_load(self, request_id: str, done: LoadReport, *, stop: int | None) -> None:
+    def _note_load(self, request_id: str, done: LoadReport, *, start: int, stop: int | None) -> None:
         for tier, num_bytes in done.num_bytes.items():
             self.cost.seen_load(tier, num_bytes // self._num_ranks, done.seconds.get(tier, 0.0))
             self.figures.add(f"loaded_bytes.{tier}", num_bytes)
@@ -476,7 +483,10 @@ class SchedulerSide:
             self.figures.add("failed_loads")
         if tracked is not None:
             tracked.gave_up = tracked.gave_up or failed
-            tracked.num_saved = min(tracked.num_saved, done.stop) if failed else tracked.num_saved
+        if tracked is not None and failed:
+            # Where nothing came of it, what it hangs from may be gone from the store as well, and is saved again.
+            brought = stop is not None and done.stop > start
+            tracked.num_saved = min(tracked.num_saved, done.stop if brought else 0)
 
     def _note_saved(self, loading: _Loading, done: LoadReport) -> None:
         """Tell the store what a load was good for."""

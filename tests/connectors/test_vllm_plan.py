@@ -100,16 +100,30 @@ class FakePages:
 class Bench:
     """Both sides over one store, driven as an engine drives them."""
 
-    def __init__(self, store: FakeStore | None = None, *, num_ranks: int = 1, **settings: Any) -> None:
+    def __init__(
+        self,
+        store: FakeStore | None = None,
+        *,
+        model: ModelId = MODEL,
+        num_ranks: int = 1,
+        may_be_alone: bool = True,
+        **settings: Any,
+    ) -> None:
         self.store = store or FakeStore()
         self.clock = FakeClock()
-        made = VllmSettings.of({"block_tokens": BLOCK, "load_rule": "always", **settings})
+        made = VllmSettings.of({"block_tokens": model.block_tokens, "load_rule": "always", **settings})
         self.side = SchedulerSide(
-            made, MODEL, self.store, lambda load: load, num_ranks=num_ranks, now_s=self.clock.now_s
+            made,
+            model,
+            self.store,
+            lambda load: load,
+            num_ranks=num_ranks,
+            may_be_alone=may_be_alone,
+            now_s=self.clock.now_s,
         )
         self.pages = FakePages()
         self.worker = WorkerSide(
-            made, MODEL, self.store, lambda load: cast(Load, load), self.pages, now_s=self.clock.now_s
+            made, model, self.store, lambda load: cast(Load, load), self.pages, now_s=self.clock.now_s
         )
 
     def pages_for(self, request: FakeRequest) -> list[int]:
@@ -363,18 +377,48 @@ def test_a_match_waits_for_lower_tiers_only_while_its_request_is_the_only_one() 
 
 
 def test_a_few_tokens_that_another_prompt_begins_with_by_chance_are_computed() -> None:
-    bench = Bench(load_rule="measured")
-    for number, found in enumerate((1, 15, 16)):
+    bench = Bench(load_rule="measured", model=replace(MODEL, block_tokens=64))
+    for number, (found, local, brings) in enumerate(((1, 0, 0), (15, 0, 0), (16, 0, 16), (40, 32, 0), (40, 16, 24))):
         bench.store.similar = found
-        request = FakeRequest(f"r{number}", tokens(40, number))
-        assert bench.side.match(request, 0) == (found if found >= 16 else 0, False)
+        request = FakeRequest(f"r{number}", tokens(100, number))
+        assert bench.side.match(request, local) == (brings, False)
         bench.side.ended(request, [])
-    assert bench.store.calls.count("match_partial") == 3
+    assert bench.store.calls.count("match_partial") == 5
     bench.store.calls.clear()
-    short = FakeRequest("short", tokens(16))
-    assert bench.side.match(short, 0) == (0, False)
-    assert "match_partial" not in bench.store.calls, "where not enough could be found, nobody is asked"
-    bench.side.ended(short, [])
+    for request, local in ((FakeRequest("short", tokens(16)), 0), (FakeRequest("most of it", tokens(100)), 48)):
+        assert bench.side.match(request, local) == (0, False)
+        assert "match_partial" not in bench.store.calls, "where not enough could be found, nobody is asked"
+        bench.side.ended(request, [])
+    bench.close()
+
+
+def test_who_steps_together_with_other_engines_never_waits_as_if_alone() -> None:
+    bench = Bench(may_be_alone=False)
+    request = FakeRequest("r", tokens(120))
+    bench.side.match(request, 0)
+    assert bench.store.waits == [0]
+    bench.side.ended(request, [])
+    bench.close()
+
+
+def test_blocks_below_a_load_that_brought_nothing_are_saved_again() -> None:
+    bench = Bench()
+    prompt = tokens(120)
+    bench.fill(prompt)
+    request = FakeRequest("r", prompt)
+    local = 3 * BLOCK
+    assert bench.side.match(request, local) == (4 * BLOCK, False)
+    bench.store.faults.failing.add("load")
+    bench.side.allocated(request, bench.pages_for(request), 4 * BLOCK)
+    bench.step()
+    bench.report()
+    bench.store.faults.failing.clear()
+    bench.clock.time_s += 60  # the store is asked again
+    request.num_computed_tokens = local
+    orders = bench.step((request, 120 - local))
+    assert [(order.start, order.stop) for order in orders.saves] == [(0, 7)]
+    bench.side.ended(request, bench.pages_for(request))
+    bench.report()
     bench.close()
 
 
