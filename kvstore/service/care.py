@@ -97,7 +97,7 @@ class Care:
         def may_see(root: RootId) -> bool:
             if chain is not None:
                 return root == chain.root.id
-            return (rights.salts is None and rights.models is None) or self._roots.allows(rights, root)
+            return rights.sees_all or self._roots.allows(rights, root)
 
         infos = self._store.inspect(ids[:_MAX_INFOS], may_see)
         if chain is not None:

@@ -62,7 +62,7 @@ def follow(
 
 @dataclass(slots=True)
 class _Place:
-    """How far one has got: after event `sequence` of the server's start `boot_id`, where one can go on from there."""
+    """How far one has got: after event `sequence` of what `boot_id` stands for, where one can go on from there."""
 
     boot_id: bytes = b""
     sequence: int = 0

@@ -64,6 +64,11 @@ class Rights:
     admin: bool = False
     quota_bytes: int | None = None
 
+    @property
+    def sees_all(self) -> bool:
+        """Whether no namespace is out of reach."""
+        return self.salts is None and self.models is None
+
     def allows(self, root: Root) -> bool:
         """Whether chains under `root` may be used."""
         return (self.salts is None or root.salt in self.salts) and self.may_open(root.model)
@@ -167,7 +172,7 @@ class Gate:
         named = [entry for entry in self._entries if entry.uid is not None]
         if not named and not self._options.allowed_uids:
             return None
-        trusted = {entry.uid for entry in named if entry.rights.salts is None and entry.rights.models is None}
+        trusted = {entry.uid for entry in named if entry.rights.sees_all}
         listed = () if named else self._options.allowed_uids
         return frozenset({os.geteuid(), 0, *listed, *(uid for uid in trusted if uid is not None)})
 

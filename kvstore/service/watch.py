@@ -7,6 +7,7 @@ over that time, so that many watchers cost a match little.
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Iterator
 
@@ -15,6 +16,7 @@ import grpc
 from kvstore.block import RootId
 from kvstore.errors import ConfigError
 from kvstore.events import Batch, BlockEvent, EventKind, EventLog, Subscription
+from kvstore.service.rights import Rights
 from kvstore.service.roots import RootBook
 from kvstore.service.session import Session
 from kvstore.service.status import UnknownSession
@@ -55,25 +57,36 @@ class Watch:
         """Replies until the client ends the call, or the server stops."""
         if request.boot_id and len(request.boot_id) != len(self._boot_id):
             raise ConfigError(f"boot_id has {len(request.boot_id)} bytes: give {len(self._boot_id)}, or none")
-        resumes = bool(request.boot_id)
-        if resumes and request.boot_id != self._boot_id:
-            # What happened since lies beyond a restart.
-            yield pb.WatchReply(gap=True, boot_id=self._boot_id)
-            resumes = False
         rights = session.rights
+        start = self._start_of(rights)
+        resumes = bool(request.boot_id)
+        if resumes and request.boot_id != start:
+            # What happened since lies beyond a restart, or was counted under other rights.
+            yield pb.WatchReply(gap=True, boot_id=start)
+            resumes = False
 
         def may_see(root: RootId) -> bool:
-            return (rights.salts is None and rights.models is None) or self._roots.allows(rights, root)
+            return rights.sees_all or self._roots.allows(rights, root)
 
         after = request.after_sequence if resumes else None
         with self._events.subscribe(request.snapshot, may_see, after=after) as subscription:
             begin = subscription.sequence if after is None else after
-            yield pb.WatchReply(sequence=begin, boot_id=self._boot_id)  # says at once that it begins, and where
-            yield from self._replies(session, subscription, context, with_tokens=not request.without_tokens)
+            yield pb.WatchReply(sequence=begin, boot_id=start)  # says at once that it begins, and where
+            with_tokens = not request.without_tokens
+            for batch in self._batches(session, subscription, context):
+                yield _reply(batch, start, with_tokens=with_tokens)
 
-    def _replies(
-        self, session: Session, subscription: Subscription, context: grpc.ServicerContext, *, with_tokens: bool
-    ) -> Iterator[pb.WatchReply]:
+    def _start_of(self, rights: Rights) -> bytes:
+        """What numbers of events hold for: this start of the server, and what may be seen, since only that is counted.
+
+        As long as a boot id, and the boot id itself where everything may be seen.
+        """
+        if rights.sees_all:
+            return self._boot_id
+        seen = [None if names is None else sorted(names) for names in (rights.salts, rights.models)]
+        return hashlib.sha256(self._boot_id + repr(seen).encode()).digest()[: len(self._boot_id)]
+
+    def _batches(self, session: Session, subscription: Subscription, context: grpc.ServicerContext) -> Iterator[Batch]:
         with self._lock:
             number = self._num_begun % _NUM_GROUPS
             self._num_begun += 1
@@ -86,7 +99,7 @@ class Watch:
                     raise UnknownSession("the session has ended: open again")
                 batch = subscription.poll(max_blocks=_MAX_BLOCKS)
                 if batch.events or batch.gap or batch.snapshot_done:
-                    yield self._reply(batch, with_tokens=with_tokens)
+                    yield batch
                     continue
                 seen = self._wait_for_pulse(number, seen)
         finally:
@@ -97,15 +110,6 @@ class Watch:
         with self._lock:
             self._groups[number].wait_for(lambda: self._pulses[number] != seen or self._closing.is_set(), _IDLE_S)
             return self._pulses[number]
-
-    def _reply(self, batch: Batch, *, with_tokens: bool) -> pb.WatchReply:
-        return pb.WatchReply(
-            sequence=batch.sequence,
-            events=[_message(event, with_tokens=with_tokens) for event in batch.events],
-            gap=batch.gap,
-            snapshot_done=batch.snapshot_done,
-            boot_id=self._boot_id,
-        )
 
     def _run(self) -> None:
         """Notice events, and wake the watchers, one group after the other."""
@@ -133,6 +137,16 @@ class Watch:
             for group in self._groups:
                 group.notify_all()
         self._thread.join()
+
+
+def _reply(batch: Batch, start: bytes, *, with_tokens: bool) -> pb.WatchReply:
+    return pb.WatchReply(
+        sequence=batch.sequence,
+        events=[_message(event, with_tokens=with_tokens) for event in batch.events],
+        gap=batch.gap,
+        snapshot_done=batch.snapshot_done,
+        boot_id=start,
+    )
 
 
 def _message(event: BlockEvent, *, with_tokens: bool) -> pb.BlockEvent:

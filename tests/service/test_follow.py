@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.block import Root
+from kvstore.block import ModelId, Root
 from kvstore.errors import AccessDenied
 from kvstore.service import kv_events
 from kvstore.service.admin import Admin, Target
@@ -21,6 +21,8 @@ from kvstore.service.server import Server
 from kvstore.wire import kvstore_pb2 as pb
 from tests.conftest import chain_of, save_all
 from tests.service.conftest import ServerProcess, StartServer
+
+FOLLOWER = "follower-follower"
 
 
 def soon(seconds: float) -> None:
@@ -94,6 +96,44 @@ def test_a_session_that_ended_is_opened_again_and_nothing_is_missed_or_told_twic
             save(server.address, root, number, seed=number)
             assert kinds(told, 1) == [f"{number} blocks"]
     assert len(said) == 6
+
+
+TOKENS = """
+[[client]]
+token = "keeper-keeper-keeper"
+admin = true
+[[client]]
+token = "follower-follower"
+salts = ["alice"]
+"""
+
+
+@pytest.mark.parametrize(("before", "after"), [('["alice"]', '["alice", "bob"]'), ('["alice", "bob"]', '["alice"]')])
+def test_a_place_under_other_rights_is_none_and_what_may_be_seen_now_comes_after_a_gap(
+    start_server: StartServer, directory: Path, model: ModelId, before: str, after: str
+) -> None:
+    tokens = directory / "tokens.toml"
+    tokens.write_text(TOKENS.replace('["alice"]', before))
+    tokens.chmod(0o600)
+    server = start_server(service={"tokens_file": str(tokens)})
+    keeper, follower = (Target(address=server.address, token=name) for name in ("keeper-keeper-keeper", FOLLOWER))
+    with (
+        Admin(keeper) as keeping,
+        Admin(follower) as admin,
+        closing(keeping.watch(snapshot=False, with_tokens=False)) as kept,
+        closing(follow(admin, snapshot=True, with_tokens=False, say=lambda _: None, sleep=soon)) as replies,
+    ):
+        next(kept)
+        told = telling(replies)
+        assert kinds(told, 1) == ["whole"]
+        save(server.address, Root(model, salt=b"bob"), 3)
+        save(server.address, Root(model, salt=b"alice"), 1)
+        assert kinds(told, 1)[0].endswith("blocks")
+        tokens.write_text(TOKENS.replace('["alice"]', after))
+        server.reload_rights()
+        while kinds(told, 1) != ["gap"]:
+            assert "bob" in before, "only what was under way may come before it"
+        assert kinds(told, 2) == ["4 blocks" if "bob" in after else "1 blocks", "whole"]
 
 
 def end_session(server: Server, name: str) -> None:
