@@ -55,7 +55,10 @@ class _Aside(logging.Handler):
         threading.Thread(target=self._run, name="kvstore-log", daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        line = self.format(record)
+        try:
+            line = self.format(record)
+        except Exception:  # noqa: BLE001 - whoever logs must not fail of it, nor of what an argument's own __str__ raises
+            line = self.format(_made("a line of %s could not be written", record.name))
         try:
             self._waiting.put_nowait(line)
         except queue.Full:
@@ -63,7 +66,7 @@ class _Aside(logging.Handler):
             return
         if self._num_lost and self._waiting.qsize() < _MAX_WAITING // 2:
             num_lost, self._num_lost = self._num_lost, 0
-            self.emit(_lost(num_lost))
+            self.emit(_made("%d lines of this log are missing: they could not be written in time", num_lost))
 
     def _run(self) -> None:
         while True:
@@ -83,9 +86,8 @@ class _Aside(logging.Handler):
             time.sleep(0.005)
 
 
-def _lost(num_lost: int) -> logging.LogRecord:
-    text = "%d lines of this log are missing: they could not be written in time"
-    return logging.LogRecord("kvstore.service", logging.WARNING, __file__, 0, text, (num_lost,), None)
+def _made(text: str, argument: object) -> logging.LogRecord:
+    return logging.LogRecord("kvstore.service", logging.WARNING, __file__, 0, text, (argument,), None)
 
 
 def set_up_logging(log_format: str, level: str, stream: TextIO | None = None) -> None:

@@ -50,6 +50,20 @@ def test_a_line_is_text_or_json_with_the_time_in_utc() -> None:
     }
 
 
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_a_line_that_cannot_be_written_says_so_and_nobody_fails_of_it(log_format: str) -> None:
+    class Broken:
+        def __str__(self) -> str:
+            raise RuntimeError("no words")
+
+    lines = io.StringIO()
+    set_up_logging(log_format, "info", lines)
+    log.info("%d blocks", "many")
+    log.info("%s", Broken())
+    flushed()
+    assert lines.getvalue().count("a line of kvstore.service could not be written") == 2
+
+
 def test_a_reader_that_stands_still_holds_nobody_up_and_is_told_what_it_missed() -> None:
     reading, writing = os.pipe()
     with open(reading) as reader, open(writing, "w") as writer:
