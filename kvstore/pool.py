@@ -86,9 +86,12 @@ class BlockPool:
             self._residents.open(layout, num_blocks)
 
     def set_group(self, root: RootId, group: str) -> None:
-        """Count the bytes of `root` as those of `group` from now on."""
+        """Count the bytes of `root` as those of `group` from now on; empty for none."""
+        accounts = self._residents.accounts
+        if not group and not accounts.has_group(root):
+            return  # without tenants no save waits here for the lock
         with self.lock:
-            self._residents.accounts.set_group(root, group)
+            accounts.set_group(root, group)
 
     def set_quota(self, group: str, max_bytes: int | None) -> None:
         """Let the blocks of a group take `max_bytes`, None for any number. What is there goes with the next save."""

@@ -81,7 +81,14 @@ class Accounts:
 
     # -- groups ------------------------------------------------------------------------------------------------
 
+    def has_group(self, root: RootId) -> bool:
+        return self.find(root) in self._groups
+
     def set_group(self, root: RootId, group: str) -> None:
+        """From now on; empty for none."""
+        if not group:
+            self._leave_group(self.find(root))
+            return
         number = self.number_of(root)
         if self._groups.get(number) == group:
             return

@@ -449,10 +449,12 @@ class KVStore:
     def limit(self, root: RootId, group: str, max_bytes: int | None) -> None:
         """Let the blocks of all roots of `group`, `root` being one from now on, take `max_bytes` of the host.
 
-        Beyond, a save makes room among the group's own coldest, or is refused. None lifts the limit.
+        Beyond, a save makes room among the group's own coldest, or is refused. None lifts the limit. An empty group
+        is none, and has no limit.
         """
         self._host.pool.set_group(root, group)
-        self._host.pool.set_quota(group, max_bytes)
+        if group:
+            self._host.pool.set_quota(group, max_bytes)
 
     def flush(self, timeout_s: float = 10.0) -> bool:
         """Wait until queued demotions and touches went down; False on time-out."""

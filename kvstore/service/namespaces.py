@@ -85,11 +85,14 @@ class Namespaces:
                 f"root digests to {root.id.hex()} here, to {message.id.hex()} at the client: both sides need the same "
                 "cluster secret"
             )
-        self.use(session, root)
+        if session.rights.tenant:
+            self.use(session, root)
+        else:  # who only looks, and has no tenant, takes nothing from a tenant
+            self.roots.learn(root)
         return root
 
     def use(self, session: Session, root: Root) -> None:
-        """A root that was not used for long is forgotten: what it holds from now on is this tenant's."""
-        self.roots.learn(root, session.rights.tenant)
-        if session.rights.tenant:
-            self._store.limit(root.id, session.rights.tenant, session.rights.quota_bytes)
+        """What the root holds from now on is this tenant's, or nobody's: one not used for long was forgotten."""
+        rights = session.rights
+        self.roots.learn(root, rights.tenant)
+        self._store.limit(root.id, rights.tenant, rights.quota_bytes)

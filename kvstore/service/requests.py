@@ -161,9 +161,10 @@ class Requests:
         contents = None
         stop = num_host
         if request.contents.tokens:
+            self._namespaces.use(session, chain.root)  # what lies below becomes resident, and is charged to somebody
             contents = chain.verify(request.contents)
             if contents.start <= num_host:
-                stop = max(num_host, contents.stop)  # what lies below becomes resident: its contents must be known
+                stop = max(num_host, contents.stop)  # its contents must be known
             chain.describe(contents)
         if request.HasField("num_blocks"):
             stop = min(stop, request.num_blocks)

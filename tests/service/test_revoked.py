@@ -17,8 +17,9 @@ from kvstore.service.knock import knock
 from kvstore.service.server import Server
 from kvstore.wire import kvstore_pb2 as pb
 from tests.conftest import chain_of, save_all
+from tests.fakes import DictTier
 from tests.service.conftest import StartServer
-from tests.service.test_servicer import Peer, hello, make_peer, refused
+from tests.service.test_servicer import Peer, contents_of, hello, make_peer, refused
 from tests.service.victims import Victim
 from tests.waiting import eventually
 
@@ -104,6 +105,51 @@ def test_nobody_notices_a_reload_that_changes_nothing_or_fails(
     server.reload_rights()
     hold(alice, b"alice")
     alice.end(requests=["r"])
+
+
+def limited(server: Server, root: Root) -> bool:
+    accounts = server._store._host.pool._residents.accounts
+    return accounts.room_bytes(accounts.find(root.id)) is not None
+
+
+def test_a_tenant_that_is_taken_away_limits_no_more_what_its_client_saves(
+    server: Server, make_peer: MakePeer, tokens: Path, model: ModelId
+) -> None:
+    quota, root = ALICE + 'quota = "4KiB"\n', Root(model, salt=b"alice")
+    tokens.write_text(quota)
+    server.reload_rights()
+    alice = make_peer(server, token="alice-alice-alice")
+    assert alice.save(chain_of(root, 3)).num_refused == 2
+    alice.end(saves=[1])
+    looking = make_peer(server)
+    looking.match(looking.whole(chain_of(root, 3)))
+    looking.end(requests=["r"])
+    assert limited(server, root), "who only looks changes nothing"
+    tokens.write_text(ALICE.replace('tenant = "alice"\n', ""))
+    server.reload_rights()
+    alice = make_peer(server, token="alice-alice-alice")
+    assert alice.save(chain_of(root, 3)).num_refused == 0
+    alice.end(saves=[1])
+    assert not limited(server, root)
+
+
+def test_what_a_load_brings_up_is_charged_to_its_tenant_also_where_its_root_was_forgotten(
+    start_server: StartServer, make_peer: MakePeer, tokens: Path, model: ModelId
+) -> None:
+    tokens.write_text(ALICE + 'quota = "64KiB"\n')
+    server = start_server(service={"tokens_file": str(tokens)}, tiers=[DictTier()], mover={"write": "through"})
+    alice, chain = make_peer(server, token="alice-alice-alice"), chain_of(Root(model, salt=b"alice"), 3)
+    alice.save(chain)
+    alice.commit(1, 0, 1, 2)
+    assert server.flush(5)
+    server.drop_host()
+    assert alice.match(alice.whole(chain), wait_ms=5000).num_blocks == 3
+    server._store.limit(chain.root.id, "", None)  # as it is once many others were in use
+    load = pb.LoadRequest(session=alice.session, request="r", lease=2, contents=contents_of(chain))
+    first, *_ = alice.stub.Load(load)
+    assert first.num_blocks == 3
+    assert limited(server, chain.root)
+    alice.end(loads=[2])
 
 
 def test_slots_of_a_revoked_process_come_back_only_when_it_is_dead(start_server: StartServer, tokens: Path) -> None:
