@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from kvstore.block import PartKey
 from kvstore.tiers.redis_clock import SharedClock
 from kvstore.tiers.redis_names import STEP_S, Bucket, Names, prefix, registry, used
-from kvstore.tiers.redis_nodes import Talk, many, raise_foreign
+from kvstore.tiers.redis_nodes import Talk, many, raise_foreign, sound
 from kvstore.tiers.redis_wire import ProtocolBroken, ReplyError, command, integer, real
 
 log = logging.getLogger("kvstore.tiers.redis")
@@ -238,11 +238,13 @@ class Accounting:
     def ask_facts(self, talk: Talk, deadline: float) -> Facts:
         """As they are now. What is wrong with them is logged, once for as long as it stays so.
 
-        Where a node does not answer, what was known of all of them stays: its limit is not 0 for that.
+        Where a node does not answer, what was known of all of them stays: its limit is not 0 for that. Where nothing
+        was, what the others say is given, and not kept.
         """
         limit, mem_allocator, policies, unlimited, whole = 0, "jemalloc", set(), False, True
-        for place in talk.places(deadline):
-            (reply,) = many(talk, [command("INFO", "memory")], deadline, place=place, partial=True)
+        asked = [command("INFO", "memory")]
+        answers = [answer for place in talk.places(deadline) for answer in talk.ask(asked, deadline, place)]
+        for reply in sound(answers, partial=True):
             if not isinstance(reply, bytes):
                 whole = False
                 continue
@@ -254,8 +256,9 @@ class Accounting:
             policies.add(info.get("maxmemory_policy", "noeviction"))
         self._warn(", ".join(sorted(policies - {"noeviction"})), unlimited=unlimited and not self._capacity_bytes)
         facts = Facts(self._capacity_bytes or limit, "libc" not in mem_allocator)
-        self._facts = facts if whole else self._facts or facts
-        return self._facts
+        if whole:
+            self._facts = facts
+        return self._facts or facts
 
     def _warn(self, policy: str, *, unlimited: bool) -> None:
         """Of what makes blocks leave in another order than ours, or the server grow for ever."""

@@ -89,7 +89,8 @@ def free_end(talk: Talk, names: Names, keys: Sequence[PartKey], deadline: float)
         commands.append(command("ZSCORE", bucket.order, member))
         commands.append(command("SISMEMBER", bucket.forks, member))
         commands.append(command("HGET", bucket.only, member))
-    replies = many(talk, commands, deadline, partial=True)
+    # What a node that does not answer, or a key that is another program's, says nothing of counts as shared.
+    replies = talk.ask(commands, deadline)
     there, forked, only = replies[::3], replies[1::3], replies[2::3]
     stop = next((at for at in range(len(keys), 0, -1) if isinstance(there[at - 1], bytes)), 0)
     while stop < len(keys) and stop and keys[stop].block == keys[stop - 1].block:

@@ -183,7 +183,7 @@ class Names:
         What several chains share is named once.
         """
         micros = round(now_s * 1e6)  # whole ones, so that no two depths round to one score
-        seen: set[BlockId] = set()
+        seen: set[PartKey] = set()
         alike = not any(later for _, later in uses)
         for chain, later in uses:
             places = None if alike else _above_children(chain, later)
@@ -202,12 +202,12 @@ class Names:
                 _put_members(rows[:, len(_SCORE_ROW) :], some, blocks)
                 stripes = ids[:, 0] % self._num_buckets
                 if seen:
-                    fresh = [block not in seen for block in blocks]
+                    fresh = [key not in seen for key in some]
                     rows, stripes = rows[fresh], stripes[fresh]
                 if commands := _touches(orders, rows, stripes):
                     yield commands
             if alike and len(uses) > 1:
-                seen.update(map(_BLOCK, chain))
+                seen.update(chain)
 
     def rows(self, keys: Sequence[PartKey]) -> NDArray[np.uint8]:
         """[keys, bytes]: each key's value name as a word of RESP."""

@@ -52,6 +52,12 @@ def most_shift_s(ttl_s: int) -> float:
     return min(_MOST_SHIFT_S, ttl_s / 4) if ttl_s else _MOST_SHIFT_S
 
 
+def _later_of(one: Mapping[BlockId, float], other: Mapping[BlockId, float]) -> Mapping[BlockId, float]:
+    if not one and not other:
+        return one
+    return {block: max(one.get(block, 0.0), other.get(block, 0.0)) for block in one.keys() | other.keys()}
+
+
 class _Ended(NamedTuple):
     """A chain whose end may go."""
 
@@ -124,12 +130,14 @@ class Upkeep:
             stats.set(name, value)
 
     def touch(self, keys: Sequence[PartKey], later: Mapping[BlockId, float]) -> None:
-        """A chain was used. Touches of the same chain that were not sent yet become one."""
+        """A chain was used. Touches of the same chain that were not sent yet become one, at the later place of both."""
         if not keys:
             return
         with self._changed:
+            before = self._waiting.chains.pop(keys[-1], None)
+            if before is not None:
+                later = _later_of(before.later, later)
             self._waiting.chains[keys[-1]] = Use(keys, later)
-            self._waiting.chains.move_to_end(keys[-1])
             if len(self._waiting.chains) > _MAX_CHAINS:
                 self._waiting.chains.popitem(last=False)
                 self.stats.add("redis.dropped_touches")

@@ -74,6 +74,14 @@ def test_connection_is_whole_after_the_server_refused_some_of_the_commands(
     assert tier.contains(keys, DEADLINE_S) == [False] * NUM_KEYS
 
 
+def test_uses_of_one_chain_at_once_name_all_parts_that_any_of_them_names_and_each_once() -> None:
+    names = Names(4)
+    keys = keys_of(5, 12)
+    some, both = [key for key in keys if key.part == 0], list(keys)
+    sent = b"".join(command for step in names.touches([Use(some, {}), Use(both, {})], 1000.0) for command in step)
+    assert [sent.count(names.member(key.block, key.part).encode()) for key in keys] == [1] * len(keys)
+
+
 def test_touch_in_steps_puts_every_parent_above_its_child() -> None:
     """Longer than a step, and over the place where scores get one digit more."""
     names = Names(4)

@@ -150,6 +150,22 @@ def test_chains_that_share_a_head_and_are_used_at_once_lift_it_to_the_higher_of_
     assert tails[1] - tails[0] == pytest.approx(290, abs=5)
 
 
+def test_of_two_uses_that_are_sent_as_one_the_later_place_counts(
+    server: EmbeddedServer, client: redis.Redis, make_tier: MakeTier, root: Root
+) -> None:
+    tier = make_tier(server.url, num_buckets=NUM_BUCKETS)
+    plain, used = Content(root, 4, seed=1), Content(root, 4, seed=2)
+    plain.write(tier)
+    used.write(tier)
+    ids = used.chain.ids
+    with tier._upkeep._changed:  # neither is sent before the other is there
+        tier.touch(used.keys, NO_HINT, dict.fromkeys(ids, 300.0))
+        tier.touch(used.keys, NO_HINT, {ids[0]: 500.0, ids[3]: -100.0})
+    assert tier.settle(DEADLINE_S)
+    (now, *_) = scores(client, plain)
+    assert [score - now for score in scores(client, used)] == pytest.approx([500.0, 300.0, 300.0, 300.0], abs=5.0)
+
+
 def test_no_place_is_farther_from_its_use_than_a_quarter_of_the_ttl(
     server: EmbeddedServer, client: redis.Redis, make_tier: MakeTier, root: Root
 ) -> None:
