@@ -28,7 +28,8 @@ from typing import Any
 
 from kvstore.clock import check_seconds
 from kvstore.errors import ConfigError
-from kvstore.mover_options import MoverOptions
+from kvstore.mover_options import MoverOptions, WriteMode
+from kvstore.policies.standing import PRIORITY
 from kvstore.service_options import CLIENT_VARIABLES, ServiceOptions
 from kvstore.tiers import TIERS
 from kvstore.tiers.host import HostOptions
@@ -141,6 +142,7 @@ class StoreConfig:
             name: _options(_tier_options(name), section, f"tiers.{name}", sources)
             for name, section in _section(tree.get("tiers", {}), "tiers").items()
         }
+        _check_order(made["mover"], tiers.get("redis"))
         return cls(**made, tiers=tiers, sources=sources)
 
     def explain(self) -> list[tuple[str, object, str]]:
@@ -153,6 +155,14 @@ class StoreConfig:
                 key = f"{name}.{item.name}"
                 rows.append((key, _without_password(getattr(options, item.name)), self.sources.get(key, "default")))
         return rows
+
+
+def _check_order(mover: MoverOptions, redis: object) -> None:
+    if mover.mode is WriteMode.ON_EVICT and getattr(redis, "policy", "") == PRIORITY:
+        raise ConfigError(
+            "tiers.redis.policy priority needs mover.write through or on_reuse, and inclusive tiers: no request says "
+            "how long a block is to stay when it goes down at eviction; use lru or returns"
+        )
 
 
 def _without_password(value: object) -> object:

@@ -450,7 +450,8 @@ class KVStore:
         """Let the blocks of all roots of `group`, `root` being one from now on, take `max_bytes` of the host.
 
         Beyond, a save makes room among the group's own coldest, or is refused. None lifts the limit. An empty group
-        is none, and has no limit.
+        is none, and has no limit. A root under which nothing lies is out of its group once some thousand others came:
+        name it again before it is saved to.
         """
         self._host.pool.set_group(root, group)
         if group:

@@ -110,6 +110,11 @@ def test_a_tier_section_becomes_the_tiers_own_options() -> None:
         ({"tiers": {"rediss": {}}}, "unknown tier 'rediss': use one of redis, remote, or 'package.module:Class'"),
         ({"tiers": {"redis": {"uri": "x"}}}, "unknown key tiers.redis.uri"),
         ({"tiers": {"redis": {"num_buckets": 0}}}, "num_buckets is 0"),
+        (
+            {"tiers": {"redis": {"policy": "priority"}}, "mover": {"tiering": "exclusive"}},
+            "tiers.redis.policy priority needs mover.write through or on_reuse, and inclusive tiers",
+        ),
+        ({"tiers": {"redis": {"policy": "priority"}}, "mover": {"write": "on_evict"}}, "tiers.redis.policy priority"),
     ],
 )
 def test_a_wrong_setting_is_one_clear_sentence(values: dict[str, object], words: str) -> None:

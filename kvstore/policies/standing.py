@@ -24,6 +24,7 @@ Standing = Callable[[Hint, Sequence[int], Sequence[float], float], list[float]]
 """(hint of the use, chain indices of the blocks, how likely each is used again, span_s) to seconds for each block."""
 
 LRU = "lru"
+PRIORITY = "priority"
 RETURNS = "returns"
 _RATE = 0.25
 _LEAST_ODDS = 1e-3
@@ -43,6 +44,7 @@ def priority(hint: Hint, indices: Sequence[int], odds: Sequence[float], span_s: 
     A range's duration bounds how much longer, or less long, that may be; `Hint.ttl_s` how long in all, after which the
     block is the next to go. Unlike in `kvstore.policies.priority` a priority is no rank that traffic cannot wear down:
     what was used long enough ago goes, whatever it was given. Not for callers who give everything 100: it is LRU then.
+    Nor for what goes down at eviction, when no request is at hand that says a priority.
 
     Reference: NVIDIA TensorRT-LLM, "KV cache reuse", `KvCacheRetentionConfig`.
     """
@@ -73,5 +75,5 @@ def returns(hint: Hint, indices: Sequence[int], odds: Sequence[float], span_s: f
     return [max(-span_s, _RATE * span_s * math.log(max(p, _LEAST_ODDS))) for p in odds]
 
 
-STANDINGS: Mapping[str, Standing] = {LRU: lru, "priority": priority, RETURNS: returns}
+STANDINGS: Mapping[str, Standing] = {LRU: lru, PRIORITY: priority, RETURNS: returns}
 """By the name that settings give them."""

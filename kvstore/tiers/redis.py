@@ -85,8 +85,8 @@ class RedisTier(Tier):
             namespace_capacity_bytes: limit of each namespace (a model with its adapter under a tenant's salt): what is
                 written beyond it evicts the coldest of the same namespace. Give all stores the same. 0 for none.
             policy: by what this store places what it writes and uses in the server's one order: `lru`, `priority` or
-                `returns` (`kvstore.policies.standing`). Stores with different ones may share a server: each places its
-                own uses, and the later place counts.
+                `returns` (`kvstore.policies.standing`), not `priority` where blocks go down at eviction. Stores with
+                different ones may share a server: each places its own uses, and the later place counts.
             num_buckets: how many ways a namespace is cut, and over how many slots of a Cluster it is spread (64 or
                 more then). Part of key names: stores that share must agree.
             connections: for loads, and as many again for all else, so that loads never wait behind stores.
