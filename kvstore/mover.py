@@ -43,10 +43,20 @@ def _after_last(wanted: Sequence[bool]) -> int:
     return next((at for at in range(len(wanted), 0, -1) if wanted[at - 1]), 0)
 
 
+def _of_both(before: Hint, hint: Hint, index: int) -> Hint:
+    """What two uses of one chain say together, by its last block: the later, unless the first asked for more."""
+    is_more = before.priority_of(index) > hint.priority_of(index)
+    return before if is_more and not before.closed and not hint.closed else hint
+
+
 class _Outcome(Enum):
     DONE = "all is there now"
     FAILED = "some was not taken"
-    ORPHANED = "the first block was not taken, perhaps for want of its parent"
+    ORPHANED = "a block was not taken, perhaps for want of its parent"
+
+
+_Touches = dict[tuple[BlockId, tuple[int, ...]], tuple[Chain, int, tuple[int, ...], Hint]]
+"""By its last block and parts, a chain of which so many blocks, these parts of each, were used, and by what hint."""
 
 
 @dataclass(slots=True)
@@ -83,7 +93,7 @@ class Mover:
         """Told of blocks that were to go down and will not."""
         self.demoted: Callable[[str, Sequence[tuple[RootId, BlockId, BlockMeta]]], None] = lambda tier, blocks: None
         """Told what a tier has confirmed, parents before children. On the demotion thread, no lock held."""
-        self._touches: dict[BlockId, tuple[Chain, int, tuple[int, ...], Hint]] = {}
+        self._touches: _Touches = {}
         self._risen: Risen = {}
         self._busy = False
         self._dirty = False
@@ -130,20 +140,27 @@ class Mover:
         if not self._tiers or not num_blocks:
             return
         with self._wake:
-            tail = chain.ids[num_blocks - 1]
-            if tail in self._touches or len(self._touches) < _MAX_TOUCHES:
-                self._touches.pop(tail, None)
-                self._touches[tail] = (chain, num_blocks, parts, hint)
-                self._wake.notify()
+            key = (chain.ids[num_blocks - 1], parts)
+            if key not in self._touches and len(self._touches) >= _MAX_TOUCHES:
+                self._stats.add("mover.dropped_touches")
+                return
+            before = self._touches.pop(key, None)
+            if before is not None:
+                hint = _of_both(before[-1], hint, num_blocks - 1)
+            self._touches[key] = (chain, num_blocks, parts, hint)
+            self._wake.notify()
 
     def came_up(self, chain: Chain, num_blocks: int, parts: tuple[int, ...]) -> None:
         """Of the chain's first `num_blocks` some were brought from lower tiers into the host."""
         self._dirty = True
         if self._options.is_exclusive and num_blocks:
             with self._wake:
-                if len(self._risen) < _MAX_TOUCHES:
-                    self._risen[chain.ids[num_blocks - 1]] = (chain, num_blocks, parts)
-                    self._wake.notify()
+                key = (chain.ids[num_blocks - 1], parts)
+                if key not in self._risen and len(self._risen) >= _MAX_TOUCHES:
+                    self._stats.add("mover.dropped_risen")
+                    return
+                self._risen[key] = (chain, num_blocks, parts)
+                self._wake.notify()
 
     @property
     def writes_through(self) -> bool:
@@ -203,13 +220,21 @@ class Mover:
                 elif drain_until_s is not None:
                     self._drain(drain_until_s)
                 elif self._mode is WriteMode.ON_EVICT and self._dirty:
-                    self._dirty = False
-                    self._dirty |= not self._spill.ahead()
+                    self._go_ahead()
             except Exception:  # a thread's top: a bug here must not end demotion for good
                 log.exception("demotion failed")
                 self._stats.add("mover.errors")
 
-    def _pass_touches(self, touches: dict[BlockId, tuple[Chain, int, tuple[int, ...], Hint]]) -> None:
+    def _go_ahead(self) -> None:
+        """Spill, and again if it did not end well, or something came meanwhile: also then it is dirty."""
+        self._dirty, done = False, False
+        try:
+            done = self._spill.ahead()
+        finally:
+            if not done:
+                self._dirty = True
+
+    def _pass_touches(self, touches: _Touches) -> None:
         for chain, num_blocks, parts, hint in touches.values():
             if self._options.is_exclusive:
                 self._spill.used(chain, num_blocks, parts)
@@ -224,14 +249,20 @@ class Mover:
                 except TierError as error:
                     self.note_failure(number, error)
 
-    def _standing(self, number: int, blocks: Sequence[BlockId], indices: Sequence[int], hint: Hint) -> Later:
-        """How much later than now a use of blocks, at `indices` of their chain, counts in tier `number`."""
+    def _standing(
+        self, number: int, blocks: Sequence[BlockId], indices: Sequence[int], hint: Hint, shift_s: float = 0.0
+    ) -> Later:
+        """How much later than now a use of blocks, at `indices` of their chain, counts in tier `number`.
+
+        By `shift_s` more than the tier's ranking says.
+        """
         tier = self._tiers[number]
-        if tier.ranking == LRU:
+        if tier.ranking == LRU and not shift_s:
             return AS_USED
         odds = self._host.pool.return_odds(blocks) if tier.ranking == RETURNS else [1.0] * len(blocks)
         later = STANDINGS[tier.ranking](hint, indices, odds, tier.span_s)
-        return {block: seconds for block, seconds in zip(blocks, later, strict=True) if seconds}
+        shifted = [seconds + shift_s for seconds in later]
+        return {block: seconds for block, seconds in zip(blocks, shifted, strict=True) if seconds}
 
     def likely(self, blocks: Sequence[BlockId]) -> list[bool]:
         """Whether each is as likely used again as is asked for; what a conversation left that was closed never is."""
@@ -265,18 +296,22 @@ class Mover:
                 self._stats.add("mover.failed_blocks", len(job.blocks))
                 self.lost(job.blocks)
 
-    def _write_blocks(self, blocks: Sequence[BlockId], number: int, hint: Hint = NO_HINT) -> _Outcome:
-        """Write those of `blocks` that tier `number` is not believed to hold."""
+    def _write_blocks(
+        self, blocks: Sequence[BlockId], number: int, hint: Hint = NO_HINT, shift_s: float = 0.0
+    ) -> _Outcome:
+        """Write those of `blocks` that tier `number` is not believed to hold; `shift_s`: see `_standing`."""
         rest = list(blocks)
         while rest:
-            outcome, num_bytes, num_blocks = self._write_some(rest, number, hint)
+            outcome, num_bytes, num_blocks = self._write_some(rest, number, hint, shift_s)
             if outcome is not _Outcome.DONE:
                 return outcome
             rest = rest[num_blocks:]
             self._spend(num_bytes)  # with nothing pinned: a slow budget must not keep saves from finding room
         return _Outcome.DONE
 
-    def _write_some(self, blocks: Sequence[BlockId], number: int, hint: Hint) -> tuple[_Outcome, int, int]:
+    def _write_some(
+        self, blocks: Sequence[BlockId], number: int, hint: Hint, shift_s: float
+    ) -> tuple[_Outcome, int, int]:
         """Write what is wanted of the first of `blocks`, a batch at most; outcome, bytes, and how many were seen to."""
         pool = self._host.pool
         resident, rows = pool.pin_resident(blocks[:1])
@@ -293,7 +328,7 @@ class Mover:
             wanted = [pair for pair, there in zip(pairs, believed, strict=True) if not there]
             if not wanted:
                 return _Outcome.DONE, 0, num_blocks
-            outcome, num_bytes = self._write_batch(wanted, number, hint)
+            outcome, num_bytes = self._write_batch(wanted, number, hint, shift_s)
             return outcome, num_bytes, num_blocks
         finally:
             pool.unpin(rows)
@@ -308,7 +343,9 @@ class Mover:
         self._stats.add("mover.restored_blocks", len(resident) - len(blocks))
         return resident
 
-    def _write_batch(self, batch: list[tuple[BlockId, int]], number: int, hint: Hint) -> tuple[_Outcome, int]:
+    def _write_batch(
+        self, batch: list[tuple[BlockId, int]], number: int, hint: Hint, shift_s: float
+    ) -> tuple[_Outcome, int]:
         """Write pinned blocks; outcome and bytes."""
         pool, tier = self._host.pool, self._tiers[number]
         parts: dict[PartKey, memoryview] = {}
@@ -323,7 +360,7 @@ class Mover:
             views = self._host.views(row, layout, cells[row])
             parts |= {PartKey(root, block, cell): view for cell, view in zip(cells[row], views, strict=True)}
         num_bytes = sum(map(len, parts.values()))
-        later = self._standing(number, list(meta), [what.depth for what in meta.values()], hint)
+        later = self._standing(number, list(meta), [what.depth for what in meta.values()], hint, shift_s)
         began_s = self._clock.now_s()
         try:
             written = tier.write(parts, meta, self._options.write_deadline_s, later)
@@ -342,19 +379,19 @@ class Mover:
             self.demoted(tier.name, confirmed)
         if not partial:
             return _Outcome.DONE, num_bytes
-        first = batch[0][0]
-        return (_Outcome.ORPHANED if first in partial and meta[first].depth else _Outcome.FAILED), num_bytes
+        wants_parent = any(meta[block].depth and meta[block].parent not in meta for block in partial)
+        return (_Outcome.ORPHANED if wants_parent else _Outcome.FAILED), num_bytes
 
-    def write_down(self, blocks: Sequence[BlockId], number: int) -> bool:
+    def write_down(self, blocks: Sequence[BlockId], number: int, shift_s: float = 0.0) -> bool:
         """See `kvstore.spill.Writes`."""
-        outcome = self._write_blocks(blocks, number)
+        outcome = self._write_blocks(blocks, number, shift_s=shift_s)
         if outcome is _Outcome.ORPHANED:
-            outcome = self._write_blocks(self._with_ancestors(blocks, number), number)
+            outcome = self._write_blocks(self._with_ancestors(blocks, number), number, shift_s=shift_s)
         return outcome is _Outcome.DONE
 
-    def use_below(self, chain: Sequence[BlockId], number: int, hint: Hint = NO_HINT) -> None:
+    def use_below(self, chain: Sequence[BlockId], number: int, hint: Hint = NO_HINT, shift_s: float = 0.0) -> None:
         """See `kvstore.spill.Writes`."""
-        later = self._standing(number, chain, range(len(chain)), hint)
+        later = self._standing(number, chain, range(len(chain)), hint, shift_s)
         resident, rows = self._host.pool.pin_resident(chain[:1])
         if not resident:
             return

@@ -37,8 +37,8 @@ _MOST_AHEAD = 4096
 _STEPS = 100
 _TELL_EVERY_S = 2.0
 
-Risen = dict[BlockId, tuple[Chain, int, tuple[int, ...]]]
-"""By its last block, a chain of which so many blocks, these parts of each, are in the host since a load."""
+Risen = dict[tuple[BlockId, tuple[int, ...]], tuple[Chain, int, tuple[int, ...]]]
+"""By its last block and parts, a chain of which so many blocks, these parts of each, are in the host since a load."""
 
 
 class Tiering(Enum):
@@ -51,11 +51,11 @@ class Tiering(Enum):
 class Writes(Protocol):
     """What the thread that owns the tiers does for a spill."""
 
-    def write_down(self, blocks: Sequence[BlockId], number: int) -> bool:
-        """Write blocks, parents first, to a tier; whether all of them are there now."""
+    def write_down(self, blocks: Sequence[BlockId], number: int, shift_s: float = 0.0) -> bool:
+        """Write blocks, parents first, to a tier, as used `shift_s` after now; whether all of them are there now."""
 
-    def use_below(self, chain: Sequence[BlockId], number: int) -> None:
-        """A chain in the host, from its first block, counts as used in a tier now."""
+    def use_below(self, chain: Sequence[BlockId], number: int, *, shift_s: float = 0.0) -> None:
+        """A chain in the host, from its first block, counts as used in a tier `shift_s` after now."""
 
     def likely(self, blocks: Sequence[BlockId]) -> list[bool]:
         """Which of some blocks are worth writing."""
@@ -84,12 +84,13 @@ class Spill:
         arena, pool = self._host.arena, self._host.pool
         if arena.acquired_bytes < _NEARLY_FULL_SHARE * arena.capacity_bytes:
             return True
-        cold = pool.coldest(min(_MOST_AHEAD, max(1, int(len(pool) * _AHEAD_SHARE))))
-        away = [number for number in self._written if self._tiers[number].refuses]
-        for number in self._written:
-            if number not in away:
-                self._write(pool.missing_below(self._worth(cold), number), number)
-        return not away
+        ready = [number for number in self._written if not self._tiers[number].refuses]
+        if ready:
+            cold = self._worth(pool.coldest(min(_MOST_AHEAD, max(1, int(len(pool) * _AHEAD_SHARE)))))
+            for number in ready:
+                self._write(pool.missing_below(cold, number), number)
+        # Not for all that did not go down: a full tier that takes calls would be asked for the same again and again.
+        return not any(self._tiers[number].refuses for number in self._written)
 
     def drain(self, until_s: float) -> int:
         """Write down what the host alone holds, the hottest chains first, until then; how many blocks are left."""
@@ -105,11 +106,14 @@ class Spill:
         """Used in the host again: what went down meanwhile may leave lower tiers, and is believed there no more."""
         pool = self._host.pool
         _, rows = pool.pin_resident(chain.ids[:num_blocks])
-        for number in self._written:
-            if any(pool.below(rows, number)):
+        try:
+            there = [number for number in self._written if any(pool.below(rows, number))]
+            for number in there:
                 pool.forget_below(rows, number)
-                self._give_up(chain, num_blocks, parts, number)
-        pool.unpin(rows)
+        finally:
+            pool.unpin(rows)
+        for number in there:
+            self._give_up(chain, num_blocks, parts, number)
 
     def _give_up(self, chain: Chain, num_blocks: int, parts: tuple[int, ...], number: int) -> None:
         num_host = self._host.pool.leading(chain.ids[:num_blocks], 0, chain.root.id)
@@ -121,11 +125,11 @@ class Spill:
     def _worth(self, blocks: Sequence[BlockId]) -> list[BlockId]:
         return [block for block, likely in zip(blocks, self._writes.likely(blocks), strict=True) if likely]
 
-    def _write(self, blocks: Sequence[BlockId], number: int) -> bool:
-        done = not blocks or self._writes.write_down(blocks, number)
+    def _write(self, blocks: Sequence[BlockId], number: int, shift_s: float = 0.0) -> bool:
+        done = not blocks or self._writes.write_down(blocks, number, shift_s)
         if self._is_exclusive:
             for chain in self._ends(blocks):  # some lay there already, the next to go since they came up
-                self._writes.use_below(chain, number)
+                self._writes.use_below(chain, number, shift_s=shift_s)
         return done
 
     def _ends(self, blocks: Sequence[BlockId]) -> Iterator[list[BlockId]]:
@@ -141,15 +145,19 @@ class Spill:
     def _drain_to(self, number: int, until_s: float) -> int:
         pool, name = self._host.pool, self._tiers[number].name
         blocks = pool.missing_below(self._worth(pool.coldest(len(pool))[::-1]), number)
-        step, at, told_s = max(1, len(blocks) // _STEPS), 0, self._clock.now_s()
-        while at < len(blocks) and self._clock.now_s() < until_s and self._write(blocks[at : at + step], number):
-            at += step
-            if self._clock.now_s() - told_s >= _TELL_EVERY_S:
-                told_s = self._clock.now_s()
+        step, at = max(1, len(blocks) // _STEPS), 0
+        began_s = told_s = now_s = self._clock.now_s()
+        # Twice as much earlier as time went by: what is written later is colder, and stands lower.
+        while (
+            at < len(blocks) and now_s < until_s and self._write(blocks[at : at + step], number, 2 * (began_s - now_s))
+        ):
+            at, now_s = at + step, self._clock.now_s()
+            if now_s - told_s >= _TELL_EVERY_S:
+                told_s = now_s
                 log.info("%d of %d blocks went to %s", min(at, len(blocks)), len(blocks), name)
         num_left = max(0, len(blocks) - at)
         if num_left:
-            log.warning("%d of %d blocks did not go to %s in time", num_left, len(blocks), name)
+            log.warning("%d of %d blocks did not go to %s", num_left, len(blocks), name)
         elif blocks:
             log.info("all %d blocks that the host alone held went to %s", len(blocks), name)
         return num_left

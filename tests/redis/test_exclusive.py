@@ -207,7 +207,7 @@ def test_turns_of_one_conversation_are_no_fork_however_often_they_go_down_and_co
 def test_eviction_waits_for_no_redis_that_hangs_and_what_it_took_is_counted(
     own_server: EmbeddedServer, make_replica: MakeReplica, root: Root
 ) -> None:
-    store = make_replica(own_server.url, write_deadline_s=0.3)
+    store = make_replica(own_server.url, write_deadline_s=2.0)
     save_all(store, chain_of(root, 4))
     os.kill(own_server.pid, signal.SIGSTOP)
     try:
@@ -216,7 +216,7 @@ def test_eviction_waits_for_no_redis_that_hangs_and_what_it_took_is_counted(
             began_s = time.monotonic()
             assert save_all(store, chain_of(root, 4, seed=seed)) == 4
             longest_s = max(longest_s, time.monotonic() - began_s)
-        assert longest_s < 0.25
+        assert longest_s < 1.0  # half of what the write may wait
         assert store.stats()["host.lost_blocks"] >= 4 * 40 - HOST_BLOCKS - 8
     finally:
         os.kill(own_server.pid, signal.SIGCONT)
@@ -249,7 +249,19 @@ def test_a_drain_that_is_cut_short_says_so_and_leaves_whole_heads(
     counts = [below(store, chain) for chain in chains]
     assert 8 <= sum(counts) < 30
     assert counts[2] == max(counts)  # what was used last goes first
-    wait_until(lambda: "blocks did not go to redis in time" in caplog.text)
+    wait_until(lambda: "blocks did not go to redis" in caplog.text)
+
+
+def test_what_a_drain_writes_first_is_the_last_to_go_below(
+    make_replica: MakeReplica, client: redis.Redis, root: Root
+) -> None:
+    store = make_replica(write_bytes_per_s=20 * 4096, flush_s=0)
+    chains = [chain_of(root, 5, seed=seed) for seed in range(7)]
+    for chain in chains:
+        save_all(store, chain)
+    assert store.drain(10)  # the last of it 0.75 s after the first
+    settled(store)
+    assert scores(client, chains[-1])[-1] > scores(client, chains[0])[0] + 0.3
 
 
 def test_a_store_that_is_killed_leaves_what_went_down_to_be_found(make_replica: MakeReplica, root: Root) -> None:
@@ -333,6 +345,25 @@ def test_stores_that_go_up_and_down_at_random_keep_one_order_and_one_set_of_book
     for chat in chats:
         scores(client, chat.chain)
     assert tier_of(stores[0]).check() == []
+
+
+def test_a_key_of_another_program_where_forks_are_noted_keeps_nothing_else_from_being_done(
+    exclusive: RedisTier, client: redis.Redis, root: Root
+) -> None:
+    chat, other = Content(root, 8, seed=1), Content(Root(root.model, salt=b"other"), 8, seed=2)
+    write(exclusive, chat)
+    write(exclusive, other)
+    before = scores(client, other.chain)
+    bucket = Names(16).bucket(chat.keys[-1])
+    client.delete(bucket.only, bucket.forks)
+    client.set(bucket.only, "another's")
+    client.set(bucket.forks, "another's")
+    exclusive.retire(chat.keys, 0)
+    exclusive.retire(other.keys, 0)
+    assert exclusive.settle(DEADLINE_S)
+    assert "redis.upkeep_failures" not in exclusive.stats.snapshot()
+    assert scores(client, other.chain)[0] < before[-1] - 3600
+    client.delete(bucket.only, bucket.forks)
 
 
 def test_a_tiering_that_there_is_not_and_a_priority_that_nobody_asks_for_are_named() -> None:
