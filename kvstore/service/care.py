@@ -86,7 +86,7 @@ class Care:
         ]
 
     def inspect(self, session: Session, request: pb.InspectRequest) -> pb.InspectReply:
-        with self._inspecting.taken(session.account):
+        with self._inspecting.taken(session.party):
             return self._inspect(session, request)
 
     def _inspect(self, session: Session, request: pb.InspectRequest) -> pb.InspectReply:
@@ -125,7 +125,7 @@ class Care:
         chain.describe(contents)
         try:
             limit_s = _WARM_S if remaining_s is None else min(_WARM_S, remaining_s * 0.9)
-            with self._warming.taken(session.account):
+            with self._warming.taken(session.party):
                 num_host, num_promoted = self._store.warm(chain, limit_s)
         finally:
             chain.undescribe(contents)

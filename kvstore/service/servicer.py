@@ -157,8 +157,8 @@ class Servicer(KVStoreServicer):
             if not self._door.alive(peer):
                 self.process_died(peer)
         if not self._gate.still_gives(session.rights, shown):  # read again since they were asked for
-            self._sessions.revoke(session)
-            raise AccessDenied("rights were changed just now: open again")
+            self._sessions.leave(session)  # its client never learns of it, and writes nothing
+            raise ServiceUnavailable("rights were changed just now: open again")
         if request.previous_session:
             self._end_previous(request.previous_session, session)
         return pb.OpenReply(
@@ -212,9 +212,10 @@ class Servicer(KVStoreServicer):
                 if session is None:
                     session = self._sessions.get(beat.session)
                     streaming.enter_context(self._sessions.streaming(session))
-                    self._sessions.begin_stream(session)
-                    streaming.callback(self._sessions.end_stream, session)
+                    self._sessions.begin_stream(session, context.cancel)
+                    streaming.callback(self._sessions.end_stream, session, context.cancel)
                 if beat.bye:
+                    streaming.close()  # else this stream would be cut off with the session
                     self._sessions.leave(session)
                     return
                 live = frozenset(numbers(beat.live_leases, "live_leases", "<u8"))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -78,6 +79,10 @@ class Account:
     sessions: set[Session] = field(default_factory=set)
     num_streams: int = 0
 
+    @property
+    def is_idle(self) -> bool:
+        return not self.sessions and not self.num_streams
+
     def add(self, num_bytes: int) -> None:
         """So many more are pinned, and registered."""
         with self.lock:
@@ -113,7 +118,8 @@ class Session:
     loading: threading.Lock = field(default_factory=threading.Lock)
     account: Account = field(default_factory=Account)
     ended: bool = False
-    num_streams: int = 0
+    cancels: set[Callable[[], object]] = field(default_factory=set)
+    """Each ends one of its Session streams."""
     had_stream: bool = False
     models: list[BlockLayout] = field(default_factory=list)
     roots: dict[tuple[int, bytes, bytes], Root] = field(default_factory=dict)
@@ -127,6 +133,11 @@ class Session:
     """Saves of other sessions that this one's process writes to, by engine key and number."""
     marks: OrderedDict[tuple[int, int, int], Mark] = field(default_factory=OrderedDict)
     tombstones: OrderedDict[int, None] = field(default_factory=OrderedDict)
+
+    @property
+    def party(self) -> str | Account:
+        """Whose share its calls take: its tenant's, which outlives every session, or else its own."""
+        return self.rights.tenant or self.account
 
     @property
     def mapped(self) -> bool:

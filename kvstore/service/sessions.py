@@ -109,6 +109,8 @@ class SessionBook:
         """While a streaming call of a session runs. Raises CapacityError where its tenant has its share of them."""
         account = session.account
         with account.lock:
+            if session not in account.sessions:  # the account may be another one by now
+                raise UnknownSession("the session has ended: open again")
             if session.rights.tenant and account.num_streams >= self._max_tenant_streams:
                 raise CapacityError(
                     f"the tenant has {self._max_tenant_streams} streams open, half of service.max_streams"
@@ -119,6 +121,18 @@ class SessionBook:
         finally:
             with account.lock:
                 account.num_streams -= 1
+                is_idle = account.is_idle
+            if is_idle:
+                with self._lock:
+                    self._drop_idle(session)
+
+    def _drop_idle(self, session: Session) -> None:
+        """Forget the account of a tenant that has nothing here any more: while a stream of its last session runs, that
+        counts for the next one as well. The book's lock is held."""
+        account, tenant = session.account, session.rights.tenant
+        with account.lock:
+            if account.is_idle and self._accounts.get(tenant) is account:
+                del self._accounts[tenant]
 
     def get(self, session_id: bytes) -> Session:
         """Raises UnknownSession."""
@@ -152,14 +166,17 @@ class SessionBook:
 
     # -- staying -----------------------------------------------------------------------------------------------
 
-    def begin_stream(self, session: Session) -> None:
+    def begin_stream(self, session: Session, cancel: Callable[[], object]) -> None:
+        """A Session stream, which `cancel` ends: its client may say nothing more, and it would be served for good."""
         with session.lock:
-            session.num_streams += 1
+            if session.ended:
+                raise UnknownSession("the session has ended: open again")
+            session.cancels.add(cancel)
             session.had_stream = True
 
-    def end_stream(self, session: Session) -> None:
+    def end_stream(self, session: Session, cancel: Callable[[], object]) -> None:
         with session.lock:
-            session.num_streams -= 1
+            session.cancels.discard(cancel)
             session.last_seen_s = self._clock.now_s()
 
     def beat(self, session: Session, beat: pb.Beat, live: frozenset[int]) -> None:
@@ -217,13 +234,16 @@ class SessionBook:
 
     def revoke(self, session: Session) -> None:
         """End a session whose client would go on. One that has the memory may be writing, until its process ends."""
+        with self._lock:
+            if self._sessions.get(session.id) is not session:
+                return  # it ended meanwhile, and nothing would end it again
+            if session.mapped:
+                self._revoked[session.id] = session
         log.warning("client %r (pid %d) lost its rights: its session ends", session.name, session.pid)
         if not session.mapped:
             self._end(session)
             return
         log.warning("pid %d keeps the memory that it has mapped until it ends", session.pid)
-        with self._lock:
-            self._revoked[session.id] = session
         self._let_go(session)
         self._fence(session)
 
@@ -260,15 +280,17 @@ class SessionBook:
             self._by_engine_key.pop(session.engine_key, None)
             with session.account.lock:
                 session.account.sessions.discard(session)
-                if not session.account.sessions and self._accounts.get(session.rights.tenant) is session.account:
-                    del self._accounts[session.rights.tenant]
+            self._drop_idle(session)
         with session.lock:
             session.ended = True
+            cancels, session.cancels = session.cancels, set()
             loads, loans = list(session.loads), list(session.loans)
             holds, marks = list(session.holds), list(session.marks.values())
             session.holds.clear()
             session.marks.clear()
             session.loans.clear()
+        for cancel in cancels:
+            cancel()
         self.end_loads(session, loads)
         for loan in loans:
             loan.close()
@@ -296,7 +318,7 @@ class SessionBook:
             for session in self.all():
                 # This process did not run: beats sent meanwhile wait in the socket.
                 session.last_seen_s += stalled_s
-                if session.num_streams:
+                if session.cancels:
                     silent_s = self._lease_s
                 else:
                     silent_s = min(self._lease_s, STREAM_GRACE_S) if not session.mapped else self._lease_s

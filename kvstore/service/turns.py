@@ -22,22 +22,22 @@ class Turns:
         self._kind = kind
         self._most = most
         self._lock = threading.Lock()
-        self._running: Counter[Account] = Counter()
+        self._running: Counter[str | Account] = Counter()
 
     @contextmanager
-    def taken(self, account: Account) -> Iterator[None]:
-        """While one of the calls runs. Raises CapacityError."""
+    def taken(self, party: str | Account) -> Iterator[None]:
+        """While one of the calls of a tenant, or of a session without one, runs. Raises CapacityError."""
         share = max(1, self._most // 2)
         with self._lock:
-            if self._running[account] >= share:
+            if self._running[party] >= share:
                 raise CapacityError(f"{share} calls of {self._kind} run already for this client or its tenant: wait")
             if self._running.total() >= self._most:
                 raise CapacityError(f"{self._most} calls of {self._kind} run already: try again in a moment")
-            self._running[account] += 1
+            self._running[party] += 1
         try:
             yield
         finally:
             with self._lock:
-                self._running[account] -= 1
-                if not self._running[account]:
-                    del self._running[account]
+                self._running[party] -= 1
+                if not self._running[party]:
+                    del self._running[party]

@@ -50,10 +50,15 @@ def start_server(directory: Path) -> Iterator[StartServer]:
     made: list[Server] = []
 
     def start(
-        num_blocks: int = 64, *, clock: Clock | None = None, tiers: Sequence[Tier] = (), **sections: dict[str, object]
+        num_blocks: int = 64,
+        *,
+        clock: Clock | None = None,
+        tiers: Sequence[Tier] = (),
+        gate: type[Gate] = Gate,
+        **sections: dict[str, object],
     ) -> Server:
         config = config_of(directory, num_blocks, sections)
-        server = Server(config, gate=Gate(config.service), clock=clock, tiers=tiers)
+        server = Server(config, gate=gate(config.service), clock=clock, tiers=tiers)
         server.start()
         made.append(server)
         return server

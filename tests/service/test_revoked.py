@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from kvstore.block import ModelId, Root
 from kvstore.errors import AccessDenied
 from kvstore.service.client import connect
 from kvstore.service.knock import knock
+from kvstore.service.rights import Gate, Rights, Shown
 from kvstore.service.server import Server
 from kvstore.wire import kvstore_pb2 as pb
 from tests.conftest import chain_of, save_all
@@ -198,3 +200,96 @@ def test_the_door_closes_for_users_who_lost_the_memory_and_opens_for_others(serv
         knock(path, 5.0)
     door.allow(frozenset({os.getuid()}))
     knock(path, 5.0).close()
+
+
+def silent_stream(peer: Peer, gone: threading.Event) -> Iterator[pb.Notice]:
+    """A Session stream on which one beat comes, and then nothing until `gone` is set."""
+
+    def beats() -> Iterator[pb.Beat]:
+        yield pb.Beat(session=peer.session)
+        gone.wait(30)
+
+    stream: Iterator[pb.Notice] = peer.stub.Session(beats())
+    next(stream)
+    return stream
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_stream_whose_client_says_nothing_more_ends_with_its_session(
+    server: Server, make_peer: MakePeer, tokens: Path, mapped: bool
+) -> None:
+    alice, gone = make_peer(server, mapped=mapped, token="alice-alice-alice"), threading.Event()
+    stream = silent_stream(alice, gone)
+    tokens.write_text(BOB)
+    server.reload_rights()
+    refused(grpc.StatusCode.CANCELLED, lambda: stream)
+    gone.set()
+    assert eventually(lambda: not server.sessions._accounts)
+
+
+def test_who_says_bye_ends_its_other_streams_and_is_answered_in_order(server: Server, make_peer: MakePeer) -> None:
+    alice, gone = make_peer(server, mapped=False, token="alice-alice-alice"), threading.Event()
+    stream = silent_stream(alice, gone)
+    assert list(alice.stub.Session(iter([pb.Beat(session=alice.session, bye=True)]))) == []
+    refused(grpc.StatusCode.CANCELLED, lambda: stream)
+    gone.set()
+
+
+def test_streams_of_a_tenants_last_session_count_for_its_next_one(
+    start_server: StartServer, make_peer: MakePeer, tokens: Path, model: ModelId
+) -> None:
+    server = start_server(service={"tokens_file": str(tokens), "max_streams": 4})
+    alice, gone = make_peer(server, mapped=False, token="alice-alice-alice"), threading.Event()
+
+    def nothing_more(lease: int) -> Iterator[pb.WriteRequest]:
+        yield pb.WriteRequest(session=alice.session, lease=lease)
+        gone.wait(30)
+
+    for lease in (1, 2):
+        alice.save(chain_of(Root(model, salt=b"alice"), 2, seed=lease), lease)
+    writes = [alice.stub.Write.future(nothing_more(lease)) for lease in (1, 2)]  # type: ignore[attr-defined]
+    assert eventually(lambda: server.sessions._accounts["alice"].num_streams == 2)
+    (first,) = server.sessions.all()
+    server.sessions.leave(first)
+    again = make_peer(server, mapped=False, token="alice-alice-alice")
+    details = refused(
+        grpc.StatusCode.RESOURCE_EXHAUSTED, lambda: again.stub.Watch(pb.WatchRequest(session=again.session))
+    )
+    assert "the tenant has 2 streams open" in details
+    (second,) = server.sessions.all()
+    assert first.party == second.party == "alice", "and so do its other calls"
+    server.sessions.leave(second)
+    gone.set()
+    for write in writes:
+        write.exception()
+    assert eventually(lambda: not server.sessions._accounts), "nothing is kept of a tenant that has nothing here"
+
+
+def test_a_session_that_ended_by_itself_is_not_revoked_any_more(server: Server, make_peer: MakePeer) -> None:
+    make_peer(server, token="alice-alice-alice")
+    (session,) = server.sessions.all()
+    server.sessions.leave(session)
+    server.sessions.revoke(session)
+    assert not server.sessions._revoked, "nothing would end it there"
+
+
+class Overtaken(Gate):
+    """Its file is read again between the rights of the first client and its session."""
+
+    num_changes = 1
+
+    def still_gives(self, rights: Rights, shown: Shown) -> bool:
+        self.num_changes -= 1
+        return self.num_changes < 0 and super().still_gives(rights, shown)
+
+
+def test_a_client_whose_rights_change_while_it_opens_may_try_again_and_leaves_nothing(
+    start_server: StartServer, make_peer: MakePeer
+) -> None:
+    server = start_server(gate=Overtaken)
+    assert "open again" in refused(grpc.StatusCode.UNAVAILABLE, lambda: make_peer(server))
+    assert not server.sessions._revoked
+    assert server._door is not None
+    assert server._door.num_peers == 0
+    make_peer(server)
+    assert len(server.sessions) == 1
