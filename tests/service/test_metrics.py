@@ -165,6 +165,20 @@ def test_connections_that_stay_silent_take_a_few_threads_and_are_given_up(host: 
             assert b"kvstore_rpc_seconds" in reply.read()
 
 
+def test_a_scrape_that_finds_no_thread_takes_nothing_from_the_next_one() -> None:
+    with MetricsEndpoint("127.0.0.1:0", dict, Latencies()) as endpoint:
+        place = ("127.0.0.1", int(endpoint.address.rpartition(":")[2]))
+        before = threading.stack_size(1 << 48)  # more than there is, so that none can be started
+        try:
+            for _ in range(20):
+                with socket.create_connection(place, 10) as refused:
+                    assert refused.recv(1) == b""
+        finally:
+            threading.stack_size(before)
+        with urllib.request.urlopen(f"http://{endpoint.address}/metrics", timeout=5) as reply:
+            assert b"kvstore_rpc_seconds" in reply.read()
+
+
 def is_closed(connection: socket.socket) -> bool:
     connection.setblocking(False)
     try:
