@@ -50,7 +50,9 @@ class _Aside(logging.Handler):
     def __init__(self, stream: TextIO) -> None:
         super().__init__()
         self._stream = stream
-        self._waiting: queue.Queue[str] = queue.Queue(_MAX_WAITING)
+        self._waiting: queue.Queue[tuple[str, int]] = queue.Queue(_MAX_WAITING)
+        """Each with how many lines are lost with it."""
+        self._counting = threading.Lock()
         self._num_lost = 0
         threading.Thread(target=self._run, name="kvstore-log", daemon=True).start()
 
@@ -59,29 +61,46 @@ class _Aside(logging.Handler):
             line = self.format(record)
         except Exception:  # noqa: BLE001 - whoever logs must not fail of it, nor of what an argument's own __str__ raises
             line = self.format(_made("a line of %s could not be written", record.name))
-        try:
-            self._waiting.put_nowait(line)
-        except queue.Full:
-            self._num_lost += 1
-            return
+        self._put(line, 1)
         if self._num_lost and self._waiting.qsize() < _MAX_WAITING // 2:
+            self._tell_lost()
+
+    def _put(self, line: str, worth: int) -> None:
+        try:
+            self._waiting.put_nowait((line, worth))
+        except queue.Full:
+            self._lose(worth)
+
+    def _lose(self, num_lines: int) -> None:
+        with self._counting:
+            self._num_lost += num_lines
+
+    def _tell_lost(self) -> None:
+        with self._counting:
             num_lost, self._num_lost = self._num_lost, 0
-            self.emit(_made("%d lines of this log are missing: they could not be written in time", num_lost))
+        if num_lost:
+            text = "%d lines of this log are missing: they could not be written in time"
+            self._put(self.format(_made(text, num_lost)), num_lost)
 
     def _run(self) -> None:
         while True:
-            line = self._waiting.get()
+            line, worth = self._waiting.get()
             try:
                 self._stream.write(f"{line}\n")
                 self._stream.flush()
             except (OSError, ValueError):  # a full disk, or nobody reads any more
-                self._num_lost += 1
+                self._lose(worth)
             finally:
                 self._waiting.task_done()
 
     def flush(self) -> None:
-        """Wait a moment for what is still to be written."""
+        """Wait a moment for what is still to be written, and for how much could not be."""
         end_s = time.monotonic() + _FLUSH_S
+        self._wait(end_s)
+        self._tell_lost()
+        self._wait(end_s)
+
+    def _wait(self, end_s: float) -> None:
         while self._waiting.unfinished_tasks and time.monotonic() < end_s:
             time.sleep(0.005)
 

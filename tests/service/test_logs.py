@@ -95,3 +95,25 @@ def test_a_full_disk_holds_nobody_up() -> None:
         for _ in range(5_000):
             log.warning("nobody reads this")
         flushed()
+
+
+class Disk(io.StringIO):
+    """Full for a while."""
+
+    full = True
+
+    def write(self, text: str) -> int:
+        if self.full:
+            raise OSError("no space left")
+        return super().write(text)
+
+
+def test_lines_that_were_lost_last_are_told_of_when_the_log_is_flushed() -> None:
+    disk = Disk()
+    set_up_logging("text", "info", disk)
+    for _ in range(3):
+        log.info("lost")
+    flushed()
+    disk.full = False
+    flushed()
+    assert "3 lines of this log are missing" in disk.getvalue()
