@@ -263,15 +263,15 @@ class Subscription:
 
         First what is left of the snapshot, at once.
         """
-        if self._fell_behind():
-            self._runs, self._gap = None, False
-            return Batch((), self._sequence, gap=True)
-        if self._runs is not None:
-            return self._poll_snapshot(max_blocks)
         deadline_s = time.monotonic() + timeout_s
         while True:
+            if self._fell_behind():
+                self._runs, self._gap = None, False
+                return Batch((), self._sequence, gap=True)
+            if self._runs is not None:
+                return self._poll_snapshot(max_blocks)
             events = self._poll_stream(max_blocks)
-            if events or self._gap or self._closed or not self._wait(deadline_s - time.monotonic()):
+            if events or self._closed or not self._wait(deadline_s - time.monotonic()):
                 return Batch(events, self._sequence)
 
     def _fell_behind(self) -> bool:
@@ -310,7 +310,7 @@ class Subscription:
         events: list[BlockEvent] = []
         with log._moved:
             if self._at < log._first:
-                return ()  # the next poll says what that means
+                return ()  # that there was a gap is told next
             for entry in islice(log._entries, self._at - log._first, None):
                 if max_blocks <= 0:
                     break

@@ -20,6 +20,7 @@ from kvstore.policies.lru import LruPolicy
 from kvstore.pool import BlockPool
 from tests.conftest import MakeStore, chain_of, save_all
 from tests.fakes import DictTier
+from tests.waiting import wait_until
 
 
 class Picture:
@@ -225,6 +226,20 @@ def test_going_on_after_a_time_in_which_nobody_listened_is_a_gap(model: ModelId)
     for _ in range(20):
         world.step()
     assert world.log.subscribe(after=last).poll().gap
+
+
+def test_who_waits_is_told_of_a_gap_at_once(model: ModelId) -> None:
+    log = EventLog(World(model, 40, 3).pool, max_roots=1)
+    told: list[Batch] = []
+    with log.subscribe(snapshot=False) as subscription:
+        log.cleared(Root(model, salt=b"a").id)
+        assert subscription.poll().events
+        waiting = threading.Thread(target=lambda: told.append(subscription.poll(20.0)), daemon=True)
+        waiting.start()
+        wait_until(lambda: log._num_waiting == 1)
+        log.cleared(Root(model, salt=b"b").id)
+        waiting.join(10)
+    assert [batch.gap for batch in told] == [True]
 
 
 def test_counts_of_more_roots_than_are_kept_begin_anew_with_a_gap_for_everybody(model: ModelId) -> None:
