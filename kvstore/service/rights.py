@@ -163,6 +163,10 @@ class Gate:
         except AccessDenied:
             return False
 
+    def tenants(self) -> frozenset[str]:
+        """Those that the file names."""
+        return frozenset(entry.rights.tenant for entry in self._entries)
+
     def mapping_uids(self) -> frozenset[int] | None:
         """Users whose processes may have the arena, for the door; None: this user and, where one is set, the group.
 

@@ -198,6 +198,7 @@ class Servicer(KVStoreServicer):
         for session in self._sessions.all():
             if not self._gate.still_gives(session.rights, session.shown):
                 self._sessions.revoke(session)
+        self._namespaces.roots.keep(self._gate.tenants())
 
     def _openmodel(self, request: pb.OpenModelRequest, context: Timed) -> pb.OpenModelReply:
         self._refuse_while_draining()

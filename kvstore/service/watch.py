@@ -58,35 +58,43 @@ class Watch:
         if request.boot_id and len(request.boot_id) != len(self._boot_id):
             raise ConfigError(f"boot_id has {len(request.boot_id)} bytes: give {len(self._boot_id)}, or none")
         rights = session.rights
-        start = self._start_of(rights)
-        resumes = bool(request.boot_id)
-        if resumes and request.boot_id != start:
-            # What happened since lies beyond a restart, or was counted under other rights.
-            yield pb.WatchReply(gap=True, boot_id=start)
-            resumes = False
+        before, snapshot = request.boot_id, request.snapshot
 
         def may_see(root: RootId) -> bool:
             return rights.sees_all or self._roots.allows(rights, root)
 
-        after = request.after_sequence if resumes else None
-        with self._events.subscribe(request.snapshot, may_see, after=after) as subscription:
-            begin = subscription.sequence if after is None else after
-            yield pb.WatchReply(sequence=begin, boot_id=start)  # says at once that it begins, and where
-            with_tokens = not request.without_tokens
-            for batch in self._batches(session, subscription, context):
-                yield _reply(batch, start, with_tokens=with_tokens)
+        while True:
+            start = self._start_of(rights)
+            if before and before != start:
+                # What happened since lies beyond a restart, or was counted among other roots.
+                yield pb.WatchReply(gap=True, boot_id=start)
+            after = request.after_sequence if before == start else None
+            with self._events.subscribe(snapshot, may_see, after=after) as subscription:
+                begin = subscription.sequence if after is None else after
+                yield pb.WatchReply(sequence=begin, boot_id=start)  # says at once that it begins, and where
+                for batch in self._batches(session, start, subscription, context):
+                    yield _reply(batch, start, with_tokens=not request.without_tokens)
+            if self._start_of(rights) == start:
+                return
+            before, snapshot = start, False
 
     def _start_of(self, rights: Rights) -> bytes:
         """What numbers of events hold for: this start of the server, and what may be seen, since only that is counted.
 
-        As long as a boot id, and the boot id itself where everything may be seen.
+        That changes where roots are forgotten as well: their blocks stay, and nobody can tell whose they are. As long
+        as a boot id, and the boot id itself where everything may be seen.
         """
         if rights.sees_all:
             return self._boot_id
         seen = [None if names is None else sorted(names) for names in (rights.salts, rights.models)]
-        return hashlib.sha256(self._boot_id + repr(seen).encode()).digest()[: len(self._boot_id)]
+        return hashlib.sha256(self._boot_id + repr((seen, self._roots.num_folds)).encode()).digest()[
+            : len(self._boot_id)
+        ]
 
-    def _batches(self, session: Session, subscription: Subscription, context: grpc.ServicerContext) -> Iterator[Batch]:
+    def _batches(
+        self, session: Session, start: bytes, subscription: Subscription, context: grpc.ServicerContext
+    ) -> Iterator[Batch]:
+        """Until the call ends, or numbers hold for something else than `start`."""
         with self._lock:
             number = self._num_begun % _NUM_GROUPS
             self._num_begun += 1
@@ -97,6 +105,8 @@ class Watch:
             while context.is_active() and not self._closing.is_set():
                 if session.ended:
                     raise UnknownSession("the session has ended: open again")
+                if self._start_of(session.rights) != start:
+                    return
                 batch = subscription.poll(max_blocks=_MAX_BLOCKS)
                 if batch.events or batch.gap or batch.snapshot_done:
                     yield batch
@@ -118,7 +128,8 @@ class Watch:
                 self._somebody.wait_for(lambda: self._num_watching or self._closing.is_set())
             with self._events.subscribe(snapshot=False) as any_event:
                 while self._num_watching and not self._closing.is_set():
-                    if any_event.poll(_IDLE_S, max_blocks=_MAX_BLOCKS).events:
+                    batch = any_event.poll(_IDLE_S, max_blocks=_MAX_BLOCKS)
+                    if batch.events or batch.gap:
                         self._pulse()
 
     def _pulse(self) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -14,14 +15,20 @@ import pytest
 
 from kvstore.block import ModelId, Root
 from kvstore.errors import AccessDenied, ServiceUnavailable
+from kvstore.events import EventLog
 from kvstore.service import kv_events
 from kvstore.service.admin import Admin, Target
 from kvstore.service.client import connect
 from kvstore.service.follow import follow
+from kvstore.service.rights import FULL, Shown
+from kvstore.service.roots import RootBook
 from kvstore.service.server import Server
+from kvstore.service.session import Session
+from kvstore.service.watch import Watch
 from kvstore.wire import kvstore_pb2 as pb
 from tests.conftest import chain_of, save_all
 from tests.service.conftest import ServerProcess, StartServer
+from tests.waiting import wait_until
 
 FOLLOWER = "follower-follower"
 
@@ -30,8 +37,8 @@ def soon(seconds: float) -> None:
     time.sleep(min(seconds, 0.05))
 
 
-def save(address: str, root: Root, num_blocks: int, seed: int = 0) -> None:
-    with connect(address) as store:
+def save(address: str, root: Root, num_blocks: int, seed: int = 0, token: str = "") -> None:
+    with connect(address, token=token) as store:
         store.open(root.model)
         assert save_all(store, chain_of(root, num_blocks, seed=seed)) == num_blocks
 
@@ -137,6 +144,27 @@ def test_a_place_under_other_rights_is_none_and_what_may_be_seen_now_comes_after
         assert kinds(told, 2) == ["4 blocks" if "bob" in after else "1 blocks", "whole"]
 
 
+def test_where_the_server_forgets_whose_blocks_some_are_a_gap_is_told(
+    start_server: StartServer, directory: Path, model: ModelId
+) -> None:
+    tokens, root = directory / "tokens.toml", Root(model, salt=b"alice")
+    tokens.write_text(TOKENS + '[[client]]\ntoken = "carol-carol-carol"\ntenant = "carol"\nsalts = ["alice"]\n')
+    tokens.chmod(0o600)
+    server = start_server(service={"tokens_file": str(tokens)})
+    with (
+        Admin(Target(address=server.address, token=FOLLOWER)) as admin,
+        closing(follow(admin, snapshot=True, with_tokens=False, say=lambda _: None, sleep=soon)) as replies,
+    ):
+        told = telling(replies)
+        assert kinds(told, 1) == ["whole"]
+        save(server.address, root, 2, token="carol-carol-carol")
+        assert kinds(told, 1) == ["2 blocks"]
+        tokens.write_text(TOKENS)
+        server.reload_rights()
+        save(server.address, root, 3, seed=1)
+        assert kinds(told, 1) == ["gap"]
+
+
 def end_session(server: Server, name: str) -> None:
     for session in server.sessions.all():
         if session.name == name:
@@ -207,3 +235,31 @@ def test_published_events_go_on_with_all_cleared_and_what_is_there_after_a_resta
         assert [event["type"] for event in next(batches)] == ["AllBlocksCleared"]
         (event,) = next(batches)
         assert (event["type"], len(event["block_hashes"])) == ("BlockStored", 3)
+
+
+class Asking:
+    """A call whose client waits."""
+
+    def is_active(self) -> bool:
+        return True
+
+
+def test_watchers_are_woken_for_a_gap_as_well(start_server: StartServer, model: ModelId) -> None:
+    log = EventLog(start_server()._store._host.pool, max_roots=1)
+    watch = Watch(log, RootBook(), bytes(16))
+    session = Session(b"", b"", 1, "", 0, None, Shown(), FULL, 0.0, 0.0)
+    replies = watch.watch(session, pb.WatchRequest(), Asking())  # type: ignore[arg-type]
+    next(replies)
+    told: list[pb.WatchReply] = []
+    asking = threading.Thread(target=lambda: told.extend(replies))
+    asking.start()
+    try:
+        wait_until(lambda: log._num_waiting == 1)
+        log.cleared(Root(model, salt=b"a").id)
+        wait_until(lambda: watch._pulses[0] == 1 and log._num_waiting == 1)
+        log.cleared(Root(model, salt=b"b").id)
+        wait_until(lambda: watch._pulses[0] == 2)
+    finally:
+        watch.close()
+        asking.join()
+    assert [(len(reply.events), reply.gap) for reply in told][:2] == [(1, False), (0, True)]
