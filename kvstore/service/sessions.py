@@ -10,7 +10,8 @@ Invariants
    call gives back what it took.
 2. Slots that a living process may still be writing to are neither free nor part of a block: they are quarantined
    until every writer has said that it is done, or is dead.
-3. A session's lock is a leaf: it is not held across a call of the store. An account's comes before it.
+3. A session's lock is a leaf: it is not held across a call of the store. The book's comes before an account's, and both
+   before it.
 """
 
 from __future__ import annotations
