@@ -248,7 +248,7 @@ class BlockPool:
         found: list[Resident | None] = []
         with self.lock:
             table = self._table
-            rows = table.ids.find(blocks)
+            rows = table.ids.find_evenly(blocks)
             shown = (rows != NO_ROW) & (table.ready[rows] != 0) & np.isin(table.root[rows], seen)
             for row, is_shown in zip(rows.tolist(), shown.tolist(), strict=True):
                 if not is_shown:

@@ -24,6 +24,7 @@ def an_id(number: int) -> BlockId:
 def agree(ids: IdMap, known: dict[BlockId, int], asked: Sequence[BlockId]) -> None:
     expected = [known.get(block, NO_ROW) for block in asked]
     assert ids.find(asked).tolist() == expected
+    assert ids.find_evenly(asked).tolist() == expected
     assert [ids.get(block) for block in asked] == expected
     leading = expected.index(NO_ROW) if NO_ROW in expected else len(expected)
     assert ids.find_leading(asked).tolist() == expected[:leading]
