@@ -31,8 +31,9 @@ from kvstore.tiers.host import HostTier
 log = logging.getLogger("kvstore.mover")
 
 _BATCH_BYTES = 64 << 20
-_BATCH_SHARE = 16
-"""Of the host, that a batch may be: what is being written cannot be evicted meanwhile."""
+_SPILL_SHARE = 16
+"""Of the host, that a batch may be where blocks go down as it fills: what is being written cannot be evicted
+meanwhile, and saves want room just then."""
 _IDLE_S = 0.05
 _MAX_TOUCHES = 1024
 _ATTEMPTS = 2
@@ -319,8 +320,10 @@ class Mover:
             return _Outcome.DONE, 0, 1
         _, layout = pool.place_of(int(rows[0]))
         pool.unpin(rows)
-        num_bytes = min(_BATCH_BYTES, self._host.arena.capacity_bytes // _BATCH_SHARE)
-        num_blocks = max(1, num_bytes // layout.block_bytes)
+        most_bytes = _BATCH_BYTES
+        if self._mode is WriteMode.ON_EVICT:
+            most_bytes = min(most_bytes, self._host.arena.capacity_bytes // _SPILL_SHARE)
+        num_blocks = max(1, most_bytes // layout.block_bytes)
         resident, rows = pool.pin_resident(blocks[:num_blocks])
         try:
             believed = pool.below(rows, number)
