@@ -30,9 +30,12 @@ from kvstore.tiers.host import HostTier
 
 log = logging.getLogger("kvstore.mover")
 
-_BATCH_BYTES = 64 << 20
+_BATCH_BYTES = 128 << 20
+"""Each batch ends with the server having caught up: over TCP 64 MiB gave 0.79 of a bare socket's rate, 128 and 256
+MiB 0.89 and 0.90 of it in the same run."""
+_SHARE = 4
 _SPILL_SHARE = 16
-"""Of the host, that a batch may be where blocks go down as it fills: what is being written cannot be evicted
+"""Of the host, that a batch may be, and where blocks go down as it fills: what is being written cannot be evicted
 meanwhile, and saves want room just then."""
 _IDLE_S = 0.05
 _MAX_TOUCHES = 1024
@@ -320,9 +323,8 @@ class Mover:
             return _Outcome.DONE, 0, 1
         _, layout = pool.place_of(int(rows[0]))
         pool.unpin(rows)
-        most_bytes = _BATCH_BYTES
-        if self._mode is WriteMode.ON_EVICT:
-            most_bytes = min(most_bytes, self._host.arena.capacity_bytes // _SPILL_SHARE)
+        share = _SPILL_SHARE if self._mode is WriteMode.ON_EVICT else _SHARE
+        most_bytes = min(_BATCH_BYTES, self._host.arena.capacity_bytes // share)
         num_blocks = max(1, most_bytes // layout.block_bytes)
         resident, rows = pool.pin_resident(blocks[:num_blocks])
         try:
