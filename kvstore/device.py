@@ -193,7 +193,7 @@ class DeviceOverlay:
         return {
             "device.blocks": len(self._pool),
             "device.capacity_bytes": self.num_slots * self.layout.block_bytes,
-            "device.evicted_blocks": self._pool.num_evicted,
+            "device.evicted_blocks": self._pool.survey.num_evicted,
             "device.hit_blocks": self._num_hits,
             "device.missed_blocks": self._num_missed,
         }
@@ -201,6 +201,6 @@ class DeviceOverlay:
     def check(self) -> list[str]:
         """Broken invariants; empty when healthy."""
         faults = self._pool.check()
-        if pinned := self._pool.pinned_rows():
+        if pinned := self._pool.survey.pinned_rows():
             faults.append(f"device: {pinned} blocks are pinned")
         return faults

@@ -36,6 +36,7 @@ from kvstore.api import HOST_TIER
 from kvstore.block import DIGEST_BYTES, BlockId, BlockMeta, RootId
 from kvstore.idmap import NO_ROW, Rows
 from kvstore.pool import BlockPool
+from kvstore.survey import Survey
 
 _RING_BYTES = 64 << 20
 _MAX_RUN = 1024
@@ -205,11 +206,11 @@ class EventLog:
         subscription to the same roots had before, it goes on from there, with a gap if that is too long ago.
         """
         with self._pool.lock:  # nothing happens between the snapshot's beginning and the stream's
-            census = self._pool.whole_rows(may_see) if snapshot and after is None else None
+            census = self._pool.survey.whole_rows(may_see) if snapshot and after is None else None
             with self._moved:
                 if not self._subscriptions:
                     self._silences += 1
-                subscription = Subscription(self, self._pool, may_see, census, self._last(), self._seen(may_see))
+                subscription = Subscription(self, self._pool.survey, may_see, census, self._last(), self._seen(may_see))
                 if after is not None:
                     subscription._rewind(after)
                 self._subscriptions.add(subscription)
@@ -235,14 +236,14 @@ class Subscription:
     def __init__(
         self,
         log: EventLog,
-        pool: BlockPool,
+        survey: Survey,
         may_see: Callable[[RootId], bool],
         census: tuple[Rows, Rows, Rows] | None,
         last: int,
         sequence: int,
     ) -> None:
         self._log = log
-        self._pool = pool
+        self._survey = survey
         self._may_see = may_see
         self._runs = None if census is None else _runs(*census)
         self._since = last
@@ -298,7 +299,7 @@ class Subscription:
             if rows is None:
                 self._runs = None
                 break
-            count, run = self._pool.describe_run(rows, self._since)
+            count, run = self._survey.describe_run(rows, self._since)
             self._omitted.update(rows[count:].tolist())
             if run is not None:
                 events.append(BlockEvent(EventKind.STORED, HOST_TIER, *run))

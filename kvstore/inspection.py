@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kvstore.block import BlockId, RootId
-from kvstore.pool import BlockPool
+from kvstore.survey import Survey
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +38,11 @@ class BlockInfo:
 
 
 def inspect(
-    pool: BlockPool, tier_names: Sequence[str], ids: Sequence[BlockId], may_see: Callable[[RootId], bool]
+    survey: Survey, tier_names: Sequence[str], ids: Sequence[BlockId], may_see: Callable[[RootId], bool]
 ) -> list[BlockInfo]:
-    """What `pool` knows of each block; one of a root that `may_see` denies looks like one that is not there."""
+    """What a pool knows of each block; one of a root that `may_see` denies looks like one that is not there."""
     infos: list[BlockInfo] = []
-    for block, known in zip(ids, pool.describe(ids, may_see), strict=True):
+    for block, known in zip(ids, survey.describe(ids, may_see), strict=True):
         if known is None:
             infos.append(BlockInfo(block))
             continue

@@ -427,12 +427,10 @@ class BlockLoad:
 
     def _pin_when_filled(self, blocks: Sequence[BlockId]) -> list[int]:
         """Pin those of consecutive blocks that lead and are there, having waited for the first to be filled."""
-        plan, pool = self._plan, self._host.pool
-        need = part_mask(plan.layout, plan.parts)
-        with pool.changed:
-            pool.changed.wait_for(lambda: not pool.is_filling(blocks[0], need), timeout=plan.read_deadline_s)
-            rows: list[int] = pool.pin_leading(blocks, need, plan.chain.root.id).tolist()
-        return rows
+        plan, need = self._plan, part_mask(self._plan.layout, self._plan.parts)
+        rows = self._host.pool.pin_when_filled(blocks, need, plan.chain.root.id, plan.read_deadline_s)
+        pinned: list[int] = rows.tolist()
+        return pinned
 
     def _retire(self) -> None:
         """Take back the views of blocks that were passed: who kept one is refused rather than shown other bytes."""

@@ -248,7 +248,7 @@ class Mover:
                     if not self._options.is_exclusive or tier.read_only:
                         tier.touch(keys, hint, self._standing(number, chain.ids[:num_blocks], range(num_blocks), hint))
                     if hint.closed:
-                        private_from = self._host.pool.shared_to(chain.ids[:num_blocks], chain.root.id)
+                        private_from = self._host.pool.survey.shared_to(chain.ids[:num_blocks], chain.root.id)
                         tier.retire(keys, private_from * len(parts))
                 except TierError as error:
                     self.note_failure(number, error)
@@ -287,7 +287,7 @@ class Mover:
                     again.append(number)
                 elif job.blocks and self._tiers[number].ranking != LRU:
                     # It stands below what it hangs from: where it is to stand higher, both are lifted.
-                    self.use_below(self._host.pool.ancestry(job.blocks[-1]), number, job.hint)
+                    self.use_below(self._host.pool.survey.ancestry(job.blocks[-1]), number, job.hint)
                 if outcome is _Outcome.ORPHANED:
                     blocks = self._with_ancestors(job.blocks, number)
         finally:
@@ -328,7 +328,7 @@ class Mover:
         num_blocks = max(1, most_bytes // layout.block_bytes)
         resident, rows = pool.pin_resident(blocks[:num_blocks])
         try:
-            believed = pool.below(rows, number)
+            believed = pool.survey.below(rows, number)
             pairs = zip(resident, rows.tolist(), strict=True)
             wanted = [pair for pair, there in zip(pairs, believed, strict=True) if not there]
             if not wanted:
@@ -341,7 +341,7 @@ class Mover:
     def _with_ancestors(self, blocks: Sequence[BlockId], number: int) -> list[BlockId]:
         """The tier refused a block for want of its parent: what it was believed to hold is gone; write it again."""
         pool = self._host.pool
-        chain = list(dict.fromkeys(each for block in blocks for each in pool.ancestry(block)))
+        chain = list(dict.fromkeys(each for block in blocks for each in pool.survey.ancestry(block)))
         resident, rows = pool.pin_resident(chain)
         pool.forget_below(rows, number)
         pool.unpin(rows)

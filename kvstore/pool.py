@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Resident blocks in slots under one policy: what the host tier and the device overlay have in common.
 
+What changes which blocks are there, who holds them, or their order is here; what only asks is `kvstore.survey`.
+
 Invariants
 1. A block is matchable only after its bytes are complete (`publish`), part by part.
 2. A resident block's parent is resident, under the same root: blocks are reserved under resident parents, only
@@ -28,10 +30,10 @@ from kvstore.layout import BlockLayout
 from kvstore.policies.base import Policy
 from kvstore.residents import Observer, Residents, Slots, mask_of
 from kvstore.residents import part_mask as part_mask
+from kvstore.survey import Survey
 from kvstore.victims import Victims
 
 _MOST_SIMILAR = 64  # children of one block that are looked at for the longest beginning
-_DESCRIBED = 256  # blocks, before the lock is given up for a moment
 _CHUNK = 4096  # rows freed, or told of, before the lock is given up for a moment
 
 
@@ -45,38 +47,16 @@ class Reservation(NamedTuple):
     slots: tuple[int, ...]
 
 
-class Resident(NamedTuple):
-    """What is known of a resident block."""
-
-    root: RootId
-    meta: BlockMeta
-    ready_parts: int
-    """Mask of the parts that hold bytes."""
-    num_pins: int
-    num_children: int
-    below: int
-    """Bit t set: believed to be in lower tier number t."""
-
-
-class Run(NamedTuple):
-    """Consecutive whole blocks of one chain; ids and tokens end to end."""
-
-    root: RootId
-    ids: bytes
-    parent: bytes
-    depth: int
-    tokens: bytes
-
-
 class BlockPool:
     """Reserve, publish, pin, touch and evict blocks. Thread-safe."""
 
     def __init__(self, slots: Slots, policy: Policy) -> None:
         self.lock = threading.RLock()
-        self.changed = threading.Condition(self.lock)
+        self._changed = threading.Condition(self.lock)
         self._slots = slots
         self._residents = Residents(slots, policy)
         self._table = self._residents.table
+        self.survey = Survey(self._residents, self.lock)
 
     # -- models and tenants ------------------------------------------------------------------------------------
 
@@ -98,50 +78,12 @@ class BlockPool:
         with self.lock:
             self._residents.accounts.set_limit(group, max_bytes)
 
-    def held_bytes(self, root: RootId) -> int:
-        """Bytes that the blocks of a root take, those being filled included."""
-        with self.lock:
-            accounts = self._residents.accounts
-            number = accounts.find(root)
-            return accounts.held_bytes[number] if number >= 0 else 0
-
-    @property
-    def num_evicted(self) -> int:
-        """Blocks that were evicted so far."""
-        return self._residents.num_evicted
-
-    @property
-    def num_lost(self) -> int:
-        """Those of them that no lower tier was believed to hold."""
-        return self._residents.num_lost
-
-    @property
-    def num_quota_refused(self) -> int:
-        """Blocks that were refused because their group had its quota."""
-        return self._residents.accounts.num_refused
-
     # -- finding -----------------------------------------------------------------------------------------------
-
-    def _leading(self, blocks: Sequence[BlockId], need: int, root: RootId) -> Rows:
-        number = self._residents.accounts.find(root)
-        return self._table.leading(blocks, need, number) if number >= 0 else np.empty(0, np.int64)
 
     def leading(self, blocks: Sequence[BlockId], need: int, root: RootId) -> int:
         """Length of the leading run of one chain under `root` that has all parts of mask `need`."""
         with self.lock:
-            return len(self._leading(blocks, need, root))
-
-    def shared_to(self, blocks: Sequence[BlockId], root: RootId) -> int:
-        """How many leading blocks of a chain others may go on from: the last of them had several children here.
-
-        All of them where one is not here: of what goes on from it nothing is known.
-        """
-        with self.lock:
-            rows = self._leading(blocks, 0, root)
-            forks = np.flatnonzero(self._table.branches[rows] > 1)
-            if len(rows) < len(blocks):
-                return len(blocks)
-            return int(forks[-1]) + 1 if len(forks) else 0
+            return len(self._residents.leading(blocks, need, root))
 
     def may_be_shared(self, rows: Sequence[int]) -> None:
         """They came from a lower tier: others may have gone on from them."""
@@ -151,9 +93,15 @@ class BlockPool:
     def pin_leading(self, blocks: Sequence[BlockId], need: int, root: RootId) -> Rows:
         """Pin the leading run; returns its rows, to be given to `unpin`."""
         with self.lock:
-            rows = self._leading(blocks, need, root)
+            rows = self._residents.leading(blocks, need, root)
             self._table.pins[rows] += 1
             return rows
+
+    def pin_when_filled(self, blocks: Sequence[BlockId], need: int, root: RootId, timeout_s: float) -> Rows:
+        """`pin_leading`, once nobody is filling the first block any more; after `timeout_s` at the latest."""
+        with self.lock:
+            self._changed.wait_for(lambda: not self.survey.is_filling(blocks[0], need), timeout=timeout_s)
+            return self.pin_leading(blocks, need, root)
 
     def pin_similar(
         self, parent: BlockId | None, tokens: npt.NDArray[np.uint32], need: int, root: RootId
@@ -203,7 +151,7 @@ class BlockPool:
             if doomed:
                 for row in doomed.intersection(rows[table.pins[rows] == 0].tolist()):
                     self._residents.bury(row)
-            self.changed.notify_all()
+            self._changed.notify_all()
 
     def slots_of(self, row: int) -> list[int]:
         """Slot of each part of a pinned row."""
@@ -226,51 +174,7 @@ class BlockPool:
 
     def meta_of(self, row: int) -> BlockMeta:
         """Meta of a pinned row."""
-        residents = self._residents
-        return self._table.meta(row, residents.root_of(row), 4 * residents.layout_of(row).model.block_tokens)
-
-    def describe(
-        self, blocks: Sequence[BlockId], may_see: Callable[[RootId], bool] = lambda root: True
-    ) -> list[Resident | None]:
-        """What is known of each block, None where it has no part here, or `may_see` denies its root.
-
-        A block that is denied takes no longer than one that is not there: its root was judged before it was found.
-        The lock is given up between portions: others' matches wait for one of them at most.
-        """
-        with self.lock:
-            known = list(self._residents.accounts.roots.items())
-        seen = [number for number, root in known if may_see(root)]
-        portions = [blocks[at : at + _DESCRIBED] for at in range(0, len(blocks), _DESCRIBED)]
-        return [one for portion in portions for one in self._describe(portion, seen)]
-
-    def _describe(self, blocks: Sequence[BlockId], seen: Sequence[int]) -> list[Resident | None]:
-        """Of each block, None where it is not there or not of a root that is `seen`."""
-        found: list[Resident | None] = []
-        with self.lock:
-            table = self._table
-            rows = table.ids.find_evenly(blocks)
-            shown = (rows != NO_ROW) & (table.ready[rows] != 0) & np.isin(table.root[rows], seen)
-            for row, is_shown in zip(rows.tolist(), shown.tolist(), strict=True):
-                if not is_shown:
-                    found.append(None)
-                    continue
-                counts = (table.ready[row], table.pins[row], table.children[row], table.below[row])
-                found.append(Resident(self._residents.root_of(row), self.meta_of(row), *map(int, counts)))
-        return found
-
-    def ready_masks(self, root: RootId, blocks: Sequence[BlockId]) -> npt.NDArray[np.uint64]:
-        """Mask of the parts that are there of each block; 0 where there is none, or it is another root's."""
-        with self.lock:
-            number = self._residents.accounts.find(root)
-            rows = self._table.ids.find(blocks)
-            there = (rows != NO_ROW) & (self._table.root[rows] == number)
-            return np.where(there, self._table.ready[rows], np.uint64(0))
-
-    def is_filling(self, block: BlockId, need: int) -> bool:
-        """Whether somebody is writing parts of `block` right now."""
-        with self.lock:
-            row = self._table.ids.get(block)
-            return row != NO_ROW and bool(int(self._table.filling[row]) & need)
+        return self._residents.meta_of(row)
 
     # -- filling -----------------------------------------------------------------------------------------------
 
@@ -399,7 +303,7 @@ class BlockPool:
                     residents.policy.admit(table.ids.ids_of(fresh), hint)
                 residents.report_stored(whole)
             self.abort(lost)
-            self.changed.notify_all()
+            self._changed.notify_all()
         return done
 
     def _make_ready(self, done: Sequence[Reservation], pins: int) -> tuple[Rows, Rows]:
@@ -459,7 +363,7 @@ class BlockPool:
         for item in reversed(reservations):
             self._residents.detach(item.row, item.parts)
         if reservations:
-            self.changed.notify_all()
+            self._changed.notify_all()
         return tuple(slot for item in reservations for slot in item.slots)
 
     def acquire_scratch(self, sizes: Sequence[int]) -> tuple[int, ...] | None:
@@ -476,7 +380,7 @@ class BlockPool:
         with self.lock:
             self._slots.release_many(slots)
             self._residents.loose.difference_update(slots)
-            self.changed.notify_all()
+            self._changed.notify_all()
 
     release_detached = release_scratch
 
@@ -509,11 +413,6 @@ class BlockPool:
 
     # -- what lower tiers are believed to hold -----------------------------------------------------------------
 
-    def below(self, rows: Rows, tier: int) -> list[bool]:
-        """Whether each row is believed to be in lower tier number `tier`."""
-        with self.lock:
-            return [bool(bits >> tier & 1) for bits in self._table.below[rows].tolist()]
-
     def set_below(self, rows: Rows, tier: int, parts: Sequence[Sequence[int]]) -> None:
         """Each row's `parts` are in the tier now; believed of a row unless it has gained parts meanwhile."""
         masks = np.array([mask_of(cells) for cells in parts], np.uint64)
@@ -531,30 +430,6 @@ class BlockPool:
         with self.lock:
             self._table.below &= np.uint8(~(1 << tier) & 0xFF)
 
-    def missing_below(self, blocks: Sequence[BlockId], tier: int) -> list[BlockId]:
-        """What lower tier `tier` is not believed to hold of `blocks` and all they hang from, parents first."""
-        with self.lock:
-            parent, below = self._table.parent, self._table.below
-            rows = self._table.ids.find(blocks)
-            found: dict[int, None] = {}
-            for row in rows[rows != NO_ROW].tolist():
-                path: list[int] = []
-                while row != NO_ROW and row not in found and not below[row] >> tier & 1:
-                    path.append(row)
-                    row = int(parent[row])
-                found.update(dict.fromkeys(reversed(path)))
-            return self._table.ids.ids_of(np.array(list(found), np.int64))
-
-    def ancestry(self, block: BlockId) -> list[BlockId]:
-        """The chain from its first block to `block`, head to tail; empty where `block` is not resident."""
-        with self.lock:
-            row = self._table.ids.get(block)
-            rows: list[int] = []
-            while row != NO_ROW:
-                rows.append(row)
-                row = int(self._table.parent[row])
-            return self._table.ids.ids_of(np.array(rows[::-1], np.int64))
-
     # -- leaving -----------------------------------------------------------------------------------------------
 
     def remove(self, blocks: Sequence[BlockId]) -> int:
@@ -564,7 +439,7 @@ class BlockPool:
             doomed = self._residents.with_descendants(rows[rows != NO_ROW])
             removed = self._residents.hide(doomed)
             self._residents.bury_all(doomed)
-            self.changed.notify_all()
+            self._changed.notify_all()
             return removed
 
     def clear(self, root: RootId | None = None) -> int:
@@ -587,7 +462,7 @@ class BlockPool:
                 portion = rows[at : at + _CHUNK]
                 # Freed by an unpin meanwhile, a row may be somebody else's by now.
                 residents.bury_all(np.array([row for row in portion.tolist() if row in residents.doomed], np.int64))
-                self.changed.notify_all()
+                self._changed.notify_all()
         return removed
 
     # -- watching ----------------------------------------------------------------------------------------------
@@ -596,33 +471,6 @@ class BlockPool:
         """Let `observer` hear what becomes and stops being matchable, from now on. There is one."""
         with self.lock:
             self._residents.observer = observer
-
-    def whole_rows(self, may_see: Callable[[RootId], bool]) -> tuple[Rows, Rows, Rows]:
-        """Rows of whole blocks of the roots that `may_see` allows; their parents, and their depths."""
-        with self.lock:
-            table, accounts = self._table, self._residents.accounts
-            rows = table.ids.found_rows()
-            rows = rows[self._residents.is_whole(rows)]
-            hidden = [number for number, root in accounts.roots.items() if not may_see(root)]
-            if hidden:
-                rows = rows[~np.isin(table.root[rows], hidden)]
-            return rows, table.parent[rows].astype(np.int64), table.depth[rows].astype(np.int64)
-
-    def describe_run(self, rows: Rows, before: int) -> tuple[int, Run | None]:
-        """The leading ones of `rows`, consecutive blocks of one chain, that are whole since event `before` or longer.
-
-        Returns how many these are, and what they hold.
-        """
-        with self.lock:
-            table, residents = self._table, self._residents
-            same = table.ids.findable(rows) & residents.is_whole(rows) & (table.born[rows] <= before)
-            rows = rows if same.all() else rows[: int(same.argmin())]
-            if not len(rows):
-                return 0, None
-            root, layout = self.place_of(int(rows[0]))
-            meta = self.meta_of(int(rows[0]))
-            tokens = table.tokens[rows, : 4 * layout.model.block_tokens].tobytes()
-            return len(rows), Run(root, table.ids.packed(rows), meta.parent, meta.depth, tokens)
 
     # -- health ------------------------------------------------------------------------------------------------
 
@@ -635,10 +483,6 @@ class BlockPool:
         with self.lock:
             self._residents.apply_touches()
             return faults(self._residents)
-
-    def pinned_rows(self) -> int:
-        """Rows with pins: 0 when nobody holds anything."""
-        return int(np.count_nonzero(self._table.pins))
 
 
 def _masks(reservations: Sequence[Reservation]) -> npt.NDArray[np.uint64]:

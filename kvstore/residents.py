@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore.api import Hint
-from kvstore.block import BlockId, RootId
+from kvstore.block import BlockId, BlockMeta, RootId
 from kvstore.index import NO_ROW, NO_SLOT, BlockTable, Rows
 from kvstore.layout import BlockLayout
 from kvstore.policies.base import Policy
@@ -89,6 +89,14 @@ class Residents:
 
     def root_of(self, row: int) -> RootId:
         return self.accounts.roots[int(self.table.root[row])]
+
+    def meta_of(self, row: int) -> BlockMeta:
+        return self.table.meta(row, self.root_of(row), 4 * self.layout_of(row).model.block_tokens)
+
+    def leading(self, blocks: Sequence[BlockId], need: int, root: RootId) -> Rows:
+        """Rows of the leading run of one chain under `root` that has all parts of mask `need`."""
+        number = self.accounts.find(root)
+        return self.table.leading(blocks, need, number) if number >= 0 else np.empty(0, np.int64)
 
     # -- order -------------------------------------------------------------------------------------------------
 

@@ -88,7 +88,7 @@ class Spill:
         if ready:
             cold = self._worth(pool.coldest(min(_MOST_AHEAD, max(1, int(len(pool) * _AHEAD_SHARE)))))
             for number in ready:
-                self._write(pool.missing_below(cold, number), number)
+                self._write(pool.survey.missing_below(cold, number), number)
         # Not for all that did not go down: a full tier that takes calls would be asked for the same again and again.
         return not any(self._tiers[number].refuses for number in self._written)
 
@@ -107,7 +107,7 @@ class Spill:
         pool = self._host.pool
         _, rows = pool.pin_resident(chain.ids[:num_blocks])
         try:
-            there = [number for number in self._written if any(pool.below(rows, number))]
+            there = [number for number in self._written if any(pool.survey.below(rows, number))]
             for number in there:
                 pool.forget_below(rows, number)
         finally:
@@ -137,14 +137,14 @@ class Spill:
         inner: set[BlockId] = set()
         for block in reversed(blocks):
             if block not in inner:
-                chain = self._host.pool.ancestry(block)
+                chain = self._host.pool.survey.ancestry(block)
                 inner.update(chain)
                 if chain:
                     yield chain
 
     def _drain_to(self, number: int, until_s: float) -> int:
         pool, name = self._host.pool, self._tiers[number].name
-        blocks = pool.missing_below(self._worth(pool.coldest(len(pool))[::-1]), number)
+        blocks = pool.survey.missing_below(self._worth(pool.coldest(len(pool))[::-1]), number)
         step, at = max(1, len(blocks) // _STEPS), 0
         began_s = told_s = now_s = self._clock.now_s()
         # Twice as much earlier as time went by: what is written later is colder, and stands lower.

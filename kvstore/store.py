@@ -336,7 +336,7 @@ class KVStore:
 
         `used`: the blocks are a chain from its first block on, and were used: keep what is there of it warm.
         """
-        masks = self._host.pool.ready_masks(root, blocks)
+        masks = self._host.pool.survey.ready_masks(root, blocks)
         if used:
             num_blocks = self._host.pool.leading(blocks, 0, root)
             self._host.pool.touch(blocks, num_blocks, replace(NO_HINT, time_s=self._clock.now_s()))
@@ -399,7 +399,7 @@ class KVStore:
 
     def inspect(self, ids: Sequence[BlockId], may_see: Callable[[RootId], bool] = lambda root: True) -> list[BlockInfo]:
         """What is known of each block; one of a root that `may_see` denies looks like one that is not there."""
-        return inspect(self._host.pool, [tier.name for tier in self._tiers], ids, may_see)
+        return inspect(self._host.pool.survey, [tier.name for tier in self._tiers], ids, may_see)
 
     def locate(self, chain: Chain) -> dict[str, list[bool]]:
         """Which blocks of `chain` each lower tier holds whole, as it says now; none for one that does not answer.
@@ -527,7 +527,7 @@ class KVStore:
         # just after it is struck out, by threads that go on meanwhile. What was forgotten stays.
         num_rows = 0
         for _ in range(_LOOKS):
-            num_rows = self._host.pool.pinned_rows()
+            num_rows = self._host.pool.survey.pinned_rows()
             if not num_rows or len(self._leases) or not self._mover.flush(0):
                 return 0
             self._closing.wait(_BETWEEN_LOOKS_S)

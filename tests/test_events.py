@@ -150,7 +150,7 @@ def test_snapshot_and_stream_tell_of_every_block_exactly_once(gridded: ModelId, 
         assert picture.done
         assert picture.gaps == 0
     assert world.pool.check() == []
-    assert world.pool.num_evicted > 50
+    assert world.pool.survey.num_evicted > 50
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -114,6 +114,7 @@ STORE = (
 UP_TO_4 = (
     *(name for name in UP_TO_2 if name != "kvstore.transfer"),
     "kvstore.pool",
+    "kvstore.survey",
     "kvstore.tiers",
     "kvstore.tiers.base",
     "kvstore.tiers.host",
@@ -195,7 +196,8 @@ RULES: dict[str, Rule] = {
     "kvstore.residents": Rule(3, (*UP_TO_2, "kvstore.quota")),
     "kvstore.victims": Rule(3, (*UP_TO_2, "kvstore.residents")),
     "kvstore.health": Rule(3, (*UP_TO_2, "kvstore.residents")),
-    "kvstore.pool": Rule(3, (*UP_TO_2, "kvstore.residents", "kvstore.victims", "kvstore.health")),
+    "kvstore.survey": Rule(3, (*UP_TO_2, "kvstore.residents")),
+    "kvstore.pool": Rule(3, (*UP_TO_2, *(f"kvstore.{name}" for name in ("health", "residents", "survey", "victims")))),
     "kvstore.device": Rule(3, (*UP_TO_2, "kvstore.pool"), ("torch",)),
     "kvstore.tiers": Rule(3, (*FOUNDATIONS, "kvstore.tiers.base")),
     "kvstore.tiers.base": Rule(3, UP_TO_2),

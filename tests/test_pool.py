@@ -304,7 +304,7 @@ def test_detached_slots_belong_to_no_block_until_they_are_released(make_pool: Ma
     slots = pool.detach(reserved[1:])
     assert len(slots) == 3
     assert pool.check() == []
-    assert not pool.is_filling(chain.ids[1], 1)
+    assert not pool.survey.is_filling(chain.ids[1], 1)
     again, refused = reserve(pool, chain)
     assert (again, refused) == ([], 3)
     pool.release_detached(slots)
@@ -315,14 +315,14 @@ def test_detached_slots_belong_to_no_block_until_they_are_released(make_pool: Ma
 def test_bytes_are_charged_to_the_root_from_reservation_until_they_leave(make_pool: MakePool, root: Root) -> None:
     pool, chain = make_pool(8), chain_of(root, 4)
     reserved, _ = reserve(pool, chain)
-    assert pool.held_bytes(root.id) == 4 * PAGE_BYTES
+    assert pool.survey.held_bytes(root.id) == 4 * PAGE_BYTES
     pool.publish(reserved[:2], NO_HINT)
     pool.abort(reserved[2:])
-    assert pool.held_bytes(root.id) == 2 * PAGE_BYTES
+    assert pool.survey.held_bytes(root.id) == 2 * PAGE_BYTES
     put(pool, chain_of(root, 8, seed=1))
-    assert pool.held_bytes(root.id) == 8 * PAGE_BYTES
+    assert pool.survey.held_bytes(root.id) == 8 * PAGE_BYTES
     pool.clear()
-    assert pool.held_bytes(root.id) == 0
+    assert pool.survey.held_bytes(root.id) == 0
     assert pool.check() == []
 
 
@@ -336,16 +336,16 @@ def test_a_quota_holds_over_all_roots_of_its_group(make_pool: MakePool, model: M
     put(pool, other)
     for seed in range(30):
         put(pool, chain_of(roots[seed % 2], 1 + seed % 6, seed=seed))
-        assert sum(pool.held_bytes(root.id) for root in roots[:2]) <= 10 * PAGE_BYTES
+        assert sum(pool.survey.held_bytes(root.id) for root in roots[:2]) <= 10 * PAGE_BYTES
         assert pool.check() == []
     assert pool.leading(other.ids, 1, roots[2].id) == 20
-    assert pool.num_quota_refused == 0
+    assert pool.survey.num_quota_refused == 0
     too_long = chain_of(roots[0], 12, seed=99)
     assert put(pool, too_long) == 10
-    assert pool.num_quota_refused == 2
+    assert pool.survey.num_quota_refused == 2
     pool.set_quota("tenant", 3 * PAGE_BYTES)
     assert put(pool, chain_of(roots[1], 2, seed=100)) == 2
-    assert sum(pool.held_bytes(root.id) for root in roots[:2]) <= 3 * PAGE_BYTES
+    assert sum(pool.survey.held_bytes(root.id) for root in roots[:2]) <= 3 * PAGE_BYTES
 
 
 def test_roots_without_blocks_are_forgotten_and_those_with_blocks_are_not(make_pool: MakePool, model: ModelId) -> None:
@@ -360,8 +360,8 @@ def test_roots_without_blocks_are_forgotten_and_those_with_blocks_are_not(make_p
     accounts = pool._residents.accounts
     assert len(accounts.roots) == len(accounts.held_bytes) <= 2 * _MAX_IDLE + 2
     assert len(accounts.group_of(accounts.find(kept[0].id))) == len(accounts.roots) - 1
-    assert pool.held_bytes(kept[0].id) == 3 * PAGE_BYTES
-    assert pool.held_bytes(kept[1].id) == 2 * PAGE_BYTES
+    assert pool.survey.held_bytes(kept[0].id) == 3 * PAGE_BYTES
+    assert pool.survey.held_bytes(kept[1].id) == 2 * PAGE_BYTES
     pool.publish(reserved, NO_HINT)
     assert pool.leading(chain_of(kept[1], 2).ids, 1, kept[1].id) == 2
     pool.clear()
@@ -384,7 +384,7 @@ def test_a_root_that_was_forgotten_finds_nothing_of_the_one_that_came_after_it(
     assert pool._residents.accounts.find(first.id) == -1
     put(pool, chain_of(root, 2))
     assert pool.leading(chain.ids, 1, first.id) == 0
-    assert pool.held_bytes(first.id) == 0
+    assert pool.survey.held_bytes(first.id) == 0
     assert put(pool, chain) == 2
     assert pool.check() == []
 
@@ -395,7 +395,7 @@ def test_filling_blocks_count_against_the_quota(make_pool: MakePool, root: Root)
     pool.set_quota("tenant", 4 * PAGE_BYTES)
     open_save, _ = reserve(pool, chain_of(root, 3))
     reserved, refused = reserve(pool, chain_of(root, 3, seed=1))
-    assert (len(reserved), refused, pool.num_quota_refused) == (1, 2, 2)
+    assert (len(reserved), refused, pool.survey.num_quota_refused) == (1, 2, 2)
     pool.abort([*open_save, *reserved])
     assert pool.check() == []
 

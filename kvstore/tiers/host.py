@@ -82,10 +82,10 @@ class HostTier:
             "host.blocks": len(self.pool),
             "host.used_bytes": self.arena.acquired_bytes,
             "host.capacity_bytes": self.arena.capacity_bytes,
-            "host.evicted_blocks": self.pool.num_evicted,
-            "host.lost_blocks": self.pool.num_lost,
-            "host.quota_refused_blocks": self.pool.num_quota_refused,
-            "host.pinned_blocks": self.pool.pinned_rows(),
+            "host.evicted_blocks": self.pool.survey.num_evicted,
+            "host.lost_blocks": self.pool.survey.num_lost,
+            "host.quota_refused_blocks": self.pool.survey.num_quota_refused,
+            "host.pinned_blocks": self.pool.survey.pinned_rows(),
         }
 
     def close(self) -> None:

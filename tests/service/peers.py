@@ -56,7 +56,7 @@ class PeerWithContent(RemoteTier):
                     value = parts[PartKey(root, block, part)]
                     self._store.arena.view(slot, len(value))[:] = value
             pool.publish(reserved, NO_HINT)
-        return {key for key in parts if int(pool.ready_masks(key.root, [key.block])[0]) >> key.part & 1}
+        return {key for key in parts if int(pool.survey.ready_masks(key.root, [key.block])[0]) >> key.part & 1}
 
     def remove(self, keys: Sequence[PartKey]) -> None:
         super().remove(keys)
