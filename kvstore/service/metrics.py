@@ -116,9 +116,14 @@ def _failure(reason: str) -> _Name:
     )
 
 
+def _swept(found: str) -> _Name:
+    return _Name("swept_blocks", "What a sweep put right, by what it found.", labels=(("found", found),))
+
+
 _OF_A_TIER = {
     "hit_blocks": _Name("hits", "Blocks asked for and found in this tier."),
     "missed_blocks": _Name("misses", "Blocks asked for and not found in this tier."),
+    "partial_hit_tokens": _Name("partial_hit_tokens", "Tokens of blocks that only began as what was asked for."),
     "read_blocks": _Name("read_blocks", "Parts of blocks read."),
     "read_bytes": _Name("read_bytes", "Bytes of blocks read."),
     "read_s": _Name("read_seconds", "Time spent reading, summed over reads."),
@@ -139,6 +144,15 @@ _OF_A_TIER = {
     "receive_bytes_per_s": _Name("receive_bytes_per_second", "What reads carry, lately.", counter=False),
     "touched_blocks": _Name("touched_blocks", "Blocks whose time of last use was renewed."),
     "retired_blocks": _Name("retired_blocks", "Parts of blocks that go first now: closed, or in a host alone."),
+    "dropped_touches": _Name("dropped_touches", "Chains used whose time of last use was not renewed: too many waited."),
+    "dropped_marks": _Name("dropped_marks", "Notes of where chains part that were not left: too many waited."),
+    "refreshed_ttls": _Name("refreshed_ttls", "Values whose TTL began anew."),
+    "aged_blocks": _Name("aged_blocks", "Parts of blocks dropped because nobody used them for long."),
+    "aged_bytes": _Name("aged_bytes", "Bytes dropped because nobody used them for long."),
+    "swept_empty": _swept("empty"),
+    "swept_orphans": _swept("orphans"),
+    "swept_damaged": _swept("damaged"),
+    "swept_lowered": _swept("lowered"),
     "blocks": _Name("blocks", "Blocks there now.", counter=False),
     "pinned_blocks": _Name("pinned_blocks", "Blocks that may not be evicted now.", counter=False),
     "used_bytes": _Name("used_bytes", "Bytes in use now.", counter=False),
@@ -173,7 +187,17 @@ _OTHERS = {
     "marks.live": _Name("announcements", "Ranges being computed by somebody now.", counter=False),
     "mover.queued_bytes": _Name("mover_queued_bytes", "Bytes waiting to go to lower tiers.", counter=False),
     "mover.demoted_blocks": _Name("mover_demoted_blocks", "Blocks written to lower tiers."),
+    "mover.declined_blocks": _Name(
+        "mover_declined_blocks", "Blocks that stay in the host by mover.min_priority or min_return_probability."
+    ),
     "mover.dropped_blocks": _Name("mover_dropped_blocks", "Blocks not written because the queue was full."),
+    "mover.dropped_touches": _Name(
+        "mover_dropped_touches", "Chains used whose lower tiers were not told, because too many waited already."
+    ),
+    "mover.dropped_risen": _Name(
+        "mover_dropped_risen",
+        "Chains brought up that stay below as they were, because too many waited already; exclusive tiers only.",
+    ),
     "mover.failed_blocks": _Name("mover_failed_blocks", "Blocks given up after a second failure."),
     "mover.restored_blocks": _Name("mover_restored_blocks", "Blocks written again because a tier had lost them."),
     "mover.errors": _Name("mover_errors", "Demotions ended by a bug."),
