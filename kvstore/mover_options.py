@@ -8,7 +8,13 @@ from enum import Enum
 
 from kvstore.clock import check_seconds
 from kvstore.errors import ConfigError
-from kvstore.spill import Tiering
+
+
+class Tiering(Enum):
+    """How the host and lower tiers share blocks; see `kvstore.spill`."""
+
+    INCLUSIVE = "inclusive"
+    EXCLUSIVE = "exclusive"
 
 
 class WriteMode(Enum):

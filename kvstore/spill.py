@@ -19,11 +19,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from enum import Enum
-from typing import Protocol
 
-from kvstore.block import BlockId, Chain
+from kvstore.backlog import Stretch
+from kvstore.block import BlockId
 from kvstore.clock import Clock
+from kvstore.demotion import Demotion
 from kvstore.errors import TierError
 from kvstore.tiers.base import Tier
 from kvstore.tiers.host import HostTier
@@ -37,43 +37,17 @@ _MOST_AHEAD = 4096
 _STEPS = 100
 _TELL_EVERY_S = 2.0
 
-Risen = dict[tuple[BlockId, tuple[int, ...]], tuple[Chain, int, tuple[int, ...]]]
-"""By its last block and parts, a chain of which so many blocks, these parts of each, are in the host since a load."""
-
-
-class Tiering(Enum):
-    """How the host and lower tiers share blocks; see the module's docstring."""
-
-    INCLUSIVE = "inclusive"
-    EXCLUSIVE = "exclusive"
-
-
-class Writes(Protocol):
-    """What the thread that owns the tiers does for a spill."""
-
-    def write_down(self, blocks: Sequence[BlockId], number: int, shift_s: float = 0.0) -> bool:
-        """Write blocks, parents first, to a tier, as used `shift_s` after now; whether all of them are there now."""
-
-    def use_below(self, chain: Sequence[BlockId], number: int, *, shift_s: float = 0.0) -> None:
-        """A chain in the host, from its first block, counts as used in a tier `shift_s` after now."""
-
-    def likely(self, blocks: Sequence[BlockId]) -> list[bool]:
-        """Which of some blocks are worth writing."""
-
-    def note_failure(self, number: int, error: TierError) -> None:
-        """A tier failed."""
-
 
 class Spill:
     """What leaves a host, under its own steam or because the store ends. Used by one thread."""
 
     def __init__(
-        self, host: HostTier, tiers: Sequence[Tier], writes: Writes, clock: Clock, *, is_exclusive: bool
+        self, host: HostTier, tiers: Sequence[Tier], demotion: Demotion, clock: Clock, *, is_exclusive: bool
     ) -> None:
         self._host = host
         self._tiers = tiers
         self._written = [number for number, tier in enumerate(tiers) if not tier.read_only]
-        self._writes = writes
+        self._demotion = demotion
         self._clock = clock
         self._is_exclusive = is_exclusive
         for tier in tiers:
@@ -96,16 +70,16 @@ class Spill:
         """Write down what the host alone holds, the hottest chains first, until then; how many blocks are left."""
         return sum(self._drain_to(number, until_s) for number in self._written)
 
-    def came_up(self, risen: Risen) -> None:
+    def came_up(self, risen: Sequence[Stretch]) -> None:
         """What is in the host now may leave lower tiers, as far as nothing else there is known to hang from it."""
-        for chain, num_blocks, parts in risen.values():
+        for stretch in risen:
             for number in self._written:
-                self._give_up(chain, num_blocks, parts, number)
+                self._give_up(stretch, number)
 
-    def used(self, chain: Chain, num_blocks: int, parts: tuple[int, ...]) -> None:
+    def used(self, stretch: Stretch) -> None:
         """Used in the host again: what went down meanwhile may leave lower tiers, and is believed there no more."""
         pool = self._host.pool
-        _, rows = pool.pin_resident(chain.ids[:num_blocks])
+        _, rows = pool.pin_resident(stretch.chain.ids[: stretch.num_blocks])
         try:
             there = [number for number in self._written if any(pool.survey.below(rows, number))]
             for number in there:
@@ -113,23 +87,24 @@ class Spill:
         finally:
             pool.unpin(rows)
         for number in there:
-            self._give_up(chain, num_blocks, parts, number)
+            self._give_up(stretch, number)
 
-    def _give_up(self, chain: Chain, num_blocks: int, parts: tuple[int, ...], number: int) -> None:
+    def _give_up(self, stretch: Stretch, number: int) -> None:
+        chain, num_blocks, parts = stretch
         num_host = self._host.pool.leading(chain.ids[:num_blocks], 0, chain.root.id)
         try:
             self._tiers[number].retire(chain.part_keys(0, num_host, parts), 0)
         except TierError as error:
-            self._writes.note_failure(number, error)
+            self._demotion.note_failure(number, error)
 
     def _worth(self, blocks: Sequence[BlockId]) -> list[BlockId]:
-        return [block for block, likely in zip(blocks, self._writes.likely(blocks), strict=True) if likely]
+        return [block for block, likely in zip(blocks, self._demotion.likely(blocks), strict=True) if likely]
 
     def _write(self, blocks: Sequence[BlockId], number: int, shift_s: float = 0.0) -> bool:
-        done = not blocks or self._writes.write_down(blocks, number, shift_s)
+        done = not blocks or self._demotion.write_whole(blocks, number, shift_s)
         if self._is_exclusive:
             for chain in self._ends(blocks):  # some lay there already, the next to go since they came up
-                self._writes.use_below(chain, number, shift_s=shift_s)
+                self._demotion.use_below(chain, number, shift_s=shift_s)
         return done
 
     def _ends(self, blocks: Sequence[BlockId]) -> Iterator[list[BlockId]]:

@@ -104,7 +104,7 @@ class KVStore:
         self._marks = Marks(self._clock)
         self._fleet = FleetMarks(self._tiers, self._mover.on_its_way, self._clock.now_s)
         self._mover.lost = self._fleet.lost
-        self._mover.demoted = self.events.demoted
+        self._mover.demotion.demoted = self.events.demoted
         self._warm_numbers = itertools.count()
         self._layouts: dict[ModelId, BlockLayout] = {}
         self._holds: dict[str, _Hold] = {}

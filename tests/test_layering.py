@@ -92,7 +92,9 @@ COPIES = tuple(
 )
 # config is the one schema for all settings, so it stands above the classes whose options it gathers.
 STORE = (
+    "kvstore.backlog",
     "kvstore.config",
+    "kvstore.demotion",
     "kvstore.events",
     "kvstore.fleet",
     "kvstore.inspection",
