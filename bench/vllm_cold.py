@@ -11,6 +11,11 @@ Two comparisons, both of requests that take turns within a round, in an order dr
   threads and caches are the same, so a round is one observation. This says best what the connector does. What it would
   not see is an engine that is slower for having been configured with one: that is compared between engines too.
 
+A request is quicker where its engine served the one before it than where others ran meanwhile: caches hold its weights
+and code. The engine with the connector serves three arms of a round and the others one each, so its requests would more
+often follow one of its own. Hence every timed request follows an untimed one of the same arm, with another prompt: each
+is measured as if its engine did nothing else. All pages are used before the first round, in each engine alike.
+
 Each has a null beside it, of two arms that do not differ: two engines without, two requests of a round with it taken
 off. It says what the measurement itself is good for.
 
@@ -32,7 +37,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Protocol, TypedDict
 
 from bench.asked import print_figures
 from bench.env import stamp
@@ -55,6 +60,9 @@ class Compared:
     by_start: bool
 
 
+_FIRST = 4
+"""Untimed requests with which each engine begins: as many as its pages have room for, by `bench.vllm_arms`."""
+
 _COMPARED = (
     Compared("zero_reuse", (OURS,), (PLAIN, AGAIN), by_start=True),
     Compared("no_difference", (AGAIN,), (PLAIN,), by_start=True),
@@ -76,38 +84,54 @@ class ColdRow(TypedDict):
     sidecar_s: float
 
 
+class Serves(Protocol):
+    """An engine, as `bench.vllm_engines.Engine`."""
+
+    def serve(
+        self, prompt: Sequence[int], *, new: int = 1, forget: bool = True, connected: bool = True
+    ) -> dict[str, Any]: ...
+
+
+class UsesCpu(Protocol):
+    """A process, as `bench.vllm_engines.Sidecar`."""
+
+    def cpu_s(self) -> float: ...
+
+
 @dataclass(frozen=True)
 class Start:
     """The engines of one start: which serves an arm, and what they are asked."""
 
     number: int
-    engines: Mapping[str, Engine]
-    sidecar: Sidecar
+    engines: Mapping[str, Serves]
+    sidecar: UsesCpu
     prompt_tokens: int
     new: int
     rng: random.Random
 
     def measure(self, pairs: int) -> list[ColdRow]:
         """Prompts that nobody has seen, one engine at a time."""
+        for arm in [arm for arm in (OURS, PLAIN, AGAIN) if arm in self.engines] * _FIRST:  # an engine each
+            self._serve(arm, self._prompt())
         rows: list[ColdRow] = []
-        for pair in range(-1, pairs):  # the first warms up
+        for pair in range(pairs):
             for arm in self.rng.sample(list(self.engines), k=len(self.engines)):
+                self._serve(arm, self._prompt())
                 before_s = self.sidecar.cpu_s()
                 row = self._serve(arm, self._prompt())
                 sidecar_s = self.sidecar.cpu_s() - before_s
                 # By chance a prompt begins as one of the last did, for a token or two, and these are reused.
                 assert row["hit_tokens"] < 8
-                if pair >= 0:
-                    rows.append(
-                        ColdRow(
-                            arm=arm,
-                            start=self.number,
-                            pair=pair,
-                            ttft_s=row["ttft_s"],
-                            seconds=row["seconds"],
-                            sidecar_s=sidecar_s,
-                        )
+                rows.append(
+                    ColdRow(
+                        arm=arm,
+                        start=self.number,
+                        pair=pair,
+                        ttft_s=row["ttft_s"],
+                        seconds=row["seconds"],
+                        sidecar_s=sidecar_s,
                     )
+                )
         return rows
 
     def check(self) -> None:

@@ -237,6 +237,8 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 self._link.share,
                 num_ranks=vllm_config.parallel_config.world_size,
                 may_be_alone=vllm_config.parallel_config.data_parallel_size == 1,
+                runs_ahead=bool(vllm_config.scheduler_config.async_scheduling)
+                or vllm_config.parallel_config.pipeline_parallel_size > 1,
             )
 
     @property
@@ -339,7 +341,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         orders = self._orders()
-        if self._worker is not None and orders.loads:
+        if self._worker is not None and (orders.loads or orders.reset):
             self._worker.load(orders, layered=goes_by_layers(forward_context))
 
     def wait_for_layer_load(self, layer_name: str) -> None:

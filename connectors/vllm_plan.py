@@ -196,12 +196,17 @@ class SaveOrder:
 
 @dataclass(frozen=True, slots=True)
 class Orders:
-    """What one step asks of every worker. `idle`: the step computes nothing, so workers may wait for loads."""
+    """What one step asks of every worker.
+
+    `idle`: the step computes nothing, so workers may wait for loads. `reset`: loads that were ordered before bring
+    nothing any more; to be said in the report.
+    """
 
     loads: tuple[LoadOrder, ...] = ()
     saves: tuple[SaveOrder, ...] = ()
     ended: tuple[str, ...] = ()
     idle: bool = False
+    reset: bool = False
 
 
 # -- from workers ----------------------------------------------------------------------------------------------
@@ -235,11 +240,13 @@ class Report:
     Attributes:
         unsaved: request → first block that was not copied, because a load it builds on had failed.
         counts: what was done, by name, for the engine's metrics.
+        resets: orders to reset that were carried out, over all workers: what was ordered before has been done.
     """
 
     loads: dict[str, LoadReport] = field(default_factory=dict)
     unsaved: dict[str, int] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
+    resets: int = 0
 
     def joined(self, other: Report) -> Report:
         loads = dict(self.loads)
@@ -251,7 +258,7 @@ class Report:
         counts = dict(self.counts)
         for name, value in other.counts.items():
             counts[name] = counts.get(name, 0.0) + value
-        return Report(loads, unsaved, counts)
+        return Report(loads, unsaved, counts, self.resets + other.resets)
 
     def __bool__(self) -> bool:
-        return bool(self.loads or self.unsaved or self.counts)
+        return bool(self.loads or self.unsaved or self.counts or self.resets)

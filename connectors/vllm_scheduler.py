@@ -81,6 +81,8 @@ class _Tracked:
     announcement: KeptMark | None = None
     announced_to: int = 0
     """Blocks up to here are."""
+    from_before: bool = False
+    """Its KV was computed before a reset, and is not saved until the engine computes it anew."""
 
 
 @dataclass(slots=True)
@@ -131,7 +133,7 @@ class SchedulerSide:
     """See the module. `share` makes of a load what a worker's store can take up.
 
     `may_be_alone` is False where other engines step together with this one, as under data parallelism: whatever waits
-    here delays them.
+    here delays them. `runs_ahead`: steps are scheduled while others run.
     """
 
     def __init__(
@@ -143,6 +145,7 @@ class SchedulerSide:
         *,
         num_ranks: int = 1,
         may_be_alone: bool = True,
+        runs_ahead: bool = False,
         now_s: Callable[[], float] = time.monotonic,
         adapters: AdapterDigests | None = None,
     ) -> None:
@@ -151,6 +154,7 @@ class SchedulerSide:
         self._share = share
         self._num_ranks = num_ranks
         self._may_be_alone = may_be_alone
+        self._runs_ahead = runs_ahead
         self._now_s = now_s
         self._adapters = adapters or AdapterDigests()
         self._roots = Roots(model, settings.secret.encode())
@@ -167,6 +171,10 @@ class SchedulerSide:
         self._pool = ThreadPoolExecutor(settings.load_threads, thread_name_prefix="kvstore-share")
         self._saves: list[SaveOrder] = []
         self._ended: list[str] = []
+        self._reset = False
+        self._num_resets = 0
+        """That workers have not carried out yet, while steps run that were scheduled before: until they have, nothing
+        is matched or saved."""
         self._step: _Step | None = None
         self._num_waiting = 0
         """Requests that wait for pending blocks, of the step being scheduled."""
@@ -193,9 +201,10 @@ class SchedulerSide:
         """
         self.arrived(request)
         tracked = self._tracked[request.request_id]
-        tracked.planned = 0
+        tracked.planned, tracked.from_before = 0, False  # asked only where the request has no KV
         if (
             not self._settings.load
+            or self._num_resets
             or request.skip_reading_prefix_cache
             or tracked.gave_up
             or request.request_id in self._loading
@@ -240,12 +249,13 @@ class SchedulerSide:
         """Whether lower tiers may still answer in time, or somebody else finishes sooner than we would."""
         if not match.settled and waited_s < (tracked.lower_s or 0.0):
             return True
-        if match.num_pending_blocks and waited_s < self._settings.pending_deadline_ms / 1e3:
+        left_s = self._settings.pending_deadline_ms / 1e3 - waited_s
+        if match.num_pending_blocks and left_s > 0:
             now_s, limit_s = self._now_s(), self.cost.plan_wait_s(match, tracked.request.num_tokens)
             if match.num_blocks > tracked.found_blocks:
                 tracked.found_blocks, tracked.found_s = match.num_blocks, now_s
             if now_s - tracked.found_s < limit_s:
-                tracked.look_s = now_s + max(_LOOK_S, _LOOK_SHARE * limit_s)
+                tracked.look_s = now_s + min(left_s, max(_LOOK_S, _LOOK_SHARE * limit_s))
                 self._num_waiting += 1
                 return True
         return False
@@ -378,10 +388,10 @@ class SchedulerSide:
         """What workers must do in the step just scheduled."""
         self._shared()
         self._note_step(step)
-        if self._settings.save:
+        if self._settings.save and not self._num_resets:
             for request_id, num_scheduled in step.num_scheduled.items():
                 tracked = self._tracked.get(request_id)
-                if tracked is not None:
+                if tracked is not None and not tracked.from_before:
                     request = tracked.request
                     stop = storable_running(
                         step.computed[request_id], num_scheduled, request.num_tokens, self._block_tokens
@@ -391,8 +401,9 @@ class SchedulerSide:
         if not step.num_scheduled and self._num_waiting and not self._loads:
             time.sleep(_REST_S)
         self._num_waiting = 0
-        made = Orders(tuple(self._loads), tuple(self._saves), tuple(self._ended), idle=not step.num_scheduled)
-        self._loads, self._saves, self._ended = [], [], []
+        loads, saves, ended = tuple(self._loads), tuple(self._saves), tuple(self._ended)
+        made = Orders(loads, saves, ended, idle=not step.num_scheduled, reset=self._reset)
+        self._loads, self._saves, self._ended, self._reset = [], [], [], False
         return made
 
     def _save(self, tracked: _Tracked, stop: int, pages: Sequence[int], *, holds: bool) -> bool:
@@ -436,7 +447,7 @@ class SchedulerSide:
             self._ended.append(request.request_id)
             return False  # the engine keeps the pages until the load is reported
         held = False
-        if self._settings.save:
+        if self._settings.save and not tracked.from_before and not self._num_resets:
             stop = storable_finished(
                 request.num_computed_tokens, request.num_prompt_tokens, request.num_tokens, self._block_tokens
             )
@@ -471,6 +482,10 @@ class SchedulerSide:
                 tracked.num_saved = min(tracked.num_saved, block)
         for name, value in report.counts.items():
             self.figures.add(name, value)
+        if self._num_resets and report.resets:
+            self._num_resets = max(0, self._num_resets - report.resets)
+            if not self._num_resets:
+                self._remove()
 
     def _note_load(self, request_id: str, done: LoadReport, *, start: int, stop: int | None) -> None:
         for tier, num_bytes in done.num_bytes.items():
@@ -515,9 +530,23 @@ class SchedulerSide:
     def clear(self) -> bool:
         """Remove every block under the roots this engine has used; True where the store did.
 
-        What was computed before is not saved any more either: vLLM empties caches when weights have changed.
+        vLLM empties caches when weights have changed. So what was computed before is not saved any more, and requests
+        that go on save nothing until the engine computes them anew. Loads under way fail. What steps save that were
+        scheduled before is removed when they have run.
         """
         self._saves = [replace(order, start=order.stop) for order in self._saves if order.holds]
+        for tracked in self._tracked.values():
+            self._withdraw(tracked)
+            self._forget(tracked)
+            tracked.from_before, tracked.asked_s = True, None
+            tracked.num_saved = tracked.told = tracked.in_store = tracked.planned = 0
+        self._loads += [replace(item.order, lease=None) for item in self._sharing]
+        self._sharing, self._reset = [], True
+        if self._runs_ahead:
+            self._num_resets += self._num_ranks
+        return self._remove()
+
+    def _remove(self) -> bool:
         roots = self._roots.all() or [self._roots.root(b"", b"")]
         return self.fail_open.call(lambda: bool([self._store.clear(root.id) for root in roots]), False)
 

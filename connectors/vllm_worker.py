@@ -59,6 +59,8 @@ class _Job:
     load: Load | None = None
     """What lets go of the load, and the load, if it was begun, where it belongs to a step and pages are a device's."""
     cancelled: bool = False
+    void: bool = False
+    """What it holds is of before a reset."""
     ended: bool = False
     stop: int = 0
     """Blocks up to here are in place."""
@@ -135,6 +137,10 @@ class WorkerSide:
 
         `layered`: the pass will say before which layer it is, with `wait_for_layer`.
         """
+        if orders.reset:
+            for job in self._jobs.values():
+                job.void = job.cancelled = True
+            self._report.resets += 1
         for order in orders.loads:
             locks = tuple(threading.Lock() for _ in range(_COPIERS))
             job = _Job(order, self._now_s() + order.timeout_s, locks, stop=order.start)
@@ -314,7 +320,7 @@ class WorkerSide:
         """Report a load that has ended, or is given up now."""
         order = job.order
         job.cancel()
-        stop = job.stop if job.ended else order.start
+        stop = job.stop if job.ended and not job.void else order.start
         if stop < order.stop:
             first = max(stop * self._block_tokens, order.first_token)
             failed = failed_pages(order.pages, self._pages.page_tokens, first, order.stop_token)

@@ -370,6 +370,19 @@ def test_an_announcement_under_one_salt_is_not_seen_under_another(store: Store, 
     store.forget("r")
 
 
+def test_what_was_committed_and_is_gone_again_is_nobodys_to_wait_for(store: Store, root: Root) -> None:
+    chain = chain_of(root, 6)
+    mark = store.announce(chain, 0, 6)
+    assert store.stats()["marks.live"] == 6
+    save_all(store, chain, 0, 4)
+    assert store.stats()["marks.live"] == 2, "the rest is still being computed"
+    store.clear(root.id)
+    match = store.match(chain, "r")
+    assert (match.num_blocks, match.num_pending_blocks) == (0, 0), "its producer does not compute it twice"
+    store.forget("r")
+    mark.withdraw()
+
+
 def test_a_touch_keeps_a_chain_from_being_evicted_first(make_any: MakeAnyStore, root: Root) -> None:
     store = make_any(8)
     first, second = chain_of(root, 4), chain_of(root, 4, seed=1)
@@ -556,6 +569,17 @@ def test_clear_empties_every_tier_under_one_root(make_any: MakeAnyStore, model: 
     assert load_all(store, mine) == []
     assert load_all(store, yours, request="y") == ["dict"] * 3
     assert {key.root for key in tier.values} == {yours.root.id}
+
+
+def test_what_was_being_saved_when_the_store_was_cleared_is_not_there_afterwards(store: Store, root: Root) -> None:
+    chain = chain_of(root, 4)
+    with store.save(chain, 0, 4) as save:
+        assert len(save.indices) == 4
+        store.clear(root.id)
+        save.commit()
+    assert store.match(chain, "r").num_blocks == 0
+    store.forget("r")
+    assert save_all(store, chain) == 4
 
 
 # -- refusals --------------------------------------------------------------------------------------------------

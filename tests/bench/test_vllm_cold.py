@@ -3,13 +3,18 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import product
+from typing import Any
 
 import pytest
 
 pytest.importorskip("torch", reason="the benchmark makes a model")
 
-from bench.vllm_cold import AGAIN, OFF, OFF_AGAIN, OURS, PLAIN, ColdRow, summarise
+from bench.vllm_cold import AGAIN, OFF, OFF_AGAIN, OURS, PLAIN, ColdRow, Start, summarise
 
 COSTS = {OURS: 1.01, OFF: 1.0, OFF_AGAIN: 1.0, PLAIN: 1.0, AGAIN: 1.0}
 
@@ -64,3 +69,52 @@ def test_one_engine_is_compared_with_itself_alone() -> None:
     summary = summarise([row for row in rows() if row["arm"] not in (PLAIN, AGAIN)])
     assert "zero_reuse_overhead_pct" not in summary
     assert summary["same_engine_overhead_pct"] == pytest.approx(1.0)
+
+
+# -- the order of requests -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Served:
+    """What engines were asked, in order: (engine, whether with its connector, its prompt)."""
+
+    asked: list[tuple[str, bool, list[int]]] = field(default_factory=list)
+
+    def cpu_s(self) -> float:
+        return float(len(self.asked))
+
+
+@dataclass
+class WarmsUp:
+    """An engine whose time is its number of requests since another engine ran: 1 at first, 2 after its own."""
+
+    name: str
+    served: Served
+
+    def serve(
+        self, prompt: Sequence[int], *, new: int = 1, forget: bool = True, connected: bool = True
+    ) -> dict[str, Any]:
+        assert not forget
+        warm = bool(self.served.asked) and self.served.asked[-1][0] == self.name
+        self.served.asked.append((self.name, connected, list(prompt)))
+        return {"ttft_s": 2.0 if warm else 1.0, "seconds": 2.0 if warm else 1.0, "hit_tokens": 0}
+
+
+def test_every_timed_request_follows_an_untimed_one_of_its_arm_in_an_order_drawn_anew() -> None:
+    served = Served()
+    ours = WarmsUp("ours", served)
+    engines = {OURS: ours, OFF: ours, OFF_AGAIN: ours, PLAIN: WarmsUp("plain", served), AGAIN: WarmsUp("again", served)}
+    made = Start(3, engines, served, prompt_tokens=5, new=2, rng=random.Random(0)).measure(8)
+    assert {row["ttft_s"] for row in made} == {2.0}, "no engine is timed when another has just run"
+    assert {row["sidecar_s"] for row in made} == {1.0}, "the untimed one is not counted"
+    assert Counter(row["arm"] for row in made) == dict.fromkeys(COSTS, 8)
+    first, rounds = served.asked[:12], served.asked[12:]
+    assert Counter(name for name, _, _ in first) == {"ours": 4, "plain": 4, "again": 4}
+    assert len(rounds) == 8 * 5 * 2
+    assert all(one[:2] == two[:2] for one, two in zip(rounds[::2], rounds[1::2], strict=True))
+    asked = [(engine.name, arm not in (OFF, OFF_AGAIN)) for arm, engine in engines.items()]
+    for at in range(0, len(rounds), 10):
+        assert Counter(each[:2] for each in rounds[at : at + 10 : 2]) == Counter(asked)
+    assert len({tuple(row["arm"] for row in made[at : at + 5]) for at in range(0, 40, 5)}) > 4
+    prompts = {tuple(prompt) for _, _, prompt in served.asked}
+    assert len(prompts) == len(served.asked), "nothing is ever reused"

@@ -146,6 +146,7 @@ class FakeStore:
         self.faults = Faults()
         self.tier = tier
         self.blocks: dict[BlockId, list[bytearray]] = {}
+        self.cleared: list[RootId | None] = []
         self.calls: list[str] = []
         self.announced: list[tuple[int, int]] = []
         self.touched: list[int] = []
@@ -236,6 +237,7 @@ class FakeStore:
 
     def clear(self, root: RootId | None = None) -> int:
         count = len(self.blocks)
+        self.cleared.append(root)
         self.blocks.clear()
         return count
 

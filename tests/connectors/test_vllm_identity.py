@@ -10,6 +10,7 @@ import pytest
 
 from connectors.vllm_identity import check_groups, model_id_of, rank_slice
 from connectors.vllm_plan import VllmSettings
+from kvstore.block import ModelId
 from kvstore.errors import ConfigError
 
 LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
@@ -55,6 +56,25 @@ def test_rope_is_the_one_the_engine_resolved() -> None:
     assert model_id_of(engine(rope={**LINEAR, "factor": 4.0}), settings) != same
     # LongRoPE picks its factors by the longest context, so the same weights have other keys.
     assert model_id_of(engine(rope=LONG), settings) != model_id_of(engine(rope=LONG, max_model_len=8192), settings)
+
+
+def test_whatever_else_changes_the_numbers_is_another_identity() -> None:
+    def model_of(cache_dtype: str = "auto", **changes: object) -> ModelId:
+        config = engine(cache_dtype=cache_dtype)
+        vars(config.model_config).update(changes)
+        return model_id_of(config, VllmSettings())
+
+    def facts(**changes: object) -> SimpleNamespace:
+        text = {"hidden_size": 64, "torch_dtype": "float32", **changes}
+        return SimpleNamespace(rope_parameters=LINEAR, to_dict=lambda: text)
+
+    assert model_of() == model_of(hf_text_config=facts())
+    assert model_of(hf_text_config=facts(hidden_size=128)) != model_of()
+    assert model_of(quantization="awq") != model_of()
+    assert model_of(dtype="torch.float16") != model_of()
+    # Pages of one dtype either way, but the numbers that were rounded to it were other ones.
+    assert model_of("fp8", dtype="torch.float16") != model_of("fp8")
+    assert model_of("bfloat16", dtype="torch.float32") != model_of("bfloat16")
 
 
 def test_ranks_are_not_in_the_identity_where_the_grid_is_given() -> None:
@@ -110,6 +130,14 @@ def test_models_that_cannot_be_told_apart_or_cut_are_refused(changes: dict[str, 
 def test_kv_whose_scales_are_not_known_is_refused(changes: dict[str, object], why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         model_id_of(engine(**changes), VllmSettings())
+
+
+@pytest.mark.parametrize("which", ["decode_context_parallel_size", "prefill_context_parallel_size"])
+def test_ranks_that_share_a_sequences_tokens_are_refused(which: str) -> None:
+    config = engine()
+    setattr(config.parallel_config, which, 2)
+    with pytest.raises(ConfigError, match="context parallelism"):
+        model_id_of(config, VllmSettings())
 
 
 def test_groups_that_keep_less_than_every_token_are_refused() -> None:

@@ -30,7 +30,7 @@ from connectors.vllm_plan import (
 from connectors.vllm_scheduler import SchedulerSide
 from connectors.vllm_worker import WorkerSide
 from kvstore.api import Hint, Load, Match
-from kvstore.block import ModelId
+from kvstore.block import ModelId, Root
 from kvstore.errors import ConfigError
 from tests.connectors.fakes import FakeLoad, FakeStore
 from tests.fakes import FakeClock
@@ -107,6 +107,7 @@ class Bench:
         model: ModelId = MODEL,
         num_ranks: int = 1,
         may_be_alone: bool = True,
+        runs_ahead: bool = False,
         **settings: Any,
     ) -> None:
         self.store = store or FakeStore()
@@ -119,6 +120,7 @@ class Bench:
             lambda load: load,
             num_ranks=num_ranks,
             may_be_alone=may_be_alone,
+            runs_ahead=runs_ahead,
             now_s=self.clock.now_s,
         )
         self.pages = FakePages()
@@ -462,6 +464,22 @@ def test_blocks_that_somebody_computes_are_waited_for_as_long_as_that_can_pay() 
     bench.close()
 
 
+@pytest.mark.parametrize(("deadline_ms", "waits_s"), [(0, 0.0), (3000, 2.9)])
+def test_pending_blocks_are_waited_for_no_longer_than_the_deadline(deadline_ms: int, waits_s: float) -> None:
+    bench = Bench(pending_deadline_ms=deadline_ms)
+    bench.store.num_pending = 4
+    request = FakeRequest("r", tokens(120))
+    bench.side.cost.seen_prefill(64, 32, 50.0)  # computing them takes longer than anybody should wait
+    if waits_s:
+        assert bench.side.match(request, 0) == (None, False)
+        bench.clock.time_s += waits_s
+        assert bench.side.match(request, 0) == (None, False)
+        bench.clock.time_s += 0.2
+    assert bench.side.match(request, 0) == (0, False)
+    bench.side.ended(request, [])
+    bench.close()
+
+
 def test_who_sees_pending_blocks_arrive_waits_for_the_rest_anew() -> None:
     bench = Bench()
     bench.fill(tokens(32))
@@ -765,19 +783,174 @@ def test_after_a_load_is_given_up_none_of_its_threads_writes() -> None:
 # -- resets ----------------------------------------------------------------------------------------------------
 
 
-def test_a_reset_leaves_nothing_of_before_to_be_saved() -> None:
+@pytest.mark.parametrize("count", [100, 10])
+def test_a_reset_leaves_nothing_of_before_to_be_saved(count: int) -> None:
     bench = Bench()
-    request = FakeRequest("r", tokens(100))
+    request = FakeRequest("r", tokens(count))
     bench.side.arrived(request)
-    bench.step((request, 100))
+    bench.step((request, count))
+    assert len(bench.store.blocks) == count // BLOCK
     request.all_token_ids += tokens(20, 2)  # so that its end has something to save of its own
-    request.num_computed_tokens = 119
+    request.num_computed_tokens = count + 19
     assert bench.side.ended(request, bench.pages_for(request))
     assert bench.side.clear()
     bench.step()
     assert len(bench.store.blocks) == 0
     assert bench.worker.finished(idle=True)[0] == {"r"}
     bench.report()
+    bench.close()
+
+
+def test_a_reset_empties_every_namespace_that_was_used_and_no_other() -> None:
+    bench = Bench()
+    assert bench.side.clear()
+    assert len(set(bench.store.cleared)) == 1, "what another engine with this model has stored, before any request"
+    salts = ("a", "b", None)
+    for salt in salts:
+        request = FakeRequest(f"r{salt}", tokens(40), cache_salt=salt)
+        bench.side.match(request, 0)
+        bench.side.ended(request, [])
+    bench.store.cleared.clear()
+    assert bench.side.clear()
+    assert set(bench.store.cleared) == {Root(MODEL, salt=(salt or "").encode()).id for salt in salts}
+    bench.close()
+
+
+def test_a_rank_that_another_one_saves_for_saves_nothing_and_keeps_no_pages() -> None:
+    bench = Bench()
+    bench.worker = WorkerSide(
+        VllmSettings.of({"block_tokens": BLOCK}),
+        MODEL,
+        bench.store,
+        lambda load: cast(Load, load),
+        bench.pages,
+        saves=False,
+        now_s=bench.clock.now_s,
+    )
+    request = FakeRequest("r", tokens(100))
+    bench.side.arrived(request)
+    bench.step((request, 90))
+    request.num_computed_tokens = 100
+    assert bench.side.ended(request, bench.pages_for(request))
+    bench.step()
+    assert bench.worker.finished(idle=True)[0] == {"r"}
+    assert len(bench.store.blocks) == 0
+    assert bench.pages.read == []
+    bench.report()
+    bench.close()
+
+
+def test_a_request_that_goes_on_after_a_reset_saves_nothing_until_it_is_computed_anew() -> None:
+    bench = Bench()
+    request = FakeRequest("r", tokens(100))
+    assert bench.side.match(request, 0) == (0, False)
+    bench.side.allocated(request, bench.pages_for(request), 0)
+    bench.step((request, 40))
+    assert len(bench.store.blocks) == 2
+    assert bench.store.live_announcements == 1
+    assert bench.side.clear()
+    assert bench.store.live_announcements == 0, "nobody waits for what does not come"
+    bench.step((request, 60))
+    bench.report()
+    assert len(bench.store.blocks) == 0
+    request.num_computed_tokens = 0  # preempted
+    assert bench.side.match(request, 0) == (0, False)
+    bench.side.allocated(request, bench.pages_for(request), 0)
+    bench.step((request, 100))
+    bench.report()
+    assert len(bench.store.blocks) == 6
+    other = FakeRequest("other", tokens(120))
+    assert bench.side.match(other, 0) == (96, False)
+    for each in (request, other):
+        bench.side.ended(each, bench.pages_for(each))
+    bench.step()
+    bench.close()
+
+
+def test_the_end_of_a_request_that_began_before_a_reset_saves_nothing() -> None:
+    bench = Bench()
+    request = FakeRequest("r", tokens(60))
+    bench.side.match(request, 0)
+    bench.side.clear()
+    assert bench.side.match(request, 0) == (0, False), "it had no KV yet: it is one of after"
+    bench.step((request, 30))
+    bench.side.clear()
+    request.num_computed_tokens = 59
+    assert not bench.side.ended(request, bench.pages_for(request))
+    bench.step()
+    bench.report()
+    assert len(bench.store.blocks) == 0
+    bench.close()
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_load_under_way_at_a_reset_fails_though_it_had_all(ended: bool) -> None:
+    go = threading.Event()
+    bench = Bench(sync_load_ms=0)
+    bench.fill(tokens(100))
+    bench.store.when_asked = lambda: None if ended else go.wait(10)
+    request = FakeRequest("r", tokens(120))
+    assert bench.side.match(request, 0) == (96, True)
+    bench.side.allocated(request, bench.pages_for(request), 96)
+    assert eventually(lambda: bool(bench.step().loads))
+    assert eventually(lambda: len(bench.pages.written) == 6)
+    job = bench.worker._jobs["r"]
+    assert not ended or eventually(lambda: job.ended)
+    bench.side.clear()
+    assert bench.step().reset
+    go.set()
+    assert eventually(lambda: bench.report() == {"r"})
+    assert bench.worker.bad_pages() == set(range(100, 112))
+    assert bench.side.match(request, 0) == (0, False)
+    bench.side.ended(request, bench.pages_for(request))
+    bench.step()
+    bench.close()
+
+
+def test_a_load_that_was_not_shared_yet_at_a_reset_fails() -> None:
+    go = threading.Event()
+    bench = Bench(sync_load_ms=0)
+    bench.fill(tokens(100))
+    share = bench.side._share
+    bench.side._share = lambda load: share(load) if go.wait(10) else None
+    request = FakeRequest("r", tokens(120))
+    bench.side.match(request, 0)
+    bench.side.allocated(request, bench.pages_for(request), 96)
+    assert bench.step().loads == ()
+    bench.side.clear()
+    go.set()
+    assert [order.lease for order in bench.step().loads] == [None]
+    assert eventually(lambda: bench.report() == {"r"})
+    assert bench.worker.bad_pages() == set(range(100, 112))
+    bench.side.ended(request, bench.pages_for(request))
+    bench.step()
+    bench.close()
+
+
+def test_what_a_step_saves_that_was_scheduled_before_a_reset_is_removed_when_it_has_run() -> None:
+    bench = Bench(runs_ahead=True, num_ranks=2)
+    request, later = FakeRequest("r", tokens(100)), FakeRequest("later", tokens(80, 1))
+    bench.side.match(request, 0)
+    before = bench.side.orders(Scheduled({"r": 100}, {"r": 0}, {"r": bench.pages_for(request)}))
+    assert bench.side.clear()
+    bench.worker.save(before)
+    assert len(bench.store.blocks) == 6
+    request.num_computed_tokens = 0
+    for each in (request, later):
+        assert bench.side.match(each, 0) == (0, False), "nothing is believed before the step has run"
+    orders = bench.step((later, 40))
+    assert orders.reset
+    assert orders.saves == ()
+    bench.report()
+    assert len(bench.store.blocks) == 6, "one of two ranks has run it"
+    bench.side.reported(Report(resets=1))
+    assert len(bench.store.blocks) == 0
+    bench.step((later, 40), (request, 100))
+    bench.report()
+    assert len(bench.store.blocks) == 11
+    for each in (request, later):
+        bench.side.ended(each, bench.pages_for(each))
+    bench.step()
     bench.close()
 
 
@@ -933,6 +1106,17 @@ def test_a_salt_is_a_namespace_of_its_own() -> None:
         assert bench.side.match(request, 0) == (hit, False)
         bench.side.ended(request, [])
     bench.close()
+
+
+def test_a_secret_keys_the_blocks_of_both_sides_alike() -> None:
+    store = FakeStore()
+    for secret, hit in (("one", 0), ("one", 96), ("two", 0), ("", 0), ("one", 96)):
+        bench = Bench(store, secret=secret)
+        request = FakeRequest("r", tokens(120))
+        assert bench.side.match(request, 0) == (hit, False)
+        bench.side.ended(request, [])
+        bench.fill(tokens(100))
+        bench.close()
 
 
 def test_an_adapter_is_a_miss_until_its_digest_is_known() -> None:

@@ -146,6 +146,52 @@ def test_a_salt_is_a_namespace_and_a_reset_empties_the_store(run: Run) -> None:
     assert healthy(facts)
 
 
+def test_a_reset_under_running_requests_leaves_nothing_of_before_to_be_served_or_saved(run: Run) -> None:
+    facts = run("resets")
+    anew, as_they_are = facts["anew"], facts["as they are"]
+    assert anew["states"] == {"answers": "RUNNING", "prefills": "RUNNING"}
+    assert as_they_are["states"] == {"answers": "RUNNING", "prefills": "RUNNING", "loads": "WAITING_FOR_REMOTE_KVS"}
+    for found in (anew, as_they_are):
+        assert found["stored_before"] > 0
+        assert found["stored_after"] == 0
+        assert all(found["equal"])
+        for error, num_blocks in found["stored"]:
+            assert error < 1e-4
+            assert num_blocks == 11
+    assert (anew["done"], as_they_are["done"]) == (True, False)  # vLLM's own cache is kept while requests run
+    assert anew["began"]
+    assert anew["again"] == [True, 299]
+    assert as_they_are["failed"] == 1, "what was being loaded was of before"
+    assert as_they_are["kept"] == [0, 0], "so was what two requests went on with"
+    assert as_they_are["again"] == [True, 0]
+    assert healthy(facts)
+
+
+def test_an_engine_killed_in_the_middle_of_a_save_or_a_load_holds_nothing_and_the_next_one_goes_on(run: Run) -> None:
+    facts = run("killed")
+    for what in ("save", "load"):
+        death = facts[what]
+        assert death["there"]
+        assert death["signal"] == 9
+        assert death["held_before"]["sessions"] == 1
+        assert death["held"] == {}
+        assert death["free_after_s"] < 5
+        assert death["check"] == []
+        after = facts[f"after {what}"]
+        assert after["equal"]
+        assert after["num_blocks"] == 11
+        assert after["error"] < 1e-4
+        assert after["held"] == []
+    assert facts["save"]["blocks"] == [6, 4], "the two of its third chunk went with it"
+    assert facts["save"]["used_bytes"][0] > facts["save"]["used_bytes"][1]
+    assert facts["after save"]["hits"] == 128
+    assert facts["load"]["held_before"]["lease.live"] > 0
+    assert facts["load"]["held_before"]["host.pinned_blocks"] > 0
+    assert facts["load"]["blocks"] == [11, 11]
+    assert facts["after load"]["hits"] == 299
+    assert facts["after load"]["control_differs"]
+
+
 def test_what_requests_say_of_themselves_decides_what_goes(run: Run) -> None:
     facts = run("hints")
     for how in ("silent", "said"):

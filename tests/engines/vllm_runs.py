@@ -24,7 +24,16 @@ import torch
 from connectors import vllm as connector_module
 from connectors import vllm_scheduler
 from kvstore.errors import ConfigError
-from tests.engines import vllm_early, vllm_hints, vllm_images, vllm_inputs, vllm_shared, vllm_tiering_runs
+from tests.engines import (
+    vllm_early,
+    vllm_hints,
+    vllm_images,
+    vllm_inputs,
+    vllm_killed,
+    vllm_resets,
+    vllm_shared,
+    vllm_tiering_runs,
+)
 from tests.engines.vllm_support import (
     BLOCK,
     NEW,
@@ -526,6 +535,8 @@ SCENARIOS: dict[str, Callable[[Path], Facts]] = {
     "burst": vllm_early.burst,
     "orphans": vllm_early.orphans,
     "embeddings": vllm_inputs.embeddings,
+    "killed": vllm_killed.killed,
+    "resets": vllm_resets.resets,
     **vllm_shared.SCENARIOS,
     **vllm_tiering_runs.SCENARIOS,
 }
