@@ -31,13 +31,33 @@ from kvstore.stats import Stats
 from kvstore.tiers.base import Tier
 from kvstore.tiers.host import HostTier
 
-_BATCH_BYTES = 128 << 20
-"""Asked of a tier at once. Between two batches its connection stands idle; blocks are handed out as they arrive."""
+_FIRST_BATCH_BYTES = 128 << 20
+_BATCH_BYTES = 512 << 20
+"""Asked of a tier at once. Between two batches its connection stands idle: 512 MiB over a local socket took 6 % less in
+two batches than in four. The first is smaller, since nothing is asked for until its slots are reserved. Blocks are handed
+out as they arrive."""
+_SHARE = 2
+"""Of the host, that a batch may be."""
+_QUICK = 8
+"""After a batch that took no more than such a part of its deadline, one of 512 MiB ends within its own."""
 _LEAST_GROUP_BYTES = 1 << 20
 _MOST_GROUP_BYTES = 16 << 20
 """Blocks become resident, and are handed out, so many bytes at a time: while that goes on nothing is received, and
 what a hand-out costs (0.2 ms with the caches full of bulk bytes) is paid once. First and last groups are small: what
 is not handed out cannot be copied."""
+
+
+def batches(
+    start: int, stop: int, block_bytes: int, most_bytes: int, deadline_s: float, now_s: Callable[[], float]
+) -> Iterator[tuple[int, int]]:
+    """Cuts blocks from `start` to `stop` into what is asked of a tier at once, each to be fetched before the next."""
+    batch_bytes = _FIRST_BATCH_BYTES
+    while start < stop:
+        began_s = now_s()
+        until = min(stop, start + max(1, min(batch_bytes, most_bytes) // block_bytes))
+        yield start, until
+        batch_bytes = _BATCH_BYTES if now_s() - began_s < deadline_s / _QUICK else _FIRST_BATCH_BYTES
+        start = until
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,9 +292,17 @@ class BlockLoad:
     def fetch(self) -> None:
         """Bring in what lower tiers hold, in order; ends at the first block that does not come."""
         at = self._plan.num_host_blocks
+        block_bytes = sum(cell.num_bytes for cell in self._plan.cells())
         try:
             for tier, num_blocks in self._plan.sources:
-                for start, stop in self._batches(at, at + num_blocks):
+                for start, stop in batches(
+                    at,
+                    at + num_blocks,
+                    block_bytes,
+                    self._host.arena.capacity_bytes // _SHARE,
+                    self._plan.read_deadline_s,
+                    self._plan.now_s,
+                ):
                     if self._closed or not self._fetch_batch(tier, start, stop):
                         return
                 at += num_blocks
@@ -283,12 +311,6 @@ class BlockLoad:
                 self._ended = True
                 self._fetching = False
                 self._moved.notify_all()
-
-    def _batches(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        block_bytes = sum(cell.num_bytes for cell in self._plan.cells())
-        num_blocks = max(1, min(_BATCH_BYTES, self._host.arena.capacity_bytes // 4) // block_bytes)
-        for at in range(start, stop, num_blocks):
-            yield at, min(at + num_blocks, stop)
 
     def _fetch_batch(self, tier: Tier, start: int, stop: int) -> bool:
         """True where all of `start` … `stop` was delivered."""

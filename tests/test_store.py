@@ -13,6 +13,7 @@ import pytest
 from kvstore.block import Chain, ModelId, PartKey, Root
 from kvstore.config import StoreConfig
 from kvstore.lease import LeaseBook
+from kvstore.load import batches
 from kvstore.marks import MARK_TTL_S, Marks
 from kvstore.store import KVStore
 from tests.conftest import MakeStore, chain_of, content, load_all, save_all
@@ -557,3 +558,21 @@ def test_a_tier_that_refuses_is_not_asked_and_keeps_nobody_waiting(make_store: M
     assert tier.asked == [3]
     store.forget("while it refuses")
     store.forget("later")
+
+
+def batches_of(clock: FakeClock, seconds: float, *, most_mib: int, num_blocks: int = 100) -> list[int]:
+    """Sizes of batches of blocks of 16 MiB, each of which takes so long."""
+    sizes = []
+    for start, stop in batches(0, num_blocks, 16 << 20, most_mib << 20, 5.0, clock.now_s):
+        sizes.append(stop - start)
+        clock.time_s += seconds
+    assert sum(sizes) == num_blocks
+    return sizes
+
+
+def test_a_load_asks_for_more_at_once_where_what_it_asked_first_came_quickly() -> None:
+    clock = FakeClock()
+    assert batches_of(clock, 0.1, most_mib=4096) == [8, 32, 32, 28]
+    assert batches_of(clock, 0.7, most_mib=4096)[:3] == [8, 8, 8], "512 MiB would not come by their deadline"
+    assert batches_of(clock, 0.1, most_mib=256) == [8, 16, 16, 16, 16, 16, 12]
+    assert batches_of(clock, 0.1, most_mib=1, num_blocks=3) == [1, 1, 1]
