@@ -9,6 +9,7 @@ lease stays known to its owner as dead, so that a copy that outlived it is notic
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -59,7 +60,7 @@ class LeaseBook:
                 lease.deadline_s = max(lease.deadline_s, deadline_s)
             return lease.alive
 
-    def extend(self, lease: Lease, rows: list[int]) -> None:
+    def extend(self, lease: Lease, rows: Sequence[int]) -> None:
         """Hand over one more pin of each row; given straight back if the lease died meanwhile."""
         with self._lock:
             if lease.alive:

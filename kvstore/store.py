@@ -26,13 +26,14 @@ from kvstore.arena import Arena
 from kvstore.block import BlockId, Chain, ModelId, PartKey, RootId
 from kvstore.clock import Clock, MonotonicClock
 from kvstore.config import StoreConfig
+from kvstore.delivery import LoadPlan
 from kvstore.errors import ConfigError, TierError, UnknownLease
 from kvstore.events import EventLog
 from kvstore.fleet import FleetMarks
 from kvstore.inspection import BlockInfo, inspect
 from kvstore.layout import BlockLayout, layout_of
 from kvstore.lease import Lease, LeaseBook
-from kvstore.load import BlockLoad, LoadPlan
+from kvstore.load import BlockLoad
 from kvstore.loan import Loan
 from kvstore.lookup import Lookup, Lookups, Sources, first_of
 from kvstore.marks import Mark, Marks
@@ -317,13 +318,12 @@ class KVStore:
         host_bytes = (plan.num_host_blocks - plan.start) * sum(hold.layout.parts[part].num_bytes for part in hold.parts)
         self._stats.add_all({"load.requests": 1, "host.read_bytes": max(0, host_bytes)})
         if sources:
-            load.begin_fetch()
-            self._fetchers.submit(self._fetch, load, plan)
+            self._fetchers.submit(self._fetch, load.begin_fetch(), plan)
         return load
 
-    def _fetch(self, load: BlockLoad, plan: LoadPlan) -> None:
+    def _fetch(self, bring: Callable[[], None], plan: LoadPlan) -> None:
         try:
-            load.fetch()
+            bring()
             self._mover.came_up(plan.chain, plan.stop, plan.parts)
         except Exception:  # a thread's top: the load has ended, shorter
             self._stats.add("load.errors")

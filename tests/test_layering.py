@@ -94,8 +94,10 @@ COPIES = tuple(
 STORE = (
     "kvstore.backlog",
     "kvstore.config",
+    "kvstore.delivery",
     "kvstore.demotion",
     "kvstore.events",
+    "kvstore.fetch",
     "kvstore.fleet",
     "kvstore.inspection",
     "kvstore.keyed",
@@ -106,6 +108,7 @@ STORE = (
     "kvstore.marks",
     "kvstore.mover",
     "kvstore.mover_options",
+    "kvstore.promotion",
     "kvstore.save",
     "kvstore.service_options",
     "kvstore.spill",

@@ -12,8 +12,8 @@ import pytest
 
 from kvstore.block import Chain, ModelId, PartKey, Root
 from kvstore.config import StoreConfig
+from kvstore.fetch import batches
 from kvstore.lease import LeaseBook
-from kvstore.load import batches
 from kvstore.marks import MARK_TTL_S, Marks
 from kvstore.store import KVStore
 from tests.conftest import MakeStore, chain_of, content, load_all, save_all
@@ -527,7 +527,7 @@ def test_closing_a_store_ends_its_loads(make_store: MakeStore, root: Root) -> No
     assert reading.wait(5)
     closing = threading.Thread(target=store.close)
     closing.start()
-    while not load._closed:
+    while not load._delivery.closed:
         threading.Event().wait(0.01)
     go.set()
     closing.join(5)
