@@ -16,7 +16,7 @@ from kvstore.errors import AccessDenied, ConfigError
 from kvstore.inspection import BlockInfo
 from kvstore.service.chains import split_ids
 from kvstore.service.handshake import model_message
-from kvstore.service.roots import RootBook
+from kvstore.service.namespaces import Namespaces
 from kvstore.service.session import Session
 from kvstore.service.sessions import SessionBook
 from kvstore.service.turns import Turns
@@ -36,11 +36,11 @@ class Care:
     """Serves the calls of people and scripts over one store. Thread-safe."""
 
     def __init__(
-        self, store: KVStore, sessions: SessionBook, roots: RootBook, config: StoreConfig, clock: Clock
+        self, store: KVStore, sessions: SessionBook, namespaces: Namespaces, config: StoreConfig, clock: Clock
     ) -> None:
         self._store = store
         self._sessions = sessions
-        self._roots = roots
+        self._namespaces = namespaces
         self._config = config
         self._clock = clock
         self._inspecting = Turns("Inspect", _INSPECTS)
@@ -97,7 +97,7 @@ class Care:
         def may_see(root: RootId) -> bool:
             if chain is not None:
                 return root == chain.root.id
-            return rights.sees_all or self._roots.allows(rights, root)
+            return rights.sees_all or self._namespaces.roots.allows(rights, root)
 
         infos = self._store.inspect(ids[:_MAX_INFOS], may_see)
         if chain is not None:
@@ -122,6 +122,7 @@ class Care:
         contents = chain.verify(request.contents)
         if contents.start or contents.stop < len(chain):
             raise ConfigError(f"contents cover blocks {contents.start}…{contents.stop}: warm needs all {len(chain)}")
+        self._namespaces.show(session, chain.root)  # what comes up is charged to somebody, however long ago it was sent
         chain.describe(contents)
         try:
             limit_s = _WARM_S if remaining_s is None else min(_WARM_S, remaining_s * 0.9)

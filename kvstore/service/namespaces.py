@@ -85,11 +85,15 @@ class Namespaces:
                 f"root digests to {root.id.hex()} here, to {message.id.hex()} at the client: both sides need the same "
                 "cluster secret"
             )
+        self.show(session, root)
+        return root
+
+    def show(self, session: Session, root: Root) -> None:
+        """As `use`, but who has no tenant, and only looks or takes care, takes nothing from a tenant."""
         if session.rights.tenant:
             self.use(session, root)
-        else:  # who only looks, and has no tenant, takes nothing from a tenant
+        else:
             self.roots.learn(root)
-        return root
 
     def use(self, session: Session, root: Root) -> None:
         """What the root holds from now on is this tenant's, or nobody's: one not used for long was forgotten."""

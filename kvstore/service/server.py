@@ -168,7 +168,7 @@ class Server:
         calls = Calls(self.latencies, options.max_streams)
         namespaces = Namespaces(self._store, secret)
         requests = Requests(self._store, self._sessions, namespaces, self._clock)
-        self._care = Care(self._store, self._sessions, namespaces.roots, self._config, self._clock)
+        self._care = Care(self._store, self._sessions, namespaces, self._config, self._clock)
         request = self._config.request
         self._servicer = Servicer(
             self._store,

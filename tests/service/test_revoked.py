@@ -29,6 +29,7 @@ __all__ = ["make_peer"]
 
 ALICE = '[[client]]\ntoken = "alice-alice-alice"\ntenant = "alice"\nsalts = ["alice"]\n'
 BOB = '[[client]]\ntoken = "bob-bob-bob-bob-bob"\ntenant = "bob"\nsalts = ["bob"]\n'
+ADMIN = '[[client]]\ntoken = "admin-admin-admin"\nadmin = true\n'
 MakePeer = Callable[..., Peer]
 
 
@@ -152,6 +153,26 @@ def test_what_a_load_brings_up_is_charged_to_its_tenant_also_where_its_root_was_
     assert first.num_blocks == 3
     assert limited(server, chain.root)
     alice.end(loads=[2])
+
+
+@pytest.mark.parametrize("who", ["tenant", "admin"])
+def test_what_a_warming_brings_up_is_charged_to_its_tenant_whoever_asks_for_it(
+    who: str, start_server: StartServer, make_peer: MakePeer, tokens: Path, model: ModelId
+) -> None:
+    tokens.write_text(ALICE + 'quota = "64KiB"\n' + ADMIN)
+    server = start_server(service={"tokens_file": str(tokens)}, tiers=[DictTier()], mover={"write": "through"})
+    alice, chain = make_peer(server, token="alice-alice-alice"), chain_of(Root(model, salt=b"alice"), 3)
+    alice.save(chain)
+    alice.commit(1, 0, 1, 2)
+    assert server.flush(5)
+    server.drop_host()
+    peer = alice if who == "tenant" else make_peer(server, mapped=False, token="admin-admin-admin")
+    said = peer.whole(chain)
+    if who == "tenant":
+        server._store.limit(chain.root.id, "", None)  # as it is once many others were in use
+    asked = pb.WarmRequest(session=peer.session, chain=said, contents=contents_of(chain))
+    assert peer.stub.Warm(asked).num_promoted == 3
+    assert limited(server, chain.root)
 
 
 def test_slots_of_a_revoked_process_come_back_only_when_it_is_dead(start_server: StartServer, tokens: Path) -> None:
