@@ -39,7 +39,9 @@ from kvstore.layout import MAX_PARTS
 EPOCH_S = 1_735_689_600.0
 STEP_S = 1e-6
 MAX_BUCKETS = 256
-TOUCH_STEP = 1024
+TOUCH_STEPS = (256, 512, 1280)
+"""Keys of the first steps of a touch, and of all after them. The server puts one in order, at 0.4 us a key, while the
+next is put together, at 0.2: so it begins early, and never waits."""
 _MAX_ROOTS = 4096
 """Roots whose bucket names are kept at hand."""
 _PARTS = tuple(f":{part:03d}" for part in range(MAX_PARTS))
@@ -179,8 +181,8 @@ class Names:
 
         What counts as used later, or earlier, does, but nothing earlier than what hangs from it.
 
-        In steps of `TOUCH_STEP` keys, each a list of commands: the server sorts one while the next is put together.
-        What several chains share is named once.
+        In steps, each a list of commands: the server sorts one while the next is put together. What several chains
+        share is named once.
         """
         micros = round(now_s * 1e6)  # whole ones, so that no two depths round to one score
         seen: set[PartKey] = set()
@@ -189,16 +191,17 @@ class Names:
             places = None if alike else _above_children(chain, later)
             orders = [bucket.order for bucket in self._of(chain[0].root)]
             depth, last = -1, None
-            for at in range(0, len(chain), TOUCH_STEP):
-                some = chain[at : at + TOUCH_STEP]
+            for at, stop in _steps(len(chain)):
+                some = chain[at:stop]
                 blocks = list(map(_BLOCK, some))
                 ids = _ids(blocks)
                 depths = np.full(len(some), depth)
-                depths[1:] += (ids[1:] != ids[:-1]).any(axis=1).cumsum()
+                quads = ids.view(np.uint64)  # a quarter as much to compare
+                depths[1:] += (quads[1:] != quads[:-1]).any(axis=1).cumsum()
                 depths += blocks[0] != last
                 depth, last = int(depths[-1]), blocks[-1]
                 rows = np.empty((len(some), len(_SCORE_ROW) + _MEMBER_BYTES), np.uint8)
-                _put_scores(rows, micros - depths if places is None else micros - depths + places[at : at + len(some)])
+                _put_scores(rows, micros - depths if places is None else micros - depths + places[at:stop])
                 _put_members(rows[:, len(_SCORE_ROW) :], some, blocks)
                 stripes = ids[:, 0] % self._num_buckets
                 if seen:
@@ -211,14 +214,13 @@ class Names:
 
     def rows(self, keys: Sequence[PartKey]) -> NDArray[np.uint8]:
         """[keys, bytes]: each key's value name as a word of RESP."""
-        roots = list(map(_ROOT, keys))
-        numbers = {root: number for number, root in enumerate(dict.fromkeys(roots))}
+        numbers = {root: number for number, root in enumerate(set(map(_ROOT, keys)))}
         heads = [f"${VALUE_NAME_BYTES}\r\n{bucket.values}" for root in numbers for bucket in self._of(root)]
         table = np.frombuffer("".join(heads).encode(), np.uint8).reshape(len(heads), -1)
         blocks = list(map(_BLOCK, keys))
         which = (_ids(blocks)[:, 0] % self._num_buckets).astype(np.intp)
         if len(numbers) > 1:
-            which += self._num_buckets * np.fromiter(map(numbers.__getitem__, roots), np.intp, len(roots))
+            which += self._num_buckets * np.fromiter((numbers[key.root] for key in keys), np.intp, len(keys))
         rows = np.empty((len(keys), table.shape[1] + _MEMBER_BYTES), np.uint8)
         rows[:, : table.shape[1]] = table.take(which, axis=0)
         _put_members(rows[:, table.shape[1] :], keys, blocks)
@@ -276,6 +278,18 @@ def _put_scores(rows: NDArray[np.uint8], micros: NDArray[np.int64]) -> None:
         above = micros // 1000
         rows[:, at - 3 : at] = _THREE_DIGITS.take(micros - 1000 * above, axis=0)
         micros = above
+        if micros.min() == micros.max():  # one chain, one time: they differ in few digits
+            rows[:, _DIGITS_AT : at - 3] = np.frombuffer(b"%0*d" % (at - 3 - _DIGITS_AT, micros[0]), np.uint8)
+            return
+
+
+def _steps(num_keys: int) -> Iterator[tuple[int, int]]:
+    """Where each step of a touch begins and ends."""
+    at, sizes = 0, iter(TOUCH_STEPS)
+    while at < num_keys:
+        stop = min(at + next(sizes, TOUCH_STEPS[-1]), num_keys)
+        yield at, stop
+        at = stop
 
 
 def _touches(orders: Sequence[str], rows: NDArray[np.uint8], stripes: NDArray[np.uint8]) -> list[bytes]:

@@ -4,7 +4,8 @@
 A command a key costs the server five times as much as a key in a long command, so a prefix is asked for in long ones.
 Only where some of a group's keys are there and some are not, each key of that group is asked for by itself: the end of
 a prefix lies in one group, or in one a stripe. One command of 2,048 keys was no faster, and its whole prefix would be
-asked for twice.
+asked for twice. Sent in steps of 512 or 1,024 keys, so that the server begins sooner, it took 5 to 10 % longer, and
+cost both sides more.
 """
 
 from __future__ import annotations

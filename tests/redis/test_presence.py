@@ -4,15 +4,22 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+import socket
+import time
+from collections.abc import Callable, Iterator
 
 import pytest
 import redis
 
-from kvstore.block import BlockId, PartKey, RootId
+from kvstore.block import BlockId, PartKey, Root, RootId
+from kvstore.config import StoreConfig
 from kvstore.errors import TierError
-from kvstore.tiers.redis_names import TOUCH_STEP, Names, Use
+from kvstore.store import KVStore
+from kvstore.tiers.redis_names import TOUCH_STEPS, Names, Use
+from kvstore.tiers.redis_presence import present
+from kvstore.tiers.redis_wire import Buffer, PlainStream, Wire
 from kvstore.tiers.valkey import EmbeddedServer
+from tests.conftest import chain_of, load_all, save_all
 from tests.redis.conftest import MakeTier
 from tests.redis.content import DEADLINE_S
 
@@ -49,6 +56,65 @@ def test_presence_is_right_for_every_key_wherever_holes_lie(
     assert tier.contains(keys[::-1], DEADLINE_S) == expected[::-1]
 
 
+class Turns(PlainStream):
+    """Counts how often somebody waited for an answer to what was sent since the last one."""
+
+    num_turns = 0
+    _asked = False
+
+    def send(self, buffers: list[Buffer], deadline: float, meanwhile: Callable[[], bool] | None = None) -> int:
+        self._asked = True
+        return super().send(buffers, deadline, meanwhile)
+
+    def recv(self, view: memoryview, deadline: float, *, fill: bool) -> int:
+        self.num_turns += self._asked
+        self._asked = False
+        return super().recv(view, deadline, fill=fill)
+
+
+@pytest.mark.parametrize("by_stripe", [False, True])
+@pytest.mark.parametrize(("num_there", "num_turns"), [(NUM_KEYS, 1), (0, 1), (1000, 2)])
+def test_a_whole_prefix_costs_one_round_trip_and_one_that_ends_in_it_two(
+    server: EmbeddedServer, client: redis.Redis, num_there: int, num_turns: int, by_stripe: bool
+) -> None:
+    keys, names = keys_of(1), Names(16)
+    client.mset({names.value(key): b"x" for key in keys[:num_there]} or {"other": b"x"})
+    with socket.socket(socket.AF_UNIX) as ours:
+        ours.connect(server.unix_url.removeprefix("unix://"))
+        stream = Turns(ours)
+        found = present(Wire(stream), names, keys, time.monotonic() + DEADLINE_S, by_stripe=by_stripe)
+        assert sum(found) == num_there
+        assert stream.num_turns == num_turns
+
+
+def test_redis_is_asked_about_nothing_that_the_host_has(
+    server: EmbeddedServer, client: redis.Redis, root: Root
+) -> None:
+    names, chain = Names(16), chain_of(root, 24)
+
+    def store(write: str) -> KVStore:
+        values = {"host": {"capacity_bytes": 64 * 4096, "prefault": False}, "mover": {"write": write}}
+        made = KVStore(StoreConfig.load(values | {"tiers": {"redis": {"url": server.url}}}, environ={}))
+        made.open(root.model)
+        return made
+
+    # One that writes what was used again would ask, in the background, whether it is there already.
+    with store("through") as writer, store("on_evict") as reader:
+        assert save_all(writer, chain) == 24
+        assert writer.flush(5)
+        assert load_all(reader, chain_of(root, 10)) == ["redis"] * 10
+        with client.monitor() as seen:
+            match = reader.match(chain, "r", wait_s=5)
+            assert (match.num_host_blocks, match.num_blocks) == (10, 24)
+            client.ping()
+            asked: list[str] = []
+            while (command := seen.next_command()["command"]) != "PING":
+                asked += command.split()[1:] if command.startswith("EXISTS") else []
+        reader.forget("r")
+        values = [names.value(key) for key in chain.part_keys(0, 24, (0,))]
+        assert asked == values[10:]
+
+
 def test_keys_named_twice_and_keys_of_two_namespaces_are_told_apart(
     server: EmbeddedServer, client: redis.Redis, make_tier: MakeTier
 ) -> None:
@@ -83,10 +149,10 @@ def test_uses_of_one_chain_at_once_name_all_parts_that_any_of_them_names_and_eac
 
 
 def test_touch_in_steps_puts_every_parent_above_its_child() -> None:
-    """Longer than a step, and over the place where scores get one digit more."""
+    """Longer than all steps, and over places where scores get one digit more, or their last digits begin anew."""
     names = Names(4)
-    keys = keys_of(5, 4 * TOUCH_STEP)
-    for now_s in (6e7, 1.0, 1000.000001):
+    keys = keys_of(5, 2 * sum(TOUCH_STEPS))
+    for now_s in (6e7, 1.0, 1000.000001, 6e7 + 1e-3, 59_999_999.000_3):
         scores: dict[str, float] = {}
         for commands in names.touches([Use(keys, {})], now_s):
             for command in commands:
