@@ -14,9 +14,10 @@ out is decided here and not by the server (`maxmemory-policy noeviction`): the l
     redis_sweep       repair, and check             redis_upkeep  touches, ageing, sweeps in the background
     redis_presence    which keys are there          redis_marks   who is computing what
     redis_sealed      values of keys not at hand    redis_sentinel who is the primary
-    redis_codec       whether encoding them pays    redis_clock    the time that scores are made of
-    redis_mend        what other programs spoilt    redis_growth   what hangs from what, for exclusive tiers
-    redis_look        what doctor can see           valkey         a server of our own, for url="embedded"
+    redis_codec       whether encoding them pays    redis_compared by what calls with it and without took
+    redis_clock       the time that scores are of   redis_mend     what other programs spoilt
+    redis_growth      what hangs from what          redis_look     what doctor can see
+    valkey            a server of our own, for url="embedded"
 """
 
 from __future__ import annotations
@@ -229,6 +230,8 @@ class RedisTier(Tier):
                     began_s = time.perf_counter()
                 took_s += time.perf_counter() - began_s
             self._codec.link.received(counts.read_bytes - counts.decoded_saved_bytes, took_s - counts.decode_s)
+            if counts.read_blocks and last is not None and last.root == next(iter(into)).root:
+                self._codec.loaded(last.root, counts.read_bytes, took_s, counts.decoded_blocks / counts.read_blocks)
         finally:
             self._count(asdict(counts))
             if last is not None:

@@ -8,9 +8,17 @@ decoding them:
 
 All of it is measured here: of the two rates what writes and loads of this process saw, of the codec what it did to
 parts of this namespace, or, while values go raw, to a piece of one now and then, so seldom that it costs at most
-`_TRIAL_SHARE` of the time. Raw is what a namespace begins with and what it goes back to. The codec needs a margin to
-come in, and loads alone must gain by it, since requests wait for loads and nobody for a write. Values say how they
-are encoded, so what was written before a change stays good.
+`_TRIAL_SHARE` of the time. Raw is what a namespace begins with and what it goes back to.
+
+That sum only says where it is worth a look. Encoding a value hides behind the sending of the one before, wholly on a
+slow link and hardly on a fast one, so the sum can be too low; on a machine whose cores are all busy calls take long
+without any link, and it is too high. So whole writes then go out encoded or raw, by lot, and what they took decides
+(`redis_compared`), and loads likewise, of values that were written so or so: one of both must be quicker for sure, and
+none may look slower. With a codec in use, one write in `_CONTROL_EVERY` still goes raw, and the codec goes where it is
+no longer quicker. A comparison that does not bring it in comes again once what it cost is `_TRIAL_SHARE` of what calls
+have taken since, twice as late each time, or at once where the sum has become better. Going by the sum with a margin,
+raw stayed where lz4 took 13 % less (0.2 GB/s), and lz4 came in where it took 20 % more (a Unix socket, busy cores).
+Values say how they are encoded, so what was written before a change stays good.
 
 Rates are of whole calls with at least a megabyte, less one round trip: of shorter ones the latency, which no codec
 shortens, would be taken for the link's rate. The median of the last few: one stalled call decides nothing.
@@ -18,7 +26,9 @@ shortens, would be taken for the link's rate. The median of the last few: one st
 
 from __future__ import annotations
 
+import enum
 import logging
+import random
 import statistics
 import threading
 import time
@@ -29,6 +39,7 @@ from typing import TYPE_CHECKING
 
 from kvstore.codecs import CODECS, Codec
 from kvstore.errors import ConfigError
+from kvstore.tiers.redis_compared import NUM_CALLS, SURE, Compared
 
 if TYPE_CHECKING:
     from kvstore.block import RootId
@@ -38,9 +49,14 @@ log = logging.getLogger("kvstore.tiers.redis")
 
 AUTO = "auto"
 _CANDIDATE = "lz4"
-_MARGIN_IN = 1.5
-"""By how much what is saved must exceed what it costs for the codec to come in; to stay, `_MARGIN_OUT`."""
-_MARGIN_OUT = 1.1
+_HOPELESS = 0.25
+"""How many times the whole cost must be saved for a look: below, no overlap makes up for it."""
+_CONTROL_EVERY = 16
+_MOST_WRITES = 4 * NUM_CALLS
+_MOST_IN_VAIN = 6
+_MUCH_BETTER = 1.5
+_DOUBTED = 1.5
+"""Standard deviations by which encoded calls may look slower before the codec goes again."""
 _LEAST_BYTES = 1 << 20
 _NUM_CALLS = 9
 _MIN_CALLS = 3
@@ -109,15 +125,59 @@ class _Average:
         self._seen = True
 
 
+class _State(enum.Enum):
+    RAW = enum.auto()
+    COMPARING = enum.auto()
+    ENCODED = enum.auto()
+
+
 @dataclass(slots=True)
 class _Namespace:
     """What the codec does to the parts of one, per byte of a part, and whether it is in use."""
 
-    in_use: bool = False
+    lot: random.Random
+    state: _State = _State.RAW
+    writes: Compared = field(default_factory=Compared)
+    loads: Compared = field(default_factory=Compared)
+    spent_s: float = 0.0
+    """On encoding while calls were compared, the last time."""
+    busy_s: float = 0.0
+    """Of calls since then."""
+    num_in_vain: int = 0
+    """Comparisons in a row that did not bring it in."""
+    worth: float = 0.0
+    """How many times its cost it saves, by the sum."""
+    worth_in_vain: float = 0.0
+    """What the sum said of the last one."""
+    num_left: int = 0
+    """Writes until a comparison ends, also where they are too small to say anything."""
     left: _Average = field(default_factory=_Average)
     encode_s: _Average = field(default_factory=_Average)
     decode_s: _Average = field(default_factory=_Average)
     try_at_s: float = float("-inf")
+
+    def note(self, calls: Compared, num_bytes: int, took_s: float, encoded_share: float) -> None:
+        self.busy_s += took_s
+        if num_bytes >= _LEAST_BYTES:
+            calls.add(encoded_share, took_s / num_bytes)
+
+    def may_compare(self, worth: float) -> bool:
+        pause_s = (1 << self.num_in_vain) * self.spent_s / _TRIAL_SHARE
+        return self.busy_s >= pause_s or worth > _MUCH_BETTER * self.worth_in_vain
+
+    def compare(self) -> None:
+        self.state, self.spent_s, self.num_left = _State.COMPARING, 0.0, _MOST_WRITES
+        self.writes.clear()
+        self.loads.clear()
+
+    def go_raw(self, worth: float) -> None:
+        if self.state is not _State.RAW:  # it was tried
+            self.busy_s, self.worth_in_vain = 0.0, worth
+            self.num_in_vain = min(_MOST_IN_VAIN, self.num_in_vain + 1)
+        self.state = _State.RAW
+
+    def go_in(self) -> None:
+        self.state, self.num_in_vain = _State.ENCODED, 0
 
 
 class CodecChoice:
@@ -140,27 +200,60 @@ class CodecChoice:
         self._lock = threading.Lock()
         self._namespaces: OrderedDict[RootId, _Namespace] = OrderedDict()
 
-    def encode(self, root: RootId, part: memoryview, item_bytes: int) -> Encoded:
-        """`part`, or what the codec makes of it where that is less and pays."""
+    def encodes(self, root: RootId) -> bool:
+        """Whether the parts of the write that begins now are to be encoded."""
+        if self._fixed is not None:
+            return True
+        namespace = self._namespace(root)
+        if namespace.state is _State.COMPARING:
+            with self._lock:
+                namespace.num_left -= 1
+                if namespace.num_left < 0:
+                    namespace.go_raw(namespace.worth)
+                    return False
+            return namespace.lot.random() < 0.5
+        return namespace.state is _State.ENCODED and namespace.lot.randrange(_CONTROL_EVERY) > 0
+
+    def wrote(self, root: RootId, num_bytes: int, took_s: float, *, encoded: bool) -> None:
+        """A write of parts with so many bytes, all of one namespace, took so long, with encoding them."""
+        if self._fixed is None:
+            namespace = self._namespace(root)
+            with self._lock:
+                namespace.note(namespace.writes, num_bytes, took_s, float(encoded))
+            if namespace.state is not _State.RAW:
+                self._decide(root, namespace)
+
+    def loaded(self, root: RootId, num_bytes: int, took_s: float, encoded_share: float) -> None:
+        """A load of parts of one namespace took so long, with decoding those that were encoded."""
+        if self._fixed is None:
+            namespace = self._namespace(root)
+            with self._lock:
+                namespace.note(namespace.loads, num_bytes, took_s, encoded_share)
+
+    def encode(self, root: RootId, part: memoryview, item_bytes: int, *, encoded: bool) -> Encoded:
+        """`part`, or what the codec makes of it where that is less; `encoded` as `encodes` said of this write."""
         if self._fixed is not None:
             return self._encoded(self._fixed.encode(part, item_bytes), part)
         now_s = self._now_s()
         namespace = self._namespace(root)
-        if namespace.in_use:
-            encoded = self._encoded(self._codec.encode(part, item_bytes), part)
-            self._learn(namespace, len(part), encoded[1], self._now_s() - now_s)
+        if encoded:
+            found = self._encoded(self._codec.encode(part, item_bytes), part)
+            took_s = self._now_s() - now_s
+            if namespace.state is _State.COMPARING:
+                namespace.spent_s += took_s
+            self._learn(namespace, len(part), found[1], took_s)
         else:
-            encoded = _RAW_ID, part
+            found = _RAW_ID, part
         if now_s >= namespace.try_at_s:
             self._try(root, namespace, part, item_bytes)
-        return encoded
+        return found
 
     def report(self, name: str, stats: Stats) -> None:
         """Set gauges, under names that begin with the tier's."""
         if self._fixed is not None:
             return
         with self._lock:
-            in_use = sum(namespace.in_use for namespace in self._namespaces.values())
+            in_use = sum(each.state is _State.ENCODED for each in self._namespaces.values())
             stats.set(f"{name}.encoded_namespaces", in_use)
             stats.set(f"{name}.raw_namespaces", len(self._namespaces) - in_use)
         for direction, seconds in (("send", self.link.send_s), ("receive", self.link.receive_s)):
@@ -176,7 +269,7 @@ class CodecChoice:
         with self._lock:
             namespace = self._namespaces.get(root)
             if namespace is None:
-                namespace = self._namespaces[root] = _Namespace()
+                namespace = self._namespaces[root] = _Namespace(random.Random(root))
                 if len(self._namespaces) > _MAX_ROOTS:
                     self._namespaces.popitem(last=False)
             self._namespaces.move_to_end(root)
@@ -195,7 +288,7 @@ class CodecChoice:
         if encoded is not None and len(piece):
             self._codec.decode(encoded, item_bytes, memoryview(bytearray(len(piece))))
             namespace.decode_s.add((self._now_s() - encoded_s) / len(piece))
-        if not namespace.in_use:  # else what is really written says it
+        if namespace.state is not _State.ENCODED:  # else what is really written says it
             self._learn(namespace, len(piece), piece if encoded is None else encoded, encoded_s - began_s)
         ended_s = self._now_s()
         namespace.try_at_s = ended_s + max(_TRIAL_EVERY_S, (ended_s - began_s) / _TRIAL_SHARE)
@@ -212,17 +305,41 @@ class CodecChoice:
             return
         saved, decode_s = 1 - namespace.left.value, namespace.decode_s.value
         cost_s = namespace.encode_s.value + decode_s
-        margin = _MARGIN_OUT if namespace.in_use else _MARGIN_IN
-        pays = saved * (send_s + receive_s) > margin * cost_s and saved * receive_s > margin * decode_s
-        if pays != namespace.in_use:
-            namespace.in_use = pays
+        worth = _over(saved * (send_s + receive_s), cost_s), _over(saved * receive_s, decode_s)
+        with self._lock:
+            before = namespace.state
+            self._change(namespace, *worth)
+            after = namespace.state
+        if (before is _State.ENCODED) != (after is _State.ENCODED):
             log.info(
-                "redis: values of namespace %s are written %s from now on: %s would save %.0f %% of the bytes, worth "
-                "%.2f ms a MiB at the rates seen, for %.2f ms",
+                "redis: values of namespace %s are written %s from now on: %s saves %.0f %% of the bytes, worth "
+                "%.2f ms a MiB at the rates seen, for %.2f ms that partly overlap",
                 root[:8].hex(),
-                f"with {self._codec.name}" if pays else "raw",
+                f"with {self._codec.name}" if after is _State.ENCODED else "raw",
                 self._codec.name,
                 100 * saved,
                 1e3 * 2**20 * saved * (send_s + receive_s),
                 1e3 * 2**20 * cost_s,
             )
+
+    def _change(self, namespace: _Namespace, worth: float, loads_worth: float) -> None:
+        """What is to be done from now on, by how many times its cost the codec saves, in all and of loads alone."""
+        namespace.worth = worth
+        calls = namespace.writes.slower, namespace.loads.slower
+        if worth < _HOPELESS:
+            namespace.go_raw(worth)
+        elif namespace.state is _State.RAW:
+            if loads_worth >= 1 and namespace.may_compare(worth):
+                namespace.compare()
+        elif namespace.state is _State.ENCODED:
+            if max(calls) > _DOUBTED:
+                namespace.go_raw(worth)
+        elif min(calls) < -SURE and max(calls) < _DOUBTED:
+            namespace.go_in()
+        elif max(calls) > SURE or len(namespace.writes) == NUM_CALLS:
+            namespace.go_raw(worth)
+
+
+def _over(gain: float, cost: float) -> float:
+    """How many times `cost` the gain is; for none, as often as one likes."""
+    return gain / cost if cost > 0 else float("inf") if gain > 0 else 0.0

@@ -12,10 +12,10 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from kvstore.block import BlockId, BlockMeta, PartKey
+from kvstore.block import BlockId, BlockMeta, PartKey, RootId
 from kvstore.layout import BlockLayout
 from kvstore.tiers.redis_accounting import Accounting, Facts
 from kvstore.tiers.redis_codec import CodecChoice
@@ -56,10 +56,11 @@ class _Value:
 
 @dataclass(slots=True)
 class _Spent:
-    """Of one conversation: time on encoding, and bytes that it left to send."""
+    """Of one conversation: time on encoding, and bytes that it left to send; which namespaces are encoded in it."""
 
     encode_s: float = 0.0
     num_bytes: int = 0
+    encodes: dict[RootId, bool] = field(default_factory=dict)
 
 
 class Writer:
@@ -222,9 +223,11 @@ class Writer:
         stored_bytes = frame.header_bytes(len(meta.tokens) // 4, len(meta.extra)) + part.nbytes + self._extra_bytes
         return self._accounting.accounted_bytes(stored_bytes, facts)
 
-    def _value(self, key: PartKey, meta: BlockMeta, part: memoryview, score: float, scratch: Scratch) -> _Value:
+    def _value(
+        self, key: PartKey, meta: BlockMeta, part: memoryview, score: float, scratch: Scratch, *, encoded: bool
+    ) -> _Value:
         item_bytes = self._item_bytes.get((key.part, len(part)), 1)
-        codec_id, payload = self._codec.encode(key.root, part, item_bytes)
+        codec_id, payload = self._codec.encode(key.root, part, item_bytes, encoded=encoded)
         if self._sealer is None:
             return _Value(key, meta, score, len(part), payload, codec_id, item_bytes, Checksum(payload))
         into = scratch.take(len(payload) + TAG_BYTES)
@@ -238,7 +241,7 @@ class Writer:
         for group in self._groups(items):
             scratch.turn()
             began_s = time.perf_counter()
-            values = [self._value(*item, scratch) for item in group]
+            values = [self._value(*item, scratch, encoded=spent.encodes[item[0].root]) for item in group]
             spent.encode_s += time.perf_counter() - began_s
             spent.num_bytes += sum(len(value.payload) for value in values)
             yield values
@@ -249,7 +252,7 @@ class Writer:
         """Send parts in groups, each one transaction with its accounts. Returns the keys that arrived."""
         landed: set[PartKey] = set()
         unanswered: deque[list[PartKey]] = deque()
-        spent = _Spent()
+        spent = _Spent(encodes={root: self._codec.encodes(root) for root in {item[0].root for item in items}})
         began_s = time.perf_counter()
         groups = self._values(items, spent)
         following = next(groups, None)
@@ -261,7 +264,11 @@ class Writer:
                 landed |= self._answers(wire, unanswered.popleft(), deadline, counts)
         for keys in unanswered:
             landed |= self._answers(wire, keys, deadline, counts)
-        self._codec.link.sent(spent.num_bytes, time.perf_counter() - began_s - spent.encode_s)
+        took_s = time.perf_counter() - began_s
+        self._codec.link.sent(spent.num_bytes, took_s - spent.encode_s)
+        if len(spent.encodes) == 1:
+            ((root, encoded),) = spent.encodes.items()
+            self._codec.wrote(root, sum(len(part) for _, _, part, _ in items), took_s, encoded=encoded)
         return landed
 
     def _groups(self, items: Sequence[Item]) -> Iterator[Sequence[Item]]:

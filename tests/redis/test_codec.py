@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -21,7 +23,7 @@ from kvstore.tiers.redis_codec import CodecChoice
 from kvstore.tiers.valkey import EmbeddedServer
 from kvstore.wire import frame
 from tests.redis.conftest import MakeTier
-from tests.redis.content import Content
+from tests.redis.content import DEADLINE_S, Content
 
 RAW, LZ4 = (CODECS.load(name).wire_id for name in ("raw", "lz4"))
 MIB = 1 << 20
@@ -88,82 +90,189 @@ def written(choice: CodecChoice, clock: Ticks, root: RootId = ROOT, part: memory
     """Id of the codec that a part is written with, once there was time to look again."""
     part = smooth(PIECE_BYTES) if part is None else part
     clock.skip(10.0)
-    choice.encode(root, part, 2)
-    return choice.encode(root, part, 2)[0]
+    choice.encode(root, part, 2, encoded=choice.encodes(root))
+    return choice.encode(root, part, 2, encoded=choice.encodes(root))[0]
 
 
-def test_a_slow_link_brings_the_codec_in_and_a_fast_one_never(choice: CodecChoice, clock: Ticks) -> None:
-    assert written(choice, clock) == RAW  # nothing was measured yet
-    carry(choice, worth(0.5))
+class Sidecar:
+    """Writes and loads of one namespace over a link on which encoded calls take so many times what raw ones do."""
+
+    def __init__(self, choice: CodecChoice, clock: Ticks, seed: int = 0) -> None:
+        self.encoded: list[bool] = []
+        """Of each write."""
+        self._choice, self._clock = choice, clock
+        self._rng = np.random.default_rng(seed)
+
+    def work(self, num_writes: int, ratio: float, *, noise: float = 0.05, stalls: float = 0.0) -> None:
+        for _ in range(num_writes):
+            encoded = self._choice.encodes(ROOT)
+            self._choice.encode(ROOT, smooth(PIECE_BYTES), 2, encoded=encoded)
+            for tell in (self._wrote, self._loaded):
+                took_s = 0.01 * (ratio if encoded else 1.0) * float(self._rng.lognormal(0, noise))
+                tell(1.0 if self._rng.random() < stalls else took_s, encoded)
+            self.encoded.append(encoded)
+            self._clock.skip(1.0)
+
+    def _wrote(self, took_s: float, encoded: bool) -> None:
+        self._choice.wrote(ROOT, MIB, took_s, encoded=encoded)
+
+    def _loaded(self, took_s: float, encoded: bool) -> None:
+        self._choice.loaded(ROOT, MIB, took_s, float(encoded))
+
+    @property
+    def num_changes(self) -> int:
+        """How often it went from mostly encoded to mostly raw, or back, by twenties of writes."""
+        mostly = [sum(self.encoded[at : at + 20]) > 10 for at in range(0, len(self.encoded) - 19, 20)]
+        return sum(one != other for one, other in itertools.pairwise(mostly))
+
+
+@pytest.fixture
+def sidecar(choice: CodecChoice, clock: Ticks) -> Sidecar:
+    return Sidecar(choice, clock)
+
+
+def test_a_slow_link_brings_the_codec_in_and_a_fast_one_never(
+    choice: CodecChoice, clock: Ticks, sidecar: Sidecar
+) -> None:
+    sidecar.work(100, 0.5)
+    assert not any(sidecar.encoded)  # no rates were measured yet
+    carry(choice, worth(0.2))
+    sidecar.work(100, 0.5)
+    assert not any(sidecar.encoded)
+    carry(choice, worth(3.0))
+    sidecar.work(100, 0.5)
+    assert sum(sidecar.encoded[-60:]) > 45
+    carry(choice, worth(0.2))
+    sidecar.work(100, 1.5)
+    assert not any(sidecar.encoded[-90:])
+
+
+def test_where_the_machine_is_busy_and_not_the_link_the_sum_brings_in_nothing(
+    choice: CodecChoice, clock: Ticks, sidecar: Sidecar
+) -> None:
+    carry(choice, worth(4.6))
+    sidecar.work(1000, 1.2, noise=0.3)
+    assert sum(sidecar.encoded) < 100
+
+
+@pytest.mark.parametrize(("there", "back"), [(0.0, 1.2), (1.0, 1.6)])
+@pytest.mark.parametrize("stalls", [0.0, 0.1])
+def test_where_the_sum_is_not_sure_quicker_calls_bring_the_codec_in_for_good(
+    choice: CodecChoice, clock: Ticks, sidecar: Sidecar, there: float, back: float, stalls: float
+) -> None:
+    for _ in range(9):
+        choice.link.sent(MIB, (worth(there) + 1e-15) * MIB)
+        choice.link.received(MIB, worth(back) * MIB)
+    sidecar.work(400, 0.87, stalls=stalls)
+    assert any(sidecar.encoded[:40])
+    assert sum(sidecar.encoded[60:]) > 0.85 * 340  # all but controls
+    assert sidecar.num_changes <= 2
+
+
+@pytest.mark.parametrize("ratio", [1.05, 1.5])
+def test_calls_that_are_slower_with_the_codec_are_few(
+    choice: CodecChoice, clock: Ticks, sidecar: Sidecar, ratio: float
+) -> None:
+    carry(choice, worth(1.3))
+    sidecar.work(3000, ratio)
+    assert sum(sidecar.encoded) < 0.03 * 3000
     assert written(choice, clock) == RAW
-    carry(choice, worth(3.0))
-    assert written(choice, clock) == LZ4
-    carry(choice, worth(0.5))
+
+
+def test_where_the_codec_makes_no_difference_nothing_goes_to_and_fro(
+    choice: CodecChoice, clock: Ticks, sidecar: Sidecar
+) -> None:
+    carry(choice, worth(1.3))
+    sidecar.work(3000, 1.0, noise=0.2)
+    assert sidecar.num_changes <= 6
+
+
+def test_a_codec_that_came_in_by_comparison_goes_once_it_is_slower(
+    choice: CodecChoice, clock: Ticks, sidecar: Sidecar
+) -> None:
+    carry(choice, worth(1.3))
+    sidecar.work(60, 0.8)
+    assert all(sidecar.encoded[-5:])
+    sidecar.work(200, 1.2)
+    assert sum(sidecar.encoded[-60:]) < 15
+
+
+def test_loads_that_are_slower_keep_it_out_however_quick_writes_are(
+    choice: CodecChoice, clock: Ticks, sidecar: Sidecar
+) -> None:
+    carry(choice, worth(1.3))
+    for number in range(200):
+        encoded = choice.encodes(ROOT)
+        choice.encode(ROOT, smooth(PIECE_BYTES), 2, encoded=encoded)
+        choice.wrote(ROOT, MIB, 0.01 - 0.005 * encoded, encoded=encoded)
+        choice.loaded(ROOT, MIB, 0.01 + 0.0001 * (number % 7) + 0.005 * encoded, float(encoded))
+        clock.skip(1.0)
     assert written(choice, clock) == RAW
 
 
-def test_between_its_margins_the_choice_stays_as_it_is(choice: CodecChoice, clock: Ticks) -> None:
-    for _ in range(3):
-        carry(choice, worth(1.3))
-        assert written(choice, clock) == RAW
-    carry(choice, worth(3.0))
-    assert written(choice, clock) == LZ4
-    for _ in range(3):
-        carry(choice, worth(1.3))
-        assert written(choice, clock) == LZ4
+def test_a_comparison_of_writes_that_are_too_small_ends(choice: CodecChoice, clock: Ticks) -> None:
+    carry(choice, worth(1.3))
+    ways = []
+    for _ in range(200):
+        ways.append(choice.encodes(ROOT))
+        choice.encode(ROOT, smooth(PIECE_BYTES), 2, encoded=ways[-1])
+        choice.wrote(ROOT, 4096, 0.001, encoded=ways[-1])
+    assert any(ways)
+    assert not any(ways[-50:])
 
 
-def test_each_namespace_has_a_choice_of_its_own(choice: CodecChoice, clock: Ticks) -> None:
+def test_each_namespace_has_a_choice_of_its_own(choice: CodecChoice, clock: Ticks, sidecar: Sidecar) -> None:
     carry(choice, worth(3.0))
-    assert written(choice, clock, ROOT, smooth(PIECE_BYTES)) == LZ4
+    sidecar.work(60, 0.5)
     assert written(choice, clock, OTHER, noise(PIECE_BYTES)) == RAW
     stats = Stats()
     choice.report("redis", stats)
     assert (stats.get("redis.encoded_namespaces"), stats.get("redis.raw_namespaces")) == (1, 1)
     assert stats.get("redis.send_bytes_per_s") == pytest.approx(1 / worth(3.0))
     for _ in range(30):  # what it holds turns into noise
-        choice.encode(ROOT, noise(PIECE_BYTES), 2)
+        choice.encode(ROOT, noise(PIECE_BYTES), 2, encoded=True)
     assert written(choice, clock, ROOT, noise(PIECE_BYTES)) == RAW
 
 
-def test_loads_must_gain_even_where_writes_gain_more(choice: CodecChoice, clock: Ticks) -> None:
+def test_loads_must_gain_even_where_writes_gain_more(choice: CodecChoice, clock: Ticks, sidecar: Sidecar) -> None:
     for _ in range(9):
         choice.link.sent(MIB, worth(20.0) * MIB)
         choice.link.received(MIB, 1e-12 * MIB)
-    assert written(choice, clock) == RAW
+    sidecar.work(60, 0.5)
+    assert not any(sidecar.encoded)
 
 
-def test_latency_and_short_calls_are_not_taken_for_a_slow_link(choice: CodecChoice, clock: Ticks) -> None:
+def test_latency_and_short_calls_are_not_taken_for_a_slow_link(
+    choice: CodecChoice, clock: Ticks, sidecar: Sidecar
+) -> None:
     for _ in range(9):
         choice.link.sent(MIB // 2, 1.0)
         choice.link.received(MIB // 2, 1.0)
-    assert written(choice, clock) == RAW
+    sidecar.work(20, 0.5)
     choice.link.answered(0.2)
     for _ in range(9):
-        choice.link.sent(MIB, 0.2 + worth(0.5) * MIB)
-        choice.link.received(MIB, 0.2 + worth(0.5) * MIB)
-    assert written(choice, clock) == RAW
+        choice.link.sent(MIB, 0.2 + worth(0.2) * MIB)
+        choice.link.received(MIB, 0.2 + worth(0.2) * MIB)
+    sidecar.work(20, 0.5)
+    assert not any(sidecar.encoded)
 
 
-def test_calls_that_stalled_decide_nothing(choice: CodecChoice, clock: Ticks) -> None:
-    for number in range(9):  # loads alone would gain enough
+def test_calls_that_stalled_decide_nothing(choice: CodecChoice, clock: Ticks, sidecar: Sidecar) -> None:
+    for number in range(9):
         choice.link.sent(MIB, 1.0 if number > 4 else 1e-9)
-        choice.link.received(MIB, worth(1.6) * MIB)
-    assert written(choice, clock) == RAW
-    carry(choice, worth(0.5))
-    for _ in range(4):
-        choice.link.received(MIB, 1.0)
-    assert written(choice, clock) == RAW
+        choice.link.received(MIB, 1.0 if number > 4 else worth(0.2) * MIB)
+    sidecar.work(60, 0.5)
+    assert not any(sidecar.encoded)
 
 
 def test_trials_take_a_small_share_of_the_time(choice: CodecChoice, clock: Ticks) -> None:
-    carry(choice, worth(0.5))
+    carry(choice, worth(0.2))
     part = smooth(PIECE_BYTES)
     clock.tick_s = 0.1  # a machine that does much else
     looks = []
     for _ in range(2000):
         before = clock.num_looks
-        choice.encode(ROOT, part, 2)
+        choice.encode(ROOT, part, 2, encoded=False)
         looks.append(clock.num_looks - before)
     trials = [number for number, count in enumerate(looks) if count > 1]
     assert 2 <= len(trials) <= 1 + 0.005 * 2000
@@ -174,7 +283,7 @@ def test_namespaces_that_nobody_writes_to_are_forgotten(choice: CodecChoice, clo
     carry(choice, worth(3.0))
     part = smooth(64)
     for number in range(5000):
-        choice.encode(RootId(number.to_bytes(32, "big")), part, 2)
+        choice.encode(RootId(number.to_bytes(32, "big")), part, 2, encoded=False)
     stats = Stats()
     choice.report("redis", stats)
     assert stats.get("redis.encoded_namespaces") + stats.get("redis.raw_namespaces") == 1024
@@ -183,7 +292,8 @@ def test_namespaces_that_nobody_writes_to_are_forgotten(choice: CodecChoice, clo
 def test_a_codec_that_is_named_is_used_whatever_is_measured(clock: Ticks) -> None:
     choice = CodecChoice("lz4", clock)
     carry(choice, 1e-12)
-    assert choice.encode(ROOT, smooth(PIECE_BYTES), 2)[0] == LZ4
+    assert choice.encodes(ROOT)
+    assert choice.encode(ROOT, smooth(PIECE_BYTES), 2, encoded=True)[0] == LZ4
     with pytest.raises(ConfigError, match="use one of auto, lz4, raw"):
         CodecChoice("zip")
 
@@ -215,12 +325,14 @@ def codec_of(client: redis.Redis, content: Content) -> int:
 
 
 def until_written_with(tier: RedisTier, client: redis.Redis, root: Root, codec: int, seeds: Iterator[int]) -> None:
-    deadline = time.monotonic() + 30
+    """Eight times in a row, of which none is a control."""
+    deadline, num_so = time.monotonic() + 40, 0
     while time.monotonic() < deadline:
         content = chat(root, next(seeds), smooth)
         content.write(tier)
         assert content.read(tier) == content.keys
-        if codec_of(client, content) == codec:
+        num_so = num_so + 1 if codec_of(client, content) == codec else 0
+        if num_so == 8:
             return
     raise AssertionError("nothing changed")
 
@@ -247,16 +359,39 @@ def test_a_slow_link_turns_what_compresses_to_lz4_and_leaves_noise_raw_until_it_
     assert tier.stats.get("redis.decoded_saved_bytes") > 0
 
 
-def test_on_a_local_socket_values_stay_raw(
+def test_encoded_bytes_are_held_of_two_groups_at_a_time_and_of_one_value_read(
+    server: EmbeddedServer, make_tier: MakeTier, wide: ModelId
+) -> None:
+    tier, root = make_tier(server.url, codec="lz4"), Root(wide)
+    content = Content(root, 64)  # 16 MiB, of which encoded bytes are more than half
+    content.parts = {key: smooth(len(part), at) for at, (key, part) in enumerate(content.parts.items())}
+    tier.open(content.layout)
+    content.write(tier, 0, 1)
+    into = content.buffers()
+    tracemalloc.start()
+    try:
+        assert content.write(tier) == set(content.keys)
+        assert [key for keys in tier.read(into, DEADLINE_S) for key in keys] == content.keys
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert into == content.parts
+    assert tier.stats.get("redis.decoded_blocks") == 64
+    assert peak_bytes < 4 * MIB
+
+
+def test_on_a_local_socket_values_end_raw(
     server: EmbeddedServer, client: redis.Redis, make_tier: MakeTier, wide: ModelId
 ) -> None:
     tier = make_tier(server.unix_url)
     root = Root(wide)
     tier.open(chat(root, 0, smooth).layout)
-    for seed in range(12):
+    num_raw = 0
+    for seed in range(60):
         content = chat(root, seed, smooth)
         content.write(tier)
         assert content.read(tier) == content.keys
-        assert codec_of(client, content) == RAW
+        num_raw = num_raw + 1 if codec_of(client, content) == RAW else 0
+    assert num_raw >= 20
     assert tier.stats.get("redis.raw_namespaces") == 1
     assert tier.stats.get("redis.receive_bytes_per_s") > 0
