@@ -62,8 +62,8 @@ MODEL = ModelId(
 """Blocks of 1.4 MiB."""
 TARGET_PCT = 3.0
 _DEADLINE_S = 60.0
-_LEARN_S = 4.0
-"""`auto` tries its codec once a second, and takes medians of nine calls."""
+_LEARN_S = 12.0
+"""`auto` tries its codec once a second, takes medians of nine calls, and then compares ten to 24 writes."""
 _CELL_S = 5.0
 _SHOWN = ["GB/s", "bytes", "raw_ms", "lz4_ms", "auto_ms", "better", "auto_encodes", "raw_gb_per_s", "auto_pct"]
 _SHOWN += ["low", "high", "read_pct", "null_pct"]
