@@ -12,6 +12,7 @@ is in `vllm_scheduler`, what is copied in `vllm_worker`, which KV it is in `vllm
 from __future__ import annotations
 
 import inspect
+import logging
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
     KVConnectorRole,
     KVConnectorWorkerMetadata,
@@ -31,15 +33,14 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 import kvstore
 from connectors.vllm_device import goes_by_layers
 from connectors.vllm_identity import check_groups, model_id_of, rank_slice
+from connectors.vllm_layout import Worker, agreed_model, stored_pages
 from connectors.vllm_metrics import KVStorePromMetrics, KVStoreStats
-from connectors.vllm_pages import DevicePages, EnginePages, PackedPages, StridedPages
-from connectors.vllm_plan import Orders, Report, Scheduled, VllmSettings
+from connectors.vllm_plan import Orders, PageLayout, Report, Scheduled, VllmSettings
 from connectors.vllm_scheduler import SchedulerSide
 from connectors.vllm_worker import WorkerSide
 from kvstore.api import Load, Register, Store
 from kvstore.block import ModelId
 from kvstore.errors import ConfigError
-from kvstore.layout import BlockLayout
 from kvstore.pinning import CudaPins, pin
 
 if TYPE_CHECKING:
@@ -49,6 +50,18 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
+
+log = logging.getLogger("kvstore.connector.vllm")
+
+_OPAQUE = (
+    "pages are stored as they are (%s), under %s, in blocks of %d tokens: they serve only engines that are the same in "
+    "release, attention, instructions or device, dtypes, page size and split over ranks, and blocks are reused whole; "
+    "see connectors/vllm.md"
+)
+_FOREIGN = (
+    "nothing is loaded or saved: this worker's pages are %s, and the scheduler's side took them for %s; where several "
+    "connectors are used, list KVStoreConnector first"
+)
 
 TESTED_VERSIONS = ("0.32",)
 """Releases of vLLM whose connector interface this was run against."""
@@ -66,6 +79,8 @@ _INTERFACE: Mapping[str, tuple[str, ...]] = {
     "wait_for_layer_load": ("layer_name",),
     "build_connector_worker_meta": (),
     "reset_cache": (),
+    "get_handshake_metadata": (),
+    "set_xfer_handshake_metadata_pp_aware": ("metadata",),
 }
 
 
@@ -184,11 +199,18 @@ def _share(load: Any) -> object:
 # -- what travels ----------------------------------------------------------------------------------------------
 
 
-class KVStoreMetadata(KVConnectorMetadata):  # type: ignore[misc]  # vLLM may not be there when types are checked
-    """Orders of one step."""
+class KVStoreHandshake(KVConnectorHandshakeMetadata):  # type: ignore[misc]  # vLLM may not be there with mypy
+    """What a worker tells the scheduler's side at the start: its pages are stored as they are, under which identity."""
 
-    def __init__(self, orders: Orders) -> None:
-        self.orders = orders
+    def __init__(self, model: ModelId, why_opaque: str) -> None:
+        self.model, self.why_opaque = model, why_opaque
+
+
+class KVStoreMetadata(KVConnectorMetadata):  # type: ignore[misc]
+    """Orders of one step, over blocks of `model`."""
+
+    def __init__(self, orders: Orders, model: ModelId) -> None:
+        self.orders, self.model = orders, model
 
 
 class KVStoreWorkerMetadata(KVConnectorWorkerMetadata):  # type: ignore[misc]
@@ -217,6 +239,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             settings, load=settings.load and transfer.is_kv_consumer, save=settings.save and transfer.is_kv_producer
         )
         check_groups(kv_cache_config.kv_cache_groups)
+        self._page = kv_cache_config.kv_cache_groups[0].kv_cache_spec
         self._model: ModelId = model_id_of(vllm_config, self._settings)
         if transfer.kv_load_failure_policy != "recompute":
             raise ConfigError('a load that fails must be computed: set "kv_load_failure_policy": "recompute"')
@@ -229,21 +252,12 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._worker: WorkerSide | None = None
         self._pages: dict[str, list[int]] = {}
         self._layers: dict[str, int] = {}
-        if role == KVConnectorRole.SCHEDULER:
-            self._scheduler = SchedulerSide(
-                self._settings,
-                self._model,
-                self._link.store,
-                self._link.share,
-                num_ranks=vllm_config.parallel_config.world_size,
-                may_be_alone=vllm_config.parallel_config.data_parallel_size == 1,
-                runs_ahead=bool(vllm_config.scheduler_config.async_scheduling)
-                or vllm_config.parallel_config.pipeline_parallel_size > 1,
-            )
+        self._why_opaque = ""
+        self._said_foreign = False
 
     @property
     def model_id(self) -> ModelId:
-        """Which KV this engine computes: what a chain's root is made of."""
+        """Which KV this engine computes: what a chain's root is made of. As workers have told, once they have."""
         return self._model
 
     @property
@@ -252,20 +266,44 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     # -- scheduler ---------------------------------------------------------------------------------------------
 
+    def set_xfer_handshake_metadata_pp_aware(
+        self, metadata: Mapping[tuple[int, int], KVConnectorHandshakeMetadata]
+    ) -> None:
+        """What workers have found their pages to be, where that is not canonical bytes."""
+        told = {rank: one for rank, one in metadata.items() if isinstance(one, KVStoreHandshake)}
+        if told:
+            self._model = agreed_model(
+                {rank: one.model for rank, one in told.items()}, self._config.parallel_config.world_size
+            )
+            why = next(iter(told.values())).why_opaque
+            log.warning(_OPAQUE, why, self._model.layout, self._model.block_tokens)
+        self._side()
+
+    def _side(self) -> SchedulerSide:
+        """Made when workers have told, or else with the first request."""
+        if self._scheduler is None:
+            parallel, scheduling = self._config.parallel_config, self._config.scheduler_config
+            self._scheduler = SchedulerSide(
+                self._settings,
+                self._model,
+                self._link.store,
+                self._link.share,
+                num_ranks=parallel.world_size,
+                may_be_alone=parallel.data_parallel_size == 1,
+                runs_ahead=bool(scheduling.async_scheduling) or parallel.pipeline_parallel_size > 1,
+            )
+        return self._scheduler
+
     def on_new_request(self, request: Request) -> None:
-        assert self._scheduler is not None
-        self._scheduler.arrived(request)
+        self._side().arrived(request)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
-        assert self._scheduler is not None
-        return self._scheduler.match(request, num_computed_tokens)
+        return self._side().match(request, num_computed_tokens)
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
-        assert self._scheduler is not None
-        self._scheduler.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
+        self._side().allocated(request, blocks.get_block_ids()[0], num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
-        assert self._scheduler is not None
         computed: dict[str, int] = {}
         for new in scheduler_output.scheduled_new_reqs:
             self._pages[new.req_id] = list(new.block_ids[0])
@@ -279,19 +317,17 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 self._pages.setdefault(request, []).extend(fresh[0])
             computed[request] = cached.num_computed_tokens[at]
         step = Scheduled(scheduler_output.num_scheduled_tokens, computed, self._pages)
-        return KVStoreMetadata(self._scheduler.orders(step))
+        return KVStoreMetadata(self._side().orders(step), self._model)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
-        assert self._scheduler is not None
-        self._scheduler.stepped()
+        self._side().stepped()
         found = connector_output.kv_connector_worker_meta
         if isinstance(found, KVStoreWorkerMetadata):
-            self._scheduler.reported(found.report)
+            self._side().reported(found.report)
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        assert self._scheduler is not None
         self._pages.pop(request.request_id, None)
-        return self._scheduler.ended(request, block_ids), None
+        return self._side().ended(request, block_ids), None
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
@@ -325,19 +361,39 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         from vllm.distributed import get_tensor_model_parallel_rank
 
         mine = rank_slice(self._config, get_tensor_model_parallel_rank())
-        tensors, self._layers = _tensors_of(kv_caches, mine.layers)
-        layout = self._link.store.open(self._model)
-        pages = _pages_of(self._config, layout, tensors, mine.layers, mine.heads)
+        self._layers = _layers_of(kv_caches, mine.layers)
+        tensors = [kv_caches[name] for name in self._layers]
+        if tensors[0].shape[2] != self._page.block_size:
+            raise ConfigError(
+                f"the engine hands out pages of {self._page.block_size} tokens and keeps them as several of "
+                f"{tensors[0].shape[2]}: set --block-size to a size that its attention takes whole"
+            )
+        known = self._config.compilation_config.static_forward_context
+        worker = Worker(
+            engine=f"vllm {_vllm_version()}",
+            config=self._config,
+            model=self._model,
+            layers=[known[name] for name in self._layers],
+            tensors=tensors,
+            mine=mine,
+            page_bytes=int(self._page.page_size_bytes),
+        )
+        stored = stored_pages(worker, PageLayout(self._settings.layout))
+        self._model, self._why_opaque = stored.model, stored.why
         self._worker = WorkerSide(
             self._settings,
             self._model,
             self._link.store,
             self._link.adopt,
-            pages,
+            stored.pages,
             layers=mine.layers,
             saves=mine.saves,
             register=_register_with(tensors[0].device),
         )
+
+    def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
+        """None of canonical bytes: of several connectors vLLM passes on only what the first one says."""
+        return KVStoreHandshake(self._model, self._why_opaque) if self._model.is_opaque else None
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         orders = self._orders()
@@ -385,7 +441,14 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def _orders(self) -> Orders:
         found = self._get_connector_metadata()
-        return found.orders if isinstance(found, KVStoreMetadata) else Orders()
+        if not isinstance(found, KVStoreMetadata):
+            return Orders()
+        if found.model == self._model:
+            return found.orders
+        if not self._said_foreign:
+            self._said_foreign = True
+            log.error(_FOREIGN, self._model.layout, found.model.layout)
+        return found.orders.refused()
 
 
 def _nothing(*_: object) -> Any:
@@ -395,13 +458,12 @@ def _nothing(*_: object) -> Any:
 _CLOSED = _Link(None, _nothing, _nothing, lambda: None)  # type: ignore[arg-type]
 
 
-def _tensors_of(kv_caches: Mapping[str, torch.Tensor], layers: range) -> tuple[list[torch.Tensor], dict[str, int]]:
-    """The model's own layers in order, and by name; a draft model's, which share the pages, are left out."""
+def _layers_of(kv_caches: Mapping[str, torch.Tensor], layers: range) -> dict[str, int]:
+    """Names and numbers of the model's own layers, in order; a draft model's, which share the pages, are left out."""
     from vllm.model_executor.models.utils import extract_layer_index
 
-    found: dict[int, torch.Tensor] = {}
-    names: dict[str, int] = {}
-    for name, tensor in kv_caches.items():
+    found: dict[int, str] = {}
+    for name in kv_caches:
         index = extract_layer_index(name)
         if name.startswith("draft_model") or index not in layers:
             continue
@@ -409,12 +471,11 @@ def _tensors_of(kv_caches: Mapping[str, torch.Tensor], layers: range) -> tuple[l
             raise ConfigError(
                 f"two of the engine's tensors are layer {index} ({name}): which is the model's is unclear"
             )
-        found[index] = tensor
-        names[name] = index
+        found[index] = name
     missing = [index for index in layers if index not in found]
     if missing:
         raise ConfigError(f"the engine registered no KV for layers {missing} of the model")
-    return [found[index] for index in layers], names
+    return {found[index]: index for index in layers}
 
 
 def _register_with(device: torch.device) -> Register | None:
@@ -422,24 +483,3 @@ def _register_with(device: torch.device) -> Register | None:
     if device.type != "cuda":
         return None
     return lambda memory: pin(memory, runtime=CudaPins(device))
-
-
-def _pages_of(
-    config: VllmConfig, layout: BlockLayout, tensors: list[torch.Tensor], layers: range, heads: range
-) -> EnginePages | DevicePages:
-    if tensors[0].device.type != "cpu":
-        return StridedPages(layout, tensors, layers, heads)
-    from vllm import _custom_ops as ops
-    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
-
-    _, _, page_tokens, channels = tensors[0].shape
-    cache_dtype = str(config.cache_config.cache_dtype)
-    key_dtype = config.model_config.dtype
-    isa = _get_attn_isa(key_dtype, page_tokens, channels // 2, cache_dtype)
-
-    def write(keys: torch.Tensor, values: torch.Tensor, tensor: torch.Tensor, slots: torch.Tensor) -> None:
-        num_pages, num_heads, tokens, _ = tensor.shape
-        k_pages, v_pages = tensor.view(num_pages, num_heads, tokens * 2, -1).chunk(2, dim=2)
-        ops.cpu_attn_reshape_and_cache(keys, values, k_pages, v_pages, slots, isa, kv_cache_dtype=cache_dtype)
-
-    return PackedPages(layout, tensors, layers, heads, write=write, key_dtype=key_dtype)

@@ -34,6 +34,11 @@ Axes = tuple[tuple[int, int], ...]
 WriteKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
 """(keys, values [tokens, heads, dim], one layer's tensor, slot of each token): write them as the engine does."""
 
+
+class UnknownOrder(ConfigError):
+    """The engine packs its pages in an order that is not known here: they can be kept as they are, or not at all."""
+
+
 _DIGIT = 4
 """Values the probe writes lie below it: exact in every dtype, the fp8 ones included."""
 
@@ -156,7 +161,7 @@ def probe_order(
 ) -> PackedOrder:
     """Find the order in which `write` packs a page of a tensor like `tensor`, whose elements mean `kv_dtype`.
 
-    Raises ConfigError where it is not an affine function of the bits of token and channel.
+    Raises UnknownOrder where it is not an affine function of the bits of token and channel.
     """
     _, heads, page_tokens, _ = tensor.shape
     scratch = torch.zeros((2, *tensor.shape[1:]), dtype=tensor.dtype)
@@ -179,14 +184,16 @@ def probe_order(
         write(keys, values, scratch, slots)
         marked = _plain(scratch[1], kv_dtype).reshape(heads, -1) != 0
         if not (torch.equal(seen[0].expand_as(seen), seen) and int(marked[0].sum()) == page_tokens * head_dim):
-            raise ConfigError("the engine's pages are packed across heads, which is not known here")
+            raise UnknownOrder("the engine's pages are packed across heads, which is not known here")
         place = torch.empty(page_tokens * head_dim, dtype=torch.int64)
         where = torch.nonzero(marked[0])[:, 0]
+        if not torch.equal(seen[0][where].sort().values, torch.arange(len(place))):
+            raise UnknownOrder("the engine's pages do not hold each number once, as it was written")
         place[seen[0][where]] = where
         found.append(place.view(page_tokens, head_dim))
     k_offset, v_offset = int(found[0][0, 0]), int(found[1][0, 0])
     if k_offset:
-        raise ConfigError(f"the engine's keys begin {k_offset} elements into a page, which is not known here")
+        raise UnknownOrder(f"the engine's keys begin {k_offset} elements into a page, which is not known here")
     k_token, k_dim = _affine(found[0])
     v_token, v_dim = _affine(found[1] - v_offset)
     return PackedOrder(k_token, k_dim, v_token, v_dim, v_offset)
@@ -204,7 +211,7 @@ def _affine(place: torch.Tensor) -> tuple[Axes, Axes]:
     dim_axes = _split(place[0])
     steps = [_walk(token_axes), _walk(dim_axes)]
     if not torch.equal(steps[0][:, None] + steps[1][None, :], place):
-        raise ConfigError(f"the engine packs pages of {tokens} × {dims} in an order that strides do not describe")
+        raise UnknownOrder(f"the engine packs pages of {tokens} × {dims} in an order that strides do not describe")
     return token_axes, dim_axes
 
 
@@ -261,7 +268,8 @@ class PackedPages:
         write: the engine's own kernel.
         key_dtype: what the model computes keys in; another than the tensors' means that the kernel converts.
 
-    Raises ConfigError where the order is unknown or fails its trial on random data.
+    Raises UnknownOrder where no order is found, or where that fails its trial on random data, and ConfigError where
+    blocks and pages do not fit each other.
     """
 
     def __init__(
@@ -286,7 +294,7 @@ class PackedPages:
                 f"divide the other, in steps of {self.order.token_step}"
             )
         if any(tensor.stride() != tensors[0].stride() for tensor in tensors):
-            raise ConfigError("the engine's layers have different strides, which is not known here")
+            raise UnknownOrder("the engine's layers have different strides, which is not known here")
         self._dtype = tensors[0].dtype
         self._team = compute_team()
         self._addresses = np.array([tensor.data_ptr() for tensor in tensors], np.int64)
@@ -414,9 +422,9 @@ class PackedPages:
                 cell.heads.start - self._heads.start : cell.heads.stop - self._heads.start,
             ]
             if not torch.equal(_plain(there, model.kv_dtype), mine.float()):
-                raise ConfigError("the engine's pages do not hold what its kernel wrote, in the order found")
+                raise UnknownOrder("the engine's pages do not hold what its kernel wrote, in the order found")
         for tensor in trial._tensors:
             tensor.zero_()
         trial.scatter(pages, [(0, held)], range(model.block_tokens), together=True)
         if not all(torch.equal(a, b) for a, b in zip(trial._tensors, want, strict=True)):
-            raise ConfigError("blocks loaded into the engine's pages are not what its kernel would have written")
+            raise UnknownOrder("blocks loaded into the engine's pages are not what its kernel would have written")

@@ -9,11 +9,23 @@ for drafts that may be rejected, and the last sampled token has no KV at all; `s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from enum import Enum
 
 from connectors.base import LoadRule
 from kvstore.api import NO_HINT, Hint
 from kvstore.errors import ConfigError
+
+
+class PageLayout(Enum):
+    """In which form pages are stored."""
+
+    AUTO = "auto"
+    """As canonical bytes, or as they are where the order that the engine packs them in is not known."""
+    CANONICAL = "canonical"
+    """As canonical bytes, which other engines load; the engine does not start where that cannot be."""
+    OPAQUE = "opaque"
+    """As they are, which engines alone load that are the same in all that decides their bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +39,7 @@ class VllmSettings:
         model, revision: what the weights are called, instead of what is found out; see `vllm_identity`.
         block_tokens: tokens a stored block, a power of two, whatever the engine's own block size.
         part_layers, part_heads: the part grid; 0 takes the engine's own split over ranks.
+        layout: in which form pages are stored, see `PageLayout`.
         load_rule: `measured` loads where that is predicted to beat computing, `always` whatever is there.
         sync_load_ms: loads predicted to take less, all from the host tier, run before the step instead of beside it.
         call_deadline_ms: longest wait for one answer of the sidecar; then it counts as away. One that hangs costs a
@@ -50,6 +63,7 @@ class VllmSettings:
     block_tokens: int = 64
     part_layers: int = 0
     part_heads: int = 0
+    layout: str = PageLayout.AUTO.value
     load_rule: str = "measured"
     sync_load_ms: float = 20.0
     call_deadline_ms: float = 500.0
@@ -76,6 +90,8 @@ class VllmSettings:
         made = cls(**extra)  # type: ignore[arg-type]  # checked above
         if made.load_rule not in {rule.value for rule in LoadRule}:
             raise ConfigError(f"load_rule is {made.load_rule!r}: use one of {', '.join(r.value for r in LoadRule)}")
+        if made.layout not in {layout.value for layout in PageLayout}:
+            raise ConfigError(f"layout is {made.layout!r}: use one of {', '.join(each.value for each in PageLayout)}")
         if made.load_threads < 1:
             raise ConfigError(f"load_threads is {made.load_threads}: it must be at least 1")
         if made.step_layers < 0:
@@ -207,6 +223,14 @@ class Orders:
     ended: tuple[str, ...] = ()
     idle: bool = False
     reset: bool = False
+
+    def refused(self) -> Orders:
+        """The same with nothing to copy: loads are to be reported as failed, and pages let go of."""
+        return replace(
+            self,
+            loads=tuple(replace(order, lease=None) for order in self.loads),
+            saves=tuple(replace(order, start=order.stop) for order in self.saves),
+        )
 
 
 # -- from workers ----------------------------------------------------------------------------------------------

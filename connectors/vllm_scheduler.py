@@ -159,6 +159,7 @@ class SchedulerSide:
         self._adapters = adapters or AdapterDigests()
         self._roots = Roots(model, settings.secret.encode())
         self._block_tokens = model.block_tokens
+        self._is_opaque = model.is_opaque
         self.fail_open = FailOpen(now_s=now_s)
         self.layout = store.open(model)
         block_bytes = -(-self.layout.block_bytes // num_ranks)
@@ -284,9 +285,12 @@ class SchedulerSide:
         return tokens, not tracked.in_step
 
     def _match_partial(self, tracked: _Tracked, match: Match, stop: int, have: int) -> int:
-        """Tokens after `stop` blocks that the beginning of another chain's block brings; the engine has `have`."""
+        """Tokens after `stop` blocks that the beginning of another chain's block brings; the engine has `have`.
+
+        None of opaque pages: what of a page is the first tokens' is not known.
+        """
         num_tokens = tracked.request.num_tokens
-        if not self.cost.plan_partial(match, stop, num_tokens, have=have):
+        if self._is_opaque or not self.cost.plan_partial(match, stop, num_tokens, have=have):
             return 0
         found: int = self.fail_open.call(lambda: self._store.match_partial(tracked.key), 0)
         found = min(found, num_tokens - 1 - stop * self._block_tokens)

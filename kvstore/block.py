@@ -100,6 +100,11 @@ class ModelId:
         if self.layout != "canonical" and not self.layout.startswith("opaque:"):
             raise ConfigError(f"layout is {self.layout!r}: use 'canonical' or 'opaque:<fingerprint>'")
 
+    @property
+    def is_opaque(self) -> bool:
+        """Whether bytes are an engine's own, whose meaning and order nobody else knows: blocks are never cut then."""
+        return self.layout != "canonical"
+
     def digest(self) -> bytes:
         """32 bytes over every field by name, so that a new field never meets an old digest."""
         values: list[bytes] = []

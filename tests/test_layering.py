@@ -291,6 +291,7 @@ RULES: dict[str, Rule] = {
     # The store and its configuration are loaded where it is kept in the engine's own process.
     "connectors.vllm": Rule(6, (*PUBLIC, "connectors.vllm_*", "kvstore.config", "kvstore.store"), ("torch", "vllm")),
     "connectors.vllm_pages": Rule(6, (*PUBLIC, "kvstore.copying"), ("torch",)),
+    "connectors.vllm_opaque": Rule(6, (*PUBLIC, "kvstore.copying", "connectors.vllm_pages"), ("torch",)),
     # An engine that offloads by itself: no store, a tier for its own keys.
     "connectors.vllm_tiering": Rule(6, (*PUBLIC, "kvstore.keyed", "connectors.vllm_identity"), ("torch", "vllm")),
     "connectors.vllm_*": Rule(

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -21,11 +21,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from kvstore.block import ModelId
 from kvstore.errors import ConfigError
 from kvstore.service import cli_serve, doctor, kv_events, top
 from kvstore.service.admin import Admin, Target
 from kvstore.service.findings import Finding, Verdict
 from kvstore.service.follow import follow
+from kvstore.service.handshake import model_of
 from kvstore.service.prompt import Namespace, as_hash, read_prompt
 from kvstore.service.rights import read_secret_file
 from kvstore.wire import kvstore_pb2 as pb
@@ -194,6 +196,9 @@ def status(
         return
     console = _console()
     console.print(top.draw(server, sample, None))
+    if reply.models:
+        console.print()
+        console.print(_models_table(map(model_of, reply.models)))
     changed = [row for row in reply.settings if settings or row.source != "default"]
     if changed:
         console.print()
@@ -217,7 +222,20 @@ def _status_of(server: top.Server, reply: pb.StatsReply) -> dict[str, object]:
             }
             for client in reply.clients
         ],
+        "models": [asdict(model_of(model)) for model in reply.models],
     }
+
+
+def _models_table(models: Iterable[ModelId]) -> Table:
+    """`layout` says who can read a model's blocks: canonical ones any engine, opaque ones the engines they name."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for name in ("model", "revision", "kv dtype", "block", "layout"):
+        table.add_column(name, no_wrap=True)
+    for model in models:
+        row = (model.model[:48], model.revision[:12], model.kv_dtype, str(model.block_tokens), model.layout[:48])
+        # Clients have named them, and may have meant this terminal.
+        table.add_row(*(Text("".join(letter if letter.isprintable() else "?" for letter in cell)) for cell in row))
+    return table
 
 
 def _settings_table(rows: Iterable[tuple[str, str, str]]) -> Table:

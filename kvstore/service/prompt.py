@@ -45,11 +45,15 @@ class Namespace:
         if self.model or not self.open_models:
             return read_model(self.model)
         if len(self.open_models) > 1:
-            names = ", ".join(sorted({model.model for model in self.open_models}))
+            names = ", ".join(sorted({_told_apart(model) for model in self.open_models}))
             raise ConfigError(
                 f"the server has {len(self.open_models)} models open ({names}): say which by --model FILE"
             )
         return self.open_models[0]
+
+
+def _told_apart(model: ModelId) -> str:
+    return f"{model.model}, {model.layout}" if model.is_opaque else model.model
 
 
 def as_hash(text: str) -> bytes | None:

@@ -394,6 +394,40 @@ def test_a_few_tokens_that_another_prompt_begins_with_by_chance_are_computed() -
     bench.close()
 
 
+def test_of_opaque_pages_the_beginning_of_anothers_block_is_not_asked_for() -> None:
+    for layout, brings in (("canonical", 12), ("opaque:12ab", 0)):
+        bench = Bench(model=replace(MODEL, layout=layout))
+        bench.store.similar = 12
+        request = FakeRequest("r", tokens(100))
+        assert bench.side.match(request, 0) == (brings, False)
+        assert ("match_partial" in bench.store.calls) is (layout == "canonical")
+        bench.side.ended(request, [])
+        bench.close()
+
+
+def test_orders_that_are_refused_fail_their_loads_and_let_go_of_what_they_hold() -> None:
+    bench = Bench()
+    bench.fill(tokens(100))
+    bench.pages.read.clear()
+    one, other = FakeRequest("one", tokens(100)), FakeRequest("other", tokens(100, 1))
+    brings, _ = bench.side.match(one, 0)
+    bench.side.allocated(one, bench.pages_for(one), brings)
+    bench.side.arrived(other)
+    other.num_computed_tokens = 100
+    assert bench.side.ended(other, bench.pages_for(other))
+    orders = bench.side.orders(Scheduled({}, {}, {}))
+    assert len(orders.loads) == len(orders.saves) == 1
+    bench.worker.load(orders.refused())
+    bench.worker.save(orders.refused())
+    assert bench.worker.bad_pages() == set(bench.pages_for(one)[: brings // PAGE])
+    sent, _ = bench.worker.finished(idle=True)
+    assert sent == {"other"}
+    assert bench.pages.written == bench.pages.read == []
+    bench.side.reported(cast(Report, bench.worker.report()))
+    bench.side.ended(one, [])
+    bench.close()
+
+
 def test_who_steps_together_with_other_engines_never_waits_as_if_alone() -> None:
     bench = Bench(may_be_alone=False)
     request = FakeRequest("r", tokens(120))
@@ -1279,6 +1313,7 @@ def test_a_request_that_must_not_read_gets_nothing() -> None:
         ({"block_tokens": "64"}, "block_tokens is '64': give a int"),
         ({"save": 1}, "save is 1"),
         ({"load_rule": "never"}, "use one of measured, always"),
+        ({"layout": "packed"}, "use one of auto, canonical, opaque"),
         ({"load_threads": 0}, "load_threads is 0"),
         ({"address": "unix:/x", "store": {"host": {}}}, "both given"),
     ],

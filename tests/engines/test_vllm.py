@@ -328,6 +328,65 @@ def test_prompts_of_embeddings_are_known_by_content(run: Run) -> None:
     assert healthy(facts)
 
 
+@pytest.mark.parametrize(
+    ("scenario", "block_tokens", "hits"),
+    [
+        # Cold, the same prompt of 300 tokens, one that shares 210 of them, and a second turn: whole blocks alone.
+        ("kept", 32, [0, 288, 192, 352]),
+        ("kept_unscrambled", 32, [0, 288, 192, 352]),
+        ("kept_chunks_64", 32, [0, 288, 192, 352]),
+        ("kept_beside_the_step", 32, [0, 288, 192, 352]),
+        ("kept_without_prefix_cache", 32, [0, 288, 192, 352]),
+        ("kept_blocks_of_64", 64, [0, 256, 192, 320]),
+        ("kept_pages_of_128", 128, [0, 256, 128, 256]),
+    ],
+)
+def test_pages_of_an_unknown_order_are_kept_as_they_are(
+    run: Run, scenario: str, block_tokens: int, hits: list[int]
+) -> None:
+    facts = run(scenario)
+    assert facts["layout"].startswith("opaque:")
+    assert facts["block_tokens"] == block_tokens
+    assert facts["equal"] == [True] * 4
+    assert facts["hits"] == hits
+    assert facts["num_blocks"] >= hits[-1] // block_tokens
+    assert facts["same_bytes"]
+    assert facts["failed_loads"] == 0
+    assert facts["num_distinct"] > 20
+    assert healthy(facts)
+
+
+def test_preempted_requests_of_an_unknown_order_come_back_whole(run: Run) -> None:
+    facts = run("kept_through_preemption")
+    assert facts["layout"].startswith("opaque:")
+    assert facts["equal"] == [True]
+    assert facts["preemptions"] > 0
+    assert facts["loads"] > 0
+    assert facts["failed_loads"] == 0
+    assert healthy(facts)
+
+
+def test_engines_that_pack_pages_differently_never_load_each_others(run: Run) -> None:
+    facts = run("strangers")
+    layouts = [engine["layout"] for engine in facts["first"].values()]
+    assert layouts[0] == "canonical"
+    assert all(layout.startswith("opaque:") for layout in layouts[1:])
+    assert len(set(layouts)) == len(layouts)
+    for name, engine in facts["first"].items():
+        # Each has the same model and prompt, and all but the first find a store that others have filled.
+        assert engine["hits"] == [0, 299 if name == "canonical" else 288], name
+        assert engine["equal"] == [True, True], name
+        assert engine["held"] == [], name
+    for name, again in facts["again"].items():
+        engine = facts["first"][name]
+        assert again["layout"] == engine["layout"], name
+        assert again["hits"] == [engine["hits"][1]] * 2, name
+        assert again["equal"] == [True, True], name
+        assert again["control_hits"] > 0, name
+        assert again["control_differs"], name
+        assert again["held"] == [], name
+
+
 @pytest.mark.parametrize(("scenario", "hits", "error"), [("both_engines", 299, 1e-4), ("smollm2", 208, 5e-4)])
 def test_vllm_and_transformers_load_what_the_other_saved(run: Run, scenario: str, hits: int, error: float) -> None:
     facts = run(scenario)

@@ -31,6 +31,7 @@ from tests.engines import (
     vllm_inputs,
     vllm_killed,
     vllm_resets,
+    vllm_scrambled,
     vllm_shared,
     vllm_tiering_runs,
 )
@@ -537,6 +538,7 @@ SCENARIOS: dict[str, Callable[[Path], Facts]] = {
     "embeddings": vllm_inputs.embeddings,
     "killed": vllm_killed.killed,
     "resets": vllm_resets.resets,
+    **vllm_scrambled.SCENARIOS,
     **vllm_shared.SCENARIOS,
     **vllm_tiering_runs.SCENARIOS,
 }

@@ -23,6 +23,7 @@ from typing import IO
 import pytest
 from typer.testing import CliRunner
 
+import kvstore
 from kvstore.block import Chain, ModelId, Root
 from kvstore.errors import AccessDenied, ConfigError, ServiceUnavailable
 from kvstore.layout import layout_of
@@ -352,6 +353,22 @@ def test_a_terminal_of_another_alphabet_is_no_failure(serve: MakeServing) -> Non
     shown = server.ask("status", PYTHONIOENCODING="ascii")
     assert (shown.returncode, shown.stderr) == (0, "")
     assert "host" in shown.stdout
+
+
+def test_status_names_the_models_that_are_open_and_who_can_read_their_blocks(serve: MakeServing) -> None:
+    server = serve()
+    model = {"model": "tiny", "revision": "0123456789abcdef", "kv_dtype": "bfloat16", "num_layers": 2}
+    ids = [
+        ModelId(**model, num_kv_heads=2, head_dim=16, layout=layout)  # type: ignore[arg-type]
+        for layout in ("canonical", "opaque:12ab")
+    ]
+    with kvstore.connect(server.address) as client:
+        for one in ids:
+            client.open(one)
+        shown, told = server.ask("status").stdout, json.loads(server.ask("status", "--json").stdout)
+    for layout in ("canonical", "opaque:12ab"):
+        assert re.search(rf"tiny +0123456789ab +bfloat16 +64 +{layout}", shown), shown
+    assert [ModelId(**each) for each in told["models"]] == ids
 
 
 def test_a_second_server_in_the_same_place_is_refused_and_the_first_serves_on(

@@ -100,6 +100,9 @@ def test_without_a_model_the_only_one_that_is_open_is_meant(model: ModelId) -> N
     two = (model, replace(model, model="other"))
     with pytest.raises(ConfigError, match=r"the server has 2 models open \(other, tiny\): say which by --model FILE"):
         read_prompt(json.dumps(TOKENS), Namespace(model="", open_models=two))
+    kept = (model, replace(model, layout="opaque:12ab"))
+    with pytest.raises(ConfigError, match=r"2 models open \(tiny, tiny, opaque:12ab\): say which"):
+        read_prompt(json.dumps(TOKENS), Namespace(model="", open_models=kept))
 
 
 TEMPLATE = (

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a vLLM worker's pages are stored: as canonical bytes where their order is known, as they are where it is not.
+
+On a CPU the order is found by letting the engine's own layers write known numbers; on a device it is known of attention
+kernels whose source was read. Everything else is opaque (`vllm_opaque`), under a fingerprint of what is gathered here:
+a fact that is left out of it is one day a wrong hit, one too many a miss.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from platform import machine
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from connectors.vllm_identity import RankSlice
+from connectors.vllm_opaque import (
+    OpaqueDevicePages,
+    OpaquePages,
+    opaque_model,
+    page_digest,
+    steps_in_page,
+)
+from connectors.vllm_pages import DevicePages, EnginePages, PackedPages, StridedPages, UnknownOrder, WriteKernel
+from connectors.vllm_plan import PageLayout
+from kvstore.block import ModelId
+from kvstore.errors import ConfigError
+from kvstore.layout import layout_of
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+_PLAIN_ON_DEVICES = (
+    "vllm.v1.attention.backends.flash_attn.FlashAttentionImpl",
+    "vllm.v1.attention.backends.flashinfer.FlashInferImpl",
+    "vllm.v1.attention.backends.flex_attention.FlexAttentionImpl",
+    "vllm.v1.attention.backends.triton_attn.TritonAttentionImpl",
+)
+"""What writes keys to the first half of a page's channels and values to the second, by strides and nothing else, in the
+KV dtypes that are stored. Those for ROCm do not: they split and shuffle pages by settings of their own."""
+
+_ENVIRON = ("ATTN", "ATTENTION", "AITER", "FLASH", "LAYOUT", "SHUFFLE")
+"""What names of vLLM's own environment variables say that may choose an order."""
+
+_KERNEL_FAILS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
+"""What a kernel, or a layer that was not made for being asked, raises."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPages:
+    """A worker's pages, and under which identity they are stored. `why` they are opaque; empty where they are not."""
+
+    model: ModelId
+    pages: EnginePages | DevicePages
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """What one worker has.
+
+    Attributes:
+        engine: its name and release; config: its VllmConfig.
+        model: the identity of its KV in canonical bytes.
+        layers: vLLM's attention layers, in order, and tensors: their pages.
+        page_bytes: that the engine counts for a page of one layer.
+    """
+
+    engine: str
+    config: VllmConfig
+    model: ModelId
+    layers: Sequence[Any]
+    tensors: Sequence[torch.Tensor]
+    mine: RankSlice
+    page_bytes: int
+
+    @property
+    def is_on_device(self) -> bool:
+        return self.tensors[0].device.type != "cpu"
+
+    @property
+    def key_dtype(self) -> torch.dtype:
+        """What the model computes keys in; the kernel may convert them."""
+        dtype: torch.dtype = self.config.model_config.dtype
+        return dtype
+
+
+def stored_pages(worker: Worker, wanted: PageLayout) -> StoredPages:
+    """How to store the pages of `worker`. Raises ConfigError where they cannot be as `wanted`."""
+    why = "it is set so"
+    if wanted is not PageLayout.OPAQUE:
+        try:
+            return StoredPages(worker.model, _canonical(worker))
+        except UnknownOrder as error:
+            if wanted is PageLayout.CANONICAL:
+                raise
+            why = str(error)
+    page_tokens = int(worker.tensors[0].shape[2])
+    made = opaque_model(worker.model, facts_of(worker), page_tokens=page_tokens, rank_heads=len(worker.mine.heads))
+    has_bytes = worker.tensors[0][0].numel() * worker.tensors[0].element_size()
+    if has_bytes != worker.page_bytes:
+        raise ConfigError(
+            f"a page of one layer has {worker.page_bytes} bytes, of which the engine gives {has_bytes} to be stored: "
+            "what the others mean is not known"
+        )
+    kind = OpaqueDevicePages if worker.is_on_device else OpaquePages
+    pages = kind(layout_of(made), worker.tensors, worker.mine.layers, worker.mine.heads)
+    return StoredPages(made, pages, why)
+
+
+def agreed_model(told: Mapping[tuple[int, int], ModelId], num_ranks: int) -> ModelId:
+    """The identity under which ranks keep their pages as they are: all of them, and the same on each.
+
+    Raises ConfigError where ranks differ.
+    """
+    first, *others = told.values()
+    if len(told) < num_ranks or any(other != first for other in others):
+        layouts = ", ".join(f"{rank}: {model.layout}" for rank, model in sorted(told.items()))
+        raise ConfigError(
+            f"of the engine's {num_ranks} ranks not all pack their pages alike, which is not stored ({layouts})"
+        )
+    return first
+
+
+def _canonical(worker: Worker) -> EnginePages | DevicePages:
+    layout, mine = layout_of(worker.model), worker.mine
+    if worker.is_on_device:
+        for name in sorted({_name_of(type(layer.impl)) for layer in worker.layers}):
+            if name not in _PLAIN_ON_DEVICES:
+                raise UnknownOrder(f"how {name} orders its pages is not known here")
+        return StridedPages(layout, worker.tensors, mine.layers, mine.heads)
+    write = _guarded(_kernel_of(worker.layers))
+    return PackedPages(layout, worker.tensors, mine.layers, mine.heads, write=write, key_dtype=worker.key_dtype)
+
+
+# -- the engine's kernel ---------------------------------------------------------------------------------------
+
+
+class _Unscaled:
+    """An attention layer whose scales are 1: the probe's numbers are to be found as they are."""
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
+        self._k_scale = self._v_scale = torch.ones(())
+        self._k_scale_float = self._v_scale_float = 1.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+
+def _kernel_of(layers: Sequence[Any]) -> WriteKernel:
+    """The write kernel of the engine's own layers. Raises UnknownOrder where they have none, or several."""
+    kinds = {(_name_of(type(layer.impl)), getattr(layer, "isa", None)) for layer in layers}
+    if len(kinds) != 1:
+        raise UnknownOrder(f"the engine's layers write pages in {len(kinds)} ways")
+    layer = layers[0]
+    update = getattr(layer.impl, "do_kv_cache_update", None)
+    if update is None or getattr(layer.attn_backend, "forward_includes_kv_cache_update", True):
+        raise UnknownOrder(f"{_name_of(type(layer.impl))} writes pages only as part of attention")
+    unscaled = _Unscaled(layer)
+
+    def write(keys: torch.Tensor, values: torch.Tensor, tensor: torch.Tensor, slots: torch.Tensor) -> None:
+        update(unscaled, keys, values, tensor, slots)
+
+    return write
+
+
+def _guarded(write: WriteKernel) -> WriteKernel:
+    """`write`, whose failure says that the order is not known."""
+
+    def tried(keys: torch.Tensor, values: torch.Tensor, tensor: torch.Tensor, slots: torch.Tensor) -> None:
+        try:
+            write(keys, values, tensor, slots)
+        except _KERNEL_FAILS as error:
+            raise UnknownOrder(f"the engine's write kernel cannot be tried: {type(error).__name__}: {error}") from error
+
+    return tried
+
+
+# -- what decides the bytes of a page ----------------------------------------------------------------------------
+
+
+def facts_of(worker: Worker) -> dict[str, str]:
+    """All that decides what a page's bytes mean, beside the model's identity; the same on every rank of an engine.
+
+    Threads are not among them: how many wrote a page shows in the digest of what was written, if it shows at all.
+    """
+    first, parallel = worker.tensors[0], worker.config.parallel_config
+    classes = sorted({kind for layer in worker.layers for kind in (layer.attn_backend, type(layer.impl))}, key=_name_of)
+    return {
+        "format": "1",
+        "engine": f"{worker.engine}, torch {torch.__version__}",
+        "platform": _platform_of(first.device),
+        "attention": " ".join(map(_name_of, classes)),
+        "source": _digest_of_source(classes),
+        "isa": " ".join(sorted({str(getattr(layer, "isa", "")) for layer in worker.layers})),
+        "settings": repr(worker.config.attention_config),
+        "environ": repr(_environ_of(os.environ)),
+        "page": f"{tuple(first.shape[1:])} {first.dtype} {steps_in_page(first)}",
+        "page bytes": str(worker.page_bytes),
+        "kv dtype": f"{worker.config.cache_config.cache_dtype} of {worker.key_dtype}",
+        "split": f"tp{parallel.tensor_parallel_size} pp{parallel.pipeline_parallel_size} heads{len(worker.mine.heads)}",
+        "copied": "keys and values" if worker.is_on_device else "pages",
+        "written": "not tried on a device" if worker.is_on_device else _digest_of_write(worker),
+    }
+
+
+def _digest_of_write(worker: Worker) -> str:
+    try:
+        return page_digest(_guarded(_kernel_of(worker.layers)), worker.tensors[0], worker.key_dtype)
+    except UnknownOrder:
+        return "cannot be tried"
+
+
+def _platform_of(device: torch.device) -> str:
+    if device.type == "cuda":
+        version = torch.version.hip or torch.version.cuda
+        return (
+            f"{device.type} {version} {torch.cuda.get_device_name(device)} {torch.cuda.get_device_capability(device)}"
+        )
+    if device.type == "cpu":
+        return f"cpu {machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return f"{device.type} {machine()}"
+
+
+def _environ_of(environ: Mapping[str, str]) -> list[tuple[str, str]]:
+    return sorted(
+        (name, value)
+        for name, value in environ.items()
+        if name.startswith("VLLM_") and any(word in name for word in _ENVIRON)
+    )
+
+
+def _name_of(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _digest_of_source(kinds: Sequence[type]) -> str:
+    """Digest of the files that `kinds` and what they inherit from are in: a patch changes no version."""
+    files = set()
+    for kind in {base for each in kinds for base in each.__mro__}:
+        if kind.__module__.partition(".")[0] in sys.stdlib_module_names:
+            continue
+        try:
+            files.add(inspect.getsourcefile(kind))
+        except (TypeError, OSError):
+            continue  # it has none
+    digest = hashlib.sha256()
+    for content in sorted(hashlib.sha256(Path(name).read_bytes()).digest() for name in files if name):
+        digest.update(content)
+    return digest.hexdigest()

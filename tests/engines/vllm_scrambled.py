@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines whose page order nobody knows: an attention backend that scrambles each page, registered as vLLM's own are.
+
+Which order it is only `ORDER` says: between two of them nothing differs but what their kernel does to a page.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+from tests.engines.vllm_shared import Sidecar
+from tests.engines.vllm_support import (
+    BLOCK,
+    NEW,
+    Engine,
+    Facts,
+    FaultyStore,
+    Reference,
+    bytes_of,
+    in_fork,
+    poison,
+    stored,
+    tokens_of,
+)
+
+ORDER = [1]
+"""Seed of the order, of this process and those it forks."""
+
+_SMALL = {"kv_cache_memory_bytes": 4 << 20, "max_model_len": 1024}
+"""All pages are turned over for each layer of each step."""
+
+
+@cache
+def _place(size: int, seed: int) -> torch.Tensor:
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+
+
+def _plain(pages: torch.Tensor) -> torch.Tensor:
+    flat = pages.reshape(len(pages), -1)
+    return flat[:, _place(flat.shape[1], ORDER[0])].view(pages.shape)
+
+
+class ScrambledImpl(CPUAttentionBackendImpl):
+    """Attention over pages whose numbers are permuted, each page alike."""
+
+    def do_kv_cache_update(
+        self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        plain = _plain(kv_cache)
+        super().do_kv_cache_update(layer, key, value, plain, slot_mapping)
+        flat = kv_cache.view(len(kv_cache), -1)
+        flat[:, _place(flat.shape[1], ORDER[0])] = plain.view(flat.shape)
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        *more: Any,
+        **named: Any,
+    ) -> torch.Tensor:
+        if attn_metadata is not None:
+            kv_cache = _plain(kv_cache)
+        return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *more, **named)
+
+
+class ScrambledBackend(CPUAttentionBackend):
+    @staticmethod
+    def get_impl_cls() -> type[ScrambledImpl]:
+        return ScrambledImpl
+
+
+def scramble(order: int) -> None:
+    """From now on engines of this process pack their pages so; 0: as vLLM does."""
+    if order:
+        ORDER[0] = order
+        register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.{ScrambledBackend.__name__}")
+
+
+# -- one engine ------------------------------------------------------------------------------------------------
+
+
+def kept(workdir: Path, order: int = 0, **options: Any) -> Facts:
+    """Cold, again, a prompt that parts from it within a block, a second turn, and the control."""
+    scramble(order)
+    reference, store = Reference(workdir), FaultyStore()
+    extra = {"layout": "auto" if order else "opaque", **options.pop("extra", {})}
+    engine = Engine(reference.directory, store, extra=extra, **{**_SMALL, **options})
+    prompt = tokens_of(1)
+    want = reference.generate(prompt, NEW)
+    longer = [*prompt, *want, *tokens_of(2, 50)]
+    alike = [*prompt[:210], *tokens_of(3, 90)]
+    facts: Facts = {"layout": engine.model_id.layout, "block_tokens": engine.model_id.block_tokens}
+    facts |= {"equal": [], "hits": [], "num_distinct": len(set(want))}
+    for tokens in (prompt, prompt, alike, longer):
+        engine.forget()
+        outs, hits = engine.generate([tokens])
+        facts["equal"].append(outs[0] == reference.generate(tokens, NEW))
+        facts["hits"].append(hits[0])
+    facts["num_blocks"] = sum(1 for _ in stored(store, engine.model_id, longer))
+    before = bytes_of(store, engine.model_id, prompt)
+    store.clear()
+    engine.forget()
+    engine.generate([prompt])
+    facts["same_bytes"] = before == bytes_of(store, engine.model_id, prompt) and len(before) > 0
+    facts["failed_loads"] = engine.metric("vllm:kvstore_failed_loads")
+    poison(store, engine.model_id, longer)
+    engine.forget()
+    facts["control_differs"] = engine.generate([longer])[0][0] != outs[0]
+    return {**facts, "held": engine.close(), "check": store.check()}
+
+
+def kept_through_preemption(workdir: Path) -> Facts:
+    """Four requests that grow beyond the engine's pages, which are scrambled."""
+    scramble(1)
+    reference, store = Reference(workdir), FaultyStore()
+    options = {"num_gpu_blocks_override": 36, "max_model_len": 1024, "enable_prefix_caching": False}
+    engine = Engine(reference.directory, store, **options)
+    prompts = [tokens_of(seed, 200) for seed in range(30, 34)]
+    wants = [reference.generate(prompt, 200) for prompt in prompts]
+    outs, _ = engine.generate(prompts, 200)
+    facts: Facts = {
+        "layout": engine.model_id.layout,
+        "equal": [outs == wants],
+        "preemptions": engine.metric("vllm:num_preemptions"),
+        "loads": engine.connector._scheduler.figures.counts.get("loads", 0),
+        "failed_loads": engine.metric("vllm:kvstore_failed_loads"),
+    }
+    poison(store, engine.model_id, prompts[0])
+    engine.forget()
+    facts["control_differs"] = engine.generate([prompts[0]], 200)[0][0] != wants[0]
+    return {**facts, "held": engine.close(), "check": store.check()}
+
+
+# -- several on one sidecar ----------------------------------------------------------------------------------------
+
+
+def _member(workdir: Path, address: str, order: int, layout: str, options: dict[str, Any], spoil: bool) -> Facts:
+    scramble(order)
+    reference = Reference(workdir)
+    engine = Engine(reference.directory, None, extra={"address": address, "layout": layout}, **{**_SMALL, **options})
+    facts: Facts = {"layout": engine.model_id.layout, "equal": [], "hits": []}
+    want = reference.generate(tokens_of(1), NEW)
+    for _ in range(2):
+        outs, hits = engine.generate([tokens_of(1)])
+        facts["equal"].append(outs[0] == want)
+        facts["hits"].append(hits[0])
+        engine.forget()
+    if spoil:
+        import kvstore
+
+        with kvstore.connect(address, mapped=True) as client:
+            poison(client, engine.model_id, tokens_of(1))
+        outs, hits = engine.generate([tokens_of(1)])
+        facts |= {"control_differs": outs[0] != want, "control_hits": hits[0]}
+    return {**facts, "held": engine.close()}
+
+
+TP2 = {"tensor_parallel_size": 2}
+_MEMBERS: Sequence[tuple[str, int, str, dict[str, Any]]] = (
+    ("canonical", 0, "auto", {}),
+    ("opaque", 0, "opaque", {}),
+    ("scrambled", 1, "auto", {}),
+    ("scrambled otherwise", 2, "auto", {}),
+    ("opaque, two ranks", 0, "opaque", TP2),
+)
+_AGAIN = ("canonical", "scrambled", "opaque, two ranks")
+
+
+def strangers(workdir: Path) -> Facts:
+    """Engines of one model on one sidecar that pack pages differently, one after the other, and some once more."""
+    Reference(workdir)
+    with tempfile.TemporaryDirectory(prefix="kv", dir="/tmp") as name:
+        sidecar = Sidecar(Path(name))
+
+        def run(order: int, layout: str, options: dict[str, Any], *, spoil: bool = False) -> Facts:
+            return in_fork(lambda: _member(workdir, sidecar.address, order, layout, options, spoil))
+
+        try:
+            first = {member: run(*how) for member, *how in _MEMBERS}
+            again = {member: run(*how, spoil=True) for member, *how in _MEMBERS if member in _AGAIN}
+            return {"first": first, "again": again}
+        finally:
+            sidecar.stop()
+
+
+SCENARIOS: dict[str, Callable[[Path], Facts]] = {
+    "kept": lambda workdir: kept(workdir, 1),
+    "kept_unscrambled": kept,
+    "kept_chunks_64": lambda workdir: kept(workdir, 1, max_num_batched_tokens=64),
+    "kept_beside_the_step": lambda workdir: kept(workdir, 1, extra={"sync_load_ms": 0}),
+    "kept_without_prefix_cache": lambda workdir: kept(workdir, 1, enable_prefix_caching=False),
+    "kept_pages_of_128": lambda workdir: kept(workdir, block_size=128),
+    "kept_blocks_of_64": lambda workdir: kept(workdir, 1, extra={"block_tokens": 2 * BLOCK}),
+    "kept_through_preemption": kept_through_preemption,
+    "strangers": strangers,
+}
