@@ -333,10 +333,7 @@ def test_prompts_of_embeddings_are_known_by_content(run: Run) -> None:
     [
         # Cold, the same prompt of 300 tokens, one that shares 210 of them, and a second turn: whole blocks alone.
         ("kept", 32, [0, 288, 192, 352]),
-        ("kept_unscrambled", 32, [0, 288, 192, 352]),
-        ("kept_chunks_64", 32, [0, 288, 192, 352]),
         ("kept_beside_the_step", 32, [0, 288, 192, 352]),
-        ("kept_without_prefix_cache", 32, [0, 288, 192, 352]),
         ("kept_blocks_of_64", 64, [0, 256, 192, 320]),
         ("kept_pages_of_128", 128, [0, 256, 128, 256]),
     ],

@@ -198,10 +198,9 @@ def strangers(workdir: Path) -> Facts:
 
 SCENARIOS: dict[str, Callable[[Path], Facts]] = {
     "kept": lambda workdir: kept(workdir, 1),
-    "kept_unscrambled": kept,
-    "kept_chunks_64": lambda workdir: kept(workdir, 1, max_num_batched_tokens=64),
-    "kept_beside_the_step": lambda workdir: kept(workdir, 1, extra={"sync_load_ms": 0}),
-    "kept_without_prefix_cache": lambda workdir: kept(workdir, 1, enable_prefix_caching=False),
+    "kept_beside_the_step": lambda workdir: kept(
+        workdir, 1, extra={"sync_load_ms": 0}, max_num_batched_tokens=64, enable_prefix_caching=False
+    ),
     "kept_pages_of_128": lambda workdir: kept(workdir, block_size=128),
     "kept_blocks_of_64": lambda workdir: kept(workdir, 1, extra={"block_tokens": 2 * BLOCK}),
     "kept_through_preemption": kept_through_preemption,
