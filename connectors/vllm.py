@@ -33,7 +33,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 import kvstore
 from connectors.vllm_device import goes_by_layers
 from connectors.vllm_identity import check_groups, model_id_of, rank_slice
-from connectors.vllm_layout import Worker, agreed_model, stored_pages
+from connectors.vllm_layout import Worker, agreed_model, platform_of, stored_pages
 from connectors.vllm_metrics import KVStorePromMetrics, KVStoreStats
 from connectors.vllm_plan import Orders, PageLayout, Report, Scheduled, VllmSettings
 from connectors.vllm_scheduler import SchedulerSide
@@ -371,6 +371,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         known = self._config.compilation_config.static_forward_context
         worker = Worker(
             engine=f"vllm {_vllm_version()}",
+            platform=platform_of(tensors[0].device),
             config=self._config,
             model=self._model,
             layers=[known[name] for name in self._layers],

@@ -67,13 +67,14 @@ class Worker:
     """What one worker has.
 
     Attributes:
-        engine: its name and release; config: its VllmConfig.
+        engine: its name and release; platform: what it runs on, see `platform_of`; config: its VllmConfig.
         model: the identity of its KV in canonical bytes.
         layers: vLLM's attention layers, in order, and tensors: their pages.
         page_bytes: that the engine counts for a page of one layer.
     """
 
     engine: str
+    platform: str
     config: VllmConfig
     model: ModelId
     layers: Sequence[Any]
@@ -195,19 +196,17 @@ def facts_of(worker: Worker) -> dict[str, str]:
     first, parallel = worker.tensors[0], worker.config.parallel_config
     classes = sorted({kind for layer in worker.layers for kind in (layer.attn_backend, type(layer.impl))}, key=_name_of)
     return {
-        "format": "1",
+        "format": f"1, {'keys and values' if worker.is_on_device else 'pages'}",
         "engine": f"{worker.engine}, torch {torch.__version__}",
-        "platform": _platform_of(first.device),
+        "platform": worker.platform,
         "attention": " ".join(map(_name_of, classes)),
         "source": _digest_of_source(classes),
         "isa": " ".join(sorted({str(getattr(layer, "isa", "")) for layer in worker.layers})),
         "settings": repr(worker.config.attention_config),
         "environ": repr(_environ_of(os.environ)),
         "page": f"{tuple(first.shape[1:])} {first.dtype} {steps_in_page(first)}",
-        "page bytes": str(worker.page_bytes),
         "kv dtype": f"{worker.config.cache_config.cache_dtype} of {worker.key_dtype}",
         "split": f"tp{parallel.tensor_parallel_size} pp{parallel.pipeline_parallel_size} heads{len(worker.mine.heads)}",
-        "copied": "keys and values" if worker.is_on_device else "pages",
         "written": "not tried on a device" if worker.is_on_device else _digest_of_write(worker),
     }
 
@@ -219,7 +218,8 @@ def _digest_of_write(worker: Worker) -> str:
         return "cannot be tried"
 
 
-def _platform_of(device: torch.device) -> str:
+def platform_of(device: torch.device) -> str:
+    """Device or instruction set, as far as kernels tell them apart."""
     if device.type == "cuda":
         version = torch.version.hip or torch.version.cuda
         return (

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -95,6 +98,7 @@ class Engine:
     impl: Any = field(default_factory=lambda: Attention(Kernel(1)))
     isa: str = "vec"
     release: str = "vllm 0.32.0"
+    platform: str = "cpu x86_64 AVX512"
     cache_dtype: str = "auto"
     attention: Settings = field(default_factory=Settings)
     tp: int = 1
@@ -114,6 +118,7 @@ class Engine:
         )
         return Worker(
             engine=self.release,
+            platform=self.platform,
             config=config,
             model=self.model,
             layers=[layer] * len(self.tensors),
@@ -211,6 +216,7 @@ DIFFERENT: dict[str, dict[str, Any]] = {
     "class": {"impl": AttentionOfAnotherKind(Kernel(1))},
     "instruction set": {"isa": "amx"},
     "release": {"release": "vllm 0.32.1"},
+    "platform": {"platform": "cpu x86_64 AVX2"},
     "kv dtype": {"cache_dtype": "fp8"},
     "settings": {"attention": Settings("another")},
     "tp": {"tp": 2},
@@ -242,6 +248,25 @@ def test_environment_that_may_choose_an_order_is_part_of_it(monkeypatch: pytest.
     assert facts_of(Engine().worker()) == before, "threads are not"
     monkeypatch.setenv(name, "1")
     assert facts_of(Engine().worker()) != before
+
+
+def test_a_patched_backend_is_another_one_though_its_name_and_release_are_the_same(tmp_path: Path) -> None:
+    prints = []
+    for number in (1, 2, 1):
+        (tmp_path / "patched.py").write_text(f"class Kernel:\n    order = {number}\n")
+        spec = importlib.util.spec_from_file_location("patched", tmp_path / "patched.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.modules["patched"] = module
+
+        class Ours(module.Kernel):  # type: ignore[name-defined,misc]
+            pass
+
+        prints.append(fingerprint(facts_of(Engine(impl=Ours()).worker())))
+        del sys.modules["patched"]
+    assert prints[0] == prints[2] != prints[1]
 
 
 def test_a_single_number_elsewhere_in_a_page_is_another_digest() -> None:
@@ -395,6 +420,11 @@ def test_a_rank_copies_its_own_parts() -> None:
         assert bytes(view) == b"".join(tensor[page].numpy().tobytes() for page in (5, 3))
     with pytest.raises(ConfigError, match="are not cut"):
         OpaquePages(layout, tensors(layers=2), range(1, 3), range(2))
+
+
+def test_copies_of_a_device_and_of_the_host_do_not_meet() -> None:
+    one, other = facts_of(Engine().worker()), facts_of(Engine(tensors=[t.to("meta") for t in tensors()]).worker())
+    assert one["format"] != other["format"]
 
 
 def test_known_kernels_on_a_device_are_strided_and_others_kept_as_they_are() -> None:

@@ -363,6 +363,19 @@ def test_preempted_requests_of_an_unknown_order_come_back_whole(run: Run) -> Non
     assert healthy(facts)
 
 
+def test_a_scheduler_that_was_not_told_of_opaque_pages_loads_and_saves_nothing(run: Run) -> None:
+    facts = run("untold")
+    after, before = facts["after"], facts["before"]
+    assert after["layout"] == "canonical"
+    assert after["num_blocks"] == facts["there"] > 0
+    assert before["layout"].startswith("opaque:")
+    assert before["hits"] == [0, 0, 288, 288]
+    assert before["num_blocks"] > facts["there"]
+    for engine in (before, after):
+        assert engine["equal"] == [True] * 4
+        assert engine["held"] == []
+
+
 def test_engines_that_pack_pages_differently_never_load_each_others(run: Run) -> None:
     facts = run("strangers")
     layouts = [engine["layout"] for engine in facts["first"].values()]

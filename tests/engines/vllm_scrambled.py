@@ -13,6 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+)
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
@@ -176,7 +181,7 @@ _MEMBERS: Sequence[tuple[str, int, str, dict[str, Any]]] = (
     ("scrambled otherwise", 2, "auto", {}),
     ("opaque, two ranks", 0, "opaque", TP2),
 )
-_AGAIN = ("canonical", "scrambled", "opaque, two ranks")
+_AGAIN = ("scrambled", "opaque, two ranks")
 
 
 def strangers(workdir: Path) -> Facts:
@@ -190,10 +195,85 @@ def strangers(workdir: Path) -> Facts:
 
         try:
             first = {member: run(*how) for member, *how in _MEMBERS}
-            again = {member: run(*how, spoil=True) for member, *how in _MEMBERS if member in _AGAIN}
+            chosen = [(member, how) for member, *how in _MEMBERS if member in _AGAIN]
+            # The control empties the store, so it comes last.
+            again = {member: run(*how, spoil=member == _AGAIN[-1]) for member, how in chosen}
             return {"first": first, "again": again}
         finally:
             sidecar.stop()
+
+
+class Talker(KVConnectorBase_V1):
+    """A connector that does nothing, and speaks first."""
+
+    class Word(KVConnectorHandshakeMetadata):
+        pass
+
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+
+    def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata:
+        return self.Word()
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None: ...
+
+    def wait_for_layer_load(self, layer_name: str) -> None: ...
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None: ...
+
+    def wait_for_save(self) -> None: ...
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
+        return 0, False
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None: ...
+
+    def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
+        return _NoOrders()
+
+
+class _NoOrders(KVConnectorMetadata):
+    pass
+
+
+def untold(workdir: Path) -> Facts:
+    """The scheduler's side does not hear what workers found, because of a connector before it; and hears, before it.
+
+    Where it did not, it takes pages for canonical: of those there are, which this engine must neither load nor add to.
+    """
+    Reference(workdir)
+    with tempfile.TemporaryDirectory(prefix="kv", dir="/tmp") as name:
+        sidecar = Sidecar(Path(name))
+        try:
+            with sidecar.connect() as client:
+                in_fork(lambda: _member(workdir, sidecar.address, 0, "auto", {}, False))
+                facts: Facts = {"there": client.stats()["host.blocks"]}
+                for how in ("after", "before"):
+                    made = in_fork(lambda how=how: _beside_talker(workdir, sidecar.address, how))  # type: ignore[misc]
+                    facts[how] = {**made, "num_blocks": client.stats()["host.blocks"]}
+            return facts
+        finally:
+            sidecar.stop()
+
+
+def _beside_talker(workdir: Path, address: str, how: str) -> Facts:
+    scramble(1)
+    reference = Reference(workdir)
+    common = {"kv_role": "kv_both", "kv_load_failure_policy": "recompute"}
+    talker = {"kv_connector": "Talker", "kv_connector_module_path": __name__, **common}
+    ours = {"kv_connector": "KVStoreConnector", "kv_connector_module_path": "connectors.vllm", **common}
+    ours["kv_connector_extra_config"] = {"address": address, "block_tokens": BLOCK, "load_rule": "always"}
+    order = [talker, ours] if how == "after" else [ours, talker]
+    transfer = {"kv_connector": "MultiConnector", **common, "kv_connector_extra_config": {"connectors": order}}
+    engine = Engine(reference.directory, None, transfer=transfer, **_SMALL)
+    facts: Facts = {"equal": [], "hits": []}
+    for seed in (1, 2, 1, 2):
+        outs, hits = engine.generate([tokens_of(seed)])
+        facts["equal"].append(outs[0] == reference.generate(tokens_of(seed), NEW))
+        facts["hits"].append(hits[0])
+        engine.forget()
+    (mine,) = (each for each in engine.connector._connectors if not isinstance(each, Talker))
+    return {**facts, "layout": mine.model_id.layout, "held": mine._scheduler.check()}
 
 
 SCENARIOS: dict[str, Callable[[Path], Facts]] = {
@@ -205,4 +285,5 @@ SCENARIOS: dict[str, Callable[[Path], Facts]] = {
     "kept_blocks_of_64": lambda workdir: kept(workdir, 1, extra={"block_tokens": 2 * BLOCK}),
     "kept_through_preemption": kept_through_preemption,
     "strangers": strangers,
+    "untold": untold,
 }
