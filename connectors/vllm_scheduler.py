@@ -418,7 +418,8 @@ class SchedulerSide:
             return False
         if tracked.num_saved >= tracked.announced_to:
             self._withdraw(tracked)  # the steps that saved what was announced have run
-        known, tracked.told = tracked.told, stop * self._block_tokens
+        # What is computed again was told before: a chain does not shrink.
+        known, tracked.told = tracked.told, max(tracked.told, stop * self._block_tokens)
         media = tuple(item for item in tracked.media if known <= item[0] < tracked.told)
         tokens = as_u32(tracked.request.all_token_ids[known : tracked.told]).astype("<u4", copy=False).tobytes()
         root = chain.root
@@ -543,7 +544,7 @@ class SchedulerSide:
             self._withdraw(tracked)
             self._forget(tracked)
             tracked.from_before, tracked.asked_s = True, None
-            tracked.num_saved = tracked.told = tracked.in_store = tracked.planned = 0
+            tracked.num_saved = tracked.in_store = tracked.planned = 0
         self._loads += [replace(item.order, lease=None) for item in self._sharing]
         self._sharing, self._reset = [], True
         if self._runs_ahead:

@@ -610,7 +610,8 @@ def test_a_load_that_fails_is_reported_from_its_first_missing_token(fault: str, 
     bench.close()
 
 
-def test_nothing_is_saved_on_top_of_pages_that_did_not_load() -> None:
+@pytest.mark.parametrize("chunks", [(160,), (64, 96)])
+def test_nothing_is_saved_on_top_of_pages_that_did_not_load(chunks: tuple[int, ...]) -> None:
     bench = Bench()
     bench.fill(tokens(100))
     bench.store.faults.end_load_at = 0
@@ -623,7 +624,8 @@ def test_nothing_is_saved_on_top_of_pages_that_did_not_load() -> None:
     assert bench.report() == set()
     bench.side.ended(FakeRequest("other", []), [])
     request.num_computed_tokens = 0
-    bench.step((request, 160))
+    for count in chunks:
+        bench.step((request, count))
     assert len(bench.store.blocks) == 10
     bench.side.ended(request, bench.pages_for(request))
     bench.report()
@@ -890,7 +892,8 @@ def test_a_request_that_goes_on_after_a_reset_saves_nothing_until_it_is_computed
     request.num_computed_tokens = 0  # preempted
     assert bench.side.match(request, 0) == (0, False)
     bench.side.allocated(request, bench.pages_for(request), 0)
-    bench.step((request, 100))
+    bench.step((request, 20))
+    bench.step((request, 80))
     bench.report()
     assert len(bench.store.blocks) == 6
     other = FakeRequest("other", tokens(120))

@@ -373,12 +373,18 @@ def member(
     *,
     control: int | None = None,
     num_kv_heads: int = 2,
+    reset: bool = False,
 ) -> Facts:
-    """One engine of a fleet: its answers to some prompts, what it found, and what is stored then."""
+    """One engine of a fleet: its answers to some prompts, what it found, and what is stored then.
+
+    `reset`: all caches are emptied before; where steps are scheduled ahead, saves go on when all ranks have said so.
+    """
     reference = Reference(workdir, num_kv_heads=num_kv_heads)
     engine = Engine(reference.directory, None, extra={"address": address, **_FINE}, **options)
     wants = {seed: reference.generate(tokens_of(seed), NEW) for seed in seeds}
     facts: Facts = {"equal": [], "hits": [], "blocks": {}}
+    if reset:
+        assert engine.llm.reset_prefix_cache(reset_connector=True)
     for seed in seeds:
         outs, hits = engine.generate([tokens_of(seed)])
         facts["equal"].append(outs[0] == wants[seed])
@@ -404,7 +410,7 @@ def fleet(workdir: Path, options: Mapping[str, Any]) -> Facts:
         server = Redis(directory)
         sidecar = Sidecar(directory, **{"tiers.redis.url": f"unix://{server.path}", "mover.write": "through"})
         try:
-            saves = in_fork(lambda: member(workdir, sidecar.address, [1, 3, 4], options))
+            saves = in_fork(lambda: member(workdir, sidecar.address, [1, 3, 4], options, reset=True))
             single = in_fork(lambda: member(workdir, sidecar.address, [1, 2], {}, control=None))
             num_parts = int(saves["num_parts"])
             server.wait_for(4 * 11 * num_parts)
