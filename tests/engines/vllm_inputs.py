@@ -25,7 +25,8 @@ from tests.engines.vllm_support import (
 
 
 def embeddings(workdir: Path) -> Facts:
-    """Two prompts as their embeddings, each twice, and a prompt of the token that stands for them."""
+    """Two prompts as their embeddings, each twice, a prompt of the token that stands for them, and mixtures of both,
+    whose ids and embeddings are the same and only their masks differ."""
     reference = Reference(workdir)
     store = FaultyStore()
     engine = Engine(reference.directory, store, enable_prompt_embeds=True)
@@ -44,6 +45,11 @@ def embeddings(workdir: Path) -> Facts:
     for number in (0, 1, 0, 1):
         ask({"prompt_embeds": embedded[number]}, wants[number])
     ask({"prompt_token_ids": zeros}, reference.generate(zeros, NEW))
+    masks = [[at < count for at in range(len(zeros))] for count in (0, 100)]
+    mixed = reference.generate([0] * 100 + prompts[0][100:], NEW)
+    for which in (0, 1, 1):
+        says = {"prompt_embeds": embedded[0], "prompt_token_ids": zeros, "prompt_is_token_ids": masks[which]}
+        ask(says, mixed if which else wants[0])
     found = [
         worst_error(store, engine.model_id, reference, [*prompt, *want], ids=[*zeros, *want], media=_media_of(embeds))
         for prompt, want, embeds in zip(prompts, wants, embedded, strict=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from tests.engines.vllm_support import NEW, Engine, Facts, FaultyStore, Reference, poison, tokens_of, worst_error
+from tests.waiting import eventually
 
 
 def reweigh(model: torch.nn.Module, seed: int) -> None:
@@ -104,9 +105,10 @@ def resets(workdir: Path) -> Facts:
     updated.step_until(lambda: len(updated.tokens["answers"]) == 40)
     updated.add("prefills", tokens_of(4))
     updated.step_until(lambda: updated.num_computed("prefills") > 100)
-    updated.store.slow_s = 0.05
+    updated.store.slow_s = 0.2
     updated.add("loads", prefills)
-    updated.step_until(lambda: updated.states()["loads"] == "WAITING_FOR_REMOTE_KVS")
+    updated.step_until(lambda: bool(engine.worker._jobs))
+    assert eventually(lambda: any(2 <= job.stop < 9 for job in engine.worker._jobs.values())), "in its middle"
     failed = engine.connector._scheduler.figures.counts.get("failed_loads", 0)
     facts["as they are"] = {"stored_before": updated.num_stored(), "states": updated.states()}
     updated.reweigh(2)
