@@ -5,6 +5,9 @@ The next value is hashed while the server has not yet taken the one before, piec
 wait: hashed before its send it cost a fifth of the rate, and a thread of its own fought for the second core. Sending,
 hashing and filling in checksums by a thread in C, while the next group is made here, was slower too: 0.73 of a bare
 socket's rate where this has 0.80 (Unix socket), 0.72 for 0.82 (TCP), since a woken server takes that thread's core.
+A frame whose payload's checksum follows it, so that each piece is hashed in the cache as it goes, by one thread in C:
+0.65 for 0.93 (TCP), 0.88 for 0.97 (Unix socket). Hashing costs less then, and the sender more often finds the socket
+full with nothing else to do.
 """
 
 from __future__ import annotations
