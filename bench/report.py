@@ -24,6 +24,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from bench.env import stamp
 from bench.record import Row as Row
 from bench.record import Scalar as Scalar
 from bench.record import percentiles as percentiles
@@ -105,6 +106,16 @@ def print_table(title: str, rows: Sequence[Row], columns: Sequence[str], console
     for row in rows:
         table.add_row(*(shown(column, row.get(column)) for column in columns))
     (console or Console(width=None if sys.stdout.isatty() else _FILE_COLUMNS)).print(table)
+
+
+def conclude(name: str, title: str, rows: Sequence[Row], summary: Mapping[str, float], path: Path | None) -> None:
+    """Print all rows of a result and its figures, and write its file where there is to be one."""
+    print_table(title, rows, list(rows[0]))
+    for key, value in summary.items():
+        print(f"{key}: {value:.2f}")
+    if path is not None:
+        write_json(path, name, stamp(), rows, dict(summary))
+        print(f"result: {path}")
 
 
 # --- plots -----------------------------------------------------------------------

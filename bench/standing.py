@@ -18,11 +18,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from bench.env import stamp
 from bench.policies import traces_of
 from bench.policies_replay import Seats
 from bench.policies_trace import MODEL, Request, Trace
-from bench.report import print_table, write_json
+from bench.report import conclude
 from kvstore.api import Hint
 from kvstore.block import BlockId
 from kvstore.errors import ConfigError
@@ -188,11 +187,5 @@ def main(argv: Sequence[str]) -> int:
     except (OSError, ConfigError) as error:
         parser.error(str(error))
     rows = [row for trace in traces for row in compare(trace, CAPACITIES_PCT)]
-    print_table("Shared tier, last half of time", rows, list(rows[0]))
-    summary = summarise(rows)
-    for key, value in summary.items():
-        print(f"{key}: {value:.2f}")
-    if options.json:
-        write_json(options.json, "standing", stamp(), rows, dict(summary))
-        print(f"result: {options.json}")
+    conclude("standing", "Shared tier, last half of time", rows, summarise(rows), options.json)
     return 0
