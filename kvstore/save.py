@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -11,8 +11,8 @@ from typing import Self
 from kvstore.api import Hint
 from kvstore.arena import Arena
 from kvstore.block import Chain
-from kvstore.errors import LeaseError
 from kvstore.layout import BlockLayout
+from kvstore.open_blocks import OpenBlocks
 from kvstore.pool import BlockPool, Reservation
 
 
@@ -41,15 +41,13 @@ class BlockSave:
         self._plan = plan
         self._arena = arena
         self._pool = pool
-        self._open = {plan.start + item.position: item for item in reserved[0]}
+        self._open = OpenBlocks({plan.start + item.position: item for item in reserved[0]})
         self._committed = committed
         self.indices: tuple[int, ...] = tuple(self._open)
         self.num_refused = reserved[1]
 
     def views(self, index: int) -> tuple[memoryview | None, ...]:
-        item = self._open.get(index)
-        if item is None:
-            raise LeaseError(f"block {index} is not open in this save: open are {list(self._open)}")
+        item = self._open.place(index)
         slots = dict(zip(item.parts, item.slots, strict=True))
         return tuple(
             self._arena.view(slots[part], self._plan.layout.parts[part].num_bytes) if part in slots else None
@@ -68,15 +66,11 @@ class BlockSave:
         return tuple(slots.get(part) for part in self._plan.parts)
 
     def commit(self, *indices: int) -> int:
-        return len(self.publish(indices if indices else list(self._open)))
+        return len(self.publish(indices or self._open))
 
-    def publish(self, indices: Sequence[int]) -> list[int]:
+    def publish(self, indices: Iterable[int]) -> list[int]:
         """Publish filled blocks; returns those that became matchable. Raises LeaseError for one that is not open."""
-        chosen = sorted(set(indices))
-        unknown = [index for index in chosen if index not in self._open]
-        if unknown:
-            raise LeaseError(f"blocks {unknown} are not open in this save: open are {list(self._open)}")
-        done = self._pool.publish([self._open.pop(index) for index in chosen], self._plan.hint)
+        done = self._pool.publish([self._open.pop(index) for index in self._open.chosen(indices)], self._plan.hint)
         if done:
             published = [self._plan.start + item.position for item in done]
             self._pool.touch(self._plan.chain.ids, published[-1] + 1, self._plan.hint)
@@ -86,11 +80,11 @@ class BlockSave:
 
     def detach(self) -> tuple[int, ...]:
         """Like `abort`, but somebody may still be writing: the slots stay out until `pool.release_detached`."""
-        items, self._open = list(self._open.values()), {}
+        items, self._open = list(self._open.values()), OpenBlocks()
         return self._pool.detach(items)
 
     def abort(self) -> None:
-        items, self._open = list(self._open.values()), {}
+        items, self._open = list(self._open.values()), OpenBlocks()
         self._pool.abort(items)
 
     def __enter__(self) -> Self:

@@ -218,6 +218,19 @@ def test_committing_a_block_twice_is_a_clear_error(store: Store, root: Root) -> 
             save.commit(0)
 
 
+def test_a_block_named_twice_in_a_commit_is_committed_once(store: Store, root: Root) -> None:
+    chain = chain_of(root, 2)
+    with store.save(chain, 0, 2) as save:
+        for index in (0, 1):
+            view = save.views(index)[0]
+            assert view is not None
+            view[:] = content(chain, index, 0, len(view))
+        assert save.commit(1, 0, 1, 0) == 2
+        assert save.commit() == 0
+        with pytest.raises(LeaseError, match="block 1 is not open in this save"):
+            save.views(1)
+
+
 def test_a_full_host_of_pinned_blocks_refuses_the_save_and_nothing_else(make_any: MakeAnyStore, root: Root) -> None:
     store = make_any(4)
     chain = chain_of(root, 4)

@@ -292,16 +292,21 @@ def test_a_tier_that_yields_other_keys_than_come_next_is_not_believed(make_store
     assert load_all(store, chain) == ["dict"] * 3
 
 
-def test_a_consumer_that_takes_its_time_over_blocks_that_came_at_once_keeps_its_lease(
-    make_store: MakeStore, root: Root, clock: FakeClock
-) -> None:
-    tier = DictTier()
-    store = make_store(tiers=[tier], mover=THROUGH, request={"lease_s": 10})
+def matched_below(make_store: MakeStore, root: Root) -> tuple[KVStore, Chain]:
+    """A chain of 9 blocks that a lower tier holds alone, matched for request `load`; leases last 10 s."""
+    store = make_store(tiers=[DictTier()], mover=THROUGH, request={"lease_s": 10})
     chain = chain_of(root, 9)
     save_all(store, chain)
     assert store.flush()
     store.drop_host()
     store.match(chain, "load", wait_s=5)
+    return store, chain
+
+
+def test_a_consumer_that_takes_its_time_over_blocks_that_came_at_once_keeps_its_lease(
+    make_store: MakeStore, root: Root, clock: FakeClock
+) -> None:
+    store, chain = matched_below(make_store, root)
     leases: LeaseBook = store._leases
     with store.load("load") as load:
         load.wait_for(8)  # they are all there
@@ -317,13 +322,7 @@ def test_a_consumer_that_takes_its_time_over_blocks_that_came_at_once_keeps_its_
 def test_blocks_that_came_at_once_are_handed_out_no_more_once_the_lease_ended(
     make_store: MakeStore, root: Root, clock: FakeClock, how: str
 ) -> None:
-    tier = DictTier()
-    store = make_store(tiers=[tier], mover=THROUGH, request={"lease_s": 10})
-    chain = chain_of(root, 9)
-    save_all(store, chain)
-    assert store.flush()
-    store.drop_host()
-    store.match(chain, "load", wait_s=5)
+    store, _ = matched_below(make_store, root)
     leases: LeaseBook = store._leases
     with store.load("load") as load:
         load.wait_for(8)
@@ -451,12 +450,11 @@ def test_a_window_of_a_load_whose_lease_died_ends(make_store: MakeStore, root: R
     small.forget("other")
 
 
-def test_committing_a_block_twice_in_one_call_publishes_it_once(store: KVStore, root: Root) -> None:
-    chain = chain_of(root, 2)
-    with store.save(chain, 0, 2) as save:
-        assert save.commit(0, 0) == 1
-    assert store.match(chain, "r").num_blocks == 1
-    store.forget("r")
+def test_of_a_save_nothing_is_published_where_nothing_is_named(store: KVStore, root: Root) -> None:
+    """As a repeated commit of the service does: none of what it names is open any more."""
+    with store.save(chain_of(root, 2), 0, 2) as save:
+        assert save.publish([]) == []
+        assert save.num_open == 2
 
 
 def test_a_hold_that_the_sweeper_ended_still_gives_an_empty_load(

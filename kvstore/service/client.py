@@ -30,8 +30,11 @@ from kvstore.errors import ConfigError, KVStoreError, LeaseError, UnknownLease
 from kvstore.layout import BlockLayout, layout_of
 from kvstore.service.buffers import Buffers
 from kvstore.service.connection import Connection, LinkOptions
+from kvstore.service.handshake import MAX_SAVE_PARTS
+from kvstore.service.lending import Lending
 from kvstore.service.link import Link
-from kvstore.service.mapped import AdoptedLoad, Lending, MappedPlane, MappedSave, _Joined
+from kvstore.service.mapped import AdoptedLoad, MappedPlane
+from kvstore.service.mapped_save import JoinedSave, MappedSave
 from kvstore.service.plane import Cells, DataPlane, Down, NoLoad, NoSave
 from kvstore.service.remote import DEFAULT_BUFFER_BYTES, RemotePlane
 from kvstore.service_options import default_address, socket_path
@@ -39,7 +42,6 @@ from kvstore.stats import Stats
 from kvstore.wire import kvstore_pb2 as pb
 
 _MAX_MATCHES = 65_536
-_MAX_SAVE_PARTS = 131_072
 _CARE_S = 60.0
 _MISS = Match(0, 0, 0, settled=True)
 
@@ -256,7 +258,7 @@ class SidecarStore:
         cells = _cells(chain, parts)
         if not 0 <= start <= stop <= len(chain):
             raise ConfigError(f"blocks {start}…{stop} are outside the chain, which has {len(chain)} full blocks")
-        most = min(stop, start + _MAX_SAVE_PARTS // len(cells.parts))
+        most = min(stop, start + MAX_SAVE_PARTS // len(cells.parts))
         try:
             connection = self._link.up()
             lease = connection.next_lease()
@@ -300,7 +302,7 @@ class SidecarStore:
             plane = self._mapped(connection, message.boot_id)
             if plane is None:
                 raise Down
-            joined = _Joined(self._link, connection, message.engine_key, message.lease)
+            joined = JoinedSave(self._link, connection, message.engine_key, message.lease)
             joined.join()
         except Down:
             return NoSave(len(message.blocks.indices) // 4)

@@ -15,6 +15,12 @@ PROTOCOL_VERSIONS = (1,)
 """Versions of kvstore.v1 spoken here, newest last."""
 
 MAX_MESSAGE_BYTES = 8 << 20
+ABSENT = (1 << 64) - 1
+"""In place of an offset: this part has no slot."""
+MAX_SAVE_PARTS = 131_072
+"""Of one Save."""
+REPLY_SLOTS = 65_536
+"""In one LoadReply: 12 bytes each."""
 _TEXT_BYTES = 1024
 
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes by a map of the server's arena: loads and saves that are copied in this process, in place.
+"""Bytes by a map of the server's arena: passing its door, and loads that are copied in this process, in place.
+
+Saves are `kvstore.service.mapped_save`.
 
 Invariants
 1. A block is handed out with the generation words its slots had when the server gave them; a copy counts only while
@@ -12,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +23,13 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 import numpy.typing as npt
 
-from kvstore.api import Register, Registration
-from kvstore.errors import KVStoreError, LeaseError, LeaseExpired, MappingClosed, ProtocolError, ServiceUnavailable
+from kvstore.errors import KVStoreError, LeaseError, MappingClosed, ProtocolError, ServiceUnavailable
 from kvstore.mapping import ArenaMapping
+from kvstore.service.handshake import REPLY_SLOTS
 from kvstore.service.knock import Opened, knock
 from kvstore.service.lane import Lane
+from kvstore.service.lending import Lending
+from kvstore.service.mapped_save import MappedSave, SaveLease
 from kvstore.service.plane import Cells, Down
 from kvstore.wire import kvstore_pb2 as pb
 
@@ -35,9 +38,6 @@ if TYPE_CHECKING:
     from kvstore.service.link import Link
     from kvstore.service.replies import Replies
 
-ABSENT = (1 << 64) - 1
-_MAX_SLOTS = 65_536
-"""What one reply may name."""
 _KNOCK_S = 0.2
 """For another lane: its session's beats wait for it meanwhile."""
 
@@ -70,7 +70,7 @@ class MappedPlane:
         return MappedLoad(link, connection, request, cells, self.mapping)
 
     def save(self, link: Link, connection: Connection, lease: int, cells: Cells, reply: pb.SaveReply) -> MappedSave:
-        return MappedSave(_SaveLease(link, connection, lease), self.mapping, cells.sizes, reply)
+        return MappedSave(SaveLease(link, connection, lease), self.mapping, cells.sizes, reply)
 
     def close(self) -> bool:
         self.lane.close()
@@ -80,66 +80,6 @@ class MappedPlane:
 
 def _end_of(opened: Opened) -> socket.socket:
     return socket.socket(fileno=os.dup(opened.lane_fd))
-
-
-class Lending:
-    """Which memory a device's driver is to be told of: one server's after the other's. Thread-safe.
-
-    Memory is registered once its server has touched all of it: registering faults pages in, and they would count as
-    this process's. Its mapping takes that back when it is closed.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._register: Register | None = None
-        self._num_holders = 0
-        self._mapping: ArenaMapping | None = None
-
-    def lend(self, mapping: ArenaMapping) -> None:
-        """This memory is ready, and in place of any before it. Told often."""
-        with self._lock:
-            if self._mapping is not mapping:
-                self._mapping = mapping
-                if self._register is not None:
-                    mapping.register(self._register)
-
-    def forget(self, mapping: ArenaMapping) -> None:
-        with self._lock:
-            if self._mapping is mapping:
-                self._mapping = None
-
-    def begin(self, register: Register) -> Registration:
-        """Have memory registered until what this returns is closed. Of several who ask, the first's `register` does."""
-        with self._lock:
-            self._num_holders += 1
-            if self._register is None:
-                self._register = register
-                if self._mapping is not None:
-                    self._mapping.register(register)
-        return _Holder(self)
-
-    def end(self) -> None:
-        """One holder less."""
-        with self._lock:
-            self._num_holders -= 1
-            if self._num_holders:
-                return
-            self._register = None
-            mapping = self._mapping
-        if mapping is not None:
-            mapping.unregister()
-
-
-class _Holder:
-    """Implements `kvstore.api.Registration`: one who wants memory registered."""
-
-    def __init__(self, lending: Lending) -> None:
-        self._lending: Lending | None = lending
-
-    def close(self) -> None:
-        lending, self._lending = self._lending, None
-        if lending is not None:
-            lending.end()
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +161,7 @@ class MappedLoad:
 
     def _begin(self, request: pb.LoadRequest) -> pb.LoadReply:
         link, connection = self._link, self._connection
-        if request.HasField("contents") or self._cells.num_parts * (request.num_blocks - request.start) > _MAX_SLOTS:
+        if request.HasField("contents") or self._cells.num_parts * (request.num_blocks - request.start) > REPLY_SLOTS:
             self._replies = link.stream(connection, connection.stub.Load, request)
             reply = self._next()
             if reply is None:
@@ -381,120 +321,3 @@ class AdoptedLoad:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-@dataclass(frozen=True, slots=True)
-class _SaveLease:
-    """A save's lease, as this client holds it."""
-
-    link: Link
-    connection: Connection
-    number: int
-
-    def commit(self, indices: Sequence[int]) -> int:
-        connection = self.connection
-        request = pb.CommitRequest(
-            session=connection.session, lease=self.number, indices=np.array(indices, "<u4").tobytes()
-        )
-        try:
-            reply = self.link.call(connection, connection.stub.Commit, request)
-        except (Down, LeaseError):
-            return 0  # lost with its lease: nobody will match it
-        return len(reply.published) // 4
-
-    def end(self) -> None:
-        self.link.ended(self.connection, save=self.number)
-
-
-@dataclass(frozen=True, slots=True)
-class _Joined:
-    """Another process's save, which this one writes to."""
-
-    link: Link
-    connection: Connection
-    engine_key: bytes
-    number: int
-
-    def join(self, *, leave: bool = False) -> None:
-        request = pb.JoinRequest(
-            session=self.connection.session, engine_key=self.engine_key, lease=self.number, leave=leave
-        )
-        self.link.call(self.connection, self.connection.stub.Join, request, carries_ended=False)
-
-    def commit(self, indices: Sequence[int]) -> int:
-        raise LeaseError("a save is committed by the process that made it: tell it when this one is done")
-
-    def end(self) -> None:
-        try:
-            self.join(leave=True)
-        except (Down, KVStoreError):
-            pass  # the server goes by the life of this process then
-
-
-class MappedSave:
-    """Implements `kvstore.api.Save`. Not thread-safe."""
-
-    def __init__(
-        self, lease: _SaveLease | _Joined, mapping: ArenaMapping, sizes: list[int], reply: pb.SaveReply
-    ) -> None:
-        self._lease = lease
-        self._mapping = mapping
-        self._sizes = sizes
-        self._reply = reply
-        offsets = np.frombuffer(reply.offsets, "<u8").reshape(-1, len(sizes))
-        self.indices: tuple[int, ...] = tuple(np.frombuffer(reply.indices, "<u4").tolist())
-        self.num_refused = reply.num_refused
-        if len(offsets) != len(self.indices):
-            raise ProtocolError(f"a save reply names {len(offsets)} blocks' slots for {len(self.indices)} blocks")
-        self._open = dict(zip(self.indices, offsets, strict=True))
-
-    def views(self, index: int) -> tuple[memoryview | None, ...]:
-        """Raises LeaseExpired where the server's memory is gone: it was restarted."""
-        offsets = self._open.get(index)
-        if offsets is None:
-            raise LeaseError(f"block {index} is not open in this save: open are {list(self._open)}")
-        try:
-            return tuple(
-                None if offset == ABSENT else self._mapping.view(offset, size)
-                for offset, size in zip(offsets.tolist(), self._sizes, strict=True)
-            )
-        except MappingClosed as error:
-            raise LeaseExpired("the server that this save was for is gone: nothing of it can be committed") from error
-
-    def commit(self, *indices: int) -> int:
-        chosen = sorted(indices) if indices else list(self._open)
-        unknown = [index for index in chosen if index not in self._open]
-        if unknown:
-            raise LeaseError(f"blocks {unknown} are not open in this save: open are {list(self._open)}")
-        if not chosen:
-            return 0
-        num_published = self._lease.commit(chosen)
-        for index in chosen:
-            del self._open[index]
-        return num_published
-
-    def abort(self) -> None:
-        if self._open:
-            self._open = {}
-            self._lease.end()
-
-    def share(self) -> bytes:
-        """What another process of this engine needs to write to this save too: see `SidecarStore.adopt_save`."""
-        if isinstance(self._lease, _Joined):
-            raise LeaseError("a save is shared by the process that made it")
-        opened = self._lease.connection.opened
-        return pb.SharedSave(
-            boot_id=opened.boot_id,
-            part_bytes=np.array(self._sizes, "<u8").tobytes(),
-            engine_key=opened.engine_key,
-            lease=self._lease.number,
-            blocks=self._reply,
-        ).SerializeToString()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.abort()

@@ -30,6 +30,7 @@ from kvstore.errors import KVStoreError, ProtocolError
 from kvstore.service.buffers import Buffers, Rented, cut
 from kvstore.service.bulk import Misfit, Unpacker, decode
 from kvstore.service.handlers import BulkStub
+from kvstore.service.handshake import ABSENT
 from kvstore.service.plane import Cells, Down
 from kvstore.service.uploads import RemoteSave, SaveTicket, open_channel, upload
 from kvstore.stats import Stats
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from kvstore.service.connection import Connection
     from kvstore.service.link import Link
 
-ABSENT = (1 << 64) - 1
 DEFAULT_BUFFER_BYTES = 1 << 30
 _WINDOW_BYTES = 64 << 20
 

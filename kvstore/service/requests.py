@@ -25,6 +25,7 @@ from kvstore.loan import Loan
 from kvstore.save import BlockSave
 from kvstore.service.budget import PinBudget
 from kvstore.service.chains import ServedChain
+from kvstore.service.handshake import ABSENT, MAX_SAVE_PARTS, REPLY_SLOTS
 from kvstore.service.namespaces import Namespaces
 from kvstore.service.saves import ServedSave
 from kvstore.service.session import MAX_LEASES, MAX_MARKS, Held, ServedLoad, Session
@@ -33,13 +34,9 @@ from kvstore.service.status import UnknownSession
 from kvstore.store import KVStore
 from kvstore.wire import kvstore_pb2 as pb
 
-ABSENT = (1 << 64) - 1
-MAX_SAVE_PARTS = 131_072
 _MAX_REQUEST_BYTES = 256
 _MAX_TEXT_BYTES = 1_024
 _MAX_RANGES = 64
-REPLY_SLOTS = 65_536
-"""Slots in one LoadReply: 12 bytes each."""
 _MAX_WAITING = 16
 """Matches that wait at once: each holds a thread that other calls may need."""
 

@@ -15,7 +15,7 @@ from typing import Any, Self
 import grpc
 import numpy as np
 
-from kvstore.errors import LeaseError
+from kvstore.open_blocks import OpenBlocks
 from kvstore.service.buffers import Buffers, cut
 from kvstore.service.bulk import Packer, encode
 from kvstore.service.handlers import BulkStub
@@ -73,22 +73,17 @@ class RemoteSave:
         num_taken = self._rented.num_blocks if self._rented is not None else 0
         self.indices: tuple[int, ...] = ticket.indices[:num_taken]
         self.num_refused = ticket.num_refused + len(ticket.indices) - num_taken
-        self._open = {index: place for place, index in enumerate(self.indices)}
+        self._open = OpenBlocks({index: place for place, index in enumerate(self.indices)})
 
     def views(self, index: int) -> tuple[memoryview | None, ...]:
-        place = self._open.get(index)
-        if place is None or self._rented is None:
-            raise LeaseError(f"block {index} is not open in this save: open are {list(self._open)}")
-        ticket = self._ticket
-        memory = self._rented.view(place, sum(ticket.sizes))
+        place, ticket, rented = self._open.place(index), self._ticket, self._rented
+        assert rented is not None, "given back once nothing is open"
+        memory = rented.view(place, sum(ticket.sizes))
         views = cut(memory, list(ticket.sizes))
         return tuple(view if wanted else None for view, wanted in zip(views, ticket.wanted[place], strict=True))
 
     def commit(self, *indices: int) -> int:
-        chosen = sorted(indices) if indices else list(self._open)
-        unknown = [index for index in chosen if index not in self._open]
-        if unknown:
-            raise LeaseError(f"blocks {unknown} are not open in this save: open are {list(self._open)}")
+        chosen = self._open.chosen(indices or self._open)
         if not chosen:
             return 0
         views = [(index, [view for view in self.views(index) if view is not None]) for index in chosen]

@@ -20,7 +20,8 @@ from kvstore.errors import AccessDenied, ConfigError, LeaseError, ProtocolError,
 from kvstore.service import handshake
 from kvstore.service.admin import Admin, Target
 from kvstore.service.client import SidecarStore, connect
-from kvstore.service.mapped import MappedLoad, MappedPlane, MappedSave
+from kvstore.service.mapped import MappedLoad, MappedPlane
+from kvstore.service.mapped_save import MappedSave
 from kvstore.service.server import Server
 from tests.conftest import chain_of, content, load_all, save_all
 from tests.fakes import DictTier
