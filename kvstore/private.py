@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that hold secrets: readable by their owner, or refused."""
+"""Files that hold secrets, and directories for sockets: their owner's alone, or refused."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from pathlib import Path
@@ -20,3 +21,23 @@ def read_private(path: str | Path, name: str) -> bytes:
             return file.read()
     except OSError as error:
         raise ConfigError(f"{name} {path} cannot be read: {error.strerror}") from error
+
+
+def own_directory(path: str | Path, gid: int | None = None) -> None:
+    """Make a directory that nobody but this user may enter, and members of a group; raises ConfigError.
+
+    For places like /tmp, where anyone could have come first: what lies in there nobody else has put there, or holds.
+    """
+    try:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+        found = os.lstat(path)
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+            raise ConfigError(
+                f"{path} is user {found.st_uid}'s, or no directory: have it removed, or choose another service.listen"
+            )
+        if gid is not None:
+            os.chown(path, -1, gid)
+        os.chmod(path, 0o700 if gid is None else 0o710)
+    except OSError as error:
+        raise ConfigError(f"directory {path} cannot be made: {error.strerror}") from error

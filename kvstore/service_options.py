@@ -7,8 +7,10 @@ Nothing here opens, reads or checks a file: `kvstore.service.rights` does, when 
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,13 +33,29 @@ _LOG_FORMATS = ("text", "json")
 _MAX_SOCKET_PATH = 107 - len(".door")  # sun_path holds 107 bytes, and the door's name is longer
 
 
+def default_directory() -> str:
+    """Where sockets lie for want of XDG_RUNTIME_DIR: a directory that a server makes, this user's alone.
+
+    In /tmp itself anybody could hold the lock beside a socket, or make either before their user does.
+    """
+    return f"/tmp/kvstore-{os.getuid()}"
+
+
 def default_address() -> str:
-    """Where a server listens, and a client looks for one, when told nothing: a Unix socket of this user."""
+    """Where a server listens, and a client looks for one, when told nothing: a Unix socket of this user.
+
+    Where versions before had it, if this user's lies there: then one of them may be running.
+    """
     directory = os.environ.get("XDG_RUNTIME_DIR", "")
     path = f"{directory}/kvstore.sock"
     if os.path.isabs(directory) and os.path.isdir(directory) and len(os.fsencode(path)) <= _MAX_SOCKET_PATH:
         return f"{UNIX}{path}"
-    return f"{UNIX}/tmp/kvstore-{os.getuid()}.sock"
+    before = f"{default_directory()}.sock"
+    with contextlib.suppress(OSError):
+        found = os.lstat(before)
+        if stat.S_ISSOCK(found.st_mode) and found.st_uid == os.getuid():
+            return f"{UNIX}{before}"
+    return f"{UNIX}{default_directory()}/kvstore.sock"
 
 
 def socket_path(address: str) -> Path | None:
@@ -90,7 +108,8 @@ class ServiceOptions:
     """Settings of the sidecar.
 
     Attributes:
-        listen: `unix:PATH`, or `host:port`. Clients on this host map memory only through a Unix socket.
+        listen: `unix:PATH`, or `host:port`. Clients on this host map memory only through a Unix socket. The default is
+            `kvstore.sock` in XDG_RUNTIME_DIR, or in /tmp/kvstore-UID, which the server makes for its user alone.
         listen_tcp: a second address, `host:port`, for clients and sidecars on other hosts; empty for none.
         group: name or number of the group that may use the Unix socket (mode 0660); empty: this user alone (0600).
         allowed_uids: users who may map the arena. Empty: the server's own, and with `group` the group's members.
@@ -105,6 +124,8 @@ class ServiceOptions:
             of all clients of a tenant together.
         max_streams: open Load, Read, Write, Fetch, Session and Watch calls at once; each has a thread. Those of one
             tenant take half of it at most.
+        silent_connection_s: a connection without a call is closed after so long, one that has not shaken hands after
+            10 s at most. There are `max_sessions` and 64 more at each address.
         drain_s: how long a stopping server lets clients finish and writes go down.
         pin_memory: lock the arena in memory (mlock), so that it cannot be swapped out.
         log_format: text or json, on standard error. log_level: debug, info, warning or error.
@@ -124,6 +145,7 @@ class ServiceOptions:
     max_sessions: int = 1024
     max_session_share: float = 0.9
     max_streams: int = 256
+    silent_connection_s: float = 60.0
     drain_s: float = 10.0
     pin_memory: bool = False
     log_format: str = "text"
@@ -148,6 +170,7 @@ class ServiceOptions:
             if getattr(self, name) < least:
                 raise ConfigError(f"service.{name} is {getattr(self, name)}: it must be at least {least}")
         check_seconds("service.drain_s", self.drain_s, least=0)
+        check_seconds("service.silent_connection_s", self.silent_connection_s, least=0.1)
         if not 0 < self.max_session_share <= 1:
             raise ConfigError(f"service.max_session_share is {self.max_session_share}: give more than 0, and at most 1")
 

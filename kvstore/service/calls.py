@@ -54,7 +54,7 @@ class Calls:
     def __init__(self, observer: Observer, max_streams: int) -> None:
         self._observer = observer
         self._streams = threading.BoundedSemaphore(max_streams)
-        self._max_streams = max_streams
+        self.max_streams = max_streams
 
     def unary(self, name: str, method: Callable[[Any, Any], Reply]) -> Unary[Any, Reply]:
         """A handler that answers once."""
@@ -93,9 +93,7 @@ class Calls:
 
         def call(request: Any, context: grpc.ServicerContext) -> Iterator[Reply]:
             if not self._streams.acquire(blocking=False):
-                abort_with(
-                    context, CapacityError(f"{self._max_streams} streams are open, which is service.max_streams")
-                )
+                abort_with(context, CapacityError(f"{self.max_streams} streams are open, which is service.max_streams"))
             began_s = time.perf_counter()
             failure = None
             try:

@@ -7,24 +7,28 @@ of threads of which streams may hold some and never all (`kvstore.service.calls`
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
+from grpc_reflection.v1alpha.reflection_pb2 import ServerReflectionRequest, ServerReflectionResponse
 
 import kvstore
 from kvstore.clock import Clock, MonotonicClock
 from kvstore.config import StoreConfig
 from kvstore.errors import CapacityError, ConfigError, MappingClosed
+from kvstore.private import own_directory
 from kvstore.service.calls import Calls
 from kvstore.service.care import Care
 from kvstore.service.claim import clear_stale, group_id
@@ -38,7 +42,9 @@ from kvstore.service.rights import Gate, read_secret
 from kvstore.service.saves import Quarantine
 from kvstore.service.servicer import Identity, Servicer
 from kvstore.service.sessions import SessionBook
-from kvstore.service_options import ServiceOptions
+from kvstore.service.status import abort_with
+from kvstore.service.streams import StallWatch
+from kvstore.service_options import ServiceOptions, default_directory
 from kvstore.stats import Durations
 from kvstore.store import KVStore
 from kvstore.tiers.base import Tier
@@ -51,6 +57,10 @@ _SWITCH_S = 0.0005
 """How long one thread may keep the interpreter from another: the default of 5 ms is a match's time ten times over."""
 _STOP_S = 2.0
 _POLL_S = 0.02
+_REFLECTIONS = 8
+_SPARE_CONNECTIONS = 64
+"""At each place, beyond one a session: of people, and of those who are not known yet."""
+_HANDSHAKE_S = 10.0
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -60,6 +70,30 @@ _OPTIONS = (
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     *SEND_AHEAD,
 )
+
+
+class Reflection(reflection.ReflectionServicer):
+    """Which calls there are, told to anyone: so few streams at once, and none that stands still."""
+
+    def __init__(self, names: Sequence[str], stalls: StallWatch) -> None:
+        super().__init__(names)
+        self._stalls = stalls
+        self._free = threading.BoundedSemaphore(_REFLECTIONS)
+
+    def ServerReflectionInfo(  # noqa: N802 as the protocol has it
+        self, requests: Iterable[ServerReflectionRequest], context: Any
+    ) -> Iterator[ServerReflectionResponse]:
+        if not self._free.acquire(blocking=False):
+            abort_with(context, CapacityError(f"{_REFLECTIONS} tools ask just now, which is the limit"))
+        try:
+            arriving = iter(requests)
+            while (request := self._stalls.soon(arriving, context.cancel)) is not None:
+                replies = super().ServerReflectionInfo(iter([request]), context)
+                yield from self._stalls.sending(replies, context.cancel)
+        except grpc.RpcError:  # it was given up
+            context.cancel()
+        finally:
+            self._free.release()
 
 
 class Server:
@@ -102,12 +136,11 @@ class Server:
         sys.setswitchinterval(_SWITCH_S)
         options = self._config.service
         secret = read_secret(options)
-        self._store = KVStore(
-            self._config, clock=self._clock, tiers=self._tiers, shared_memory=options.unix_path is not None
-        )
-        self._door: Door | None = None
-        try:
-            self._open_door(options)
+        with contextlib.ExitStack() as undo:
+            self._store = KVStore(
+                self._config, clock=self._clock, tiers=self._tiers, shared_memory=options.unix_path is not None
+            )
+            undo.callback(self._store.close)
             self._sessions = SessionBook(
                 clock=self._clock,
                 lease_s=self._config.request.lease_s,
@@ -117,19 +150,11 @@ class Server:
                 forget_peer=self._forget_peer,
                 quarantine=Quarantine(self._store.release_detached),
             )
-        except BaseException:
-            self._close_door()
-            self._store.close()
-            raise
-        try:
-            self._serve(options, secret)
-        except BaseException:
-            if options.unix_path is not None and self._addresses:  # it was bound, and another place was not to be had
-                options.unix_path.unlink(missing_ok=True)
-            self._close_door()
-            self._sessions.close()
-            self._store.close()
-            raise
+            undo.callback(self._sessions.close)
+            self._open_door(options)
+            undo.callback(self._close_door)
+            self._serve(options, secret, undo)
+            undo.pop_all()
         self._started = True
         if options.pin_memory:
             threading.Thread(target=self._pin, name="kvstore-pin", daemon=True).start()
@@ -147,8 +172,11 @@ class Server:
             log.info("the arena is locked in memory")
 
     def _open_door(self, options: ServiceOptions) -> None:
+        self._door: Door | None = None
         if options.unix_path is None:
             return
+        if str(options.unix_path.parent) == default_directory():
+            own_directory(default_directory(), group_id(options.group))
         arena = self._store.arena
         self._door = Door(
             options.unix_path,
@@ -162,9 +190,9 @@ class Server:
             max_peers=options.max_sessions,
         )
 
-    def _serve(self, options: ServiceOptions, secret: bytes) -> None:
+    def _serve(self, options: ServiceOptions, secret: bytes, undo: contextlib.ExitStack) -> None:
         self._executor = ThreadPoolExecutor(_UNARY_THREADS + options.max_streams, thread_name_prefix="kvstore-call")
-        self._grpc = grpc.server(self._executor, options=_OPTIONS)
+        self._grpc = grpc.server(self._executor, options=(*_OPTIONS, *_limits(options)))
         calls = Calls(self.latencies, options.max_streams)
         namespaces = Namespaces(self._store, secret)
         requests = Requests(self._store, self._sessions, namespaces, self._clock)
@@ -181,12 +209,15 @@ class Server:
             gate=self._gate,
             door=self._door,
         )
+        undo.callback(self._servicer.close)
         add_to_server(self._servicer, self._grpc)
         self._health = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         name = pb.DESCRIPTOR.services_by_name["KVStore"].full_name
         self._service_names = ("", name)
-        reflection.enable_server_reflection((name, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
+        told = Reflection((name, health.SERVICE_NAME, reflection.SERVICE_NAME), self._servicer.stalls)
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(told, self._grpc)  # type: ignore[no-untyped-call]
+        undo.callback(self._stop_listening, options)
         self._listen(options)
         self._grpc.start()
         self._set_health(serving=True)
@@ -211,6 +242,15 @@ class Server:
         for address in options.tcp_addresses:
             port = self._bind(address, _credentials(options))
             self._addresses.append(f"{address.rpartition(':')[0]}:{port}")
+
+    def _stop_listening(self, options: ServiceOptions) -> None:
+        """Leave the places that were bound: another was not to be had."""
+        self._grpc.stop(None)
+        del self._grpc  # it lets go of its ports only as it goes itself
+        self._executor.shutdown()
+        if options.unix_path is not None and self._addresses:
+            options.unix_path.unlink(missing_ok=True)
+        self._addresses.clear()
 
     def _bind(self, address: str, credentials: grpc.ServerCredentials | None) -> int:
         try:
@@ -312,6 +352,16 @@ class Server:
     def _close_door(self) -> None:
         if self._door is not None:
             self._door.close()
+
+
+def _limits(options: ServiceOptions) -> Sequence[tuple[str, int]]:
+    """Each connection takes a descriptor, also one that never shows a credential."""
+    silent_ms = round(1000 * options.silent_connection_s)
+    return (
+        ("grpc.max_allowed_incoming_connections", options.max_sessions + _SPARE_CONNECTIONS),  # at each place
+        ("grpc.server_handshake_timeout_ms", min(silent_ms, round(1000 * _HANDSHAKE_S))),  # up to its HTTP/2 settings
+        ("grpc.max_connection_idle_ms", silent_ms),  # without a call; a session's stream is one
+    )
 
 
 def _credentials(options: ServiceOptions) -> grpc.ServerCredentials | None:

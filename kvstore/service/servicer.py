@@ -9,6 +9,7 @@ care       Stats, Inspect, Clear, Warm, Check
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -89,7 +90,7 @@ class Servicer(KVStoreServicer):
         self._door = door
         self._prefaulted = False
         self._beating: set[grpc.ServicerContext] = set()
-        self._stalls = streams.StallWatch(_STALL_S)
+        self.stalls = streams.StallWatch(_STALL_S, most_strangers=max(1, calls.max_streams // 2))
         self._sums = Sums(store.arena)
         self._watch_room = Watch(store.events, namespaces.roots, identity.boot_id)
         for name in _UNARY:
@@ -209,7 +210,8 @@ class Servicer(KVStoreServicer):
         self._beating.add(context)
         with ExitStack() as streaming:
             streaming.callback(self._beating.discard, context)
-            for beat in beats:
+            first = self.stalls.first(beats, context.cancel)
+            for beat in itertools.chain([] if first is None else [first], beats):
                 if session is None:
                     session = self._sessions.get(beat.session)
                     streaming.enter_context(self._sessions.streaming(session))
@@ -311,12 +313,12 @@ class Servicer(KVStoreServicer):
         with self._sessions.streaming(session):
             load = self._requests.begin_load(session, request).load
             try:
-                yield from self._stalls.sending(streams.read(load, self._sums), context.cancel)
+                yield from self.stalls.sending(streams.read(load, self._sums), context.cancel)
             finally:
                 self._sessions.end_loads(session, [request.lease])
 
     def _write(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> pb.WriteReply:
-        messages = self._stalls.receiving(messages, context.cancel)
+        messages = self.stalls.receiving(messages, context.cancel)
         session_id, lease = streams.begin_write(messages)
         session = self._sessions.get(session_id)
         with self._sessions.streaming(session):
@@ -335,7 +337,7 @@ class Servicer(KVStoreServicer):
         with self._sessions.streaming(session):
             lend = partial(self._requests.lend, session)
             messages = streams.fetch(lend, self._namespaces.roots, session.rights, request, self._sums)
-            yield from self._stalls.sending(messages, context.cancel)
+            yield from self.stalls.sending(messages, context.cancel)
 
     def end_streams(self) -> None:
         """Let streams that wait for nothing but time return: the server stops."""
@@ -347,7 +349,7 @@ class Servicer(KVStoreServicer):
         """Stop the threads. No call is served any more."""
         self.lanes.close()
         self._watch_room.close()
-        self._stalls.close()
+        self.stalls.close()
 
     # -- looking in, and care ----------------------------------------------------------------------------------
 

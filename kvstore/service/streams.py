@@ -17,17 +17,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from kvstore.api import HOST_TIER
 from kvstore.block import DIGEST_BYTES, BlockId, RootId
-from kvstore.errors import ConfigError, LeaseError
+from kvstore.errors import CapacityError, ConfigError, LeaseError
 from kvstore.layout import MAX_PARTS
 from kvstore.load import BlockLoad
 from kvstore.loan import Loan
@@ -40,6 +40,10 @@ from kvstore.store import KVStore
 from kvstore.wire import kvstore_pb2 as pb
 
 MAX_PEEK_IDS = 65_536
+_FIRST_S = 5.0
+_MOST_STRANGERS = 128
+
+Message = TypeVar("Message")
 
 
 # ---- Read ----
@@ -243,28 +247,39 @@ def _lent(lent: AbstractContextManager[Loan], sums: Sums) -> Iterator[bytes]:
 
 
 class StallWatch:
-    """Cancels streams whose other end has stopped taking, or sending, for `limit_s`. One thread for all of them."""
+    """Cancels streams whose other end has stopped taking, or sending, for `limit_s`. One thread for all of them.
 
-    def __init__(self, limit_s: float) -> None:
+    A stream whose first message did not come is a stranger's: it has `first_s`, and there are `most_strangers` of them,
+    so that nobody who shows no session keeps others from theirs.
+    """
+
+    def __init__(self, limit_s: float, *, first_s: float = _FIRST_S, most_strangers: int = _MOST_STRANGERS) -> None:
         self._limit_s = limit_s
+        self._first_s = first_s
+        self._most_strangers = most_strangers
+        self._strangers = threading.BoundedSemaphore(most_strangers)
         self._lock = threading.Lock()
-        self._since: dict[int, tuple[float, Callable[[], object]]] = {}
+        self._due: dict[int, tuple[float, Callable[[], object]]] = {}
         self._number = 0
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kvstore-stalls", daemon=True)
         self._thread.start()
 
-    def sending(self, messages: Iterator[bytes], cancel: Callable[[], object]) -> Iterator[bytes]:
+    def sending(self, messages: Iterable[Message], cancel: Callable[[], object]) -> Iterator[Message]:
         """`messages`, timed while the other end has one and did not ask for the next; `cancel` ends the call."""
-        with self._timer(cancel) as (start, stop):
+        with self._timer(cancel, self._limit_s) as (start, stop):
             for message in messages:
                 start()
                 yield message
                 stop()
 
     def receiving(self, messages: Iterator[bytes], cancel: Callable[[], object]) -> Iterator[bytes]:
-        """`messages`, timed while the other end has to send the next."""
-        with self._timer(cancel) as (start, stop):
+        """`messages`, timed while the other end has to send the next. Raises CapacityError."""
+        first = self.first(messages, cancel)
+        if first is None:
+            return
+        yield first
+        with self._timer(cancel, self._limit_s) as (start, stop):
             while True:
                 start()
                 message = next(messages, None)
@@ -273,17 +288,37 @@ class StallWatch:
                     return
                 yield message
 
+    def first(self, messages: Iterator[Message], cancel: Callable[[], object]) -> Message | None:
+        """The first message, which says whose the stream is; None where there is none.
+
+        Raises CapacityError where too many streams have not sent theirs.
+        """
+        if not self._strangers.acquire(blocking=False):
+            raise CapacityError(f"{self._most_strangers} streams have not said whose they are, which is the limit")
+        try:
+            return self.soon(messages, cancel)
+        finally:
+            self._strangers.release()
+
+    def soon(self, messages: Iterator[Message], cancel: Callable[[], object]) -> Message | None:
+        """The next message, which has to come within `first_s`; None at the end."""
+        with self._timer(cancel, self._first_s) as (start, _):
+            start()
+            return next(messages, None)
+
     @contextmanager
-    def _timer(self, cancel: Callable[[], object]) -> Iterator[tuple[Callable[[], None], Callable[[], None]]]:
+    def _timer(
+        self, cancel: Callable[[], object], limit_s: float
+    ) -> Iterator[tuple[Callable[[], None], Callable[[], None]]]:
         with self._lock:
             self._number += 1
             number = self._number
 
         def start() -> None:
-            self._since[number] = (time.monotonic(), cancel)
+            self._due[number] = (time.monotonic() + limit_s, cancel)
 
         def stop() -> None:
-            self._since.pop(number, None)
+            self._due.pop(number, None)
 
         try:
             yield start, stop
@@ -291,10 +326,10 @@ class StallWatch:
             stop()
 
     def _run(self) -> None:
-        while not self._closing.wait(self._limit_s / 4):
-            late = time.monotonic() - self._limit_s
-            for number, (since, cancel) in list(self._since.items()):
-                if since < late and self._since.pop(number, None) is not None:
+        while not self._closing.wait(min(self._limit_s, self._first_s) / 4):
+            now_s = time.monotonic()
+            for number, (due_s, cancel) in list(self._due.items()):
+                if due_s < now_s and self._due.pop(number, None) is not None:
                     cancel()
 
     def close(self) -> None:

@@ -3,14 +3,26 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import shutil
 import socket
+import stat
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from kvstore.errors import ConfigError
+from kvstore.errors import AccessDenied, ConfigError
+from kvstore.private import own_directory
 from kvstore.service.admin import Admin, Target
+from kvstore.service.knock import _refuse_stranger
+from kvstore.service_options import default_directory
+from tests.fakes import DictTier
 from tests.service.conftest import StartServer
+from tests.waiting import eventually
 
 OPEN: dict[str, object] = {"serve_anyone_on_the_network_without_authentication": True}
 
@@ -68,3 +80,124 @@ def test_a_server_is_reached_over_ipv6(start_server: StartServer) -> None:
     assert address.startswith("[::1]:")
     with Admin(Target(address=address)) as admin:
         assert admin.serving()
+
+
+@pytest.mark.parametrize(
+    ("service", "words"),
+    [
+        ({"listen_tcp": "127.0.0.1:{taken}"}, "cannot listen at"),
+        ({"listen": "127.0.0.1:0", "listen_tcp": "127.0.0.1:{taken}"}, "cannot listen at"),
+        ({"listen_tcp": "127.0.0.1:0", "tls_cert": "{gone}", "tls_key": "{gone}"}, "cannot be read"),
+        ({"listen": "unix:{gone}/k.sock"}, "cannot make a socket in"),
+        ({"group": "nobody-has-this"}, "there is no such group"),
+        ({"secret_file": "{gone}"}, "cannot be read"),
+    ],
+)
+def test_a_server_that_cannot_start_leaves_no_thread_no_socket_and_no_port(
+    start_server: StartServer, directory: Path, service: dict[str, str], words: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        filled = {key: text.format(taken=port, gone=directory / "gone") for key, text in service.items()}
+        before = set(threading.enumerate())
+        with pytest.raises(ConfigError, match=words):
+            start_server(tiers=[DictTier()], service={**OPEN, **filled})
+    assert eventually(lambda: not set(threading.enumerate()) - before), set(threading.enumerate()) - before
+    assert [each.name for each in directory.iterdir() if each.suffix != ".lock"] == []
+    assert start_server(service={"listen_tcp": f"127.0.0.1:{port}", **OPEN}).addresses[-1] == f"127.0.0.1:{port}"
+
+
+def test_a_directory_for_sockets_is_its_users_alone_and_a_groups_to_pass(tmp_path: Path) -> None:
+    place = tmp_path / "own"
+    own_directory(place)
+    assert stat.S_IMODE(place.stat().st_mode) == 0o700
+    place.chmod(0o777)
+    own_directory(place)
+    assert stat.S_IMODE(place.stat().st_mode) == 0o700
+    own_directory(place, os.getegid())
+    assert (stat.S_IMODE(place.stat().st_mode), place.stat().st_gid) == (0o710, os.getegid())
+    (tmp_path / "link").symlink_to(place)
+    (tmp_path / "file").touch()
+    for other in ("link", "file"):
+        with pytest.raises(ConfigError, match="no directory: have it removed"):
+            own_directory(tmp_path / other)
+    with pytest.raises(ConfigError, match="cannot be made: No such file"):
+        own_directory(tmp_path / "nowhere" / "own")
+
+
+def test_at_the_default_place_nobody_is_trusted_for_having_made_its_directory() -> None:
+    with pytest.raises(AccessDenied, match="whom this user does not trust"):
+        _refuse_stranger(os.geteuid() + 1, f"{default_directory()}/kvstore.sock")
+    _refuse_stranger(os.geteuid(), f"{default_directory()}/kvstore.sock")
+
+
+AS_ANOTHER_USER = """
+import os, sys, tempfile
+from kvstore.config import StoreConfig
+from kvstore.errors import ConfigError
+from kvstore.service.rights import Gate
+from kvstore.service.server import Server
+
+def server(**service):
+    config = StoreConfig.load({"host": {"capacity_bytes": "1MiB"}, "service": service}, environ={})
+    return Server(config, gate=Gate(config.service), tiers=[])
+
+with tempfile.TemporaryDirectory() as name:  # loads what it may not read later
+    first = server(listen=f"unix:{name}/k")
+    first.start()
+    first.stop()
+os.setgroups([]); os.setgid(int(sys.argv[1])); os.setuid(int(sys.argv[1]))
+for line in sys.stdin:
+    try:
+        again = server()
+        again.start()
+        again.stop()
+        print(again.address, flush=True)
+    except ConfigError as error:
+        print(error, flush=True)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+def test_the_default_socket_and_its_lock_lie_where_no_other_user_can_make_or_hold_them() -> None:
+    uid = 40_000 + os.getpid() % 20_000
+    place, before = Path(f"/tmp/kvstore-{uid}"), Path(f"/tmp/kvstore-{uid}.sock")
+    environ = {**os.environ, "XDG_RUNTIME_DIR": ""}
+    try:
+        with subprocess.Popen(
+            [sys.executable, "-c", AS_ANOTHER_USER, str(uid)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environ,
+        ) as process:
+
+            def start() -> str:
+                assert process.stdin is not None
+                assert process.stdout is not None
+                process.stdin.write("\n")
+                process.stdin.flush()
+                return process.stdout.readline().strip()
+
+            place.mkdir()  # another user, who came first
+            assert start().startswith(f"{place} is user 0's, or no directory")
+            place.rmdir()
+            with open(f"{before}.door.lock", "w") as lock:  # and one who holds the lock of versions before
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                assert start() == f"unix:{place}/kvstore.sock"
+            found = place.stat()
+            assert (found.st_uid, stat.S_IMODE(found.st_mode)) == (uid, 0o700)
+            assert [each.name for each in place.iterdir()] == ["kvstore.sock.door.lock"]
+            Path(f"{before}.door.lock").unlink()
+            with socket.socket(socket.AF_UNIX) as old:  # a version before was there
+                old.bind(str(before))
+                assert start() == f"unix:{place}/kvstore.sock", "root's socket is not this user's"
+                os.chown(before, uid, -1)
+            assert start() == f"unix:{before}"
+            assert process.stdin is not None
+            process.stdin.close()
+            assert process.wait(10) == 0
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+        for left in Path("/tmp").glob(f"kvstore-{uid}.sock*"):
+            left.unlink()
