@@ -19,6 +19,14 @@ PYTHON = Path(os.environ.get("TEST_VLLM_PYTHON") or ROOT / ".venv-vllm/bin/pytho
 """What `make venv-vllm` prepares, or another Python with vLLM."""
 
 
+_SETTINGS = {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONUNBUFFERED": "1",
+}
+"""Of the process before it begins: OpenMP looks once, when torch is loaded. Two threads on tensors of this size spend
+their time waiting for each other, four times the CPU time of one, and more where others want a core."""
+
+
 def there_is_vllm() -> bool:
     """Whether PYTHON is there and whole: an installation that was cut short has no mark."""
     return PYTHON.exists() and ("TEST_VLLM_PYTHON" in os.environ or (PYTHON.parent.parent / ".ready").exists())
@@ -40,7 +48,7 @@ class Runner:
         self._process = subprocess.Popen(
             [str(python), "-m", "tests.engines.vllm_runs", str(workdir)],
             cwd=ROOT,
-            env={**environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+            env={**environ, **_SETTINGS, "PYTHONPATH": str(ROOT)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

@@ -8,6 +8,7 @@ spoil them. Imported once by `vllm_runs`, which forks: nothing here may start a 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import tempfile
@@ -18,8 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# One thread and wherever there is room: at this model's size more threads only wait for each other.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Wherever there is room; that it is one thread is said before this process begins, see `runner`.
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "fork")
@@ -324,6 +324,7 @@ def in_fork(work: Callable[[], Facts], log: Path | None = None) -> Facts:
                     os.dup2(target, 1)
                     os.dup2(target, 2)
                 torch.set_grad_enabled(False)
+                gc.unfreeze = lambda: None  # type: ignore[assignment]  # as an engine ends it would, see `_import_all`
                 answer.write_text(json.dumps(work()))
                 code = 0
             except BaseException:  # noqa: BLE001  # a fork must not go on in its parent's place
