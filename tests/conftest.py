@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What store tests share: small models, chains over them, a store that must be healthy when a test ends."""
+"""What tests share: small models, chains over them, a healthy store, and a process that stays as it was."""
 
 from __future__ import annotations
 
+import logging
+import os
+import resource
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -17,6 +21,42 @@ from kvstore.tiers.base import Tier
 from tests.fakes import FakeClock
 
 MakeStore = Callable[..., KVStore]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """A run without Redis must not read like one with it. Here, where a run of several workers looks for it."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    if num := sum("NOT TESTED AGAINST REDIS" in str(report.longrepr) for report in skipped):
+        terminalreporter.section("NOT TESTED AGAINST REDIS 7", red=True, bold=True)
+        terminalreporter.line(f"{num} tests had no redis-server to run on; on Valkey they ran. It is not on PyPI:")
+        terminalreporter.line("apt-get install redis-server, or put one of version 7 or later in the PATH.")
+
+
+@pytest.fixture(autouse=True)
+def as_it_was() -> Iterator[None]:
+    """No test leaves the process other than it found it: a later one would fail by its place in the order."""
+    root = logging.getLogger()
+    handlers, level, switch_s, before = list(root.handlers), root.level, sys.getswitchinterval(), _state()
+    yield
+    sys.setswitchinterval(switch_s)  # a server sets it for all of its process
+    root.handlers[:] = handlers
+    root.setLevel(level)  # not `root.level = …`: loggers remember what they let through
+    after = _state()
+    assert {name: after.get(name) for name in before} == before
+    assert not [name for name in after.keys() - before.keys() if name.startswith("KVSTORE_")]
+
+
+def _state() -> dict[str, object]:
+    """What all tests of a process share. Libraries add variables of their own when they are loaded."""
+    torch = sys.modules.get("torch")
+    ours = {name: each for name, each in logging.root.manager.loggerDict.items() if name.startswith("kvstore")}
+    return {
+        "levels": {name: each.level for name, each in ours.items() if isinstance(each, logging.Logger) and each.level},
+        "working directory": os.getcwd(),
+        "open files": resource.getrlimit(resource.RLIMIT_NOFILE),
+        **({} if torch is None else {"threads of torch": torch.get_num_threads()}),
+        **{name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"},
+    }
 
 
 @pytest.fixture

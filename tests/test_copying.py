@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -94,14 +96,12 @@ def test_bytes_copy_between_views() -> None:
     assert into == source
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("num_places", [1, 2, 37])
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_team_of_the_threads_that_torch_computes_with_copies_what_one_thread_does(
     num_places: int, turned: bool
 ) -> None:
-    torch = pytest.importorskip("torch")
-    torch.set_num_threads(2)
-    torch.rand(1 << 20).sum()  # so that there is a team
     rng = np.random.default_rng(num_places)
     source = rng.integers(1, 200, (num_places, 64, 1024)).astype(np.uint16)
     if turned:
@@ -113,6 +113,17 @@ def test_a_team_of_the_threads_that_torch_computes_with_copies_what_one_thread_d
     shape = Shape.of(axes, 2)
     copy_places([each.ctypes.data for each in into], [each.ctypes.data for each in source], shape, team=compute_team())
     assert np.array_equal(into, source.transpose(0, 2, 1) if turned else source)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """As many as torch computes with, so that there is a team of them."""
+    torch = pytest.importorskip("torch")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    torch.rand(1 << 20).sum()
+    yield
+    torch.set_num_threads(before)
 
 
 def test_torch_has_a_team_here() -> None:

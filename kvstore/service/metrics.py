@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from socketserver import ThreadingMixIn
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
@@ -286,9 +286,7 @@ def _buckets(found: Durations) -> list[tuple[str, float]]:
 
 
 class _Handler(WSGIRequestHandler):
-    """Says nothing, and gives up who says nothing."""
-
-    timeout: ClassVar[float] = _PATIENCE_S
+    """Says nothing."""
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
         pass
@@ -298,11 +296,18 @@ class _Listener(ThreadingMixIn, WSGIServer):
     """A few scrapes at once: others must not take the descriptors and threads of the service."""
 
     daemon_threads = True
+    request_queue_size = 128  # of 5 others fill it at once, and a scrape tries again after a second, three, seven
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, patience_s: float) -> None:
         self.address_family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         self._free = threading.BoundedSemaphore(_MAX_SCRAPES)
+        self._patience_s = patience_s
         super().__init__((host, port), _Handler)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        connection, address = super().get_request()
+        connection.settimeout(self._patience_s)
+        return connection, address
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if not self._free.acquire(blocking=False):
@@ -327,13 +332,24 @@ class _Listener(ThreadingMixIn, WSGIServer):
 class MetricsEndpoint:
     """Serves `/metrics` on threads of its own. A context manager."""
 
-    def __init__(self, listen: str, snapshot: Snapshot, latencies: Latencies, timings: Timings = dict) -> None:
-        """Listen on `host:port`; port 0 takes a free one. Raises ConfigError where that is not possible."""
+    def __init__(
+        self,
+        listen: str,
+        snapshot: Snapshot,
+        latencies: Latencies,
+        timings: Timings = dict,
+        *,
+        patience_s: float = _PATIENCE_S,
+    ) -> None:
+        """Listen on `host:port`; port 0 takes a free one. Raises ConfigError where that is not possible.
+
+        Who is silent, or does not read, for `patience_s` is given up.
+        """
         host, port = host_and_port(listen, "service.metrics_listen")
         registry = CollectorRegistry()
         registry.register(StoreCollector(snapshot, latencies, timings))
         try:
-            self._server = _Listener(host, port)
+            self._server = _Listener(host, port, patience_s)
         except OSError as error:
             raise ConfigError(f"service.metrics_listen is {listen}: cannot listen there: {error.strerror}") from error
         self._server.set_app(make_wsgi_app(registry))

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import queue
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ import pytest
 import kvstore
 from kvstore.block import Chain, ModelId, Root
 from tests.engines.runner import PYTHON, ROOT, there_is_vllm
+from tests.ports import free_ports
 
 pytestmark = [
     pytest.mark.engine,
@@ -84,9 +84,7 @@ class Printing:
 
 
 def test_vllm_reads_what_a_sidecar_stores_and_clears() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        endpoint = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    endpoint = f"tcp://127.0.0.1:{free_ports(1)[0]}"
     cli = ["-m", "kvstore.service.cli"]
     with tempfile.TemporaryDirectory(prefix="kv", dir="/tmp") as directory:
         address = f"unix:{Path(directory)}/s"

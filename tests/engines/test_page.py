@@ -7,7 +7,6 @@ import ast
 import os
 import re
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.engines.runner import ROOT, there_is_vllm
+from tests.ports import free_ports
 
 pytestmark = [
     pytest.mark.engine,
@@ -45,9 +45,7 @@ def test_who_follows_the_page_sees_a_second_turn_come_from_the_store_in_time(pla
     blocks = commands()
     assert len(blocks) == 3
     script = "\n".join(blocks)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     for on_the_page, here in (("/tmp/kvstore", str(place)), ("8391", str(port))):  # others may follow it meanwhile
         assert on_the_page in script
         script = script.replace(on_the_page, here)

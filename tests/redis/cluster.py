@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -17,26 +16,11 @@ from urllib.parse import quote
 import redis
 
 from kvstore.tiers.valkey import embedded_binary
+from tests.ports import free_ports
 from tests.redis.rights import PASSWORD, USER, add_user
 
 NODE_TIMEOUT_MS = 2000
 NUM_SLOTS = 16_384
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports whose Cluster bus (port + 10,000) is valid, too, and none of the others."""
-    sockets: list[socket.socket] = []
-    ports: list[int] = []
-    while len(ports) < count:
-        probe = socket.socket()
-        probe.bind(("127.0.0.1", 0))
-        sockets.append(probe)
-        port = probe.getsockname()[1]
-        if port < 50_000 and not {port - 10_000, port + 10_000} & set(ports):
-            ports.append(port)
-    for probe in sockets:
-        probe.close()
-    return ports
 
 
 def until(condition: Callable[[], bool], limit_s: float = 20.0) -> None:
@@ -72,6 +56,8 @@ class ClusterNode:
                 *("--cluster-node-timeout", str(NODE_TIMEOUT_MS), "--cluster-config-file", "nodes.conf"),
                 *("--cluster-require-full-coverage", "no", "--cluster-replica-validity-factor", "0"),
                 *("--repl-diskless-sync", "yes", "--repl-diskless-sync-delay", "0", "--repl-backlog-size", "4mb"),
+                # Of a replica that has heard nothing yet, not even a ping, Redis does not tell; pings come every 10 s.
+                *("--repl-ping-replica-period", "1"),
             ],
             stdout=subprocess.DEVNULL,
         )

@@ -30,15 +30,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("redis")
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """A run without Redis must not read like one with it."""
-    skipped = terminalreporter.stats.get("skipped", [])
-    if num := sum("NOT TESTED AGAINST REDIS" in str(report.longrepr) for report in skipped):
-        terminalreporter.section("NOT TESTED AGAINST REDIS 7", red=True, bold=True)
-        terminalreporter.line(f"{num} tests had no redis-server to run on; on Valkey they ran. It is not on PyPI:")
-        terminalreporter.line("apt-get install redis-server, or put one of version 7 or later in the PATH.")
-
-
 def binary_of(kind: str) -> Path | None:
     """None for the embedded Valkey. Skips, saying so, where Redis is not installed."""
     if kind == "valkey":

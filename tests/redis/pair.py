@@ -15,7 +15,8 @@ import redis
 
 from kvstore.errors import TierError
 from kvstore.tiers.redis import RedisTier
-from tests.redis.cluster import caught_up, free_ports, until
+from tests.ports import free_ports
+from tests.redis.cluster import caught_up, until
 from tests.redis.content import Content
 
 BACK_WITHIN_S = 15.0

@@ -7,7 +7,6 @@ import os
 import select
 import shutil
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -21,6 +20,7 @@ import redis
 from kvstore.errors import ConfigError, TierUnavailable
 from kvstore.tiers.redis import RedisTier
 from kvstore.tiers.valkey import EmbeddedServer, ServerOptions
+from tests.ports import free_ports
 
 ROOT = Path(__file__).parent.parent.parent
 STARTS_ONE = """
@@ -60,9 +60,7 @@ def test_server_is_private_and_keeps_nothing() -> None:
 
 
 def test_server_on_a_port_listens_on_loopback_only() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
+    (port,) = free_ports(1)
     with EmbeddedServer(ServerOptions(port=port)) as server, redis.Redis.from_url(server.url) as client:
         assert client.ping()
         assert client.config_get("bind")["bind"] == "127.0.0.1"

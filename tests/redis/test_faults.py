@@ -29,6 +29,7 @@ from kvstore.tiers.redis import RedisTier
 from kvstore.tiers.redis_pool import Breaker, map_redis_errors
 from kvstore.tiers.redis_wire import ProtocolBroken, ReplyError
 from kvstore.tiers.valkey import EmbeddedServer, ServerOptions
+from tests.ports import free_ports
 from tests.redis.conftest import MakeTier
 from tests.redis.content import DEADLINE_S, Content
 
@@ -216,9 +217,7 @@ def test_read_closed_early_gives_up_its_connection(tier: RedisTier, root: Root) 
 
 
 def test_server_restarted_on_its_port_is_found_again(make_tier: MakeTier, root: Root) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
+    (port,) = free_ports(1)
     content = Content(root, 4)
     with EmbeddedServer(ServerOptions(port=port)) as server:
         tier = make_tier(server.url, healthy=False)

@@ -15,7 +15,8 @@ from kvstore.config import StoreConfig
 from kvstore.service.doctor_redis import TierSettings, examine_redis
 from kvstore.service.findings import Verdict
 from kvstore.tiers.valkey import embedded_binary
-from tests.redis.cluster import free_ports, until
+from tests.ports import free_ports
+from tests.redis.cluster import until
 from tests.redis.conftest import SERVERS, binary_of
 
 DEPLOY = Path(__file__).parents[2] / "deploy"

@@ -24,7 +24,7 @@ from kvstore.api import NO_HINT
 from kvstore.block import Root
 from kvstore.errors import TierTimeout, TierUnavailable
 from kvstore.tiers.valkey import EmbeddedServer, ServerOptions
-from tests.redis.cluster import free_ports
+from tests.ports import free_ports
 from tests.redis.conftest import MakeTier, binary_of
 from tests.redis.content import DEADLINE_S, Content
 

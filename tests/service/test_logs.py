@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
@@ -17,14 +16,6 @@ from kvstore.service.logs import set_up_logging
 from tests.waiting import eventually
 
 log = logging.getLogger("kvstore.service")
-
-
-@pytest.fixture(autouse=True)
-def own_logging() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    root.handlers[:], root.level = handlers, level
 
 
 def flushed() -> None:
