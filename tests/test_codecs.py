@@ -91,6 +91,7 @@ def test_lz4_halves_values_that_share_their_exponent() -> None:
     assert len(encoded) < 0.65 * len(part)
 
 
+@pytest.mark.alone
 def test_lz4_refuses_noise_at_a_fraction_of_the_cost_of_encoding() -> None:
     noise = memoryview(np.random.default_rng(1).bytes(8 << 20))
     eager = Lz4Codec(Lz4Codec.Options(min_gain=0.0))

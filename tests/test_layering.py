@@ -507,6 +507,7 @@ def test_every_directory_of_modules_inside_a_package_is_one() -> None:
     assert {path for path in inside if not (path / "__init__.py").exists()} == set()
 
 
+@pytest.mark.alone
 def test_importing_kvstore_is_quick_and_loads_no_engine_or_driver() -> None:
     script = (
         "import json, sys, time, numpy\n"

@@ -59,6 +59,7 @@ def test_what_is_kept_of_the_requests_gives_the_same_estimate() -> None:
     assert [row["equal"] for row in kept.values()] == [True, True, False]
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_cell_is_measured_with_a_real_model_and_a_real_server() -> None:
     cells, grid = measure((128,), (5.0,), 0, seed=1)

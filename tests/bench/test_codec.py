@@ -36,6 +36,7 @@ def test_auto_is_held_against_the_better_one_of_the_cell() -> None:
     assert found["codec_auto_best_gain_pct"] == pytest.approx(23.5)
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_cell_is_measured_on_a_real_server() -> None:
     rows = measure({RANDOM: random_bytes(2, 0)}, (0.2,), 3, seed=0)

@@ -112,6 +112,7 @@ def test_preempted_requests_come_back_from_the_store(run: Run) -> None:
     assert healthy(facts)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("scenario", ["faults", "faults_beside_the_step"])
 def test_a_store_that_fails_changes_no_token_and_costs_its_deadline_at_most(run: Run, scenario: str) -> None:
     facts = run(scenario)
@@ -225,6 +226,7 @@ def test_fp8_pages_are_stored_as_bytes(run: Run, scenario: str, kv_dtype: str) -
     assert healthy(facts)
 
 
+@pytest.mark.alone
 def test_a_sidecar_may_be_killed_at_any_time_and_come_back_under_a_running_engine(run: Run) -> None:
     facts = run("sidecar_killed")
     assert all(facts["equal"].values()), facts["equal"]
@@ -240,6 +242,7 @@ def test_a_sidecar_may_be_killed_at_any_time_and_come_back_under_a_running_engin
     assert facts["held"] == []
 
 
+@pytest.mark.alone
 def test_a_cold_replica_loads_from_redis_which_may_be_killed_in_the_middle(run: Run) -> None:
     facts = run("redis_tier")
     assert all(facts["equal"].values()), facts["equal"]
@@ -412,6 +415,7 @@ def test_vllm_and_transformers_load_what_the_other_saved(run: Run, scenario: str
     assert healthy(facts)
 
 
+@pytest.mark.alone
 def test_the_tier_below_vllms_own_offloading_keeps_its_contract(run: Run) -> None:
     clauses = run("tiering_contract")["clauses"]
     assert len(clauses) == 8

@@ -71,6 +71,8 @@ class Pair:
             "sentinel down-after-milliseconds cache 500\nsentinel failover-timeout cache 3000\n"
         )
         self.sentinels = [Server(self.binary, self.directory, sentinel=text) for _ in range(count)]
+        for each in self.sentinels:  # looks at servers every 10 s, and speaks to the others every two, unless told
+            each.client.execute_command("SENTINEL", "DEBUG", "info-period", 500, "publish-period", 200)
 
         def complete() -> bool:
             states = [each.client.sentinel_master("cache") for each in self.sentinels]

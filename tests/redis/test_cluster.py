@@ -342,6 +342,7 @@ def test_nodes_killed_one_after_the_other_under_load_never_give_a_wrong_byte(
     assert tier.check() == []
 
 
+@pytest.mark.alone
 def test_a_hung_node_costs_the_deadline_and_then_nothing(cluster: Cluster, make_tier: MakeTier, root: Root) -> None:
     tier = make_tier(cluster.url, num_buckets=NUM_STRIPES, breaker_open_s=30.0, healthy=False)
     content = Content(root, 40)
@@ -363,6 +364,7 @@ def test_a_hung_node_costs_the_deadline_and_then_nothing(cluster: Cluster, make_
     until(lambda: b"cluster_state:ok" in cluster.nodes[2].do("CLUSTER INFO"))
 
 
+@pytest.mark.alone
 def test_a_cluster_that_is_not_there_is_an_error_and_not_a_hang(make_tier: MakeTier, root: Root) -> None:
     tier = make_tier("redis+cluster://127.0.0.1:1", healthy=False, breaker_open_s=30.0)
     keys = Content(root, 3).keys

@@ -204,6 +204,7 @@ def test_turns_of_one_conversation_are_no_fork_however_often_they_go_down_and_co
         assert below(store, chat) == len(chat)
 
 
+@pytest.mark.alone
 def test_eviction_waits_for_no_redis_that_hangs_and_what_it_took_is_counted(
     own_server: EmbeddedServer, make_replica: MakeReplica, root: Root
 ) -> None:
@@ -238,6 +239,7 @@ def test_what_a_store_holds_when_it_is_closed_goes_below_and_another_finds_it(
         assert load_all(after, chain) == ["redis"] * 6
 
 
+@pytest.mark.alone
 def test_a_drain_that_is_cut_short_says_so_and_leaves_whole_heads(
     make_replica: MakeReplica, root: Root, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -112,6 +112,7 @@ def only_for_the_sweep(faults: Sequence[str]) -> bool:
     return all("lacks its parent" in fault or "scores above its parent" in fault for fault in faults)
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["killed", "hung", "demoted"])
 def test_a_lost_primary_is_left_for_the_one_that_its_address_leads_to(
@@ -153,6 +154,7 @@ def test_a_lost_primary_is_left_for_the_one_that_its_address_leads_to(
         until(lambda: all(each["cmd"].startswith("client") for each in pair.primary.client.client_list(_type="normal")))
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["killed", "hung"])
 def test_a_new_primary_is_found_as_soon_as_the_next_probe(

@@ -251,6 +251,7 @@ def stopped(own_server: EmbeddedServer) -> Iterator[Callable[[], None]]:
     os.kill(own_server.pid, signal.SIGCONT)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("call", ["contains", "read", "write"])
 def test_hung_server_costs_the_deadline_and_no_more(
     call: str, own_server: EmbeddedServer, stopped: Callable[[], None], make_tier: MakeTier, root: Root
@@ -272,6 +273,7 @@ def test_hung_server_costs_the_deadline_and_no_more(
     assert 0.95 <= time.monotonic() - started <= 1.1
 
 
+@pytest.mark.alone
 def test_server_hung_while_connecting_costs_the_connect_timeout(
     own_server: EmbeddedServer, stopped: Callable[[], None], make_tier: MakeTier, root: Root
 ) -> None:
@@ -301,6 +303,7 @@ def test_nothing_is_written_to_buffers_after_a_timeout(
     assert [bytes(buffer) for buffer in into.values()] == before
 
 
+@pytest.mark.alone
 def test_stores_waiting_for_a_hung_write_do_not_hold_up_loads(
     own_server: EmbeddedServer, proxy: Proxy, make_tier: MakeTier, root: Root
 ) -> None:
@@ -334,6 +337,7 @@ def test_stores_waiting_for_a_hung_write_do_not_hold_up_loads(
 # ── breaker ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.alone
 def test_calls_while_the_breaker_is_open_cost_next_to_nothing(make_tier: MakeTier, root: Root, tmp_path: Path) -> None:
     content = Content(root, 2)
     tier = make_tier(f"unix://{tmp_path}/nobody", healthy=False, breaker_open_s=60.0)
@@ -356,6 +360,7 @@ def test_calls_while_the_breaker_is_open_cost_next_to_nothing(make_tier: MakeTie
         assert sorted(costs)[len(costs) // 4] < 0.001  # a busy machine may hold up some
 
 
+@pytest.mark.alone
 def test_touch_costs_its_caller_nothing_when_the_server_is_gone(
     make_tier: MakeTier, root: Root, tmp_path: Path
 ) -> None:

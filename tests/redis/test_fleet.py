@@ -174,6 +174,7 @@ while True:
 """
 
 
+@pytest.mark.alone
 def test_death_of_the_producer_is_seen_within_the_ttl(
     make_replica: MakeReplica, server: EmbeddedServer, root: Root
 ) -> None:

@@ -209,6 +209,7 @@ def test_a_stream_that_ends_among_many_values_gives_those_before_and_an_error(
     assert all(into[key] == expected[key] for key in arrived)
 
 
+@pytest.mark.alone
 def test_a_peer_that_falls_silent_among_many_values_costs_the_deadline_and_no_more(
     ends: tuple[socket.socket, socket.socket],
 ) -> None:

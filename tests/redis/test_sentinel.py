@@ -83,6 +83,7 @@ def test_a_switch_on_request_costs_a_refusal_and_no_wrong_byte(pair: Pair, make_
     assert tier.sweep()["damaged"] == 0
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_hung_sentinels_cost_the_deadline_and_no_more(pair: Pair, make_tier: MakeTier, root: Root) -> None:
     url = pair.watch()

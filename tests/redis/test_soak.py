@@ -18,6 +18,7 @@ from tests.redis.conftest import MakeTier
 from tests.redis.content import DEADLINE_S, Content
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_stores_under_random_faults_serve_right_bytes_on_time_and_recover() -> None:
     # A machine that stands still for a moment makes calls late; a store that waits too long does so each time.

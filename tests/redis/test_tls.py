@@ -160,6 +160,7 @@ def test_values_over_tls_are_copied_nowhere_but_in_the_tls_object(
     assert peak_bytes < 1 << 20  # half a value
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("call", ["contains", "read", "write"])
 def test_a_hung_server_costs_the_deadline_over_tls_too(
     call: str, server: tuple[EmbeddedServer, str], make_tier: MakeTier, root: Root

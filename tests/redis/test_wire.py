@@ -122,6 +122,7 @@ def test_everything_is_sent_in_order_whatever_its_size(pair: tuple[Wire, socket.
     assert received == b"".join(buffers)
 
 
+@pytest.mark.alone
 def test_silent_peer_costs_the_deadline_and_no_more(pair: tuple[Wire, socket.socket]) -> None:
     wire, _theirs = pair
     started = time.monotonic()
@@ -132,6 +133,7 @@ def test_silent_peer_costs_the_deadline_and_no_more(pair: tuple[Wire, socket.soc
     assert 0.4 <= time.monotonic() - started < 0.6
 
 
+@pytest.mark.alone
 def test_deadline_is_kept_closer_than_the_kernel_keeps_it(pair: tuple[Wire, socket.socket]) -> None:
     """Its timers fire late by up to an eighth of what they were set to."""
     wire, _theirs = pair
@@ -144,6 +146,7 @@ def test_deadline_is_kept_closer_than_the_kernel_keeps_it(pair: tuple[Wire, sock
     assert 0 <= min(late_s) < 0.012
 
 
+@pytest.mark.alone
 def test_peer_that_trickles_costs_the_deadline_and_no_more(pair: tuple[Wire, socket.socket]) -> None:
     wire, theirs = pair
     stop = threading.Event()

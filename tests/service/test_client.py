@@ -45,6 +45,7 @@ def test_kvstore_connect_is_the_client() -> None:
     assert kvstore.connect is connect
 
 
+@pytest.mark.alone
 def test_nobody_at_the_address_is_a_clear_error_and_takes_no_longer_than_asked(directory: Path) -> None:
     began = time.monotonic()
     with pytest.raises(ServiceUnavailable, match=r"no server answers at unix:.*kvstore serve"):
@@ -290,6 +291,7 @@ def test_a_forked_child_is_refused_and_the_parent_goes_on(client: SidecarStore, 
 # -- the server goes away and comes back -----------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_while_the_server_is_away_everything_is_a_miss_at_once(
     start_process: Callable[..., ServerProcess], root: Root
 ) -> None:

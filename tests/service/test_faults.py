@@ -50,6 +50,7 @@ def nothing_is_held(server: Server) -> bool:
     return len(server.sessions) == 1 and all(stats[name] == 0 for name in gauges)
 
 
+@pytest.mark.alone
 def test_what_a_killed_producer_was_computing_is_a_miss_before_its_mark_would_lapse(
     server: Server, store: SidecarStore
 ) -> None:
@@ -168,6 +169,7 @@ def save_what_fits(store: SidecarStore, chain: Chain) -> int:
 # -- the server ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_callers_of_a_stopped_server_give_up_at_the_deadline_and_then_at_once(
     start_process: Callable[..., ServerProcess],
 ) -> None:
@@ -188,6 +190,7 @@ def test_callers_of_a_stopped_server_give_up_at_the_deadline_and_then_at_once(
         assert load_all(store, SHARED, request="back") == ["host"] * 8, "the same session, and nothing is lost"
 
 
+@pytest.mark.alone
 def test_a_load_from_a_stopped_server_ends_in_time(start_process: Callable[..., ServerProcess]) -> None:
     process = start_process()
     with connect(process.address, call_deadline_s=0.5) as store:

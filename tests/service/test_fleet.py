@@ -89,6 +89,7 @@ def test_what_one_sidecar_announces_the_other_waits_for_and_loads_once_it_is_the
     assert second.loaded(chain) == of(chain, "host")
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("who", ["sidecar", "engine"])
 def test_a_producer_that_was_killed_is_waited_for_no_longer_than_its_mark_lives(
     who: str, replicas: Callable[[], Replica]
@@ -121,6 +122,7 @@ def test_a_producer_that_was_killed_is_waited_for_no_longer_than_its_mark_lives(
     assert third.loaded(chain) == of(chain, "redis")
 
 
+@pytest.mark.alone
 def test_a_sidecar_that_stands_still_is_waited_for_no_longer_than_its_mark_lives(
     replicas: Callable[[], Replica],
 ) -> None:

@@ -123,6 +123,7 @@ def test_a_frame_that_comes_in_pieces_is_put_together(echo: Echo) -> None:
     stray.close()
 
 
+@pytest.mark.alone
 def test_a_call_that_is_given_up_does_not_leave_its_reply_to_the_next(echo: Echo) -> None:
     began_s = time.monotonic()
     with pytest.raises(LaneError) as failed:
@@ -153,6 +154,7 @@ def test_an_interrupt_within_a_call_ends_the_lane(echo: Echo) -> None:
     ours.close()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("size", [10, 4 << 20])
 def test_a_server_that_reads_or_answers_in_drops_does_not_stretch_the_deadline(size: int) -> None:
     ours, theirs = socket.socketpair()

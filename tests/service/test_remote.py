@@ -611,6 +611,7 @@ def test_two_sidecars_read_from_each_other(tmp_path: Path) -> None:
         assert here.check() == there.check() == []
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 def test_peer_that_dies_mid_stream_is_a_shorter_hit(tmp_path: Path, number: signal.Signals) -> None:
@@ -752,6 +753,7 @@ def test_token_file_that_others_can_read_is_refused(tmp_path: Path) -> None:
         RemoteTier(RemoteTier.Options(address="unix:/nowhere", token_file=str(path)))
 
 
+@pytest.mark.alone
 def test_tier_without_its_peer_fails_at_once(tmp_path: Path) -> None:
     tier = RemoteTier(RemoteTier.Options(address=f"unix:{tmp_path}/nobody"))
     chain = chain_of(Root(GRID), 2)

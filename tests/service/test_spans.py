@@ -16,6 +16,7 @@ from kvstore.service.metrics import Latencies
 from kvstore.service.spans import recorder
 
 
+@pytest.mark.alone
 def test_without_the_package_there_is_nothing_to_record(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.trace", None)
     assert recorder() is None

@@ -111,6 +111,7 @@ def as_touch(bob: Peer, chain: Chain, number: int) -> object:
     return bob.stub.Touch(pb.TouchRequest(session=bob.session, chain=whole, num_blocks=len(chain.ids)))
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize("num_own", [0, 300])
 @pytest.mark.parametrize("ask", [as_match, as_inspect, as_inspect_chain, as_touch])

@@ -80,6 +80,7 @@ def test_a_stopping_server_writes_down_what_it_alone_holds_and_the_next_one_find
             assert load_all(store, chain) == ["redis"] * 8
 
 
+@pytest.mark.alone
 def test_a_drain_ends_at_its_limit_and_says_what_is_left(serve: Serve, model: ModelId) -> None:
     words = ("--set", "service.drain_s=0.5", "--set", "mover.flush_s=0", "--set", "mover.write_bytes_per_s=8192")
     server = serve("--tiering", "exclusive", *words)
