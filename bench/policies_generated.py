@@ -173,6 +173,39 @@ def flips(rng: random.Random, ids: Ids) -> Lines:
             yield _line(rng, at_s + rng.uniform(20, 120), blocks + _new(ids, 2))
 
 
+def drift(rng: random.Random, ids: Ids, start_s: float = 0.0) -> Lines:
+    """System prompts, some far more often than others, of which one is exchanged every few seconds."""
+    systems = [_new(ids, rng.randint(2, 25)) for _ in range(300)]
+    pick = _popular(rng, len(systems), 0.7)
+    for number in range(6000):
+        if number % 8 == 0:
+            systems[rng.randrange(len(systems))] = _new(ids, rng.randint(2, 25))
+        yield _line(rng, start_s + 0.5 * number, systems[pick()] + _new(ids, rng.randint(1, 3)))
+
+
+def phases(rng: random.Random, ids: Ids) -> Lines:
+    """Ten minutes of chats, ten of a loop over some documents, and so on: what was learned is wrong at once."""
+    for phase in range(6):
+        start_s = 600.0 * phase
+        if phase % 2 == 0:
+            yield from chats(rng, ids, start_s, count=450, per_s=0.75)
+            continue
+        shelf = [_new(ids, rng.randint(5, 40)) for _ in range(rng.choice((40, 120, 300)))]
+        for number in range(600):
+            yield _line(rng, start_s + number, shelf[number % len(shelf)] + _new(ids, 1))
+
+
+def lull(rng: random.Random, ids: Ids) -> Lines:
+    """A quarter of an hour of chats, then only short prompts that come back at random, the first ones more often."""
+    yield from chats(rng, ids, count=900)
+    short = [_new(ids, rng.randint(1, 6)) for _ in range(500)]
+    for number in range(3000):
+        which = int(rng.random() ** 2 * len(short))
+        yield _line(rng, 900 + 0.4 * number, short[which])
+        if rng.random() < 0.1:
+            short[which] = _new(ids, rng.randint(1, 6))
+
+
 KINDS: dict[str, Callable[[random.Random, Ids], Lines]] = {
     "chats": chats,
     "agents": agents,
@@ -183,4 +216,7 @@ KINDS: dict[str, Callable[[random.Random, Ids], Lines]] = {
     "loops": loops,
     "change": change,
     "flips": flips,
+    "drift": drift,
+    "phases": phases,
+    "lull": lull,
 }

@@ -50,9 +50,9 @@ class ReturnsPolicy(RunPolicy):
     went on: how often those that return use it is learned too. And what several requests went on from any of them may
     come back to: it counts as likely.
 
-    It goes by last use alone until a sample of its own has shown that it has more hits than LRU, and again when that
-    says otherwise (`kvstore.policies.shadow`). Priorities, durations and closed conversations come before all that is
-    learned, which orders blocks of equal priority (`kvstore.policies.bands`).
+    It goes by last use alone until a sample of its own has shown that it has more hits than LRU, and again once the
+    real hits say otherwise (`kvstore.policies.shadow`). Priorities, durations and closed conversations come before all
+    that is learned, which orders blocks of equal priority (`kvstore.policies.bands`).
     Nothing is saved over a restart: it relearns, by LRU meanwhile.
 
     The idea is that of "KVCache Cache in the Wild" (Wang et al., USENIX ATC 2025), which ranks blocks by the
@@ -92,6 +92,9 @@ class ReturnsPolicy(RunPolicy):
         self._by_odds = False
         self._unplaced: list[int] = []
         """Runs whose level is as it was before something was learned."""
+
+    def expect(self, num_blocks: int) -> None:
+        self._shadow.resize(num_blocks)
 
     def _enter(self, run: Run, hint: Hint) -> None:
         self._now_s = max(self._now_s, hint.time_s)

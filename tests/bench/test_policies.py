@@ -81,6 +81,28 @@ def test_only_the_last_half_of_time_counts() -> None:
     assert (run.hit_blocks, run.asked_blocks) == (2, 3)
 
 
+AGAINST = [
+    # Kind, capacity in % of its blocks, and the most points below LRU. Without its guard `returns` loses:
+    ("loops", 7.0, 0.5),  # 7.2
+    ("drift", 2.0, 0.5),  # 1.3
+    ("phases", 10.0, 0.5),  # 0.7
+    ("lull", 10.0, 0.8),  # 2.9; what it evicted before it noticed is lost whatever it does then
+]
+
+
+@pytest.mark.parametrize(("kind", "capacity_pct", "most_pts"), AGAINST)
+def test_returns_loses_little_to_lru_on_traffic_that_is_against_what_it_learned(
+    kind: str, capacity_pct: float, most_pts: float
+) -> None:
+    _, summary = measure(generated(f"generated:{kind}:11"), ["returns"], [capacity_pct], memory=False)
+    assert summary["worst_vs_lru_pts"] >= -most_pts
+
+
+def test_returns_is_above_lru_on_chats() -> None:
+    _, summary = measure(generated("generated:chats:11"), ["returns"], [2.0], memory=False)
+    assert summary["worst_vs_lru_pts"] > 4
+
+
 def test_a_bad_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text('{"timestamp": 0, "input_length": 3, "hash_ids": [1]}\n{"timestamp": 1}\n')
