@@ -20,6 +20,7 @@ from kvstore.block import BlockId, BlockMeta, PartKey, RootId
 from kvstore.clock import Clock
 from kvstore.errors import TierError
 from kvstore.mover_options import MoverOptions, WriteMode
+from kvstore.pace import Pace
 from kvstore.policies.standing import LRU, RETURNS, STANDINGS
 from kvstore.stats import Stats
 from kvstore.tiers.base import AS_USED, Later, Tier
@@ -27,13 +28,14 @@ from kvstore.tiers.host import HostTier
 
 log = logging.getLogger("kvstore.mover")
 
+_FIRST_BATCH_BYTES = 64 << 20
 _BATCH_BYTES = 128 << 20
 """Each batch ends with the server having caught up: over TCP 64 MiB gave 0.79 of a bare socket's rate, 128 and 256
 MiB 0.89 and 0.90 of it in the same run."""
 _SHARE = 4
 _SPILL_SHARE = 16
-"""Of the host, that a batch may be, and where blocks go down as it fills: what is being written cannot be evicted
-meanwhile, and saves want room just then."""
+"""Of the host, that a large batch may be, and any where blocks go down as it fills: what is being written cannot be
+evicted meanwhile, and saves want room just then."""
 
 
 class Outcome(Enum):
@@ -68,6 +70,11 @@ class Demotion:
         self._stats = stats
         self._closing = closing
         self._failed = [False] * len(tiers)
+        capacity_bytes = host.arena.capacity_bytes
+        most_bytes = max(_FIRST_BATCH_BYTES, min(_BATCH_BYTES, capacity_bytes // _SHARE))
+        if options.mode is WriteMode.ON_EVICT:
+            most_bytes = min(_BATCH_BYTES, capacity_bytes // _SPILL_SHARE)
+        self._paces = [Pace(_FIRST_BATCH_BYTES, most_bytes, options.write_deadline_s) for _ in tiers]
         self._budget_at_s = clock.now_s()
         self._budget_bytes = float(options.write_bytes_per_s)
         self.demoted: Callable[[str, Sequence[tuple[RootId, BlockId, BlockMeta]]], None] = lambda tier, blocks: None
@@ -148,9 +155,7 @@ class Demotion:
             return Outcome.DONE, 0, 1
         _, layout = pool.place_of(int(rows[0]))
         pool.unpin(rows)
-        share = _SPILL_SHARE if self._options.mode is WriteMode.ON_EVICT else _SHARE
-        most_bytes = min(_BATCH_BYTES, self._host.arena.capacity_bytes // share)
-        num_blocks = max(1, most_bytes // layout.block_bytes)
+        num_blocks = max(1, self._paces[number].num_bytes // layout.block_bytes)
         resident, rows = pool.pin_resident(blocks[:num_blocks])
         try:
             believed = pool.survey.below(rows, number)
@@ -190,6 +195,7 @@ class Demotion:
         finally:
             self._stats.observe(f"{tier.name}.write", self._clock.now_s() - began_s)
         self._note_success(number)
+        self._paces[number].took(num_bytes, self._clock.now_s() - began_s)
         partial = {key.block for key in parts if key not in written}
         done = [row for block, row in batch if block not in partial]
         pool.set_below(np.array(done, np.int64), number, [cells[row] for row in done])
@@ -219,6 +225,7 @@ class Demotion:
     def note_failure(self, number: int, error: TierError) -> None:
         """A tier failed: counted, and said once until it works again."""
         self._stats.add(f"{self._tiers[number].name}.write_failures")
+        self._paces[number].failed()
         if not self._failed[number]:
             self._failed[number] = True
             log.warning("demotion to %s fails: %s", self._tiers[number].name, error)

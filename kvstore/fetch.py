@@ -7,7 +7,7 @@ arena goes on in windows: what the consumer has passed gives way, from the tail,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import suppress
 
 import numpy as np
@@ -16,6 +16,7 @@ from kvstore.arena import PAGE_BYTES
 from kvstore.block import PartKey
 from kvstore.delivery import Delivery, ReadyBlock
 from kvstore.errors import TierError
+from kvstore.pace import Pace
 from kvstore.promotion import Coming, Promotion
 from kvstore.stats import Stats
 from kvstore.tiers.base import Tier
@@ -25,23 +26,8 @@ _BATCH_BYTES = 512 << 20
 """Asked of a tier at once. Between two batches its connection stands idle: 512 MiB over a local socket took 6 % less in
 two batches than in four. The first is smaller, since nothing is asked for until its slots are reserved. Blocks are
 handed out as they arrive."""
-_SHARE = 2
-"""Of the host, that a batch may be."""
-_QUICK = 8
-"""After a batch that took no more than such a part of its deadline, one of 512 MiB ends within its own."""
-
-
-def batches(
-    start: int, stop: int, block_bytes: int, most_bytes: int, deadline_s: float, now_s: Callable[[], float]
-) -> Iterator[tuple[int, int]]:
-    """Cuts blocks from `start` to `stop` into what is asked of a tier at once, each to be fetched before the next."""
-    batch_bytes = _FIRST_BATCH_BYTES
-    while start < stop:
-        began_s = now_s()
-        until = min(stop, start + max(1, min(batch_bytes, most_bytes) // block_bytes))
-        yield start, until
-        batch_bytes = _BATCH_BYTES if now_s() - began_s < deadline_s / _QUICK else _FIRST_BATCH_BYTES
-        start = until
+_SHARE = 3
+"""Of the host, that a batch may be: reserved before a byte has come, it is lost to saves and to other loads."""
 
 
 class Fetch:
@@ -54,20 +40,21 @@ class Fetch:
         self._stats = stats
         self._scratch: list[tuple[int, ...]] = []
         """Slots that belong to no block: those of one, once the load goes on in windows."""
+        most_bytes = min(_BATCH_BYTES, self._host.arena.capacity_bytes // _SHARE)
+        self._pace = Pace(_FIRST_BATCH_BYTES, most_bytes, self._plan.read_deadline_s)
 
     def run(self) -> None:
         """Bring it in, in order; ends at the first block that does not come."""
-        plan, at = self._plan, self._plan.num_host_blocks
-        block_bytes = sum(cell.num_bytes for cell in plan.cells())
-        most_bytes = self._host.arena.capacity_bytes // _SHARE
         try:
-            for tier, num_blocks in plan.sources:
-                for start, stop in batches(
-                    at, at + num_blocks, block_bytes, most_bytes, plan.read_deadline_s, plan.now_s
-                ):
-                    if self._delivery.closed or not self._bring(tier, start, stop):
+            at = self._plan.num_host_blocks
+            block_bytes = sum(cell.num_bytes for cell in self._plan.cells())
+            for tier, num_blocks in self._plan.sources:
+                until = at + num_blocks
+                while at < until:
+                    stop = min(until, at + max(1, self._pace.num_bytes // block_bytes))
+                    if self._delivery.closed or not self._bring(tier, at, stop):
                         return
-                at += num_blocks
+                    at = stop
         finally:
             self._delivery.end()
 
@@ -143,6 +130,7 @@ class Fetch:
         began_s = self._plan.now_s()
         try:
             yield from tier.read(into, self._plan.read_deadline_s)
+            self._pace.took(sum(map(len, into.values())), self._plan.now_s() - began_s)
         except TierError:
             self._stats.add(f"{tier.name}.read_failures")
         finally:

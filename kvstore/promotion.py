@@ -176,9 +176,15 @@ class Promotion:
         while until < self._stop and until not in self._filling and until not in self._pinned:
             until += 1
         blocks, need = plan.chain.ids[at:until], part_mask(plan.layout, plan.parts)
-        rows = self._pool.pin_when_filled(blocks, need, plan.chain.root.id, plan.read_deadline_s).tolist()
+        pinned = self._pool.pin_when_filled(blocks, need, plan.chain.root.id, plan.read_deadline_s)
+        rows = pinned.tolist()
         if rows:
             taken = range(at, at + len(rows))
             self._unpin([self._pinned.pop(index) for index in taken if index in self._pinned])
-            delivery.hand_out([delivery.block(at + each, self._tier_name, row) for each, row in enumerate(rows)], rows)
+            try:
+                ready = [delivery.block(at + each, self._tier_name, row) for each, row in enumerate(rows)]
+            except BaseException:
+                self._pool.unpin(pinned)
+                raise
+            delivery.hand_out(ready, rows)
         return len(rows)

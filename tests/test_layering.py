@@ -100,6 +100,7 @@ STORE = (
     "kvstore.demotion",
     "kvstore.events",
     "kvstore.fetch",
+    "kvstore.pace",
     "kvstore.fleet",
     "kvstore.inspection",
     "kvstore.keyed",

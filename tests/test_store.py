@@ -12,9 +12,9 @@ import pytest
 
 from kvstore.block import Chain, ModelId, PartKey, Root
 from kvstore.config import StoreConfig
-from kvstore.fetch import batches
 from kvstore.lease import LeaseBook
 from kvstore.marks import MARK_TTL_S, Marks
+from kvstore.pace import Pace
 from kvstore.store import KVStore
 from tests.conftest import MakeStore, chain_of, content, load_all, save_all
 from tests.fakes import DictTier, FakeClock
@@ -558,19 +558,18 @@ def test_a_tier_that_refuses_is_not_asked_and_keeps_nobody_waiting(make_store: M
     store.forget("later")
 
 
-def batches_of(clock: FakeClock, seconds: float, *, most_mib: int, num_blocks: int = 100) -> list[int]:
-    """Sizes of batches of blocks of 16 MiB, each of which takes so long."""
-    sizes = []
-    for start, stop in batches(0, num_blocks, 16 << 20, most_mib << 20, 5.0, clock.now_s):
-        sizes.append(stop - start)
-        clock.time_s += seconds
-    assert sum(sizes) == num_blocks
-    return sizes
-
-
-def test_a_load_asks_for_more_at_once_where_what_it_asked_first_came_quickly() -> None:
-    clock = FakeClock()
-    assert batches_of(clock, 0.1, most_mib=4096) == [8, 32, 32, 28]
-    assert batches_of(clock, 0.7, most_mib=4096)[:3] == [8, 8, 8], "512 MiB would not come by their deadline"
-    assert batches_of(clock, 0.1, most_mib=256) == [8, 16, 16, 16, 16, 16, 12]
-    assert batches_of(clock, 0.1, most_mib=1, num_blocks=3) == [1, 1, 1]
+def test_a_batch_is_what_a_tier_moves_in_a_quarter_of_its_deadline_by_the_batch_before() -> None:
+    pace, mib = Pace(128 << 20, 512 << 20, 4.0), 1 << 20
+    assert pace.num_bytes == 128 * mib
+    pace.took(0, 0.0)
+    assert pace.num_bytes == 128 * mib, "nothing that came says nothing"
+    pace.took(128 * mib, 0.5)
+    assert pace.num_bytes == 256 * mib
+    pace.took(256 * mib, 0.1)
+    assert pace.num_bytes == 512 * mib
+    pace.took(512 * mib, 10.0)
+    assert pace.num_bytes == 128 * mib
+    pace.took(mib, 0.0)
+    pace.failed()
+    assert pace.num_bytes == 128 * mib
+    assert Pace(128 * mib, 48 * mib, 4.0).num_bytes == 48 * mib, "of a small host no more than its share"
