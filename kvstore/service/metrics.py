@@ -8,6 +8,7 @@ below do not know is shown as untyped rather than left out, so that a new counte
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -39,6 +40,8 @@ Timings = Callable[[], Mapping[str, Durations]]
 _MAX_SCRAPES = 16
 _PATIENCE_S = 5.0
 """With a scraper that is silent, or does not read."""
+_LONGEST = 6
+"""Times that, of one scrape: who says or reads a byte now and then is never silent."""
 
 
 # ---- latencies ----
@@ -299,6 +302,7 @@ class _Listener(ThreadingMixIn, WSGIServer):
     request_queue_size = 128  # of 5 others fill it at once, and a scrape tries again after a second, three, seven
 
     def __init__(self, host: str, port: int, patience_s: float) -> None:
+        self._begun: dict[socket.socket, float] = {}
         self.address_family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         self._free = threading.BoundedSemaphore(_MAX_SCRAPES)
         self._patience_s = patience_s
@@ -313,17 +317,30 @@ class _Listener(ThreadingMixIn, WSGIServer):
         if not self._free.acquire(blocking=False):
             self.shutdown_request(request)
             return
+        self._begun[request] = time.monotonic()
         try:
             super().process_request(request, client_address)
         except BaseException:  # no thread could be started, so none gives it back
-            self._free.release()
+            self._end(request)
             raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._free.release()
+            self._end(request)
+
+    def _end(self, request: socket.socket) -> None:
+        del self._begun[request]
+        self._free.release()
+
+    def service_actions(self) -> None:
+        """Called twice a second: hang up on scrapes that take too long, whose threads then end."""
+        late_s = time.monotonic() - _LONGEST * self._patience_s
+        for request, began_s in list(self._begun.items()):
+            if began_s < late_s:
+                with contextlib.suppress(OSError):  # it ends just now
+                    request.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """It hung up, or was silent for too long."""
@@ -343,7 +360,7 @@ class MetricsEndpoint:
     ) -> None:
         """Listen on `host:port`; port 0 takes a free one. Raises ConfigError where that is not possible.
 
-        Who is silent, or does not read, for `patience_s` is given up.
+        Who is silent, or does not read, for `patience_s` is given up; whoever takes six times as long in all, too.
         """
         host, port = host_and_port(listen, "service.metrics_listen")
         registry = CollectorRegistry()

@@ -7,6 +7,7 @@ import ast
 import re
 import socket
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -18,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import kvstore
 from kvstore.block import BlockId, BlockMeta, PartKey, Root
 from kvstore.errors import ConfigError
-from kvstore.service.metrics import Latencies, MetricsEndpoint, name_of
+from kvstore.service.metrics import _MAX_SCRAPES, Latencies, MetricsEndpoint, name_of
 from kvstore.stats import BOUNDS_S
 from kvstore.store import KVStore
 from kvstore.tiers.base import AS_USED, Later
@@ -200,6 +201,30 @@ def test_a_taken_port_is_named_and_a_closed_endpoint_frees_its_own() -> None:
         address = first.address
     with MetricsEndpoint(address, dict, Latencies()) as second:
         assert second.address == address
+
+
+def test_a_scraper_that_says_a_byte_now_and_then_is_given_up_too() -> None:
+    with MetricsEndpoint("127.0.0.1:0", dict, Latencies(), patience_s=0.2) as endpoint, ExitStack() as slow:
+        host, _, port = endpoint.address.rpartition(":")
+        held = [slow.enter_context(socket.create_connection((host, int(port)))) for _ in range(_MAX_SCRAPES)]
+        began_s, num_open = time.monotonic(), len(held)
+        while num_open and time.monotonic() - began_s < 10:
+            num_open = sum(map(takes_a_byte, held))
+        assert num_open == 0
+        assert time.monotonic() - began_s >= 6 * 0.2, "not sooner"
+        assert scrape(endpoint.address) is not None
+
+
+def takes_a_byte(connection: socket.socket) -> bool:
+    """Whether the other side is still there, to be told a byte of a request that never ends."""
+    try:
+        connection.send(b"G")
+        connection.settimeout(0.02)
+        return bool(connection.recv(1))
+    except TimeoutError:
+        return True
+    except OSError:
+        return False
 
 
 def test_every_counter_that_the_code_names_has_a_metric() -> None:
