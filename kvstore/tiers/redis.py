@@ -17,6 +17,7 @@ out is decided here and not by the server (`maxmemory-policy noeviction`): the l
     redis_codec       whether encoding them pays    redis_compared by what calls with it and without took
     redis_clock       the time that scores are of   redis_mend     what other programs spoilt
     redis_growth      what hangs from what          redis_look     what doctor can see
+    redis_facts       what a server says of itself  redis_scripts  what it does for the accounts
     valkey            a server of our own, for url="embedded"
 """
 

@@ -6,33 +6,26 @@ Invariants, held by Redis itself at every moment, however many writers there are
 - a bucket's byte count is the sum of its accounted sizes, a stripe's the sum of its buckets';
 - no member scores below its namespace's place in the stripe's registry.
 They hold because a value and its account change in one transaction (write) or one script (remove, evict).
-
-Scripts go as EVAL with their text and not as EVALSHA: inside the write's transaction an unknown hash would leave
-a value without an account, and hashing a few hundred bytes costs the server a microsecond.
 """
 
 from __future__ import annotations
 
-import logging
-import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 from kvstore.block import PartKey
 from kvstore.tiers.redis_clock import SharedClock
+from kvstore.tiers.redis_facts import ServerFacts
 from kvstore.tiers.redis_names import STEP_S, Bucket, Names, prefix, registry, used
-from kvstore.tiers.redis_nodes import Talk, many, raise_foreign, sound
+from kvstore.tiers.redis_nodes import Talk, many, raise_foreign
+from kvstore.tiers.redis_scripts import ACCOUNT, COLDEST, COOL, EVICT, FORK, REMOVE
 from kvstore.tiers.redis_wire import ProtocolBroken, ReplyError, command, integer, real
-
-log = logging.getLogger("kvstore.tiers.redis")
 
 _COLDEST_AT_FIRST = 32
 _COLDEST_PER_BUCKET = 256
 """How many members of each stripe an eviction looks at: few in its first round, which is all that most need, then
 twice as many a round. With as many in all of them five sixths of a write's time went into replies that said no more."""
 _EVICT_PER_CALL = 1000
-_ROOTS_PER_CALL = 64
 _MAX_ROUNDS = 1000
 """Of an eviction: each evicts, or learns how cold some more namespaces are."""
 _TARGET_SHARE = 0.99
@@ -40,170 +33,6 @@ _TARGET_SHARE = 0.99
 _TOTAL_GOOD_FOR_S = 0.25
 _SPAN_S = 600.0
 """How long what nobody uses is taken to be kept while nothing ever had to go: then order does not matter yet."""
-
-# KEYS: registry, used, order, sizes, total of each part. ARGV: root, member, score, bytes of each part. Where it cannot
-# account, for a key that holds something of another program, the values that were set before it go again.
-_ACCOUNT = """
-local function account()
-for i = 0, #ARGV / 4 - 1 do
-  local roots, used, order, sizes, total = unpack(KEYS, 5 * i + 1, 5 * i + 5)
-  local root, member, score, size = unpack(ARGV, 4 * i + 1, 4 * i + 4)
-  local old = redis.call('HGET', sizes, member)
-  if old ~= size then
-    redis.call('HSET', sizes, member, size)
-    redis.call('INCRBY', total, size - (old or 0))
-    redis.call('INCRBY', used, size - (old or 0))
-  end
-  redis.call('ZADD', order, 'GT', score, member)
-  redis.call('ZADD', roots, 'LT', score, root)
-end
-end
-local fine, why = pcall(account)
-if fine then return #ARGV / 4 end
-for i = 0, #ARGV / 4 - 1 do
-  redis.pcall('UNLINK', string.sub(KEYS[5 * i + 3], 1, -2) .. 'v:' .. ARGV[4 * i + 2])
-end
-return {err = type(why) == 'table' and why.err or 'WRONGTYPE ' .. tostring(why)}
-"""
-
-_FORGET = """
-local function forget(value, member, order, sizes, total, used)
-  local size = redis.call('HGET', sizes, member) or 0
-  redis.call('UNLINK', value)
-  redis.call('ZREM', order, member)
-  redis.pcall('SREM', string.sub(order, 1, -2) .. 'f', member)
-  redis.pcall('HDEL', string.sub(order, 1, -2) .. 'k', member)
-  if redis.call('HDEL', sizes, member) == 1 then
-    redis.call('DECRBY', total, size)
-    redis.call('DECRBY', used, size)
-  end
-  return tonumber(size)
-end
-"""
-
-# KEYS: used, order, sizes, total, then values. ARGV: 'all' or 'missing', then members.
-_REMOVE = (
-    _FORGET
-    + """
-local bytes, count = 0, 0
-for i = 2, #ARGV do
-  local value = KEYS[i + 3]
-  if ARGV[1] == 'all' or redis.call('EXISTS', value) == 0 then
-    bytes = bytes + forget(value, ARGV[i], KEYS[2], KEYS[3], KEYS[4], KEYS[1])
-    count = count + 1
-  end
-end
-return {count, bytes}
-"""
-)
-
-# Sets a root's place in the registry to where its coldest member is; takes a root without members out of it.
-_SETTLE = """
-local function settle(roots, root, order, total)
-  local coldest = redis.call('ZRANGE', order, 0, 0, 'WITHSCORES')
-  -- First what frees memory: a script that began so may go on where the server has none left.
-  redis.call('ZREM', roots, root)
-  if coldest[2] then
-    redis.call('ZADD', roots, coldest[2], root)
-  elseif (redis.call('GET', total) or '0') == '0' then
-    redis.call('DEL', total)
-  else
-    redis.call('ZADD', roots, 'inf', root)
-  end
-end
-"""
-
-# KEYS: registry, used. ARGV: what a bucket's names begin with before its root, highest score to go, how many at most,
-# root or nothing for all. Returns members, bytes, and whether there may be more.
-_EVICT = (
-    _FORGET
-    + _SETTLE
-    + f"""
-local bytes, count, left = 0, 0, tonumber(ARGV[3])
-local roots = {{ARGV[4]}}
-if ARGV[4] == '' then
-  roots = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', ARGV[2], 'LIMIT', 0, {_ROOTS_PER_CALL})
-end
-for _, root in ipairs(roots) do
-  if count == left then break end
-  local at = ARGV[1] .. root
-  local order, sizes, total = at .. ':z', at .. ':s', at .. ':b'
-  local members = redis.call('ZRANGEBYSCORE', order, '-inf', ARGV[2], 'LIMIT', 0, left - count)
-  for _, member in ipairs(members) do
-    bytes = bytes + forget(at .. ':v:' .. member, member, order, sizes, total, KEYS[2])
-  end
-  count = count + #members
-  settle(KEYS[1], root, order, total)
-end
-return {{count, bytes, (count == left or #roots == {_ROOTS_PER_CALL}) and 1 or 0}}
-"""
-)
-
-# KEYS: registry. ARGV: what a bucket's names begin with before its root, how many, root or nothing for all. Returns the
-# score below which nothing was left out, then score, bytes, score, bytes, … of members, in no order.
-_COLDEST = (
-    _SETTLE
-    + f"""
-local want, num = tonumber(ARGV[2]), 0
-local reply, horizon = {{''}}, 'inf'
-local roots = {{ARGV[3], '-inf'}}
-if ARGV[3] == '' then roots = redis.call('ZRANGE', KEYS[1], 0, {_ROOTS_PER_CALL}, 'WITHSCORES') end
-for i = 1, #roots, 2 do
-  if num >= want or i > 2 * {_ROOTS_PER_CALL} then
-    if tonumber(roots[i + 1]) < tonumber(horizon) then horizon = roots[i + 1] end
-    break
-  end
-  local at = ARGV[1] .. roots[i]
-  local coldest = redis.call('ZRANGE', at .. ':z', 0, want - 1, 'WITHSCORES')
-  for j = 1, #coldest, 2 do
-    reply[#reply + 1] = coldest[j + 1]
-    reply[#reply + 1] = redis.call('HGET', at .. ':s', coldest[j]) or '0'
-  end
-  num = num + #coldest / 2
-  if #coldest == 2 * want and tonumber(coldest[#coldest]) < tonumber(horizon) then horizon = coldest[#coldest] end
-  if coldest[2] ~= roots[i + 1] then settle(KEYS[1], roots[i], at .. ':z', at .. ':b') end
-end
-reply[1] = horizon
-return reply
-"""
-)
-
-
-# KEYS: order, forks. ARGV: member. What lies there and is no set is another program's.
-_FORK = """
-if not redis.call('ZSCORE', KEYS[1], ARGV[1]) then return 0 end
-local kind = redis.call('TYPE', KEYS[2]).ok
-if kind ~= 'set' and kind ~= 'none' then redis.call('UNLINK', KEYS[2]) end
-return redis.call('SADD', KEYS[2], ARGV[1])
-"""
-
-# KEYS: registry, order. ARGV: root, then score and member of each. Lowers, never raises.
-_COOL = """
-local cooled = 0
-for i = 2, #ARGV, 2 do
-  redis.call('ZADD', KEYS[1], 'XX', 'LT', ARGV[i], ARGV[1])
-  cooled = cooled + redis.call('ZADD', KEYS[2], 'XX', 'LT', 'CH', ARGV[i], ARGV[i + 1])
-end
-return cooled
-"""
-
-
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """What the server says about itself."""
-
-    capacity_bytes: int
-    """0 for no limit."""
-    rounds_up: bool
-    """Its allocator serves size classes (jemalloc)."""
-
-
-def size_class(num_bytes: int) -> int:
-    """Bytes jemalloc takes for `num_bytes`: four classes from one power of two to the next."""
-    if num_bytes <= 64:
-        return 64
-    step = 1 << max(4, (num_bytes - 1).bit_length() - 3)
-    return -(-num_bytes // step) * step
 
 
 class Accounting:
@@ -219,63 +48,12 @@ class Accounting:
     def __init__(self, names: Names, capacity_bytes: int, namespace_bytes: int = 0) -> None:
         self.names = names
         self.namespace_bytes = namespace_bytes
-        self._capacity_bytes = capacity_bytes
-        self._facts: Facts | None = None
-        self._warning = threading.Lock()
-        self._warned = ""
+        self.server = ServerFacts(capacity_bytes)
         self._clock = SharedClock()
         self._total_bytes = 0
         self._total_read_at = float("-inf")
         self.crowded = False
         """The server refused a write for want of memory: make room before the next."""
-
-    # ── server ─────────────────────────────────────────────────────────────────────────────────────────────
-
-    def facts(self, talk: Talk, deadline: float) -> Facts:
-        """As last heard."""
-        return self._facts or self.ask_facts(talk, deadline)
-
-    def ask_facts(self, talk: Talk, deadline: float) -> Facts:
-        """As they are now. What is wrong with them is logged, once for as long as it stays so.
-
-        Where a node does not answer, what was known of all of them stays: its limit is not 0 for that. Where nothing
-        was, what the others say is given, and not kept.
-        """
-        limit, mem_allocator, policies, unlimited, whole = 0, "jemalloc", set(), False, True
-        asked = [command("INFO", "memory")]
-        answers = [answer for place in talk.places(deadline) for answer in talk.ask(asked, deadline, place)]
-        for reply in sound(answers, partial=True):
-            if not isinstance(reply, bytes):
-                whole = False
-                continue
-            info = dict(line.split(":", 1) for line in reply.decode(errors="replace").splitlines() if ":" in line)
-            node_limit = integer(info.get("maxmemory", "0").encode())
-            limit += node_limit * 4 // 5
-            unlimited |= not node_limit
-            mem_allocator = info.get("mem_allocator", mem_allocator)
-            policies.add(info.get("maxmemory_policy", "noeviction"))
-        self._warn(", ".join(sorted(policies - {"noeviction"})), unlimited=unlimited and not self._capacity_bytes)
-        facts = Facts(self._capacity_bytes or limit, "libc" not in mem_allocator)
-        if whole:
-            self._facts = facts
-        return self._facts or facts
-
-    def _warn(self, policy: str, *, unlimited: bool) -> None:
-        """Of what makes blocks leave in another order than ours, or the server grow for ever."""
-        wrong = []
-        if policy:
-            wrong.append(f"maxmemory-policy is {policy}, which drops heads of chains before their tails")
-        if unlimited:
-            wrong.append("maxmemory is not set, nor capacity_bytes here, so that it grows until its host is full")
-        text = "; ".join(wrong)
-        with self._warning:
-            if text and text != self._warned:
-                log.warning("redis: %s: `kvstore doctor` has the fix, under redis maxmemory", text)
-            self._warned = text
-
-    def accounted_bytes(self, stored_bytes: int, facts: Facts) -> int:
-        """What a value of `stored_bytes` costs the server's memory."""
-        return size_class(stored_bytes) if facts.rounds_up else stored_bytes
 
     def now_s(self, talk: Talk, deadline: float) -> float:
         """The time on the scale of scores."""
@@ -297,7 +75,7 @@ class Accounting:
             bucket = self.names.bucket(key)
             keys += (bucket.registry, bucket.used, bucket.order, bucket.sizes, bucket.total)
             values += (bucket.root, self.names.member(key.block, key.part), repr(score), str(num_bytes))
-        return _eval(_ACCOUNT, keys, values)
+        return _eval(ACCOUNT, keys, values)
 
     @property
     def last_total_bytes(self) -> int:
@@ -315,7 +93,7 @@ class Accounting:
         commands = []
         for key in keys:
             bucket = self.names.bucket(key)
-            commands.append(_eval(_FORK, [bucket.order, bucket.forks], [self.names.member(key.block, key.part)]))
+            commands.append(_eval(FORK, [bucket.order, bucket.forks], [self.names.member(key.block, key.part)]))
         many(talk, commands, deadline, partial=True)
 
     def cool(
@@ -338,7 +116,7 @@ class Accounting:
         scored: dict[Bucket, list[str]] = {}
         for key, (bucket, member) in zip(asked[behind:], members[behind:], strict=True):
             scored.setdefault(bucket, []).extend((repr(oldest_s - depths[key.block] * STEP_S), member))
-        cooling = [_eval(_COOL, [b.registry, b.order], [b.root, *words]) for b, words in scored.items()]
+        cooling = [_eval(COOL, [b.registry, b.order], [b.root, *words]) for b, words in scored.items()]
         replies = many(talk, cooling, deadline, partial=True) if cooling else []
         return asked[behind:], sum(reply for reply in replies if isinstance(reply, int))
 
@@ -361,7 +139,7 @@ class Accounting:
                 some = members[at : at + _EVICT_PER_CALL]
                 values = [bucket.values + member for member in some]
                 commands.append(
-                    _eval(_REMOVE, [bucket.used, bucket.order, bucket.sizes, bucket.total, *values], [only, *some])
+                    _eval(REMOVE, [bucket.used, bucket.order, bucket.sizes, bucket.total, *values], [only, *some])
                 )
         return sum(count for count, _, _ in self._removals(talk, commands, deadline))
 
@@ -426,7 +204,7 @@ class Accounting:
         return num_parts + parts, freed_bytes + freed
 
     def _make_room_for_all(self, talk: Talk, num_bytes: int, deadline: float) -> tuple[int, int]:
-        capacity_bytes = self.facts(talk, deadline).capacity_bytes
+        capacity_bytes = self.server.facts(talk, deadline).capacity_bytes
         crowded, self.crowded = self.crowded, False
         if not capacity_bytes and not crowded:
             return 0, 0
@@ -470,7 +248,7 @@ class Accounting:
         And whether one would see more by looking again: namespaces that were used are warmer than the registry said.
         """
         commands = [
-            _eval(_COLDEST, [registry(stripe)], [prefix(stripe), str(num_coldest), root])
+            _eval(COLDEST, [registry(stripe)], [prefix(stripe), str(num_coldest), root])
             for stripe in self.names.stripes
         ]
         entries: list[tuple[float, bytes, int]] = []
@@ -495,7 +273,7 @@ class Accounting:
         while pending:
             commands = [
                 _eval(
-                    _EVICT,
+                    EVICT,
                     [registry(stripe), used(stripe)],
                     [prefix(stripe), watermark, str(_EVICT_PER_CALL), root],
                 )

@@ -13,12 +13,13 @@ parts of this namespace, or, while values go raw, to a piece of one now and then
 That sum only says where it is worth a look. Encoding a value hides behind the sending of the one before, wholly on a
 slow link and hardly on a fast one, so the sum can be too low; on a machine whose cores are all busy calls take long
 without any link, and it is too high. So whole writes then go out encoded or raw, by lot, and what they took decides
-(`redis_compared`), and loads likewise, of values that were written so or so: one of both must be quicker for sure, and
-none may look slower. With a codec in use, one write in `_CONTROL_EVERY` still goes raw, and the codec goes where it is
-no longer quicker. A comparison that does not bring it in comes again once what it cost is `_TRIAL_SHARE` of what calls
-have taken since, twice as late each time, or at once where the sum has become better. Going by the sum with a margin,
-raw stayed where lz4 took 13 % less (0.2 GB/s), and lz4 came in where it took 20 % more (a Unix socket, busy cores).
-Values say how they are encoded, so what was written before a change stays good.
+(`redis_compared`), and loads likewise, of values that were written so or so: one of both must be quicker for sure,
+both together as well, and loads may not look slower, since requests wait for them and nobody for a write. With a codec
+in use, one write in `_CONTROL_EVERY` still goes raw, and the codec goes where it is no longer quicker. A comparison
+that does not bring it in comes again once what it cost is `_TRIAL_SHARE` of what calls have taken since, twice as late
+each time, or at once where the sum has become better. Going by the sum with a margin, raw stayed where lz4 took 13 %
+less (0.2 GB/s), and lz4 came in where it took 20 % more (a Unix socket, busy cores). Values say how they are encoded,
+so what was written before a change stays good.
 
 Rates are of whole calls with at least a megabyte, less one round trip: of shorter ones the latency, which no codec
 shortens, would be taken for the link's rate. The median of the last few: one stalled call decides nothing.
@@ -141,6 +142,8 @@ class _Namespace:
     loads: Compared = field(default_factory=Compared)
     spent_s: float = 0.0
     """On encoding while calls were compared, the last time."""
+    load_extra_s: float = 0.0
+    """What a byte of encoded loads took more when the codec came in: few raw ones come to compare with since."""
     busy_s: float = 0.0
     """Of calls since then."""
     num_in_vain: int = 0
@@ -167,6 +170,7 @@ class _Namespace:
 
     def compare(self) -> None:
         self.state, self.spent_s, self.num_left = _State.COMPARING, 0.0, _MOST_WRITES
+        self.load_extra_s = 0.0
         self.writes.clear()
         self.loads.clear()
 
@@ -177,7 +181,7 @@ class _Namespace:
         self.state = _State.RAW
 
     def go_in(self) -> None:
-        self.state, self.num_in_vain = _State.ENCODED, 0
+        self.state, self.num_in_vain, self.load_extra_s = _State.ENCODED, 0, self.loads.extra_s
 
 
 class CodecChoice:
@@ -220,7 +224,8 @@ class CodecChoice:
             namespace = self._namespace(root)
             with self._lock:
                 namespace.note(namespace.writes, num_bytes, took_s, float(encoded))
-            if namespace.state is not _State.RAW:
+            is_control = namespace.state is _State.ENCODED and not encoded
+            if is_control or namespace.state is _State.COMPARING:
                 self._decide(root, namespace)
 
     def loaded(self, root: RootId, num_bytes: int, took_s: float, encoded_share: float) -> None:
@@ -325,18 +330,19 @@ class CodecChoice:
     def _change(self, namespace: _Namespace, worth: float, loads_worth: float) -> None:
         """What is to be done from now on, by how many times its cost the codec saves, in all and of loads alone."""
         namespace.worth = worth
-        calls = namespace.writes.slower, namespace.loads.slower
+        writes, loads = namespace.writes.slower, namespace.loads.slower
+        extra_s = namespace.writes.extra_s + (namespace.loads.extra_s or namespace.load_extra_s)
         if worth < _HOPELESS:
             namespace.go_raw(worth)
         elif namespace.state is _State.RAW:
             if loads_worth >= 1 and namespace.may_compare(worth):
                 namespace.compare()
         elif namespace.state is _State.ENCODED:
-            if max(calls) > _DOUBTED:
+            if loads > _DOUBTED or (writes > _DOUBTED and extra_s > 0):
                 namespace.go_raw(worth)
-        elif min(calls) < -SURE and max(calls) < _DOUBTED:
+        elif min(writes, loads) < -SURE and loads < _DOUBTED and extra_s < 0:
             namespace.go_in()
-        elif max(calls) > SURE or len(namespace.writes) == NUM_CALLS:
+        elif loads > SURE or (writes > SURE and extra_s > 0) or len(namespace.writes) >= NUM_CALLS:
             namespace.go_raw(worth)
 
 

@@ -8,11 +8,15 @@ times scatter. Where calls are wholly encoded or not at all this is the test of 
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter, deque
 from itertools import combinations
 
 NUM_CALLS = 24
+"""Of which one should be able to tell."""
 LEAST_CALLS = 10
+_KEPT = 4 * NUM_CALLS
+"""Once a codec is in use few go without it."""
 SURE = 2.5
 """Standard deviations: five calls of which each was quicker than each of five others reach it."""
 
@@ -21,7 +25,7 @@ class Compared:
     """The last few calls. Not thread-safe."""
 
     def __init__(self) -> None:
-        self._calls: deque[tuple[float, float]] = deque(maxlen=NUM_CALLS)
+        self._calls: deque[tuple[float, float]] = deque(maxlen=_KEPT)
 
     def __len__(self) -> int:
         return len(self._calls)
@@ -47,6 +51,13 @@ class Compared:
             return 0.0
         score = sum(_sign(b[0] - a[0]) * _sign(b[1] - a[1]) for a, b in combinations(calls, 2))
         return float(score / variance**0.5)
+
+    @property
+    def extra_s(self) -> float:
+        """How much longer a byte of mostly encoded calls takes than one of the others, by medians; 0 without both."""
+        encoded = [byte_s for share, byte_s in self._calls if share > 0.5]
+        others = [byte_s for share, byte_s in self._calls if share <= 0.5]
+        return statistics.median(encoded) - statistics.median(others) if encoded and others else 0.0
 
 
 def _spread(count: int) -> int:

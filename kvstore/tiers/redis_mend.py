@@ -118,12 +118,12 @@ class Mender:
     def _rebuild_sizes(self, talk: Talk, bucket: Bucket, deadline: float) -> None:
         """Of what has a value; members without one are left for `recount` to drop."""
         (reply,) = many(talk, [command("ZRANGE", bucket.order, 0, -1)], deadline)
-        facts = self._accounting.facts(talk, deadline)
+        facts = self._accounting.server.facts(talk, deadline)
         for members in _pages(reply):
             names = [bucket.values.encode() + member for member in members]
             lengths = many(talk, [command("STRLEN", name) for name in names], deadline)
             sized = [
-                command("HSETNX", bucket.sizes, member, self._accounting.accounted_bytes(length, facts))
+                command("HSETNX", bucket.sizes, member, facts.accounted_bytes(length))
                 for member, length in zip(members, lengths, strict=True)
                 if isinstance(length, int) and length
             ]

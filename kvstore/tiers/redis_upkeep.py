@@ -37,6 +37,7 @@ _MAX_BORROWED = 4096
 _MOST_SHIFT_S = 43_200.0
 _MAX_REMEMBERED = 65_536
 _AGE_EVERY_S = 60.0
+"""Or an eighth of the TTL, where that is less: or the TTL would come before it."""
 _LOOK_EVERY_S = 60.0
 _LOOK_AGAIN_S = 5.0
 """After a look that failed."""
@@ -111,7 +112,8 @@ class Upkeep:
         self._closed = False
         self._ttl_seen_at: OrderedDict[PartKey, float] = OrderedDict()
         now = time.monotonic()
-        self._age_at = now + _AGE_EVERY_S
+        self._age_every_s = min(_AGE_EVERY_S, ttl_s / 8)
+        self._age_at = now + self._age_every_s
         self._look_at = now
         self._sweep_at = now + sweep_every_s
         self._thread = threading.Thread(target=self._run, name="kvstore-redis-upkeep", daemon=True)
@@ -235,7 +237,7 @@ class Upkeep:
         look = work.look or now >= self._look_at
         # Set before the attempt, so that a failing one is not repeated at once.
         if age:
-            self._age_at = now + _AGE_EVERY_S
+            self._age_at = now + self._age_every_s
         if sweep:
             self._sweep_at = now + self._sweep_every_s
         if look:
@@ -315,7 +317,7 @@ class Upkeep:
 
         Wrong books are left to whoever writes: two that mend at once may each give up what the other has rebuilt.
         """
-        facts = self._accounting.ask_facts(talk, deadline)
+        facts = self._accounting.server.ask(talk, deadline)
         try:
             used_bytes = self._accounting.counted_bytes(talk, deadline)
         except WrongBooks:

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING
 
 from kvstore.block import BlockId, BlockMeta, PartKey, RootId
 from kvstore.layout import BlockLayout
-from kvstore.tiers.redis_accounting import Accounting, Facts
+from kvstore.tiers.redis_accounting import Accounting
 from kvstore.tiers.redis_codec import CodecChoice
+from kvstore.tiers.redis_facts import Facts
 from kvstore.tiers.redis_names import STEP_S, root_tag
 from kvstore.tiers.redis_nodes import MOVING, Talk, many
 from kvstore.tiers.redis_sealed import Locked, Scratch
@@ -116,7 +117,7 @@ class Writer:
         counts["orphans_refused"] = len(parts) - len(scores)
         fresh = self._fitting(talk, [key for key in scores if key not in present], parts, meta, deadline)
         items = [(key, meta[key.block], parts[key].cast("B"), scores[key]) for key in fresh]
-        facts = self._accounting.facts(talk, deadline)
+        facts = self._accounting.server.facts(talk, deadline)
         landed = send(items, lambda wire, some: self._send(wire, some, facts, deadline, counts)) if items else set()
         failed = _with_descendants([key for key in fresh if key not in landed], fresh, meta)
         if failed:
@@ -189,7 +190,7 @@ class Writer:
         deadline: float,
         counts: dict[str, float],
     ) -> bool:
-        facts = self._accounting.facts(talk, deadline)
+        facts = self._accounting.server.facts(talk, deadline)
         num_bytes: dict[str, int] = {}
         for key in keys:
             tag = root_tag(key.root)
@@ -210,7 +211,7 @@ class Writer:
         deadline: float,
     ) -> Sequence[PartKey]:
         """The head of `keys` that fits into the capacity at all."""
-        facts = self._accounting.facts(talk, deadline)
+        facts = self._accounting.server.facts(talk, deadline)
         limits = [limit for limit in (facts.capacity_bytes, self._accounting.namespace_bytes) if limit]
         if not limits:
             return keys
@@ -224,7 +225,7 @@ class Writer:
     def _most_bytes(self, part: memoryview, meta: BlockMeta, facts: Facts) -> int:
         """What a part is accounted with if no codec makes it smaller."""
         stored_bytes = frame.header_bytes(len(meta.tokens) // 4, len(meta.extra)) + part.nbytes + self._extra_bytes
-        return self._accounting.accounted_bytes(stored_bytes, facts)
+        return facts.accounted_bytes(stored_bytes)
 
     def _value(
         self, key: PartKey, meta: BlockMeta, part: memoryview, score: float, scratch: Scratch, *, encoded: bool
@@ -297,7 +298,7 @@ class Writer:
         for value in group:
             header = _header(value)
             buffers += self._set(value, header)
-            num_bytes = self._accounting.accounted_bytes(len(header) + len(value.payload), facts)
+            num_bytes = facts.accounted_bytes(len(header) + len(value.payload))
             accounts.append((value.key, value.score, num_bytes))
             self._accounting.written(num_bytes)
         buffers.append(self._accounting.account(accounts) + command("EXEC"))

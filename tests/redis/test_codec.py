@@ -103,12 +103,15 @@ class Sidecar:
         self._choice, self._clock = choice, clock
         self._rng = np.random.default_rng(seed)
 
-    def work(self, num_writes: int, ratio: float, *, noise: float = 0.05, stalls: float = 0.0) -> None:
+    def work(
+        self, num_writes: int, ratio: float, loads: float | None = None, *, noise: float = 0.05, stalls: float = 0.0
+    ) -> None:
+        """`loads`: the ratio of loads, where it is another."""
         for _ in range(num_writes):
             encoded = self._choice.encodes(ROOT)
             self._choice.encode(ROOT, smooth(PIECE_BYTES), 2, encoded=encoded)
-            for tell in (self._wrote, self._loaded):
-                took_s = 0.01 * (ratio if encoded else 1.0) * float(self._rng.lognormal(0, noise))
+            for tell, times in ((self._wrote, ratio), (self._loaded, ratio if loads is None else loads)):
+                took_s = 0.01 * (times if encoded else 1.0) * float(self._rng.lognormal(0, noise))
                 tell(1.0 if self._rng.random() < stalls else took_s, encoded)
             self.encoded.append(encoded)
             self._clock.skip(1.0)
@@ -201,13 +204,18 @@ def test_loads_that_are_slower_keep_it_out_however_quick_writes_are(
     choice: CodecChoice, clock: Ticks, sidecar: Sidecar
 ) -> None:
     carry(choice, worth(1.3))
-    for number in range(200):
-        encoded = choice.encodes(ROOT)
-        choice.encode(ROOT, smooth(PIECE_BYTES), 2, encoded=encoded)
-        choice.wrote(ROOT, MIB, 0.01 - 0.005 * encoded, encoded=encoded)
-        choice.loaded(ROOT, MIB, 0.01 + 0.0001 * (number % 7) + 0.005 * encoded, float(encoded))
-        clock.skip(1.0)
-    assert written(choice, clock) == RAW
+    sidecar.work(1000, 0.5, loads=1.2)
+    assert sum(sidecar.encoded) < 100
+
+
+def test_writes_may_be_slower_by_less_than_loads_are_quicker(
+    choice: CodecChoice, clock: Ticks, sidecar: Sidecar
+) -> None:
+    carry(choice, worth(1.3))
+    sidecar.work(400, 1.1, loads=0.8)
+    assert sum(sidecar.encoded[60:]) > 0.85 * 340
+    sidecar.work(400, 1.3, loads=0.8)
+    assert sum(sidecar.encoded[-200:]) < 40
 
 
 def test_a_comparison_of_writes_that_are_too_small_ends(choice: CodecChoice, clock: Ticks) -> None:

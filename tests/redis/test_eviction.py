@@ -23,7 +23,7 @@ from kvstore.block import PartKey, Root
 from kvstore.errors import TierError
 from kvstore.stats import Stats
 from kvstore.tiers.redis import RedisTier
-from kvstore.tiers.redis_accounting import size_class
+from kvstore.tiers.redis_facts import size_class
 from kvstore.tiers.redis_names import CLOCK, MAX_BUCKETS, STEP_S, Bucket, Names, registry
 from kvstore.tiers.redis_write import Item, SendItems
 from kvstore.tiers.valkey import EmbeddedServer, ServerOptions
@@ -31,6 +31,7 @@ from kvstore.wire.frame import header_bytes
 from tests.redis.cluster import until
 from tests.redis.conftest import MakeTier
 from tests.redis.content import DEADLINE_S, Content
+from tests.waiting import wait_until
 
 NUM_BUCKETS = 4
 
@@ -707,6 +708,13 @@ def test_what_nobody_used_ages_out_tails_first(
         tier._upkeep._age(talk, deadline)
     assert resident(tier, old) == old.keys[:2]
     assert resident(tier, fresh) == fresh.keys
+
+
+def test_ageing_comes_by_itself_and_before_the_ttl(server: EmbeddedServer, make_tier: MakeTier, root: Root) -> None:
+    tier = make_tier(server.url, ttl_s=8, num_buckets=NUM_BUCKETS)
+    content = Content(root, 6)
+    content.write(tier)
+    wait_until(lambda: tier.stats.get("redis.aged_blocks") == 6)  # what a TTL took is not counted so
 
 
 def test_background_sweep_runs_once_for_all_stores(

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from kvstore.errors import TierError
-from kvstore.tiers.redis_accounting import Accounting
-from kvstore.tiers.redis_names import Names
+from kvstore.tiers.redis_facts import ServerFacts
 from kvstore.tiers.redis_nodes import Talk
 from kvstore.tiers.redis_wire import Reply, ReplyError
 
@@ -31,13 +30,13 @@ class _TwoNodes(Talk):
 def test_a_limit_heard_of_one_node_while_another_is_away_is_used_and_not_kept() -> None:
     info = b"maxmemory:1000000\r\nmem_allocator:jemalloc\r\nmaxmemory_policy:noeviction\r\n"
     away = ReplyError("UNREACHABLE it is away")
-    accounting = Accounting(Names(2), 0)
+    server = ServerFacts(0)
     talk = _TwoNodes([info, away])
-    assert accounting.facts(talk, 0.0).capacity_bytes == 800_000
+    assert server.facts(talk, 0.0).capacity_bytes == 800_000
     talk.answers = [info, info]
-    assert accounting.facts(talk, 0.0).capacity_bytes == 1_600_000
+    assert server.facts(talk, 0.0).capacity_bytes == 1_600_000
     talk.answers = [away, info]
-    assert accounting.ask_facts(talk, 0.0).capacity_bytes == 1_600_000
+    assert server.ask(talk, 0.0).capacity_bytes == 1_600_000
     talk.answers = [away, away]
     with pytest.raises(TierError):
-        accounting.ask_facts(talk, 0.0)
+        server.ask(talk, 0.0)

@@ -122,6 +122,17 @@ def test_first_producer_keeps_the_mark(make_replica: MakeReplica, root: Root) ->
     wait_until(lambda: pending(third, chain) == (0, 0), _ENOUGH_S)
 
 
+def test_a_store_does_not_wait_for_what_it_says_itself(server: EmbeddedServer, root: Root) -> None:
+    tiers = [RedisTier(RedisTier.Options(url=server.url, sweep_every_s=0)) for _ in range(2)]
+    blocks = chain_of(root, NUM_BLOCKS).ids
+    tiers[0].mark(root.id, blocks[2:9], MARK_TTL_S)
+    assert [tier.marked_to(root.id, blocks, 2, 5.0) for tier in tiers] == [2, 9]
+    tiers[0].unmark(root.id, blocks[2:3])
+    assert [tier.marked_to(root.id, blocks, 2, 5.0) for tier in tiers] == [2, 2]
+    for tier in tiers:
+        tier.close()
+
+
 def test_mark_outlives_its_ttl_only_while_it_is_renewed(make_replica: MakeReplica, root: Root) -> None:
     first, second = make_replica(), make_replica()
     chain = chain_of(root, NUM_BLOCKS)
