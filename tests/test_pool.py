@@ -7,6 +7,7 @@ import dataclasses
 import random
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 
 from kvstore.api import NO_HINT
@@ -201,6 +202,21 @@ def test_clear_of_one_root_spares_the_other(make_pool: MakePool, model: ModelId)
     put(pool, yours)
     assert pool.clear(mine.root.id) == 3
     assert (pool.leading(mine.ids, 1, mine.root.id), pool.leading(yours.ids, 1, yours.root.id)) == (0, 3)
+
+
+def test_blocks_that_begin_alike_are_looked_for_under_their_own_root_whatever_parent_is_claimed(
+    make_pool: MakePool, model: ModelId
+) -> None:
+    pool = make_pool(8)
+    mine, yours = chain_of(Root(model, salt=b"a"), 2), chain_of(Root(model, salt=b"b"), 1)
+    put(pool, mine)
+    put(pool, yours)
+    tokens = mine.tokens_after(1)[:5]
+    row, num_tokens = pool.pin_similar(mine.ids[0], tokens, 1, mine.root.id)
+    assert num_tokens == 5
+    pool.unpin(np.array([row]))
+    assert pool.pin_similar(mine.ids[0], tokens, 1, yours.root.id)[1] == 0
+    assert pool.pin_similar(None, tokens, 1, yours.root.id)[1] == 0
 
 
 def test_a_block_is_a_hit_only_where_every_asked_part_is(model: ModelId) -> None:
