@@ -225,6 +225,7 @@ def test_writes_while_slots_move_keep_the_books(own_cluster: Cluster, make_tier:
     tier = make_tier(own_cluster.url, num_buckets=NUM_STRIPES, capacity_bytes=600_000)
     stop = threading.Event()
     wrong: list[BaseException] = []
+    num_there: list[tuple[int, int, int]] = []
 
     def work() -> None:
         rng = random.Random(3)
@@ -232,9 +233,10 @@ def test_writes_while_slots_move_keep_the_books(own_cluster: Cluster, make_tier:
             while not stop.is_set():
                 content = Content(root, rng.randrange(5, 40), seed=rng.randrange(5))
                 with suppress(TierError):
-                    content.write(tier)
-                with suppress(TierError):
-                    content.read(tier)
+                    written = len(content.write(tier))
+                    found = sum(tier.contains(content.keys, DEADLINE_S))
+                    num_there.append((written, found, len(content.read(tier))))
+                tier.touch(content.keys, NO_HINT)
         except BaseException as error:
             wrong.append(error)
             raise
@@ -244,15 +246,20 @@ def test_writes_while_slots_move_keep_the_books(own_cluster: Cluster, make_tier:
     slots = sorted({key_slot(b"{%03d}" % stripe) for stripe in range(NUM_STRIPES)})
     third = 16_384 // 3
     try:
+        until(lambda: len(num_there) > 3)
+        before = len(num_there)
         for slot in [slot for slot in slots if slot < third][:8]:
             own_cluster.begin_moving(slot, 0, 1)
             while own_cluster.move_keys(slot, 0, 1, limit=3):
                 pass
             own_cluster.end_moving(slot, 0, 1)
+        moving = num_there[before:]
     finally:
         stop.set()
         thread.join()
     assert wrong == []
+    assert all(sum(each[kind] for each in moving) > 0 for kind in range(3)), "nothing came through meanwhile"
+    assert tier.settle(DEADLINE_S)
     tier.sweep()
     assert tier.check() == []
 
