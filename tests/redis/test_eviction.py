@@ -344,10 +344,10 @@ class CutAfter:
                 data = source.recv(65_536 if limit is None else min(65_536, limit - passed))
                 if not data:
                     break
-                sink.sendall(data)
                 passed += len(data)
-                if limit is not None:
+                if limit is not None:  # before it is passed on: the answer may come before this thread goes on
                     self.largest_bytes = max(self.largest_bytes, passed)
+                sink.sendall(data)
         for sock in (source, sink):
             with suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
