@@ -443,6 +443,27 @@ def test_shadow_is_believed_less_and_less_where_the_real_cache_does_not_keep_its
     assert waits[-1] > 2 * waits[0]
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_shadow_counts_what_short_requests_lose_though_long_ones_won_more(seed: int) -> None:
+    """Long requests win a block each, short ones lose the only one that they ask for."""
+    rng, shadow = random.Random(seed), Shadow(2)
+    for _ in range(400):
+        shadow._judge(rng.choice((0, 0, 0, 30)), 50)
+    assert shadow.wins
+    for _ in range(40):  # hits of blocks are even by now, those of requests are not
+        shadow._judge(1, 50)
+        shadow._judge(-1, 1)
+    assert not shadow.wins
+
+
+def test_samples_begin_with_the_cache_where_its_size_is_known() -> None:
+    policy = ReturnsPolicy()
+    policy.expect(100)
+    chat(policy, 1, 2, 3)
+    policy.expect(0)  # nobody knows
+    assert set(policy._shadow._lru) == set(ids(1, 2, 3))
+
+
 def test_returns_is_lru_until_it_has_learned() -> None:
     lru, policy, rng = LruPolicy(), ReturnsPolicy(), random.Random(8)
     for step in range(25):
