@@ -290,7 +290,9 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 self._link.share,
                 num_ranks=parallel.world_size,
                 may_be_alone=parallel.data_parallel_size == 1,
-                runs_ahead=bool(scheduling.async_scheduling) or parallel.pipeline_parallel_size > 1,
+                may_trail=bool(scheduling.async_scheduling)
+                or parallel.pipeline_parallel_size > 1
+                or self._config.device_config.device_type != "cpu",
             )
         return self._scheduler
 

@@ -115,15 +115,19 @@ class DeviceLoad:
         self.wait_for()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class DeviceSave:
-    """See the module. `begin` on the engine's thread, `publish` on another."""
+    """See the module. `begin` on the engine's thread, `publish` on another.
+
+    `void`: it is of before a reset, and not published; what is being published when this is set may still be.
+    """
 
     order: SaveOrder
     save: Save
     copying: Copying | None
     held: ExitStack
     """What `publish` lets go of."""
+    void: bool = False
 
     @classmethod
     def begin(cls, pages: DevicePages, order: SaveOrder, save: Save) -> DeviceSave:
@@ -142,6 +146,8 @@ class DeviceSave:
             if self.copying is None:
                 return 0, self.save.num_refused
             self.copying.finish()
+            if self.void:
+                return 0, 0
             return self.save.commit(*self.save.indices), self.save.num_refused
 
     def let_go(self) -> None:

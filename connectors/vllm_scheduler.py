@@ -29,6 +29,7 @@ from connectors.vllm_plan import (
     storable_finished,
     storable_running,
 )
+from connectors.vllm_resets import Resets
 from kvstore.api import HOST_TIER, Hint, Load, Match, Store
 from kvstore.block import Chain, ModelId, as_u32
 
@@ -133,7 +134,7 @@ class SchedulerSide:
     """See the module. `share` makes of a load what a worker's store can take up.
 
     `may_be_alone` is False where other engines step together with this one, as under data parallelism: whatever waits
-    here delays them. `runs_ahead`: steps are scheduled while others run.
+    here delays them. `may_trail`: what a step saves may still be on its way when others are scheduled.
     """
 
     def __init__(
@@ -145,7 +146,7 @@ class SchedulerSide:
         *,
         num_ranks: int = 1,
         may_be_alone: bool = True,
-        runs_ahead: bool = False,
+        may_trail: bool = False,
         now_s: Callable[[], float] = time.monotonic,
         adapters: AdapterDigests | None = None,
     ) -> None:
@@ -154,7 +155,6 @@ class SchedulerSide:
         self._share = share
         self._num_ranks = num_ranks
         self._may_be_alone = may_be_alone
-        self._runs_ahead = runs_ahead
         self._now_s = now_s
         self._adapters = adapters or AdapterDigests()
         self._roots = Roots(model, settings.secret.encode())
@@ -173,9 +173,7 @@ class SchedulerSide:
         self._saves: list[SaveOrder] = []
         self._ended: list[str] = []
         self._reset = False
-        self._num_resets = 0
-        """That workers have not carried out yet, while steps run that were scheduled before: until they have, nothing
-        is matched or saved."""
+        self._resets = Resets(store, num_reports=num_ranks if may_trail else 0, now_s=now_s)
         self._step: _Step | None = None
         self._num_waiting = 0
         """Requests that wait for pending blocks, of the step being scheduled."""
@@ -205,14 +203,13 @@ class SchedulerSide:
         tracked.planned, tracked.from_before = 0, False  # asked only where the request has no KV
         if (
             not self._settings.load
-            or self._num_resets
             or request.skip_reading_prefix_cache
             or tracked.gave_up
             or request.request_id in self._loading
         ):
             return 0, False
         chain = self._chain(tracked)
-        if chain is None or len(chain) * self._block_tokens <= local_tokens:
+        if chain is None or len(chain) * self._block_tokens <= local_tokens or not self._resets.allows(chain.root):
             return 0, False
         self._withdraw(tracked)
         if tracked.asked_s is not None and self._now_s() < tracked.look_s:
@@ -376,7 +373,9 @@ class SchedulerSide:
     def _announce(self, tracked: _Tracked) -> None:
         chain = tracked.chain
         start = max(tracked.in_store, tracked.num_saved)
-        if self._settings.save and chain is not None and tracked.announcement is None and start < len(chain):
+        if not self._settings.save or chain is None or not self._resets.allows(chain.root):
+            return
+        if tracked.announcement is None and start < len(chain):
             mark = self.fail_open.call(lambda: self._store.announce(chain, start, len(chain)), None)
             tracked.announcement = None if mark is None else self._announced.keep(mark)
             tracked.announced_to = len(chain)
@@ -392,7 +391,8 @@ class SchedulerSide:
         """What workers must do in the step just scheduled."""
         self._shared()
         self._note_step(step)
-        if self._settings.save and not self._num_resets:
+        self._resets.go_on()
+        if self._settings.save:
             for request_id, num_scheduled in step.num_scheduled.items():
                 tracked = self._tracked.get(request_id)
                 if tracked is not None and not tracked.from_before:
@@ -414,7 +414,7 @@ class SchedulerSide:
         """Order blocks up to `stop` to be saved; False where there is nothing to save."""
         chain = self._chain(tracked)
         blocks = plan_save(stop * self._block_tokens, tracked.num_saved, self._block_tokens)
-        if chain is None or not blocks or self.fail_open.resting:
+        if chain is None or not blocks or self.fail_open.resting or not self._resets.allows(chain.root):
             return False
         if tracked.num_saved >= tracked.announced_to:
             self._withdraw(tracked)  # the steps that saved what was announced have run
@@ -452,7 +452,7 @@ class SchedulerSide:
             self._ended.append(request.request_id)
             return False  # the engine keeps the pages until the load is reported
         held = False
-        if self._settings.save and not tracked.from_before and not self._num_resets:
+        if self._settings.save and not tracked.from_before:
             stop = storable_finished(
                 request.num_computed_tokens, request.num_prompt_tokens, request.num_tokens, self._block_tokens
             )
@@ -487,10 +487,7 @@ class SchedulerSide:
                 tracked.num_saved = min(tracked.num_saved, block)
         for name, value in report.counts.items():
             self.figures.add(name, value)
-        if self._num_resets and report.resets:
-            self._num_resets = max(0, self._num_resets - report.resets)
-            if not self._num_resets:
-                self._remove()
+        self._resets.carried_out(report.resets)
 
     def _note_load(self, request_id: str, done: LoadReport, *, start: int, stop: int | None) -> None:
         for tier, num_bytes in done.num_bytes.items():
@@ -533,11 +530,11 @@ class SchedulerSide:
     # -- care --------------------------------------------------------------------------------------------------
 
     def clear(self) -> bool:
-        """Remove every block under the roots this engine has used; True where the store did.
+        """Remove every block under the roots this engine has used; True where every tier of the store did.
 
         vLLM empties caches when weights have changed. So what was computed before is not saved any more, and requests
         that go on save nothing until the engine computes them anew. Loads under way fail. What steps save that were
-        scheduled before is removed when they have run.
+        scheduled before is removed when they have run. What could not be removed is not used: see `Resets`.
         """
         self._saves = [replace(order, start=order.stop) for order in self._saves if order.holds]
         for tracked in self._tracked.values():
@@ -546,14 +543,8 @@ class SchedulerSide:
             tracked.from_before, tracked.asked_s = True, None
             tracked.num_saved = tracked.in_store = tracked.planned = 0
         self._loads += [replace(item.order, lease=None) for item in self._sharing]
-        self._sharing, self._reset = [], True
-        if self._runs_ahead:
-            self._num_resets += self._num_ranks
-        return self._remove()
-
-    def _remove(self) -> bool:
-        roots = self._roots.all() or [self._roots.root(b"", b"")]
-        return self.fail_open.call(lambda: bool([self._store.clear(root.id) for root in roots]), False)
+        is_new, self._sharing, self._reset = not self._reset, [], True
+        return self._resets.begin([self._roots.root(b"", b""), *self._roots.all()], is_new=is_new)
 
     def close(self) -> None:
         for tracked in self._tracked.values():
@@ -565,6 +556,7 @@ class SchedulerSide:
         self._loading.clear()
         self._announced.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self._resets.close()
         self._adapters.close()
 
     def check(self) -> list[str]:

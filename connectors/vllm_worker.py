@@ -6,6 +6,7 @@ Invariants
 2. Once a load is reported, nothing of it writes to the engine's pages any more.
 3. Nothing is saved in a step in which a page it builds on failed to load.
 4. On a device a load that belongs to a step is settled, and its failure known, before the step's results are reported.
+5. Once a reset is reported, nothing that was ordered before it is published any more.
 """
 
 from __future__ import annotations
@@ -44,6 +45,16 @@ _AT_ONCE = 8
 
 _AT_ONCE_IN_STEP = 64
 """The same of a load that a step waits for, which was predicted to take little: each call takes two passages."""
+
+
+@dataclass(eq=False, slots=True)
+class _Saving:
+    """A save that goes on beside the steps."""
+
+    order: SaveOrder
+    began_s: float
+    begun: DeviceSave
+    done: Future[tuple[int, int] | None]
 
 
 @dataclass(eq=False)
@@ -124,7 +135,9 @@ class WorkerSide:
         self._bad_now: set[int] = set()
         self._sent: set[str] = set()
         self._in_step: list[_Job] = []
-        self._saving: list[tuple[SaveOrder, float, Future[tuple[int, int] | None]]] = []
+        self._saving: list[_Saving] = []
+        self._resets_due = 0
+        """Resets to report when no void save is under way any more."""
         self._report = Report()
         self._pool = ThreadPoolExecutor(settings.load_threads, thread_name_prefix="kvstore-load")
         self._helpers = ThreadPoolExecutor(max(1, _COPIERS - 1), thread_name_prefix="kvstore-copy")
@@ -140,7 +153,9 @@ class WorkerSide:
         if orders.reset:
             for job in self._jobs.values():
                 job.void = job.cancelled = True
-            self._report.resets += 1
+            for saving in self._saving:
+                saving.begun.void = True
+            self._resets_due += 1
         for order in orders.loads:
             locks = tuple(threading.Lock() for _ in range(_COPIERS))
             job = _Job(order, self._now_s() + order.timeout_s, locks, stop=order.start)
@@ -403,7 +418,7 @@ class WorkerSide:
             if begun is None:
                 self._published(order, None, began_s)
                 return False
-            self._saving.append((order, began_s, self._savers.submit(self._finish_save, begun)))
+            self._saving.append(_Saving(order, began_s, begun, self._savers.submit(self._finish_save, begun)))
             return True
         self._published(order, self.fail_open.call(lambda: self._copy_out(order), None), began_s)
         return False
@@ -425,16 +440,19 @@ class WorkerSide:
     def _collect(self, *, wait_for_held: bool) -> None:
         """Take in saves that ended beside the steps. With nothing to compute, pages are not held for longer either."""
         if wait_for_held:
-            wait([future for order, _, future in self._saving if order.holds])
+            wait([saving.done for saving in self._saving if saving.order.holds])
         waiting = []
-        for order, began_s, future in self._saving:
-            if not future.done():
-                waiting.append((order, began_s, future))
+        for saving in self._saving:
+            order, done = saving.order, saving.done
+            if not done.done():
+                waiting.append(saving)
                 continue
-            self._published(order, None if future.exception() else future.result(), began_s)
+            self._published(order, None if done.exception() else done.result(), saving.began_s)
             if order.holds:
                 self._sent.add(order.request)
         self._saving = waiting
+        if self._resets_due and not any(saving.begun.void for saving in waiting):
+            self._report.resets, self._resets_due = self._report.resets + self._resets_due, 0
 
     def _reserve(self, order: SaveOrder) -> Save:
         chain = self._chains[order.request]

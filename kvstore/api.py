@@ -255,7 +255,11 @@ class Store(Protocol):
         """Say that the first `num_blocks` were used, though not loaded from here (a device cache served them)."""
 
     def clear(self, root: RootId | None = None) -> int:
-        """Remove every block under `root`, or of all roots, from every tier; returns how many left the host."""
+        """Remove every block under `root`, or of all roots, from every tier; returns how many left the host.
+
+        Raises TierError where a lower tier may still hold some of it, or get some yet, and ServiceUnavailable where
+        nobody answers: clear again. Tiers that are only read from here keep theirs.
+        """
 
     def note_saved(self, seconds: float) -> None:
         """A request's first token came so much sooner because of a load, as its connector reckons. For metrics.

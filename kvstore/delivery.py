@@ -63,7 +63,7 @@ class Delivery:
     Attributes:
         ready: blocks that can be taken, by chain index. The consumer may look without a lock.
         windowed: blocks come in slots that others of them had, from now on; it only becomes true.
-        closed: the consumer wants no more; nobody waits for anything.
+        stopped: no more is to be brought in; nobody waits for anything.
         fetching: a thread may be writing to the load's slots.
     """
 
@@ -73,7 +73,7 @@ class Delivery:
         self.lease = lease
         self.ready: dict[int, ReadyBlock] = {}
         self.windowed = False
-        self.closed = False
+        self.stopped = False
         self.fetching = False
         self._leases = leases
         self._moved = threading.Condition()
@@ -119,16 +119,16 @@ class Delivery:
     def begin_window(self, index: int) -> bool:
         """Wait until all blocks before `index` were passed, and take back their views.
 
-        From here on blocks come in windows. False where the load was closed, or nobody passed them in time.
+        From here on blocks come in windows. False where the load was stopped, or nobody passed them in time.
         """
         with self._moved:
             self.windowed = True
             self._moved.notify_all()
             if not self._moved.wait_for(
-                lambda: self.closed or self._passed >= index, timeout=self.plan.read_deadline_s
+                lambda: self.stopped or self._passed >= index, timeout=self.plan.read_deadline_s
             ):
                 return False
-            if self.closed:
+            if self.stopped:
                 return False
             # Who kept a view is refused rather than shown other bytes.
             for passed in [each for each in self.ready if each < self._passed]:
@@ -137,7 +137,7 @@ class Delivery:
                         view.release()
             return True
 
-    def end(self) -> None:
+    def fetch_ended(self) -> None:
         """No more comes, and nobody writes to the load's slots any more."""
         with self._moved:
             self._ended = True
@@ -176,13 +176,13 @@ class Delivery:
             self._moved.wait_for(lambda: index in self.ready or self._ended or self.windowed)
             return self.windowed and index not in self.ready and not self._ended
 
-    def close(self) -> None:
+    def stop(self) -> None:
         """Bring in no more, and wait for nothing."""
         with self._moved:
-            self.closed = True
+            self.stopped = True
             self._moved.notify_all()
 
-    def wait_fetched(self) -> None:
-        """Wait until nobody writes to the load's slots."""
+    def wait_fetched(self, timeout_s: float | None = None) -> bool:
+        """Wait until nobody writes to the load's slots; False on time-out."""
         with self._moved:
-            self._moved.wait_for(lambda: not self.fetching)
+            return self._moved.wait_for(lambda: not self.fetching, timeout_s)

@@ -52,11 +52,11 @@ class Fetch:
                 until = at + num_blocks
                 while at < until:
                     stop = min(until, at + max(1, self._pace.num_bytes // block_bytes))
-                    if self._delivery.closed or not self._bring(tier, at, stop):
+                    if self._delivery.stopped or not self._bring(tier, at, stop):
                         return
                     at = stop
         finally:
-            self._delivery.end()
+            self._delivery.fetch_ended()
 
     def release(self) -> None:
         """Give back what belongs to no block. Nobody reads there, or writes there, any more."""

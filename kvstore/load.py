@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from kvstore.api import HOST_TIER
 from kvstore.arena import PAGE_BYTES
+from kvstore.block import RootId
 from kvstore.delivery import Delivery, LoadPlan, ReadyBlock
 from kvstore.fetch import Fetch
 from kvstore.lease import Lease, LeaseBook
@@ -36,6 +37,11 @@ class BlockLoad:
     @property
     def num_blocks(self) -> int:
         return self._plan.stop - self._plan.start
+
+    @property
+    def root(self) -> RootId:
+        """What its blocks lie under."""
+        return self._plan.chain.root.id
 
     @property
     def start(self) -> int:
@@ -133,13 +139,17 @@ class BlockLoad:
         """Push the lease's deadline out; False where it has run out already."""
         return self._delivery.renew()
 
-    def end(self) -> None:
+    def stop(self) -> None:
         """Bring in no more, and wait for nothing; `close` still has to follow."""
-        self._delivery.close()
+        self._delivery.stop()
+
+    def wait_fetched(self, timeout_s: float) -> bool:
+        """Wait until nothing is brought in any more; False on time-out."""
+        return self._delivery.wait_fetched(timeout_s)
 
     def close(self) -> None:
         """Release. Waits until a fetch under way has stopped writing to the load's slots."""
-        self._delivery.close()
+        self._delivery.stop()
         self._delivery.wait_fetched()
         self._fetch.release()
         self._delivery.release()

@@ -62,6 +62,7 @@ class Mover:
         self._drain_until_s: float | None = None
         self._num_left = 0
         self._busy = False
+        self._num_rounds = 0
         self._dirty = False
         self._thread: threading.Thread | None = None
         if self._tiers:
@@ -138,6 +139,7 @@ class Mover:
             with self._wake:
                 self._backlog.done()
                 self._busy = False
+                self._num_rounds += 1
                 self._wake.notify_all()
                 if self._backlog.is_empty and self._drain_until_s is None:
                     if self._closing.is_set():
@@ -146,19 +148,32 @@ class Mover:
                 self._busy = True
                 job, uses, risen = self._backlog.take()
                 drain_until_s = self._drain_until_s
-            try:
-                for stretch, hint in uses:
-                    self._pass_use(stretch, hint)
-                self._spill.came_up(risen)
-                if job is not None:
-                    self._demote(job)
-                elif drain_until_s is not None:
-                    self._drain(drain_until_s)
-                elif self._mode is WriteMode.ON_EVICT and self._dirty:
-                    self._go_ahead()
-            except Exception:  # a thread's top: a bug here must not end demotion for good
-                log.exception("demotion failed")
-                self._stats.add("mover.errors")
+            for stretch, hint in uses:
+                self._guard(lambda stretch=stretch, hint=hint: self._pass_use(stretch, hint))  # type: ignore[misc]
+            for stretch in risen:
+                self._guard(lambda stretch=stretch: self._spill.came_up(stretch))  # type: ignore[misc]
+            if job is not None:
+                if not self._guard(lambda job=job: self._demote(job)):  # type: ignore[misc]
+                    self._fail(job.blocks)
+            elif drain_until_s is not None:
+                self._guard(lambda until_s=drain_until_s: self._drain(until_s))  # type: ignore[misc]
+            elif self._mode is WriteMode.ON_EVICT and self._dirty:
+                self._guard(self._go_ahead)
+
+    def _guard(self, step: Callable[[], None]) -> bool:
+        """A thread's top: a bug in one step must not end demotion for good, nor take the round's other steps along."""
+        try:
+            step()
+        except Exception:
+            log.exception("demotion failed")
+            self._stats.add("mover.errors")
+            return False
+        return True
+
+    def _fail(self, blocks: Sequence[BlockId]) -> None:
+        """These do not go down."""
+        self._stats.add("mover.failed_blocks", len(blocks))
+        self.lost(blocks)
 
     def _go_ahead(self) -> None:
         """Spill, and again if it did not end well, or something came meanwhile: also then it is dirty."""
@@ -205,8 +220,7 @@ class Mover:
         with self._wake:
             will_be_tried = not self._closing.is_set() and self._backlog.again(job, blocks, again)
         if not will_be_tried:
-            self._stats.add("mover.failed_blocks", len(wanted))
-            self.lost(wanted)
+            self._fail(wanted)
 
     def _drain(self, until_s: float) -> None:
         num_left = 1
@@ -223,6 +237,12 @@ class Mover:
         """Wait until everything queued has gone down, or failed; False on time-out."""
         with self._wake:
             return self._wake.wait_for(lambda: self._backlog.is_empty and not self._busy, timeout=timeout_s)
+
+    def end_round(self, timeout_s: float) -> bool:
+        """Wait until what is being written now has gone down, or failed; False on time-out."""
+        with self._wake:
+            number = self._num_rounds
+            return self._wake.wait_for(lambda: not self._busy or self._num_rounds != number, timeout=timeout_s)
 
     def drain(self, timeout_s: float) -> bool:
         """As `flush`; where tiers are exclusive, with all that the host alone holds. False where some of it is left."""

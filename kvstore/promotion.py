@@ -114,7 +114,7 @@ class Promotion:
                     if self._at <= last:
                         break  # as is one that others did not bring
                     group_bytes = self._group_bytes(last, last_bytes)
-                if self._delivery.closed:
+                if self._delivery.stopped:
                     break
         if items := coming.take():
             self._publish(items)
@@ -145,7 +145,7 @@ class Promotion:
     def _hand_out(self) -> None:
         """Hand out resident blocks up to the first that this load is filling, or that others did not bring."""
         delivery, num_parts = self._delivery, len(self._delivery.plan.parts)
-        while self._at < self._stop and self._at not in self._filling and not delivery.closed:
+        while self._at < self._stop and self._at not in self._filling and not delivery.stopped:
             ours: list[Reservation] = []
             while (item := self._pinned.get(self._at + len(ours))) is not None and len(item.parts) == num_parts:
                 ours.append(item)

@@ -70,11 +70,10 @@ class Spill:
         """Write down what the host alone holds, the hottest chains first, until then; how many blocks are left."""
         return sum(self._drain_to(number, until_s) for number in self._written)
 
-    def came_up(self, risen: Sequence[Stretch]) -> None:
+    def came_up(self, stretch: Stretch) -> None:
         """What is in the host now may leave lower tiers, as far as nothing else there is known to hang from it."""
-        for stretch in risen:
-            for number in self._written:
-                self._give_up(stretch, number)
+        for number in self._written:
+            self._give_up(stretch, number)
 
     def used(self, stretch: Stretch) -> None:
         """Used in the host again: what went down meanwhile may leave lower tiers, and is believed there no more."""

@@ -27,7 +27,7 @@ from kvstore.block import BlockId, Chain, ModelId, PartKey, RootId
 from kvstore.clock import Clock, MonotonicClock
 from kvstore.config import StoreConfig
 from kvstore.delivery import LoadPlan
-from kvstore.errors import ConfigError, TierError, UnknownLease
+from kvstore.errors import ConfigError, TierError, TierTimeout, UnknownLease
 from kvstore.events import EventLog
 from kvstore.fleet import FleetMarks
 from kvstore.inspection import BlockInfo, inspect
@@ -434,17 +434,34 @@ class KVStore:
 
     def clear(self, root: RootId | None = None) -> int:
         """See `kvstore.api.Store.clear`."""
-        self._mover.flush(self.config.mover.flush_s)
         removed = self._host.pool.clear(root)
+        # What waits to go down is gone with it. Not so what is being written: a tier cleared before it would keep it.
+        failure: TierError | None = None
+        if not self._mover.end_round(self.config.mover.flush_s):
+            failure = TierTimeout("mover", "a write has not ended: what it brings down may come after the clear")
         for tier in self._tiers:
             try:
                 tier.clear(root)
-            except TierError:
+            except TierError as error:
                 self._stats.add(f"{tier.name}.clear_failures")
+                failure = failure or error
             else:
                 if not tier.read_only:
                     self.events.cleared_below(tier.name, root)
+        if not self._stop_loads(root):
+            failure = failure or TierTimeout("loads", "a read has not ended: what it brings up may outlast the clear")
+        removed += self._host.pool.clear(root)
+        if failure is not None:
+            raise failure
         return removed
+
+    def _stop_loads(self, root: RootId | None) -> bool:
+        """Bring nothing up any more that loads have found below before; False where one is still at it."""
+        loads = [load for load in list(self._loads) if not load.is_whole and root in (None, load.root)]
+        for load in loads:
+            load.stop()
+        until_s = self._clock.now_s() + self.config.request.read_deadline_s
+        return all(load.wait_fetched(max(0.0, until_s - self._clock.now_s())) for load in loads)
 
     def limit(self, root: RootId, group: str, max_bytes: int | None) -> None:
         """Let the blocks of all roots of `group`, `root` being one from now on, take `max_bytes` of the host.
@@ -539,7 +556,7 @@ class KVStore:
             return
         self._closing.set()
         for load in list(self._loads):
-            load.end()
+            load.stop()
         self._sweeper.join()
         self._mover.close()
         self._fleet.close()

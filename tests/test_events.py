@@ -13,6 +13,7 @@ import pytest
 from kvstore.api import NO_HINT
 from kvstore.arena import PAGE_BYTES, Arena
 from kvstore.block import Chain, ModelId, Root, RootId, hash_blocks
+from kvstore.errors import TierUnavailable
 from kvstore.events import Batch, BlockEvent, EventKind, EventLog, Subscription
 from kvstore.idmap import unpack_ids
 from kvstore.layout import layout_of
@@ -358,7 +359,8 @@ def test_a_store_tells_of_what_a_lower_tier_confirmed_and_of_its_clearing(make_s
         save_all(store, other)
         assert store.flush()
         assert {event.tier for event in subscription.poll().events} == {"host"}, "what was not confirmed is not told"
-        store.clear()
+        with pytest.raises(TierUnavailable):
+            store.clear()
         assert {event.tier for event in subscription.poll().events} == {"host"}, "nor what could not be cleared"
         tier.down = False
         store.clear(root.id)

@@ -5,19 +5,24 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 
-from kvstore.block import Chain, ModelId, PartKey, Root
+from kvstore.api import Hint
+from kvstore.block import BlockId, Chain, ModelId, PartKey, Root, RootId
 from kvstore.config import StoreConfig
+from kvstore.errors import TierTimeout, TierUnavailable
 from kvstore.lease import LeaseBook
 from kvstore.marks import MARK_TTL_S, Marks
 from kvstore.pace import Pace
 from kvstore.store import KVStore
+from kvstore.tiers.base import AS_USED, Later
 from tests.conftest import MakeStore, chain_of, content, load_all, save_all
 from tests.fakes import DictTier, FakeClock
+from tests.waiting import wait_until
 
 THROUGH = {"write": "through"}
 
@@ -525,7 +530,7 @@ def test_closing_a_store_ends_its_loads(make_store: MakeStore, root: Root) -> No
     assert reading.wait(5)
     closing = threading.Thread(target=store.close)
     closing.start()
-    while not load._delivery.closed:
+    while not load._delivery.stopped:
         threading.Event().wait(0.01)
     go.set()
     closing.join(5)
@@ -533,6 +538,118 @@ def test_closing_a_store_ends_its_loads(make_store: MakeStore, root: Root) -> No
     assert list(load) == []
     load.close()
     tier.before_read = lambda key: None
+
+
+def test_a_clear_that_a_tier_did_not_carry_out_says_so_and_is_carried_out_elsewhere(
+    make_store: MakeStore, root: Root
+) -> None:
+    class Other(DictTier):
+        name = "other"
+
+    tier, other = DictTier(), Other()
+    store = make_store(tiers=[tier, other], mover=THROUGH)
+    chain = chain_of(root, 6)
+    save_all(store, chain)
+    store.flush()
+    tier.down = True
+    with pytest.raises(TierUnavailable, match="dict"):
+        store.clear(root.id)
+    assert (len(other.values), store.stats()["host.blocks"]) == (0, 0)
+    assert store.stats()["dict.clear_failures"] == 1
+    tier.down = False
+    store.clear(root.id)
+    assert load_all(store, chain) == []
+
+
+def test_what_is_being_written_down_during_a_clear_does_not_outlast_it(make_store: MakeStore, root: Root) -> None:
+    writing, go = threading.Event(), threading.Event()
+
+    class Slow(DictTier):
+        def write(self, *args: Any, **kwargs: Any) -> set[PartKey]:
+            writing.set()
+            assert go.wait(10)
+            return super().write(*args, **kwargs)
+
+    tier = Slow()
+    store = make_store(tiers=[tier], mover={**THROUGH, "flush_s": 0.2})
+    save_all(store, chain_of(root, 6))
+    assert writing.wait(10)
+    with pytest.raises(TierTimeout, match="after the clear"):
+        store.clear(root.id)
+    threading.Timer(0.05, go.set).start()
+    store.flush()
+    assert len(tier.values) == 6, "it came after the clear, as was said"
+    store.clear(root.id)
+    assert len(tier.values) == 0
+    writing.clear(), go.clear()
+    save_all(store, chain_of(root, 6, seed=1))
+    assert writing.wait(10)
+    threading.Timer(0.05, go.set).start()
+    store.clear(root.id)
+    assert len(tier.values) == 0, "it was waited for"
+
+
+def test_what_a_load_is_bringing_up_during_a_clear_does_not_outlast_it(make_store: MakeStore, root: Root) -> None:
+    tier = DictTier()
+    store = make_store(tiers=[tier], mover=THROUGH)
+    chain = chain_of(root, 6)
+    save_all(store, chain)
+    store.flush()
+    store.drop_host()
+    reading, go = threading.Event(), threading.Event()
+
+    def wait(key: PartKey) -> None:
+        reading.set()
+        assert go.wait(10)
+
+    tier.before_read = wait
+    store.match(chain, "r", wait_s=5)
+    with store.load("r"):
+        assert reading.wait(10)
+        values = dict(tier.values)
+        clear = tier.clear
+
+        def cleared(root: RootId | None) -> None:
+            clear(root)
+            tier.values |= values  # the read has them already
+            threading.Timer(0.05, go.set).start()
+
+        tier.clear = cleared  # type: ignore[method-assign]
+        store.clear(root.id)
+    tier.before_read, tier.clear = (lambda key: None), clear  # type: ignore[method-assign]
+    tier.clear(root.id)
+    assert load_all(store, chain) == []
+
+
+def test_one_use_that_cannot_be_passed_down_takes_no_other_along(make_store: MakeStore, root: Root) -> None:
+    go = threading.Event()
+
+    class Odd(DictTier):
+        def touch(self, keys: Sequence[PartKey], hint: Hint, later: Later = AS_USED) -> None:
+            assert go.wait(10)
+            super().touch(keys, hint, later)
+            if len(self.touched) == 2:
+                raise RuntimeError("a bug")
+
+        def write(self, *args: Any, **kwargs: Any) -> set[PartKey]:
+            raise RuntimeError("another")
+
+    tier = Odd()
+    store = make_store(tiers=[tier], mover=THROUGH)
+    chains = [chain_of(root, 3, seed=seed) for seed in range(4)]
+    for number, chain in enumerate(chains):  # the first keeps the thread until the others wait for it
+        store.touch(chain, 3)
+        if number == 0:
+            wait_until(lambda: store._mover._busy)
+    lost: list[BlockId] = []
+    store._mover.lost = lost.extend
+    save_all(store, chains[0])
+    go.set()
+    store.flush()
+    assert len(tier.touched) == 4
+    assert lost == chains[0].ids[:3]
+    assert store.stats()["mover.failed_blocks"] == 3
+    assert store.stats()["mover.errors"] == 2
 
 
 def test_a_tier_that_refuses_is_not_asked_and_keeps_nobody_waiting(make_store: MakeStore, root: Root) -> None:

@@ -8,13 +8,17 @@ or end unhealthy.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvstore.block import BlockId, Chain, ModelId, Root
 from kvstore.config import StoreConfig
+from kvstore.errors import TierUnavailable
 from kvstore.store import KVStore
 from tests.conftest import content
 from tests.fakes import DictTier, FakeClock
@@ -122,7 +126,8 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule()
     def clear_everything(self) -> None:
-        self.store.clear()
+        with pytest.raises(TierUnavailable) if self.tier.down else nullcontext():
+            self.store.clear()
 
     @rule()
     def drop_host(self) -> None:

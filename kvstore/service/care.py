@@ -122,7 +122,9 @@ class Care:
         contents = chain.verify(request.contents)
         if contents.start or contents.stop < len(chain):
             raise ConfigError(f"contents cover blocks {contents.start}…{contents.stop}: warm needs all {len(chain)}")
-        self._namespaces.show(session, chain.root)  # what comes up is charged to somebody, however long ago it was sent
+        # What comes up is charged to the session's tenant, however long ago the root was sent. A session without one
+        # leaves it with whose it is; where that was forgotten, it is nobody's until the tenant itself uses it again.
+        self._namespaces.show(session, chain.root)
         chain.describe(contents)
         try:
             limit_s = _WARM_S if remaining_s is None else min(_WARM_S, remaining_s * 0.9)

@@ -26,7 +26,7 @@ import numpy as np
 
 from kvstore.api import NO_HINT, Hint, Load, Match, Register, Registration, Save
 from kvstore.block import Chain, ModelId, RootId
-from kvstore.errors import ConfigError, KVStoreError, LeaseError, UnknownLease
+from kvstore.errors import ConfigError, KVStoreError, LeaseError, ServiceUnavailable, UnknownLease
 from kvstore.layout import BlockLayout, layout_of
 from kvstore.service.buffers import Buffers
 from kvstore.service.connection import Connection, LinkOptions
@@ -318,7 +318,7 @@ class SidecarStore:
             reply: pb.ClearReply = self._link.call(connection, connection.stub.Clear, request, timeout_s=_CARE_S)
             return reply.num_blocks
         except Down:
-            return 0
+            raise ServiceUnavailable("nobody answers: nothing may have been cleared") from None
 
     def note_saved(self, seconds: float) -> None:
         """Goes to the server with the next beat."""

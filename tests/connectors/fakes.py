@@ -112,6 +112,7 @@ class FakeSave:
         for index in chosen:
             # As they are now: what is copied into them later is too late.
             self._store.blocks[self._chain.ids[index]] = [bytearray(part) for part in self._open.pop(index)]
+            self._store.roots[self._chain.ids[index]] = self._chain.root.id
         return len(chosen)
 
     def abort(self) -> None:
@@ -146,6 +147,7 @@ class FakeStore:
         self.faults = Faults()
         self.tier = tier
         self.blocks: dict[BlockId, list[bytearray]] = {}
+        self.roots: dict[BlockId, RootId] = {}
         self.cleared: list[RootId | None] = []
         self.calls: list[str] = []
         self.announced: list[tuple[int, int]] = []
@@ -236,10 +238,12 @@ class FakeStore:
         self.touched.append(num_blocks)
 
     def clear(self, root: RootId | None = None) -> int:
-        count = len(self.blocks)
+        self.enter("clear")
         self.cleared.append(root)
-        self.blocks.clear()
-        return count
+        gone = [block for block in self.blocks if root in (None, self.roots[block])]
+        for block in gone:
+            del self.blocks[block]
+        return len(gone)
 
     def note_saved(self, seconds: float) -> None:
         self.saved_s += seconds

@@ -89,7 +89,7 @@ class Device:
         self.store = KVStore(StoreConfig.load({"host": {"capacity_bytes": 64 << 20}}, environ={}))
         self.tensors = [torch.zeros(64, HEADS, PAGE, 2 * DIM) for _ in range(LAYERS)]
         made = VllmSettings.of({"block_tokens": BLOCK, "load_rule": "always", "step_layers": 1, **settings})
-        self.side = SchedulerSide(made, MODEL, self.store, lambda load: load, now_s=self.clock.now_s)
+        self.side = SchedulerSide(made, MODEL, self.store, lambda load: load, may_trail=True, now_s=self.clock.now_s)
         pages = StridedPages(layout_of(MODEL), self.tensors, range(LAYERS), range(HEADS), streams=self.streams)
         adopt = lambda load: cast(Load, Watched(cast(Load, load), self.streams, intact))
         self.worker = WorkerSide(
@@ -237,6 +237,34 @@ def test_chunks_of_a_prompt_are_saved_though_the_one_before_is_still_being_copie
     assert eventually(lambda: not (device.report(), device.worker._saving)[1])
     assert device.stored(64) == [{2.0 + 10 * number} for number in range(8)]
     device.side.ended(request, list(pages))
+    device.close()
+
+
+def test_a_save_that_a_reset_overtakes_is_not_published_and_the_reset_not_reported_before_it_is_let_go_of() -> None:
+    device = Device(1)
+    request, pages = FakeRequest("r", tokens(64)), range(8)
+    device.side.match(request, 0)
+    orders = device.orders((request, 64, pages))
+    device.streams.run_engine(lambda: device.fill(pages, 2.0))
+    device.streams.may_finish.clear()
+    device.worker.save(orders)
+    assert device.side.clear()
+    orders = device.orders()
+    assert orders.reset
+    device.worker.load(orders)
+    device.report()
+    assert device.side._resets._num_awaited == 1, "a save of before is under way"
+    other = FakeRequest("other", tokens(80))
+    assert device.side.match(other, 0) == (0, False)
+    device.streams.may_finish.set()
+    assert eventually(lambda: not (device.report(), device.worker._saving)[1])
+    assert "saved_blocks" not in device.side.figures.counts
+    assert eventually(lambda: (device.orders(), not device.side._resets._owed)[1])
+    assert device.store.stats()["host.blocks"] == 0
+    device.store_blocks(64, 3.0)
+    assert device.side.match(other, 0)[0] == 64
+    for each in (request, other):
+        device.side.ended(each, [])
     device.close()
 
 

@@ -29,8 +29,8 @@ from connectors.vllm_plan import (
 )
 from connectors.vllm_scheduler import SchedulerSide
 from connectors.vllm_worker import WorkerSide
-from kvstore.api import Hint, Load, Match
-from kvstore.block import ModelId, Root
+from kvstore.api import NO_HINT, Hint, Load, Match
+from kvstore.block import Chain, ModelId, Root
 from kvstore.errors import ConfigError
 from tests.connectors.fakes import FakeLoad, FakeStore
 from tests.fakes import FakeClock
@@ -107,7 +107,7 @@ class Bench:
         model: ModelId = MODEL,
         num_ranks: int = 1,
         may_be_alone: bool = True,
-        runs_ahead: bool = False,
+        may_trail: bool = False,
         **settings: Any,
     ) -> None:
         self.store = store or FakeStore()
@@ -120,7 +120,7 @@ class Bench:
             lambda load: load,
             num_ranks=num_ranks,
             may_be_alone=may_be_alone,
-            runs_ahead=runs_ahead,
+            may_trail=may_trail,
             now_s=self.clock.now_s,
         )
         self.pages = FakePages()
@@ -159,6 +159,16 @@ class Bench:
         request = FakeRequest("fill", tokens)
         self.side.arrived(request)
         self.step((request, len(tokens)))
+        if self.side.ended(request, self.pages_for(request)):
+            self.step()
+        self.report()
+
+    def use(self, salt: str | None, count: int = 40) -> None:
+        """Have a request of `count` tokens come and go."""
+        request = FakeRequest(f"r{salt}", tokens(count), cache_salt=salt)
+        self.side.match(request, 0)
+        self.side.allocated(request, self.pages_for(request), 0)
+        self.step((request, count))
         if self.side.ended(request, self.pages_for(request)):
             self.step()
         self.report()
@@ -837,18 +847,105 @@ def test_a_reset_leaves_nothing_of_before_to_be_saved(count: int) -> None:
     bench.close()
 
 
-def test_a_reset_empties_every_namespace_that_was_used_and_no_other() -> None:
+def test_a_reset_empties_every_namespace_that_was_used_and_that_without_a_salt() -> None:
     bench = Bench()
     assert bench.side.clear()
-    assert len(set(bench.store.cleared)) == 1, "what another engine with this model has stored, before any request"
-    salts = ("a", "b", None)
+    assert bench.store.cleared == [Root(MODEL).id], "what another engine with this model has stored, before any request"
+    salts = ("a", "b")
     for salt in salts:
-        request = FakeRequest(f"r{salt}", tokens(40), cache_salt=salt)
-        bench.side.match(request, 0)
-        bench.side.ended(request, [])
+        bench.use(salt)
     bench.store.cleared.clear()
     assert bench.side.clear()
-    assert set(bench.store.cleared) == {Root(MODEL, salt=(salt or "").encode()).id for salt in salts}
+    assert set(bench.store.cleared) == {Root(MODEL, salt=salt).id for salt in (b"", b"a", b"b")}
+    bench.close()
+
+
+@pytest.mark.parametrize("salt", ["a", None])
+def test_a_namespace_that_is_first_used_after_a_reset_is_emptied_before_and_once(salt: str | None) -> None:
+    before = Bench()
+    before.use(salt, 100)
+    assert len(before.store.blocks) == 6
+    bench = Bench(before.store)
+    bench.use("other")
+    assert bench.side.clear()
+    request = FakeRequest("r", tokens(120), cache_salt=salt)
+    assert bench.side.match(request, 0) == (0, False), "it may be of the weights before"
+    assert eventually(lambda: (bench.step(), not bench.store.blocks)[1])
+    bench.step((request, 120))
+    assert eventually(lambda: (bench.step((request, 0)), len(bench.store.blocks) == 7)[1])
+    assert bench.store.cleared.count(Root(MODEL, salt=(salt or "").encode()).id) == 1
+    again = FakeRequest("again", tokens(120), cache_salt=salt)
+    assert bench.side.match(again, 0)[0] == 112
+    for each in (request, again):
+        bench.side.ended(each, bench.pages_for(each))
+    bench.close()
+
+
+def test_a_reset_that_the_store_did_not_carry_out_is_owed_and_nothing_is_used_until_it_is() -> None:
+    bench = Bench()
+    bench.use("a", 100)
+    bench.use("b", 100)
+    bench.store.faults.failing = {"clear"}
+    assert bench.side.clear() is False
+    assert len(bench.store.blocks) == 12
+    for salt in ("a", "b"):
+        request = FakeRequest("r", tokens(120), cache_salt=salt)
+        assert bench.side.match(request, 0) == (0, False)
+        bench.side.allocated(request, bench.pages_for(request), 0)
+        assert bench.store.live_announcements == 0, "nobody waits for what is not saved"
+        bench.step((request, 120))
+        assert not bench.side.ended(request, bench.pages_for(request))
+        bench.step()
+        assert len(bench.store.blocks) == 12
+    bench.store.faults.failing = set()
+    bench.clock.time_s += 2
+    assert eventually(lambda: (bench.step(), not bench.store.blocks)[1])
+    assert eventually(lambda: (bench.step(), not bench.side._resets._owed)[1])
+    for salt in ("a", "b"):
+        bench.use(salt, 100)
+    assert len(bench.store.blocks) == 12
+    request = FakeRequest("r", tokens(120), cache_salt="a")
+    assert bench.side.match(request, 0) == (96, False)
+    bench.side.ended(request, [])
+    bench.close()
+
+
+def test_two_resets_that_workers_hear_of_with_one_step_are_waited_for_once() -> None:
+    bench = Bench(may_trail=True, num_ranks=1)
+    assert bench.side.clear()
+    assert bench.side.clear()
+    bench.step()
+    bench.report()
+    assert eventually(lambda: (bench.step(), not bench.side._resets._owed)[1])
+    bench.use(None, 100)
+    assert len(bench.store.blocks) == 6
+    bench.close()
+
+
+def test_a_clear_that_began_before_a_reset_does_not_count_for_it() -> None:
+    bench = Bench()
+    bench.side.clear()
+    began, go = threading.Event(), threading.Event()
+    touch = bench.store.touch
+
+    def slow(chain: Chain, num_blocks: int, hint: Hint = NO_HINT) -> None:
+        began.set()
+        assert go.wait(10)
+        touch(chain, num_blocks, hint)
+
+    bench.store.touch = slow  # type: ignore[method-assign]
+    request = FakeRequest("r", tokens(100), cache_salt="late")
+    bench.side.match(request, 0)
+    assert began.wait(10)
+    bench.store.touch = touch  # type: ignore[method-assign]
+    bench.store.faults.failing = {"clear"}
+    assert bench.side.clear() is False
+    bench.store.faults.failing = set()
+    go.set()
+    root = Root(MODEL, salt=b"late")
+    assert eventually(lambda: root.id in bench.store.cleared)
+    assert not bench.side._resets.allows(root)
+    bench.side.ended(request, [])
     bench.close()
 
 
@@ -965,7 +1062,7 @@ def test_a_load_that_was_not_shared_yet_at_a_reset_fails() -> None:
 
 
 def test_what_a_step_saves_that_was_scheduled_before_a_reset_is_removed_when_it_has_run() -> None:
-    bench = Bench(runs_ahead=True, num_ranks=2)
+    bench = Bench(may_trail=True, num_ranks=2)
     request, later = FakeRequest("r", tokens(100)), FakeRequest("later", tokens(80, 1))
     bench.side.match(request, 0)
     before = bench.side.orders(Scheduled({"r": 100}, {"r": 0}, {"r": bench.pages_for(request)}))
@@ -981,6 +1078,7 @@ def test_what_a_step_saves_that_was_scheduled_before_a_reset_is_removed_when_it_
     bench.report()
     assert len(bench.store.blocks) == 6, "one of two ranks has run it"
     bench.side.reported(Report(resets=1))
+    assert eventually(lambda: (bench.step(), not bench.side._resets._owed)[1])
     assert len(bench.store.blocks) == 0
     bench.step((later, 40), (request, 100))
     bench.report()

@@ -308,6 +308,8 @@ def test_while_the_server_is_away_everything_is_a_miss_at_once(
         assert time.monotonic() - began < 1.0
         assert store.stats()["client.failures.down"] >= 200
         assert "is away" in store.check()[0]
+        with pytest.raises(ServiceUnavailable, match="nothing may have been cleared"):
+            store.clear(root.id)
 
 
 def assert_everything_is_a_miss(store: Store, chain: Chain) -> None:
@@ -436,6 +438,12 @@ def test_access_denied_is_an_error_and_no_miss(start_server: StartServer, direct
         assert save_all(store, chain_of(Root(root.model, salt=b"mine"), 2)) == 2
         with pytest.raises(AccessDenied, match="no right to the namespace of model 'tiny' and salt b'yours'"):
             store.match(chain_of(Root(root.model, salt=b"yours"), 2), "r")
+    with connect(server.address, token="sixteen-letters-or-more", call_deadline_s=5) as store:
+        store.open(root.model)
+        mine = Root(root.model, salt=b"mine")
+        assert store.clear(mine.id) == 0, "who names an id need not own it"
+        store.touch(Chain(mine), 0)
+        assert store.clear(mine.id) == 2
 
 
 # -- memory ----------------------------------------------------------------------------------------------------
