@@ -148,7 +148,14 @@ def directory_digest(directory: Path) -> str:
     files = sorted(path for path in directory.iterdir() if path.suffix in _WEIGHTS)
     if not files:
         raise ConfigError(f"{directory} has no weight files: set kv_connector_extra_config.revision")
-    stamps = [[path.name, path.stat().st_size, path.stat().st_mtime_ns, path.stat().st_ino] for path in files]
+    return contents_digest(directory, files)
+
+
+def contents_digest(directory: Path, files: Sequence[Path]) -> str:
+    """SHA-256 over names and contents of files in `directory`, remembered by size and time of change."""
+    names = [path.relative_to(directory).as_posix() for path in files]
+    found = [path.stat() for path in files]
+    stamps = [[name, s.st_size, s.st_mtime_ns, s.st_ino] for name, s in zip(names, found, strict=True)]
     key = hashlib.sha256(json.dumps([str(directory.resolve()), stamps]).encode()).hexdigest()
     base = os.environ.get("XDG_CACHE_HOME")
     remembered = (Path(base) if base else Path.home() / ".cache") / "kvstore" / "weights" / key
@@ -157,9 +164,9 @@ def directory_digest(directory: Path) -> str:
     except OSError:
         pass
     digest = hashlib.sha256()
-    for path in files:
+    for name, path in zip(names, files, strict=True):
         with path.open("rb") as file:
-            digest.update(path.name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
+            digest.update(name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
     text = digest.hexdigest()
     try:
         remembered.parent.mkdir(parents=True, exist_ok=True)

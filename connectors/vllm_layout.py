@@ -8,18 +8,24 @@ a fact that is left out of it is one day a wrong hit, one too many a miss.
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from platform import machine
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from connectors.vllm_code import (
+    attention_classes,
+    attention_name,
+    name_of,
+    package_digest,
+    packages_of,
+    releases,
+    settings_in,
+    source_digest,
+)
 from connectors.vllm_identity import RankSlice
 from connectors.vllm_opaque import (
     OpaqueDevicePages,
@@ -45,9 +51,6 @@ _PLAIN_ON_DEVICES = (
 )
 """What writes keys to the first half of a page's channels and values to the second, by strides and nothing else, in the
 KV dtypes that are stored. Those for ROCm do not: they split and shuffle pages by settings of their own."""
-
-_ENVIRON = ("ATTN", "ATTENTION", "AITER", "FLASH", "LAYOUT", "SHUFFLE")
-"""What names of vLLM's own environment variables say that may choose an order."""
 
 _KERNEL_FAILS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 """What a kernel, or a layer that was not made for being asked, raises."""
@@ -133,7 +136,7 @@ def agreed_model(told: Mapping[tuple[int, int], ModelId], num_ranks: int) -> Mod
 def _canonical(worker: Worker) -> EnginePages | DevicePages:
     layout, mine = layout_of(worker.model), worker.mine
     if worker.is_on_device:
-        for name in sorted({_name_of(type(layer.impl)) for layer in worker.layers}):
+        for name in sorted({name_of(type(layer.impl)) for layer in worker.layers}):
             if name not in _PLAIN_ON_DEVICES:
                 raise UnknownOrder(f"how {name} orders its pages is not known here")
         return StridedPages(layout, worker.tensors, mine.layers, mine.heads)
@@ -158,13 +161,13 @@ class _Unscaled:
 
 def _kernel_of(layers: Sequence[Any]) -> WriteKernel:
     """The write kernel of the engine's own layers. Raises UnknownOrder where they have none, or several."""
-    kinds = {(_name_of(type(layer.impl)), getattr(layer, "isa", None)) for layer in layers}
+    kinds = {(attention_name(layer.attn_backend, type(layer.impl)), getattr(layer, "isa", None)) for layer in layers}
     if len(kinds) != 1:
         raise UnknownOrder(f"the engine's layers write pages in {len(kinds)} ways")
     layer = layers[0]
     update = getattr(layer.impl, "do_kv_cache_update", None)
     if update is None or getattr(layer.attn_backend, "forward_includes_kv_cache_update", True):
-        raise UnknownOrder(f"{_name_of(type(layer.impl))} writes pages only as part of attention")
+        raise UnknownOrder(f"{name_of(type(layer.impl))} writes pages only as part of attention")
     unscaled = _Unscaled(layer)
 
     def write(keys: torch.Tensor, values: torch.Tensor, tensor: torch.Tensor, slots: torch.Tensor) -> None:
@@ -194,16 +197,20 @@ def facts_of(worker: Worker) -> dict[str, str]:
     Threads are not among them: how many wrote a page shows in the digest of what was written, if it shows at all.
     """
     first, parallel = worker.tensors[0], worker.config.parallel_config
-    classes = sorted({kind for layer in worker.layers for kind in (layer.attn_backend, type(layer.impl))}, key=_name_of)
+    kinds = {(layer.attn_backend, type(layer.impl)) for layer in worker.layers}
+    classes = set[type]().union(*(attention_classes(*kind) for kind in kinds))
+    packages = packages_of(classes)
     return {
         "format": f"1, {'keys and values' if worker.is_on_device else 'pages'}",
         "engine": f"{worker.engine}, torch {torch.__version__}",
         "platform": worker.platform,
-        "attention": " ".join(map(_name_of, classes)),
-        "source": _digest_of_source(classes),
+        "attention": "; ".join(sorted({attention_name(*kind) for kind in kinds})),
+        "source": source_digest(classes),
+        "packages": " ".join(f"{name} {package_digest(name)}" for name in packages),
+        "releases": releases(packages),
         "isa": " ".join(sorted({str(getattr(layer, "isa", "")) for layer in worker.layers})),
         "settings": repr(worker.config.attention_config),
-        "environ": repr(_environ_of(os.environ)),
+        "environ": repr(settings_in(os.environ, packages)),
         "page": f"{tuple(first.shape[1:])} {first.dtype} {steps_in_page(first)}",
         "kv dtype": f"{worker.config.cache_config.cache_dtype} of {worker.key_dtype}",
         "split": f"tp{parallel.tensor_parallel_size} pp{parallel.pipeline_parallel_size} heads{len(worker.mine.heads)}",
@@ -228,31 +235,3 @@ def platform_of(device: torch.device) -> str:
     if device.type == "cpu":
         return f"cpu {machine()} {torch.backends.cpu.get_cpu_capability()}"
     return f"{device.type} {machine()}"
-
-
-def _environ_of(environ: Mapping[str, str]) -> list[tuple[str, str]]:
-    return sorted(
-        (name, value)
-        for name, value in environ.items()
-        if name.startswith("VLLM_") and any(word in name for word in _ENVIRON)
-    )
-
-
-def _name_of(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def _digest_of_source(kinds: Sequence[type]) -> str:
-    """Digest of the files that `kinds` and what they inherit from are in: a patch changes no version."""
-    files = set()
-    for kind in {base for each in kinds for base in each.__mro__}:
-        if kind.__module__.partition(".")[0] in sys.stdlib_module_names:
-            continue
-        try:
-            files.add(inspect.getsourcefile(kind))
-        except (TypeError, OSError):
-            continue  # it has none
-    digest = hashlib.sha256()
-    for content in sorted(hashlib.sha256(Path(name).read_bytes()).digest() for name in files if name):
-        digest.update(content)
-    return digest.hexdigest()

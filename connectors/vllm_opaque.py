@@ -13,7 +13,6 @@ what one rank holds of them. A page counts when all its tokens are final, and is
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -30,6 +29,12 @@ from kvstore.transfer import Copying, Moment, SlotViews, Streams
 
 _BASE = 4
 """Numbers that are written lie below it: exact in every dtype, the fp8 ones included."""
+_NUM_PAGES = 8
+_TRIED = (1, 4, 6)
+"""Pages that are written, of so many: an order that goes by the page's number, modulo whatever, is not the same in all
+three, unless the modulus is larger than they tell."""
+_BACKGROUNDS = (0x00, 0x5A)
+"""Bytes that pages hold before: what was not written differs. A number in every dtype, and none that was written."""
 _LARGEST_BLOCK = 256
 
 
@@ -37,26 +42,56 @@ def page_digest(write: WriteKernel, tensor: torch.Tensor, key_dtype: torch.dtype
     """Digest of pages like those of `tensor`, `[pages, heads, tokens, 2 × dim]`, after `write` filled them.
 
     Every number of a page gets one of its own, in digits of several pages: two kernels that put a single one elsewhere
-    have different digests. Raises ConfigError where a second try gives other bytes, and what the kernel raises.
+    have different digests. Raises what the kernel raises, and ConfigError where a page does not stand alone, so that
+    its bytes in another page would be other numbers: where they are not the same each time, or in each page, or however
+    many tokens come at once; where other pages are written; where not all numbers are found in the page.
     """
-    first, second = (_written(write, tensor, key_dtype) for _ in range(2))
-    if first != second:
-        raise ConfigError("the engine's write kernel makes other bytes of the same numbers each time")
-    return first
-
-
-def _written(write: WriteKernel, tensor: torch.Tensor, key_dtype: torch.dtype) -> str:
     _, heads, tokens, channels = tensor.shape
-    size = (2, tokens, heads, channels // 2)
-    number = torch.arange(math.prod(size)).view(size)
-    slots = torch.arange(tokens, dtype=torch.int64) + tokens  # page 1 of two
-    digest = hashlib.sha256()
-    for digit in range(math.ceil(math.log(number.numel(), _BASE))):
+    number = torch.arange(heads * tokens * channels).view(2, tokens, heads, channels // 2)
+    digest, digits = hashlib.sha256(), []
+    for digit in range(-(-(number.numel() - 1).bit_length() // 2)):
         keys, values = (number // _BASE**digit % _BASE).to(key_dtype)
-        scratch = torch.zeros((2, *tensor.shape[1:]), dtype=tensor.dtype)
-        write(keys.contiguous(), values.contiguous(), scratch, slots)
-        digest.update(scratch.contiguous().view(torch.uint8).numpy().tobytes())
+        page = _written(write, tensor, keys.contiguous(), values.contiguous())
+        digest.update(page.tobytes())
+        digits.append(page.reshape(number.numel(), -1))
+    places = np.ascontiguousarray(np.concatenate(digits, axis=1))
+    if len(set(places.view(f"V{places.shape[1]}").ravel().tolist())) < number.numel():
+        raise ConfigError("the engine's write kernel does not put all numbers it is given into the page")
     return digest.hexdigest()
+
+
+def _written(
+    write: WriteKernel, tensor: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+) -> npt.NDArray[np.uint8]:
+    """Bytes of a page that holds `keys` and `values`. Raises ConfigError where it does not stand alone."""
+    slots = torch.arange(len(keys), dtype=torch.int64)
+    found = []
+    for background in _BACKGROUNDS:
+        scratch = torch.empty((_NUM_PAGES, *tensor.shape[1:]), dtype=tensor.dtype)
+        held = scratch.view(torch.uint8).numpy().reshape(_NUM_PAGES, -1)
+        held.fill(background)
+        whole, turned, single = (page * len(keys) + slots for page in _TRIED)
+        write(keys, values, scratch, whole)
+        write(keys.flip(0).contiguous(), values.flip(0).contiguous(), scratch, turned.flip(0).contiguous())
+        for token in range(len(keys)):
+            write(keys[token : token + 1], values[token : token + 1], scratch, single[token : token + 1])
+        found.append(held)
+    first, second = (pages[list(_TRIED)] for pages in found)
+    if not np.array_equal(first[0], second[0]):
+        raise ConfigError(
+            "the engine's write kernel makes other bytes of the same numbers each time, or leaves bytes of a page as "
+            "they were"
+        )
+    for background, pages in zip(_BACKGROUNDS, found, strict=True):
+        if (np.delete(pages, _TRIED, axis=0) != background).any():
+            raise ConfigError("the engine's write kernel writes other pages beside the one it is told")
+    if not all(np.array_equal(first[0], page) for page in (*first, *second)):
+        raise ConfigError(
+            "the engine's write kernel makes other bytes of the same numbers in another page, or where fewer tokens "
+            "come at once"
+        )
+    bytes_of: npt.NDArray[np.uint8] = first[0]
+    return bytes_of
 
 
 def fingerprint(facts: Mapping[str, str]) -> str:

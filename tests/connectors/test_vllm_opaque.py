@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from connectors.vllm_code import attention_classes, attention_name, releases, source_digest
 from connectors.vllm_identity import RankSlice
 from connectors.vllm_layout import StoredPages, Worker, agreed_model, facts_of, stored_pages
 from connectors.vllm_opaque import (
@@ -101,6 +104,7 @@ class Engine:
     platform: str = "cpu x86_64 AVX512"
     cache_dtype: str = "auto"
     attention: Settings = field(default_factory=Settings)
+    dtype: torch.dtype = torch.float32
     tp: int = 1
     pp: int = 1
     mine: RankSlice = field(default_factory=lambda: RankSlice(range(LAYERS), range(HEADS)))
@@ -111,7 +115,7 @@ class Engine:
     def worker(self) -> Worker:
         layer = SimpleNamespace(impl=self.impl, isa=self.isa, attn_backend=Backend, _k_scale_float=2.0)
         config: Any = SimpleNamespace(
-            model_config=SimpleNamespace(dtype=torch.float32),
+            model_config=SimpleNamespace(dtype=self.dtype),
             cache_config=SimpleNamespace(cache_dtype=self.cache_dtype),
             attention_config=self.attention,
             parallel_config=SimpleNamespace(tensor_parallel_size=self.tp, pipeline_parallel_size=self.pp),
@@ -195,12 +199,62 @@ def test_pages_that_are_not_keys_and_values_alone_or_make_no_blocks_are_refused(
         stored(PageLayout.OPAQUE, impl=WritesInForward(), **changes)
 
 
-def test_a_kernel_that_writes_other_bytes_each_time_is_refused() -> None:
-    def rolls(keys: torch.Tensor, values: torch.Tensor, tensor: torch.Tensor, slots: torch.Tensor) -> None:
-        Kernel(int(torch.randint(1 << 30, (1,))))(keys, values, tensor, slots)
+def rolls(keys: torch.Tensor, values: torch.Tensor, tensor: torch.Tensor, slots: torch.Tensor) -> None:
+    Kernel(int(torch.randint(1 << 30, (1,))))(keys, values, tensor, slots)
 
-    with pytest.raises(ConfigError, match="other bytes of the same numbers each time"):
-        stored(impl=Attention(rolls))
+
+def swizzles(keys: torch.Tensor, values: torch.Tensor, tensor: torch.Tensor, slots: torch.Tensor) -> None:
+    """Even and odd pages in orders of their own."""
+    for odd in (0, 1):
+        mine = slots // PAGE % 2 == odd
+        Kernel(odd)(keys[mine], values[mine], tensor, slots[mine])
+
+
+def swizzles_by_three(keys: torch.Tensor, values: torch.Tensor, tensor: torch.Tensor, slots: torch.Tensor) -> None:
+    """Pages 1 and 4 are alike, 6 is not."""
+    for rest in (0, 1, 2):
+        mine = slots // PAGE % 3 == rest
+        Kernel(rest)(keys[mine], values[mine], tensor, slots[mine])
+
+
+def goes_by_the_call(keys: torch.Tensor, values: torch.Tensor, tensor: torch.Tensor, slots: torch.Tensor) -> None:
+    """Another order where a page comes at once."""
+    Kernel(int(len(keys) == PAGE))(keys, values, tensor, slots)
+
+
+def writes_beyond(keys: torch.Tensor, values: torch.Tensor, tensor: torch.Tensor, slots: torch.Tensor) -> None:
+    """Of each page, one number stands in the next."""
+    Kernel(1)(keys, values, tensor, slots)
+    for page in (slots // PAGE).unique().tolist():
+        tensor[page + 1].view(-1)[0] = keys[0, 0, 0]
+
+
+def keeps_values_elsewhere(keys: torch.Tensor, values: torch.Tensor, tensor: torch.Tensor, slots: torch.Tensor) -> None:
+    """Half of the page is not written: values go to a buffer of the kernel's own."""
+    for number, slot in enumerate(slots.tolist()):
+        tensor[slot // PAGE, :, slot % PAGE, :DIM] = keys[number]
+
+
+def clears_values(keys: torch.Tensor, values: torch.Tensor, tensor: torch.Tensor, slots: torch.Tensor) -> None:
+    """The same, and the page's half is zero."""
+    Kernel(1)(keys, torch.zeros_like(values), tensor, slots)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "why"),
+    [
+        (rolls, "other bytes of the same numbers each time"),
+        (swizzles, "in another page"),
+        (swizzles_by_three, "in another page"),
+        (goes_by_the_call, "fewer tokens come at once"),
+        (writes_beyond, "writes other pages"),
+        (keeps_values_elsewhere, "leaves bytes of a page as they were"),
+        (clears_values, "does not put all numbers"),
+    ],
+)
+def test_a_page_that_does_not_stand_alone_is_refused(kernel: Callable[..., None], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        stored(PageLayout.OPAQUE, impl=Attention(kernel))
 
 
 # -- who shares ----------------------------------------------------------------------------------------------------
@@ -211,36 +265,54 @@ def with_steps(step: int) -> list[torch.Tensor]:
     return [torch.zeros(9, HEADS, PAGE + step, 2 * DIM)[:, :, :PAGE] for _ in range(LAYERS)]
 
 
-DIFFERENT: dict[str, dict[str, Any]] = {
-    "kernel": {"impl": Attention(Kernel(2))},
-    "class": {"impl": AttentionOfAnotherKind(Kernel(1))},
-    "instruction set": {"isa": "amx"},
-    "release": {"release": "vllm 0.32.1"},
-    "platform": {"platform": "cpu x86_64 AVX2"},
-    "kv dtype": {"cache_dtype": "fp8"},
-    "settings": {"attention": Settings("another")},
-    "tp": {"tp": 2},
-    "pp": {"pp": 2},
-    "page steps": {"tensors": with_steps(1)},
-    "page size": {"tensors": tensors(page=64), "page_bytes": 2 * HEADS * PAGE * 2 * DIM * 4},
-    "dtype": {"tensors": [tensor.to(torch.int32) for tensor in tensors()]},
+DIFFERENT: dict[str, tuple[set[str], dict[str, Any]]] = {
+    "kernel": ({"written"}, {"impl": Attention(Kernel(2))}),
+    "class": ({"attention"}, {"impl": AttentionOfAnotherKind(Kernel(1))}),
+    "instruction set": ({"isa"}, {"isa": "amx"}),
+    "release": ({"engine"}, {"release": "vllm 0.32.1"}),
+    "platform": ({"platform"}, {"platform": "cpu x86_64 AVX2"}),
+    "kv dtype": ({"kv dtype"}, {"cache_dtype": "fp8"}),
+    "model's dtype": ({"kv dtype"}, {"dtype": torch.bfloat16, "impl": WritesInForward()}),
+    "settings": ({"settings"}, {"attention": Settings("another")}),
+    "tp": ({"split"}, {"tp": 2}),
+    "pp": ({"split"}, {"pp": 2}),
+    "heads": ({"split"}, {"mine": RankSlice(range(LAYERS), range(1))}),
+    "page steps": ({"page"}, {"tensors": with_steps(1)}),
+    "page size": ({"page"}, {"tensors": tensors(page=64), "impl": WritesInForward()}),
+    "dtype": ({"page"}, {"tensors": [each.to(torch.int32) for each in tensors()], "impl": WritesInForward()}),
 }
+"""What differs, the facts that say so and no others do, and how an engine is made to be so."""
 
 
 @pytest.mark.parametrize("what", DIFFERENT)
 def test_engines_that_differ_in_anything_that_decides_their_bytes_share_nothing(what: str) -> None:
-    one, other = facts_of(Engine().worker()), facts_of(Engine(**DIFFERENT[what]).worker())
+    says, changes = DIFFERENT[what]
+    alike = {"impl": changes["impl"]} if isinstance(changes.get("impl"), WritesInForward) else {}
+    one, other = facts_of(Engine(**alike).worker()), facts_of(Engine(**changes).worker())
+    assert {name for name in one if one[name] != other[name]} == says
     assert fingerprint(one) != fingerprint(other)
 
 
 def test_engines_that_are_alike_share_and_so_do_all_ranks_and_any_number_of_pages() -> None:
-    one = facts_of(Engine(tp=2, mine=RankSlice(range(LAYERS), range(1)), tensors=tensors(heads=1)).worker())
+    common: dict[str, Any] = {"tp": 2, "impl": Attention(Kernel(1, heads=1))}
+    one = facts_of(Engine(mine=RankSlice(range(LAYERS), range(1)), tensors=tensors(heads=1), **common).worker())
     larger = [torch.zeros(30, 1, PAGE, 2 * DIM) for _ in range(LAYERS)]
-    other = facts_of(Engine(tp=2, mine=RankSlice(range(LAYERS), range(1, 2)), tensors=larger).worker())
+    other = facts_of(Engine(mine=RankSlice(range(LAYERS), range(1, 2)), tensors=larger, **common).worker())
     assert one == other
+    assert re.fullmatch("[0-9a-f]{64}", one["written"]), "the kernel was tried"
 
 
-@pytest.mark.parametrize("name", ["VLLM_KV_CACHE_LAYOUT", "VLLM_ROCM_SHUFFLE_KV_CACHE_LAYOUT"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "VLLM_KV_CACHE_LAYOUT",
+        "VLLM_ROCM_SHUFFLE_KV_CACHE_LAYOUT",
+        "AITER_ANYTHING",
+        "FLASHINFER_ANYTHING",
+        "FLASH_ATTENTION_TRITON_AMD_ENABLE",
+        "TESTS_ANYTHING",  # the package of this test's classes
+    ],
+)
 def test_environment_that_may_choose_an_order_is_part_of_it(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-1")
     before = facts_of(Engine().worker())
@@ -267,6 +339,89 @@ def test_a_patched_backend_is_another_one_though_its_name_and_release_are_the_sa
         prints.append(fingerprint(facts_of(Engine(impl=Ours()).worker())))
         del sys.modules["patched"]
     assert prints[0] == prints[2] != prints[1]
+
+
+def test_a_packages_helpers_and_libraries_are_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = tmp_path / "plugin_with_pages"
+    (directory / "deep").mkdir(parents=True)
+    (directory / "__init__.py").write_text("class Attention:\n    pass\n")
+    (directory / "deep" / "helper.py").write_text("ORDER = 1\n")
+    (directory / "kernel.so").write_bytes(b"one")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    plugin = importlib.import_module(directory.name)
+
+    def facts() -> dict[str, str]:
+        return facts_of(Engine(impl=plugin.Attention()).worker())
+
+    first = facts()
+    assert facts() == first
+    (directory / "notes.txt").write_text("not code")
+    assert facts() == first
+    seen = {first["packages"]}
+    for name, content in (("deep/helper.py", b"ORDER = 2\n"), ("kernel.so", b"another"), ("more.so", b"")):
+        (directory / name).write_bytes(content)
+        now = facts()
+        assert {key for key in now if now[key] != first[key]} == {"packages"}
+        seen.add(now["packages"])
+    assert len(seen) == 4
+    del sys.modules[directory.name]
+
+
+def test_releases_of_what_may_write_pages_are_part_of_it_and_no_others() -> None:
+    has = {"flash-attn": "2.8", "amd_aiter": "0.1", "FlashInfer.python": "0.5", "triton": "3", "My_Plugin": "7"}
+    others = {"tritonclient": "2", "requests": "2.32", "numpy": "2"}
+    said = releases(["my_plugin", "numpyro"], [*has.items(), *others.items()])
+    assert said == "amd-aiter=0.1 flash-attn=2.8 flashinfer-python=0.5 my-plugin=7 triton=3"
+    for name in has:
+        assert releases(["my_plugin"], [*(has | {name: "9"}).items(), *others.items()]) != said
+
+
+def composed(**variants: type) -> tuple[type, type]:
+    """A backend and its implementation as vLLM composes them: their names say nothing of what they are made of."""
+
+    class Composite:
+        pass
+
+    class CompositeBackend:
+        forward_includes_kv_cache_update = False
+
+        @staticmethod
+        def get_impl_cls() -> type:
+            return Composite
+
+    for name, kind in variants.items():
+        setattr(CompositeBackend, name, kind)
+    return CompositeBackend, Composite
+
+
+def test_composed_backends_are_told_apart_by_what_they_are_made_of() -> None:
+    class One:
+        get_impl_cls = staticmethod(lambda: Attention)
+
+    class Other:
+        get_impl_cls = staticmethod(lambda: AttentionOfAnotherKind)
+
+    made = [composed(first=One, second=Other), composed(first=Other, second=One), composed(first=One)]
+    made.append(composed(first=composed(first=Other)[0]))
+    assert len({attention_name(*each) for each in made}) == len(made)
+    assert attention_name(*composed(first=One)) == attention_name(*made[2])
+    assert {Attention, AttentionOfAnotherKind, One, Other} < attention_classes(*made[0])
+    assert {AttentionOfAnotherKind, Other} < attention_classes(*made[3])
+
+
+def test_a_backend_whose_source_cannot_be_read_says_so(tmp_path: Path) -> None:
+    source = tmp_path / "gone.py"
+    source.write_text("class Gone:\n    pass\n")
+    spec = importlib.util.spec_from_file_location("gone", source)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules["gone"] = module
+    source.unlink()
+    assert source_digest([module.Gone]) == "no source"
+    del sys.modules["gone"]
 
 
 def test_a_single_number_elsewhere_in_a_page_is_another_digest() -> None:
