@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
+from itertools import product
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -60,7 +61,7 @@ _OPAQUE = (
 )
 _FOREIGN = (
     "nothing is loaded or saved: this worker's pages are %s, and the scheduler's side took them for %s; where several "
-    "connectors are used, list KVStoreConnector first"
+    "connectors are used, list KVStoreConnector first, and none that has a handshake of its own (NIXL, say)"
 )
 
 TESTED_VERSIONS = ("0.32",)
@@ -272,11 +273,15 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """What workers have found their pages to be, where that is not canonical bytes."""
         told = {rank: one for rank, one in metadata.items() if isinstance(one, KVStoreHandshake)}
         if told:
-            self._model = agreed_model(
-                {rank: one.model for rank, one in told.items()}, self._config.parallel_config.world_size
-            )
+            parallel = self._config.parallel_config
+            ranks = product(range(parallel.pipeline_parallel_size), range(parallel.tensor_parallel_size))
+            model = agreed_model({rank: (one.model, one.why_opaque) for rank, one in told.items()}, list(ranks))
+            if self._scheduler is not None and self._scheduler.model != model:
+                raise ConfigError("workers tell how they keep their pages when requests have come already")
+            self._model = model
             why = next(iter(told.values())).why_opaque
-            log.warning(_OPAQUE, why, self._model.layout, self._model.block_tokens)
+            level = logging.INFO if self._settings.layout == PageLayout.OPAQUE else logging.WARNING
+            log.log(level, _OPAQUE, why, model.layout, model.block_tokens)
         self._side()
 
     def _side(self) -> SchedulerSide:
@@ -319,7 +324,8 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 self._pages.setdefault(request, []).extend(fresh[0])
             computed[request] = cached.num_computed_tokens[at]
         step = Scheduled(scheduler_output.num_scheduled_tokens, computed, self._pages)
-        return KVStoreMetadata(self._side().orders(step), self._model)
+        side = self._side()
+        return KVStoreMetadata(side.orders(step), side.model)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         self._side().stepped()
@@ -451,6 +457,8 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if not self._said_foreign:
             self._said_foreign = True
             log.error(_FOREIGN, self._model.layout, found.model.layout)
+            if self._worker is not None:
+                self._worker.is_foreign()
         return found.orders.refused()
 
 

@@ -119,18 +119,26 @@ def stored_pages(worker: Worker, wanted: PageLayout) -> StoredPages:
     return StoredPages(made, pages, why)
 
 
-def agreed_model(told: Mapping[tuple[int, int], ModelId], num_ranks: int) -> ModelId:
-    """The identity under which ranks keep their pages as they are: all of them, and the same on each.
+def agreed_model(told: Mapping[tuple[int, int], tuple[ModelId, str]], ranks: Sequence[tuple[int, int]]) -> ModelId:
+    """The identity under which ranks keep their pages as they are: all of `ranks`, and the same on each.
+
+    Args:
+        told: by rank (of the pipeline, of tensors), its identity, and why it stores pages as they are. Ranks that store
+            canonical bytes say nothing.
 
     Raises ConfigError where ranks differ.
     """
-    first, *others = told.values()
-    if len(told) < num_ranks or any(other != first for other in others):
-        layouts = ", ".join(f"{rank}: {model.layout}" for rank, model in sorted(told.items()))
-        raise ConfigError(
-            f"of the engine's {num_ranks} ranks not all pack their pages alike, which is not stored ({layouts})"
-        )
-    return first
+    models = {model for model, _ in told.values()}
+    if len(models) == 1 and told.keys() >= set(ranks):
+        return models.pop()
+    said = [
+        f"pp{rank[0]} tp{rank[1]}: " + (f"{told[rank][0].layout}, {told[rank][1]}" if rank in told else "canonical")
+        for rank in sorted({*told, *ranks})
+    ]
+    raise ConfigError(
+        f"of the engine's {len(ranks)} ranks not all pack their pages alike, which is not stored ({'; '.join(said)}); "
+        'set "layout": "opaque" to store those of all ranks as they are, which does where they run the same kernels'
+    )
 
 
 def _canonical(worker: Worker) -> EnginePages | DevicePages:

@@ -265,12 +265,14 @@ class Report:
         unsaved: request → first block that was not copied, because a load it builds on had failed.
         counts: what was done, by name, for the engine's metrics.
         resets: orders to reset that were carried out, over all workers: what was ordered before has been done.
+        is_foreign: a worker's pages are not of the model that orders are for: it loads and saves nothing.
     """
 
     loads: dict[str, LoadReport] = field(default_factory=dict)
     unsaved: dict[str, int] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
     resets: int = 0
+    is_foreign: bool = False
 
     def joined(self, other: Report) -> Report:
         loads = dict(self.loads)
@@ -282,7 +284,7 @@ class Report:
         counts = dict(self.counts)
         for name, value in other.counts.items():
             counts[name] = counts.get(name, 0.0) + value
-        return Report(loads, unsaved, counts, self.resets + other.resets)
+        return Report(loads, unsaved, counts, self.resets + other.resets, self.is_foreign or other.is_foreign)
 
     def __bool__(self) -> bool:
-        return bool(self.loads or self.unsaved or self.counts or self.resets)
+        return bool(self.loads or self.unsaved or self.counts or self.resets or self.is_foreign)

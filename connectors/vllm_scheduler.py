@@ -150,6 +150,7 @@ class SchedulerSide:
         now_s: Callable[[], float] = time.monotonic,
         adapters: AdapterDigests | None = None,
     ) -> None:
+        self.model = model
         self._settings = settings
         self._store = store
         self._share = share
@@ -470,6 +471,8 @@ class SchedulerSide:
 
     def reported(self, report: Report) -> None:
         """Workers' news: release what is done, learn what it cost, take back what was not saved."""
+        if report.is_foreign:
+            self._rest()
         for request_id, done in report.loads.items():
             loading = self._loading.get(request_id)
             if loading is None:
@@ -488,6 +491,12 @@ class SchedulerSide:
         for name, value in report.counts.items():
             self.figures.add(name, value)
         self._resets.carried_out(report.resets)
+
+    def _rest(self) -> None:
+        """Load, save and announce nothing more: workers cannot, and others would wait for what never comes."""
+        self._settings = replace(self._settings, load=False, save=False)
+        for tracked in self._tracked.values():
+            self._withdraw(tracked)
 
     def _note_load(self, request_id: str, done: LoadReport, *, start: int, stop: int | None) -> None:
         for tier, num_bytes in done.num_bytes.items():

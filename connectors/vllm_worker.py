@@ -474,6 +474,10 @@ class WorkerSide:
 
     # -- reports -----------------------------------------------------------------------------------------------
 
+    def is_foreign(self) -> None:
+        """Orders are for pages of another model than this worker's: say so in the next report."""
+        self._report.is_foreign = True
+
     def report(self) -> Report | None:
         """News for the scheduler's side; None for none."""
         self._settle()

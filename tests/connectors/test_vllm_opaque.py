@@ -455,12 +455,18 @@ def test_canonical_and_opaque_and_two_opaque_engines_have_different_identities()
     assert stored().model == stored().model
 
 
-def test_ranks_that_pack_alike_agree_and_others_are_refused() -> None:
-    one, other = stored().model, stored(impl=Attention(Kernel(2))).model
-    assert agreed_model({(0, 0): one, (0, 1): one}, 2) == one
-    for told in ({(0, 0): one, (0, 1): other}, {(0, 1): one}):
-        with pytest.raises(ConfigError, match="not all pack their pages alike"):
-            agreed_model(told, 2)
+def test_ranks_that_pack_alike_agree_and_others_are_refused_by_name() -> None:
+    one, other = (stored(impl=Attention(Kernel(seed))) for seed in (1, 2))
+    first, second = (one.model, "why one"), (other.model, "why other")
+    ranks = [(0, 0), (0, 1)]
+    assert agreed_model(dict.fromkeys(ranks, first), ranks) == one.model
+    with pytest.raises(ConfigError, match="not all pack their pages alike") as differing:
+        agreed_model({(0, 0): first, (0, 1): second}, ranks)
+    assert f"pp0 tp0: {one.model.layout}, why one; pp0 tp1: {other.model.layout}, why other" in str(differing.value)
+    with pytest.raises(ConfigError, match="not all pack their pages alike") as canonical:
+        agreed_model({(0, 1): first}, ranks)
+    assert f"pp0 tp0: canonical; pp0 tp1: {one.model.layout}, why one" in str(canonical.value)
+    assert 'set "layout": "opaque"' in str(canonical.value)
 
 
 def test_a_part_is_what_a_rank_holds_whatever_grid_is_set() -> None:

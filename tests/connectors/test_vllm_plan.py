@@ -438,6 +438,35 @@ def test_orders_that_are_refused_fail_their_loads_and_let_go_of_what_they_hold()
     bench.close()
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_after_a_worker_said_that_orders_are_not_for_its_pages_nothing_is_loaded_saved_or_announced(
+    num_ranks: int,
+) -> None:
+    bench = Bench(num_ranks=num_ranks)
+    bench.fill(tokens(100))
+    running = FakeRequest("running", tokens(100, 1))
+    bench.side.match(running, 0)
+    bench.side.allocated(running, bench.pages_for(running), 0)
+    assert bench.store.live_announcements == 1
+    bench.worker.is_foreign()
+    news = cast(Report, bench.worker.report())
+    for _ in range(1, num_ranks):
+        news = Report().joined(news).joined(Report())
+    bench.side.reported(news)
+    assert bench.worker.report() is None, "it is said once"
+    assert bench.store.live_announcements == 0, "nobody waits for what does not come"
+    bench.store.calls.clear()
+    assert bench.step((running, 100)).saves == ()
+    again = FakeRequest("again", tokens(100))
+    assert bench.side.match(again, 0) == (0, False)
+    bench.side.allocated(again, bench.pages_for(again), 0)
+    assert bench.step((again, 100)) == Orders()
+    for request in (running, again):
+        assert not bench.side.ended(request, bench.pages_for(request))
+    assert set(bench.store.calls) <= {"forget"}
+    bench.close()
+
+
 def test_who_steps_together_with_other_engines_never_waits_as_if_alone() -> None:
     bench = Bench(may_be_alone=False)
     request = FakeRequest("r", tokens(120))
