@@ -366,7 +366,7 @@ def test_preempted_requests_of_an_unknown_order_come_back_whole(run: Run) -> Non
     assert healthy(facts)
 
 
-def test_a_scheduler_that_was_not_told_of_opaque_pages_loads_and_saves_nothing(run: Run) -> None:
+def test_a_scheduler_that_was_not_told_of_opaque_pages_rests_and_refuses_to_be_told_late(run: Run) -> None:
     facts = run("untold")
     after, before = facts["after"], facts["before"]
     assert after["layout"] == "canonical"
@@ -374,9 +374,14 @@ def test_a_scheduler_that_was_not_told_of_opaque_pages_loads_and_saves_nothing(r
     assert before["layout"].startswith("opaque:")
     assert before["hits"] == [0, 0, 288, 288]
     assert before["num_blocks"] > facts["there"]
+    # Of four requests, two of which find blocks: the first, whose step tells the scheduler's side.
+    assert (after["loads"], after["failed_loads"]) == (1, 1)
+    assert (before["loads"], before["failed_loads"]) == (2, 0)
     for engine in (before, after):
         assert engine["equal"] == [True] * 4
         assert engine["held"] == []
+        assert "when requests have come already" in engine["late"]
+        assert engine["layout_then"] == engine["layout"]
 
 
 @pytest.mark.parametrize("scenario", ["strangers", "ranks"])

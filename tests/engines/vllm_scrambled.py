@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+from connectors.vllm import KVStoreHandshake
+from kvstore.errors import ConfigError
 from tests.engines.vllm_shared import Sidecar
 from tests.engines.vllm_support import (
     BLOCK,
@@ -270,7 +273,16 @@ def _beside_talker(workdir: Path, address: str, how: str) -> Facts:
         facts["hits"].append(hits[0])
         engine.forget()
     (mine,) = (each for each in engine.connector._connectors if not isinstance(each, Talker))
-    return {**facts, "layout": mine.model_id.layout, "held": mine._scheduler.check()}
+    counts = mine._scheduler.figures.counts
+    facts |= {name: counts.get(name, 0) for name in ("loads", "failed_loads")}
+    facts |= {"layout": mine.model_id.layout, "held": mine._scheduler.check(), "late": ""}
+    try:
+        mine.set_xfer_handshake_metadata_pp_aware(
+            {(0, 0): KVStoreHandshake(replace(mine.model_id, layout="opaque:another"), "too late")}
+        )
+    except ConfigError as error:
+        facts["late"] = str(error)
+    return {**facts, "layout_then": mine.model_id.layout}
 
 
 SCENARIOS: dict[str, Callable[[Path], Facts]] = {
