@@ -280,8 +280,8 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 raise ConfigError("workers tell how they keep their pages when requests have come already")
             self._model = model
             why = next(iter(told.values())).why_opaque
-            level = logging.INFO if self._settings.layout == PageLayout.OPAQUE else logging.WARNING
-            log.log(level, _OPAQUE, why, model.layout, model.block_tokens)
+            is_wanted = PageLayout(self._settings.layout) is PageLayout.OPAQUE
+            log.log(logging.INFO if is_wanted else logging.WARNING, _OPAQUE, why, model.layout, model.block_tokens)
         self._side()
 
     def _side(self) -> SchedulerSide:
