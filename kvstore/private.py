@@ -23,8 +23,8 @@ def read_private(path: str | Path, name: str) -> bytes:
         raise ConfigError(f"{name} {path} cannot be read: {error.strerror}") from error
 
 
-def own_directory(path: str | Path, gid: int | None = None) -> None:
-    """Make a directory that nobody but this user may enter, and members of a group; raises ConfigError.
+def own_directory(path: str | Path) -> None:
+    """Make a directory that nobody but this user may enter, or find it made by this user; raises ConfigError.
 
     For places like /tmp, where anyone could have come first: what lies in there nobody else has put there, or holds.
     """
@@ -36,8 +36,15 @@ def own_directory(path: str | Path, gid: int | None = None) -> None:
             raise ConfigError(
                 f"{path} is user {found.st_uid}'s, or no directory: have it removed, or choose another service.listen"
             )
+    except OSError as error:
+        raise ConfigError(f"directory {path} cannot be made: {error.strerror}") from error
+
+
+def open_directory(path: str | Path, gid: int | None) -> None:
+    """Let members of a group pass through a directory of this user's, or nobody but the user; raises ConfigError."""
+    try:
         if gid is not None:
             os.chown(path, -1, gid)
         os.chmod(path, 0o700 if gid is None else 0o710)
     except OSError as error:
-        raise ConfigError(f"directory {path} cannot be made: {error.strerror}") from error
+        raise ConfigError(f"directory {path} cannot be opened to group {gid}: {error.strerror}") from error

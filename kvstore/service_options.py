@@ -7,10 +7,8 @@ Nothing here opens, reads or checks a file: `kvstore.service.rights` does, when 
 
 from __future__ import annotations
 
-import contextlib
 import ipaddress
 import os
-import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,28 +31,29 @@ _LOG_FORMATS = ("text", "json")
 _MAX_SOCKET_PATH = 107 - len(".door")  # sun_path holds 107 bytes, and the door's name is longer
 
 
+_DEFAULT_DIRECTORY = "/tmp/kvstore-"
+
+
 def default_directory() -> str:
     """Where sockets lie for want of XDG_RUNTIME_DIR: a directory that a server makes, this user's alone.
 
     In /tmp itself anybody could hold the lock beside a socket, or make either before their user does.
     """
-    return f"/tmp/kvstore-{os.getuid()}"
+    return f"{_DEFAULT_DIRECTORY}{os.getuid()}"
+
+
+def user_of(directory: str) -> int | None:
+    """Whose `default_directory` this is, by its name: anybody could have made it. None of others."""
+    user = directory.removeprefix(_DEFAULT_DIRECTORY)
+    return int(user) if user != directory and user.isdecimal() else None
 
 
 def default_address() -> str:
-    """Where a server listens, and a client looks for one, when told nothing: a Unix socket of this user.
-
-    Where versions before had it, if this user's lies there: then one of them may be running.
-    """
+    """Where a server listens, and a client looks for one, when told nothing: a Unix socket of this user."""
     directory = os.environ.get("XDG_RUNTIME_DIR", "")
     path = f"{directory}/kvstore.sock"
     if os.path.isabs(directory) and os.path.isdir(directory) and len(os.fsencode(path)) <= _MAX_SOCKET_PATH:
         return f"{UNIX}{path}"
-    before = f"{default_directory()}.sock"
-    with contextlib.suppress(OSError):
-        found = os.lstat(before)
-        if stat.S_ISSOCK(found.st_mode) and found.st_uid == os.getuid():
-            return f"{UNIX}{before}"
     return f"{UNIX}{default_directory()}/kvstore.sock"
 
 

@@ -15,7 +15,7 @@ from typing import Self
 
 from kvstore.errors import AccessDenied, ProtocolError, ServiceUnavailable
 from kvstore.service.door import BUSY, CREDENTIALS, HEADER, MAGIC, MAX_MESSAGE, OPEN, VERSION, door_path
-from kvstore.service_options import default_directory
+from kvstore.service_options import user_of
 
 _TIMEVAL = struct.Struct("@ll")
 
@@ -111,8 +111,8 @@ def trust_socket(place: str | Path) -> None:
 
 def _refuse_stranger(uid: int, place: str) -> None:
     directory = os.path.dirname(place) or "."
-    # The default one is made in /tmp, where anybody could have made it.
-    owner = 0 if directory == default_directory() else os.stat(directory).st_uid
+    user = user_of(directory)
+    owner = os.stat(directory).st_uid if user is None else user
     if uid not in (os.geteuid(), 0, owner):
         raise AccessDenied(
             f"the service at {place} runs as user {uid}, whom this user does not trust: have it listen in a directory "

@@ -28,7 +28,7 @@ import kvstore
 from kvstore.clock import Clock, MonotonicClock
 from kvstore.config import StoreConfig
 from kvstore.errors import CapacityError, ConfigError, MappingClosed
-from kvstore.private import own_directory
+from kvstore.private import open_directory, own_directory
 from kvstore.service.calls import Calls
 from kvstore.service.care import Care
 from kvstore.service.claim import clear_stale, group_id
@@ -175,8 +175,9 @@ class Server:
         self._door: Door | None = None
         if options.unix_path is None:
             return
-        if str(options.unix_path.parent) == default_directory():
-            own_directory(default_directory(), group_id(options.group))
+        is_default = str(options.unix_path.parent) == default_directory()
+        if is_default:
+            own_directory(default_directory())
         arena = self._store.arena
         self._door = Door(
             options.unix_path,
@@ -189,6 +190,8 @@ class Server:
             group=options.group,
             max_peers=options.max_sessions,
         )
+        if is_default:  # only now is no other server there, whose clients need it as it was
+            open_directory(default_directory(), group_id(options.group))
 
     def _serve(self, options: ServiceOptions, secret: bytes, undo: contextlib.ExitStack) -> None:
         self._executor = ThreadPoolExecutor(_UNARY_THREADS + options.max_streams, thread_name_prefix="kvstore-call")
