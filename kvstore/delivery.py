@@ -182,7 +182,7 @@ class Delivery:
             self.stopped = True
             self._moved.notify_all()
 
-    def wait_fetched(self, timeout_s: float | None = None) -> bool:
-        """Wait until nobody writes to the load's slots; False on time-out."""
+    def wait_fetched(self) -> None:
+        """Wait until nobody writes to the load's slots."""
         with self._moved:
-            return self._moved.wait_for(lambda: not self.fetching, timeout_s)
+            self._moved.wait_for(lambda: not self.fetching)

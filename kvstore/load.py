@@ -16,7 +16,6 @@ import numpy.typing as npt
 
 from kvstore.api import HOST_TIER
 from kvstore.arena import PAGE_BYTES
-from kvstore.block import RootId
 from kvstore.delivery import Delivery, LoadPlan, ReadyBlock
 from kvstore.fetch import Fetch
 from kvstore.lease import Lease, LeaseBook
@@ -37,11 +36,6 @@ class BlockLoad:
     @property
     def num_blocks(self) -> int:
         return self._plan.stop - self._plan.start
-
-    @property
-    def root(self) -> RootId:
-        """What its blocks lie under."""
-        return self._plan.chain.root.id
 
     @property
     def start(self) -> int:
@@ -142,10 +136,6 @@ class BlockLoad:
     def stop(self) -> None:
         """Bring in no more, and wait for nothing; `close` still has to follow."""
         self._delivery.stop()
-
-    def wait_fetched(self, timeout_s: float) -> bool:
-        """Wait until nothing is brought in any more; False on time-out."""
-        return self._delivery.wait_fetched(timeout_s)
 
     def close(self) -> None:
         """Release. Waits until a fetch under way has stopped writing to the load's slots."""

@@ -448,20 +448,11 @@ class KVStore:
             else:
                 if not tier.read_only:
                     self.events.cleared_below(tier.name, root)
-        if not self._stop_loads(root):
-            failure = failure or TierTimeout("loads", "a read has not ended: what it brings up may outlast the clear")
+        # Loads that began between brought up what was found below before. One that begins now finds nothing there.
         removed += self._host.pool.clear(root)
         if failure is not None:
             raise failure
         return removed
-
-    def _stop_loads(self, root: RootId | None) -> bool:
-        """Bring nothing up any more that loads have found below before; False where one is still at it."""
-        loads = [load for load in list(self._loads) if not load.is_whole and root in (None, load.root)]
-        for load in loads:
-            load.stop()
-        until_s = self._clock.now_s() + self.config.request.read_deadline_s
-        return all(load.wait_fetched(max(0.0, until_s - self._clock.now_s())) for load in loads)
 
     def limit(self, root: RootId, group: str, max_bytes: int | None) -> None:
         """Let the blocks of all roots of `group`, `root` being one from now on, take `max_bytes` of the host.

@@ -926,6 +926,11 @@ def test_a_reset_that_the_store_did_not_carry_out_is_owed_and_nothing_is_used_un
         assert not bench.side.ended(request, bench.pages_for(request))
         bench.step()
         assert len(bench.store.blocks) == 12
+    for _ in range(2):  # beside the steps, and again
+        bench.store.calls.clear()
+        bench.clock.time_s += 2
+        assert eventually(lambda: (bench.step(), "clear" in bench.store.calls)[1])
+        assert eventually(lambda: (bench.step(), bench.side._resets._under_way is None)[1])
     bench.store.faults.failing = set()
     bench.clock.time_s += 2
     assert eventually(lambda: (bench.step(), not bench.store.blocks)[1])
