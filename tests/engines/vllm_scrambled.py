@@ -6,6 +6,7 @@ Which order it is only `ORDER` says: between two of them nothing differs but wha
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -100,18 +101,32 @@ def scramble(order: int) -> None:
 # -- one engine ------------------------------------------------------------------------------------------------
 
 
+class _Heard(logging.Handler):
+    """Levels at which the connector said that pages are stored as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.levels: list[str] = []
+        logging.getLogger("kvstore.connector.vllm").addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "stored as they are" in record.getMessage():
+            self.levels.append(record.levelname)
+
+
 def kept(workdir: Path, order: int = 0, **options: Any) -> Facts:
     """Cold, again, a prompt that parts from it within a block, a second turn, and the control."""
     scramble(order)
     reference, store = Reference(workdir), FaultyStore()
     extra = {"layout": "auto" if order else "opaque", **options.pop("extra", {})}
+    heard = _Heard()
     engine = Engine(reference.directory, store, extra=extra, **{**_SMALL, **options})
     prompt = tokens_of(1)
     want = reference.generate(prompt, _NEW)
     longer = [*prompt, *want, *tokens_of(2, 50)]
     alike = [*prompt[:210], *tokens_of(3, 90)]
     facts: Facts = {"layout": engine.model_id.layout, "block_tokens": engine.model_id.block_tokens}
-    facts |= {"equal": [], "hits": [], "num_distinct": len(set(want))}
+    facts |= {"equal": [], "hits": [], "num_distinct": len(set(want)), "warned": "WARNING" in heard.levels}
     for tokens in (prompt, prompt, alike, longer):
         engine.forget()
         outs, hits = engine.generate([tokens], _NEW)
