@@ -13,7 +13,7 @@ full with nothing else to do.
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -256,7 +256,10 @@ class Writer:
         """Send parts in groups, each one transaction with its accounts. Returns the keys that arrived."""
         landed: set[PartKey] = set()
         unanswered: deque[list[PartKey]] = deque()
-        spent = _Spent(encodes={root: self._codec.encodes(root) for root in {item[0].root for item in items}})
+        num_bytes: Counter[RootId] = Counter()
+        for key, _, part, _ in items:
+            num_bytes[key.root] += len(part)
+        spent = _Spent(encodes=self._codec.encodes(num_bytes))
         began_s = time.perf_counter()
         groups = self._values(items, spent)
         following = next(groups, None)
@@ -270,9 +273,7 @@ class Writer:
             landed |= self._answers(wire, keys, deadline, counts)
         took_s = time.perf_counter() - began_s
         self._codec.link.sent(spent.num_bytes, took_s - spent.encode_s)
-        if len(spent.encodes) == 1:
-            ((root, encoded),) = spent.encodes.items()
-            self._codec.wrote(root, sum(len(part) for _, _, part, _ in items), took_s, encoded=encoded)
+        self._codec.wrote(spent.encodes, num_bytes, took_s)
         return landed
 
     def _groups(self, items: Sequence[Item]) -> Iterator[Sequence[Item]]:
