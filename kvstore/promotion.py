@@ -22,7 +22,7 @@ from kvstore.layout import BlockLayout
 from kvstore.pool import Reservation, part_mask
 
 _LEAST_GROUP_BYTES = 1 << 20
-_MOST_GROUP_BYTES = 16 << 20
+_MOST_GROUP_BYTES = 64 << 20
 """Blocks become resident, and are handed out, so many bytes at a time: while that goes on nothing is received, and
 what a hand-out costs (0.2 ms with the caches full of bulk bytes) is paid once. First and last groups are small: what
 is not handed out cannot be copied."""
