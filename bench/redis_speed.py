@@ -3,7 +3,9 @@
 
 In a round every arm moves the same bytes over the same transport to the same server, one after the other, with as
 many connections; a ratio is taken within its round, and the median of rounds is reported. So what else the machine
-does hits both sides, and a noisy minute does not become a figure.
+does hits both sides, and a noisy minute does not become a figure. Rounds are taken from several servers, one after the
+other, each with a store of its own: where the memory of both came to lie moves a ratio by a tenth for as long as they
+live.
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ TINY = ModelId(
 _DEADLINE_S = 60.0
 _CONNECTIONS = 1
 """What a load or a save uses, and so what a ceiling is given."""
+_SERVERS = 5
 
 Row = dict[str, object]
 Tick = Callable[[], None]
@@ -87,6 +90,10 @@ class Rounds:
 
     def forget(self) -> None:
         self.seconds.clear()
+
+    def extend(self, other: Rounds) -> None:
+        for arm, seconds in other.seconds.items():
+            self.seconds.setdefault(arm, []).extend(seconds)
 
 
 class Parts:
@@ -335,45 +342,50 @@ def measure_redis(
     """Every figure of the Redis tier, against the embedded Valkey and, where there is one, `redis-server`."""
     summary: dict[str, float] = {}
     rows: list[Row] = []
-    parts = Parts(big, total_bytes, seed)
+    parts, small = Parts(big, total_bytes, seed), Parts(SMALL, min(total_bytes, 128 << 20), seed)
+    tcp, unix, tcp_small = Rounds(), Rounds(), Rounds()
+    for num_rounds in shares(repeats):
+        with EmbeddedServer(ServerOptions(port=_free_port())) as server:
+            over_tcp, over_unix = Place("valkey tcp", server.url), Place("valkey unix", server.unix_url)
+            tcp.extend(measure_transport(over_tcp, parts, num_rounds, redis_py=True, tick=tick))
+            unix.extend(measure_transport(over_unix, parts, num_rounds, redis_py=False, tick=tick))
+            tcp_small.extend(measure_transport(over_tcp, small, num_rounds, redis_py=False, tick=tick))
+    rows += rows_of(tcp, "valkey tcp", parts.num_bytes) + rows_of(unix, "valkey unix", parts.num_bytes)
+    rows += rows_of(tcp_small, "valkey tcp, 128 KiB", small.num_bytes)
+    summary |= _ratios(tcp, "redis_{verb}_ratio") | _ratios(tcp, "redis_tier_{verb}_ratio", arm="tier")
+    for verb in ("load", "save"):
+        summary[f"redis_{verb}_vs_redispy"] = tcp.ratio(f"redis-py {verb}", f"store {verb}")
+    summary |= _ratios(unix, "redis_unix_{verb}_ratio") | _ratios(tcp_small, "redis_small_{verb}_ratio")
     with EmbeddedServer(ServerOptions(port=_free_port())) as server:
-        tcp, unix = Place("valkey tcp", server.url), Place("valkey unix", server.unix_url)
-        rounds = measure_transport(tcp, parts, repeats, redis_py=True, tick=tick)
-        rows += rows_of(rounds, tcp.name, parts.num_bytes)
-        summary |= _ratios(rounds, "redis_{verb}_ratio")
-        summary |= _ratios(rounds, "redis_tier_{verb}_ratio", arm="tier")
-        for verb in ("load", "save"):
-            summary[f"redis_{verb}_vs_redispy"] = rounds.ratio(f"redis-py {verb}", f"store {verb}")
-        rounds = measure_transport(unix, parts, repeats, redis_py=False, tick=tick)
-        rows += rows_of(rounds, unix.name, parts.num_bytes)
-        summary |= _ratios(rounds, "redis_unix_{verb}_ratio")
-        ratios, more = _small(tcp, total_bytes, repeats, seed, tick)
-        summary |= ratios
-        rows += more
-        calls, more = measure_calls(tcp, repeats, seed)
-        summary |= calls
-        rows += more
+        calls, more = measure_calls(Place("valkey tcp", server.url), repeats, seed)
+    summary |= calls
+    rows += more
     binary = shutil.which("redis-server")
     if binary:
-        with EmbeddedServer(ServerOptions(binary=Path(binary), port=_free_port())) as server:
-            place = Place("redis tcp", server.url)
-            rounds = measure_transport(place, parts, repeats, redis_py=False, tick=tick)
-            rows += rows_of(rounds, place.name, parts.num_bytes)
-            summary |= _ratios(rounds, "redis7_{verb}_ratio")
+        rounds = Rounds()
+        for num_rounds in shares(repeats):
+            with EmbeddedServer(ServerOptions(binary=Path(binary), port=_free_port())) as server:
+                place = Place("redis tcp", server.url)
+                rounds.extend(measure_transport(place, parts, num_rounds, redis_py=False, tick=tick))
+        rows += rows_of(rounds, "redis tcp", parts.num_bytes)
+        summary |= _ratios(rounds, "redis7_{verb}_ratio")
     return summary, rows
 
 
 def measure_small(total_bytes: int, repeats: int, seed: int, tick: Tick) -> tuple[dict[str, float], list[Row]]:
     """Those of `measure_redis` that are about parts of 128 KiB."""
-    with EmbeddedServer(ServerOptions(port=_free_port())) as server:
-        return _small(Place("valkey tcp", server.url), total_bytes, repeats, seed, tick)
+    parts, rounds = Parts(SMALL, min(total_bytes, 128 << 20), seed), Rounds()
+    for num_rounds in shares(repeats):
+        with EmbeddedServer(ServerOptions(port=_free_port())) as server:
+            place = Place("valkey tcp", server.url)
+            rounds.extend(measure_transport(place, parts, num_rounds, redis_py=False, tick=tick))
+    return _ratios(rounds, "redis_small_{verb}_ratio"), rows_of(rounds, "valkey tcp, 128 KiB", parts.num_bytes)
 
 
-def _small(place: Place, total_bytes: int, repeats: int, seed: int, tick: Tick) -> tuple[dict[str, float], list[Row]]:
-    parts = Parts(SMALL, min(total_bytes, 128 << 20), seed)
-    rounds = measure_transport(place, parts, repeats, redis_py=False, tick=tick)
-    rows = rows_of(rounds, f"{place.name}, 128 KiB", parts.num_bytes)
-    return _ratios(rounds, "redis_small_{verb}_ratio"), rows
+def shares(repeats: int) -> list[int]:
+    """Of so many rounds those of each server; one more comes before each, to warm up."""
+    num_servers = min(_SERVERS, repeats)
+    return [len(range(number, repeats, num_servers)) for number in range(num_servers)]
 
 
 def _ratios(rounds: Rounds, name: str, arm: str = "store") -> dict[str, float]:

@@ -25,7 +25,7 @@ from rich.progress import Progress
 from bench.asked import print_figures
 from bench.env import stamp
 from bench.options import whole
-from bench.redis_speed import NUM_TRANSPORTS, measure_redis, measure_small
+from bench.redis_speed import NUM_TRANSPORTS, measure_redis, measure_small, shares
 from bench.report import print_table, write_json
 from kvstore.api import Store
 from kvstore.block import Chain, ModelId, Root
@@ -255,7 +255,7 @@ def measure_host(bench: HostBench, repeats: int, tick: Callable[[], None]) -> di
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench tiers", description=__doc__)
     parser.add_argument("--mib", type=whole(8, 65_536), default=512, help="KV to move in each arm (default: 512)")
-    parser.add_argument("--repeats", type=whole(1, 10_000), default=9, help="rounds, arms alternating (default: 9)")
+    parser.add_argument("--repeats", type=whole(1, 10_000), default=15, help="rounds, arms alternating (default: 15)")
     parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=0)
     parser.add_argument(
         "--only", choices=("redis", "small"), help="leave the host tier out, or all but the 128 KiB parts in Redis"
@@ -265,7 +265,8 @@ def main(argv: list[str]) -> int:
     # Drawn between timings only: a refreshing thread takes the GIL and a core from what is timed.
     with Progress(transient=True, auto_refresh=False) as progress:
         num_transports = 1 if options.only == "small" else NUM_TRANSPORTS
-        total = 1 + options.repeats * 6 * (not options.only) + (options.repeats + 1) * num_transports
+        num_rounds = options.repeats + len(shares(options.repeats))
+        total = 1 + options.repeats * 6 * (not options.only) + num_rounds * num_transports
         task = progress.add_task("tiers", total=total)
 
         def tick() -> None:
