@@ -163,7 +163,7 @@ def _draw_one(axes: Axes, name: str, rows: Sequence[Row]) -> None:
     curves: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         curves.setdefault(str(row["policy"]), []).append((_number(row, "capacity_pct"), _number(row, "hit_pct")))
-    same = [name for policy, points in curves.items() if points == curves[BASELINE]]
+    same = [policy for policy, points in curves.items() if points == curves[BASELINE]]
     for policy, points in curves.items():
         if policy in same and policy != BASELINE:
             continue  # it would hide the baseline: `priority` is LRU where nobody states one

@@ -53,6 +53,9 @@ _DEADLINE_S = 60.0
 _CONNECTIONS = 1
 """What a load or a save uses, and so what a ceiling is given."""
 _SERVERS = 5
+_HOST_TIMES = 4
+"""How much more the host holds than is moved: the default holds 4 GiB. In one that a load fills the store asks for less
+at once."""
 
 Row = dict[str, object]
 Tick = Callable[[], None]
@@ -132,7 +135,7 @@ class Parts:
 def _store_config(total_bytes: int) -> StoreConfig:
     return StoreConfig.load(
         {
-            "host": {"capacity_bytes": total_bytes + (64 << 20)},
+            "host": {"capacity_bytes": _HOST_TIMES * total_bytes},
             "mover": {"write": "through", "queue_bytes": 8 << 30},
             "request": {"read_deadline_s": _DEADLINE_S, "lookup_deadline_s": 5},
         },
