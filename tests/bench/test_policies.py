@@ -135,6 +135,7 @@ def test_the_command_leaves_figures_and_a_picture(tmp_path: Path) -> None:
     assert result.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_several_traces_have_rows_each_and_one_summary_of_the_worst(tmp_path: Path) -> None:
     result = tmp_path / "result.json"
     small = tmp_path / "small.jsonl"
