@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 from collections.abc import Sequence
 from itertools import chain
 
@@ -63,6 +64,16 @@ class Content:
             assert into[key] == self.parts[key], "wrong bytes were delivered as right ones"
             delivered.append(key)
         return delivered
+
+    def held_in_passing(self, tier: Tier, into: dict[PartKey, memoryview]) -> int:
+        """The most bytes that Python held at once while all was written, and read into `into`."""
+        tracemalloc.start()
+        try:
+            assert self.write(tier) == set(self.keys)
+            assert [key for keys in tier.read(into, DEADLINE_S) for key in keys] == self.keys
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
 
     def name(self, index: int, num_buckets: int = 16) -> str:
         """Key of the value at position `index` of `keys`."""
