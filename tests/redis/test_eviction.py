@@ -288,9 +288,12 @@ def test_a_writer_killed_at_any_byte_of_a_write_leaves_values_and_accounts_toget
     watcher = make_tier(server.url, num_buckets=NUM_BUCKETS)
     assert resident(watcher, content) == watcher.check() == []
     num_clients = len(client.client_list())
+    # One connection, or what each carries is a matter of when it is given back.
+    options = {"num_buckets": NUM_BUCKETS, "codec": codec, "sweep_every_s": 0.0, "connections": 1}
     with CutAfter(server.unix_url.removeprefix("unix://"), tmp_path / "cut") as cut:
-        tier = make_tier(cut.url, healthy=False, num_buckets=NUM_BUCKETS, codec=codec, sweep_every_s=0.0)
+        tier = make_tier(cut.url, healthy=False, **options)
         content.write(tier)
+        assert tier.settle(5)
         tier.close()
         whole_bytes = cut.largest_bytes
         assert whole_bytes > 8192
@@ -299,7 +302,7 @@ def test_a_writer_killed_at_any_byte_of_a_write_leaves_values_and_accounts_toget
         for limit in [*range(0, whole_bytes, 700), *range(whole_bytes - 1500, whole_bytes + 60, 30)]:
             client.flushall()
             cut.limit_bytes = limit
-            tier = make_tier(cut.url, healthy=False, num_buckets=NUM_BUCKETS, codec=codec, sweep_every_s=0.0)
+            tier = make_tier(cut.url, healthy=False, **options)
             with suppress(TierError):
                 tier.write(content.parts, content.meta, 1.0)
             tier.close()

@@ -38,7 +38,7 @@ def soon(seconds: float) -> None:
 
 
 def save(address: str, root: Root, num_blocks: int, seed: int = 0, token: str = "") -> None:
-    with connect(address, token=token) as store:
+    with connect(address, token=token, call_deadline_s=10.0) as store:
         store.open(root.model)
         assert save_all(store, chain_of(root, num_blocks, seed=seed)) == num_blocks
 
