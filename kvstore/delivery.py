@@ -9,7 +9,7 @@ Invariants
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -48,6 +48,8 @@ class LoadPlan:
     read_deadline_s: float
     now_s: Callable[[], float]
     lease_s: float
+    stays: Mapping[str, int]
+    """Numbers of the tiers, by their names, that keep what is read from them."""
 
     @property
     def stop(self) -> int:

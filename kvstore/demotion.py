@@ -2,8 +2,9 @@
 """Writing blocks of the host to lower tiers, batch by batch: how, not when (`kvstore.mover`, `kvstore.spill`).
 
 A block is pinned while it is written, and stays readable. Nothing is believed to be below that the tier did not
-confirm; a tier that came back after a failure is believed to hold nothing, and one that refuses a block for want of its
-parent gets the whole chain again. A write budget is waited for between batches, with nothing pinned.
+confirm, or hand out; a tier that came back after a failure is believed to hold nothing, what a touch does not find is
+believed no more (`Tier.absent`), and a tier that refuses a block for want of its parent gets the whole chain again. A
+write budget is waited for between batches, with nothing pinned.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from kvstore.api import Hint
 from kvstore.backlog import Backlog, Job, Stretch
@@ -41,6 +42,7 @@ class Mover:
     Attributes:
         lost: told of blocks that were to go down and will not.
         demotion: what the thread writes with.
+        stays: numbers of the tiers, by name, that keep what is read from them: it need not be written there again.
     """
 
     def __init__(
@@ -49,6 +51,9 @@ class Mover:
         self._host = host
         self._tiers = list(tiers)
         self._written = [number for number, tier in enumerate(tiers) if not tier.read_only]
+        self.stays = {} if options.is_exclusive else {self._tiers[number].name: number for number in self._written}
+        for number in self._written:
+            self._tiers[number].absent = partial(host.pool.lost_below, tier=number)
         self._options = options
         self._mode = options.mode
         self._clock = clock

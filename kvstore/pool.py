@@ -287,9 +287,12 @@ class BlockPool:
         self._residents.accounts.charge(number, num_bytes * len(slots))
         return [Reservation(first + at, row, parts, slots[at]) for at, row in enumerate(rows.tolist())]
 
-    def publish(self, reservations: Sequence[Reservation], hint: Hint, *, pins: int = 0) -> list[Reservation]:
+    def publish(
+        self, reservations: Sequence[Reservation], hint: Hint, *, pins: int = 0, below: int | None = None
+    ) -> list[Reservation]:
         """Make filled blocks matchable, head to tail, each with `pins` pins; returns those that were.
 
+        `below`: number of the lower tier that they were read from, and stay in; None for new ones.
         One whose parent lacks the part by now (it was aborted or removed) is aborted instead. Rows are distinct.
         """
         if not reservations:
@@ -298,7 +301,7 @@ class BlockPool:
             table, residents = self._table, self._residents
             done, lost = self._split_lost(reservations)
             if done:
-                fresh, whole = self._make_ready(done, pins)
+                fresh, whole = self._make_ready(done, pins, 0 if below is None else 1 << below)
                 if len(fresh):
                     residents.policy.admit(table.ids.ids_of(fresh), hint)
                 residents.report_stored(whole)
@@ -306,15 +309,19 @@ class BlockPool:
             self._changed.notify_all()
         return done
 
-    def _make_ready(self, done: Sequence[Reservation], pins: int) -> tuple[Rows, Rows]:
-        """Returns the rows that had no part until now, and those that are whole since now."""
+    def _make_ready(self, done: Sequence[Reservation], pins: int, below: int) -> tuple[Rows, Rows]:
+        """Returns the rows that had no part until now, and those that are whole since now.
+
+        `below`: mask of the tiers that hold these parts.
+        """
         table = self._table
         rows, masks = np.array([item.row for item in done]), _masks(done)
         before = table.ready[rows]
         after = before | masks
         table.ready[rows] = after
         table.filling[rows] &= ~masks
-        table.below[rows] = 0  # no tier has this part yet
+        # A tier holds a row if it holds all parts of it.
+        table.below[rows] = np.where(before == 0, np.uint8(below), table.below[rows] & np.uint8(below))
         if pins:
             table.pins[rows] += pins
         return rows[before == 0], rows[(before != after) & self._residents.is_whole(rows)]
@@ -424,6 +431,12 @@ class BlockPool:
         """Undo `set_below`."""
         with self.lock:
             self._table.below[rows] &= np.uint8(~(1 << tier) & 0xFF)
+
+    def lost_below(self, blocks: Sequence[BlockId], tier: int) -> None:
+        """Lower tier number `tier` said that it does not hold these, of which some may be here."""
+        with self.lock:
+            rows = self._table.ids.find(blocks)
+            self.forget_below(rows[rows != NO_ROW], tier)
 
     def clear_below(self, tier: int) -> None:
         """Believe nothing of lower tier number `tier` any more, after it failed or came back."""

@@ -134,7 +134,8 @@ class Promotion:
         """
         for item in items:
             del self._filling[self._start + item.position]
-        done = self._pool.publish(items, self._delivery.plan.hint, pins=1)
+        plan = self._delivery.plan
+        done = self._pool.publish(items, plan.hint, pins=1, below=plan.stays.get(self._tier_name))
         self._pinned.update((self._start + item.position, item) for item in done)
         self._pool.may_be_shared([item.row for item in done])
         return self._start + items[-1].position

@@ -312,6 +312,7 @@ class KVStore:
             read_deadline_s=settings.read_deadline_s,
             now_s=self._clock.now_s,
             lease_s=settings.lease_s,
+            stays=self._mover.stays,
         )
         load = BlockLoad(plan, self._host, self._leases, hold.lease, self._stats)
         self._loads.add(load)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -125,3 +126,35 @@ def test_a_chain_is_shared_up_to_where_another_goes_on_from_it(pool: BlockPool, 
     put(pool, fork)
     assert pool.survey.shared_to(chain.ids, root.id) == 2
     assert pool.survey.shared_to(chain_of(root, 3, seed=1).ids, root.id) == 3  # nothing is known of it
+
+
+def test_a_block_is_below_where_all_parts_of_it_that_are_here_were_read_from_there(pool: BlockPool, root: Root) -> None:
+    halves = Root(replace(root.model, part_layers=1))
+    layout, chain = layout_of(halves.model), chain_of(halves, 3)
+    pool.open(layout)
+
+    def fill(num_blocks: int, part: int, below: int | None) -> list[list[bool]]:
+        reserved, _ = pool.reserve(halves.id, layout, chain.ids[:num_blocks], chain.meta, (part,))
+        assert len(pool.publish(reserved, NO_HINT, below=below)) == num_blocks
+        return [pool.survey.below(rows_of(pool, chain), tier) for tier in (0, 1)]
+
+    assert fill(3, 0, 1) == [[False] * 3, [True] * 3]
+    assert fill(1, 1, 1) == [[False] * 3, [True] * 3]
+    pool.remove(chain.ids[2:])
+    rows = rows_of(pool, chain)
+    reserved, _ = pool.reserve(halves.id, layout, chain.ids[1:], lambda at: chain.meta(1 + at), (0, 1))
+    pool.publish(reserved, NO_HINT)
+    assert pool.survey.below(rows, 1) == [True, False], "one part of the second was made here"
+    assert pool.survey.below(rows_of(pool, chain), 1) == [True, False, False]
+    pool.lost_below([chain.ids[0], BlockId(bytes(32))], 1)
+    assert pool.survey.below(rows_of(pool, chain), 1) == [False] * 3
+
+
+def test_a_block_made_here_is_not_below_for_a_part_that_was_read_there(pool: BlockPool, root: Root) -> None:
+    halves = Root(replace(root.model, part_layers=1))
+    layout, chain = layout_of(halves.model), chain_of(halves, 3)
+    pool.open(layout)
+    for part, below in ((0, None), (1, 0)):
+        reserved, _ = pool.reserve(halves.id, layout, chain.ids, chain.meta, (part,))
+        pool.publish(reserved, NO_HINT, below=below)
+    assert pool.survey.below(rows_of(pool, chain), 0) == [False] * 3

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar
@@ -38,6 +38,9 @@ class Tier(ABC):
     """Tells other stores what is being computed: `mark`, `unmark` and `marked_to` do something."""
     is_exclusive: bool = False
     """Who writes here takes back what it reads: it is kept above from then on, and no sign that others want it here."""
+    absent: Callable[[Sequence[BlockId]], None] = staticmethod(lambda blocks: None)
+    """Told, on a thread of the tier's, which blocks of a chain that was touched are not there: to be believed there no
+    more. By tiers that hear of it as they touch."""
     ranking: str = LRU
     """By what blocks are placed in its order: a name in `kvstore.policies.standing`. Who writes and touches asks it."""
 

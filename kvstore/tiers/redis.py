@@ -179,6 +179,7 @@ class RedisTier(Tier):
             call_timeout_s=self.options.call_timeout_s,
             sweep_every_s=self.options.sweep_every_s,
         )
+        self._upkeep.absent = lambda blocks: self.absent(blocks)
         self._writer.met, self._writer.grew = self._met, self._grew
         self.bind(self.stats)
 

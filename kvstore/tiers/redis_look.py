@@ -49,6 +49,7 @@ _BY_WORDS: dict[str, tuple[str | int, ...]] = {
     "type": (_KEY,),
     "unlink": (_KEY,),
     "zadd": (_KEY, 1, "m"),
+    "zmscore": (_KEY, "m"),
     "zrange": (_KEY, 0, 0),
     "zrangebyscore": (_KEY, 0, 0),
     "zrem": (_KEY, "m"),

@@ -52,6 +52,8 @@ _THREE_DIGITS = np.frombuffer(b"".join(b"%03d" % number for number in range(1000
 _NUM_DIGITS = 18
 _SCORE_ROW = np.frombuffer(b"$21\r\n" + bytes(_NUM_DIGITS) + b"e-6\r\n$68\r\n", np.uint8)
 _DIGITS_AT = 5
+_MEMBER_AT = len(_SCORE_ROW) - len("$68\r\n")
+"""Where the word of a member begins in a row."""
 
 
 class Bucket(NamedTuple):
@@ -96,6 +98,26 @@ class Bucket(NamedTuple):
     def values(self) -> str:
         """What the name of every value begins with; a member follows."""
         return f"{self.prefix}:v:"
+
+
+class Touch(NamedTuple):
+    """The part of a touch that concerns one bucket."""
+
+    words: bytes
+    """The command, whose reply is how many members it raised."""
+    order: str
+    rows: NDArray[np.uint8]
+    """[members, bytes]: score and member of each, as words."""
+
+    def scores(self) -> bytes:
+        """The command that asks for the score of each: who has none is not there."""
+        order, count = self.order, len(self.rows)
+        words = f"*{2 + count}\r\n$7\r\nZMSCORE\r\n${len(order)}\r\n{order}\r\n".encode()
+        return words + self.rows[:, _MEMBER_AT:].tobytes()
+
+    def block(self, at: int) -> BlockId:
+        """The block of member `at`."""
+        return BlockId(bytes.fromhex(self.rows[at, len(_SCORE_ROW) :][:64].tobytes().decode()))
 
 
 class Use(NamedTuple):
@@ -176,8 +198,8 @@ class Names:
             self._buckets[root] = buckets
         return buckets
 
-    def touches(self, uses: Sequence[Use], now_s: float) -> Iterator[list[bytes]]:
-        """`ZADD … XX GT` for buckets, giving each chain's keys, head to tail, the scores of a use at `now_s`.
+    def touches(self, uses: Sequence[Use], now_s: float) -> Iterator[list[Touch]]:
+        """`ZADD … XX GT CH` for buckets, giving each chain's keys, head to tail, the scores of a use at `now_s`.
 
         What counts as used later, or earlier, does, but nothing earlier than what hangs from it.
 
@@ -292,13 +314,19 @@ def _steps(num_keys: int) -> Iterator[tuple[int, int]]:
         at = stop
 
 
-def _touches(orders: Sequence[str], rows: NDArray[np.uint8], stripes: NDArray[np.uint8]) -> list[bytes]:
+def _touches(orders: Sequence[str], rows: NDArray[np.uint8], stripes: NDArray[np.uint8]) -> list[Touch]:
     """`ZADD` for each sorted set that has rows."""
     rows = rows.take(np.argsort(stripes, kind="stable"), axis=0)
     ends = np.bincount(stripes, minlength=len(orders)).cumsum().tolist()
     return [
-        f"*{4 + 2 * (end - start)}\r\n$4\r\nZADD\r\n${len(order)}\r\n{order}\r\n$2\r\nXX\r\n$2\r\nGT\r\n".encode()
-        + rows[start:end].tobytes()
+        Touch(_touch_head(order, end - start) + rows[start:end].tobytes(), order, rows[start:end])
         for order, start, end in zip(orders, [0, *ends[:-1]], ends, strict=True)
         if end > start
     ]
+
+
+def _touch_head(order: str, count: int) -> bytes:
+    """What `ZADD` of so many members begins with."""
+    return (
+        f"*{5 + 2 * count}\r\n$4\r\nZADD\r\n${len(order)}\r\n{order}\r\n$2\r\nXX\r\n$2\r\nGT\r\n$2\r\nCH\r\n"
+    ).encode()

@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ from kvstore.stats import Stats
 from kvstore.tiers.redis_accounting import Accounting
 from kvstore.tiers.redis_growth import Growth, free_end, note, note_only
 from kvstore.tiers.redis_mend import Mender
-from kvstore.tiers.redis_names import Use
+from kvstore.tiers.redis_names import Touch, Use
 from kvstore.tiers.redis_nodes import Nodes, Talk, many, sound
 from kvstore.tiers.redis_pool import WrongBooks
 from kvstore.tiers.redis_sweep import Sweeper
@@ -42,6 +42,8 @@ _LOOK_EVERY_S = 60.0
 _LOOK_AGAIN_S = 5.0
 """After a look that failed."""
 _KEYS_PER_PIPELINE = 2048
+_NO_KEY = -2
+"""What TTL says of a value that is not there."""
 SWEEP_MARK = "kvs2:{000}:sweep"
 
 
@@ -57,6 +59,13 @@ def _later_of(one: Mapping[BlockId, float], other: Mapping[BlockId, float]) -> M
     if not one and not other:
         return one
     return {block: max(one.get(block, 0.0), other.get(block, 0.0)) for block in one.keys() | other.keys()}
+
+
+def _words(steps: Iterable[Sequence[Touch]], sent: list[Touch]) -> Iterator[list[bytes]]:
+    """The commands of each step, whose touches are noted in `sent`."""
+    for touches in steps:
+        sent += touches
+        yield [touch.words for touch in touches]
 
 
 class _Ended(NamedTuple):
@@ -97,6 +106,8 @@ class Upkeep:
         call_timeout_s: float,
         sweep_every_s: float,
     ) -> None:
+        self.absent: Callable[[Sequence[BlockId]], None] = lambda blocks: None
+        """As `Tier.absent`."""
         self._stats = Stats()
         self._room: dict[str, float] = {}
         self._nodes = nodes
@@ -265,11 +276,34 @@ class Upkeep:
     def _touch(self, talk: Talk, uses: Sequence[Use], deadline: float) -> None:
         """One time for all chains at hand: a head that several share is touched once, and stays above all tails."""
         now_s = self._accounting.now_s(talk, deadline)
-        sound(talk.ask_in_steps(self._accounting.names.touches(uses, now_s), deadline), partial=True)
+        sent: list[Touch] = []
+        replies = sound(
+            talk.ask_in_steps(_words(self._accounting.names.touches(uses, now_s), sent), deadline), partial=True
+        )
         self.stats.add("redis.touched_blocks", sum(len(use.keys) for use in uses))
+        # What was not raised is not there, or stands higher already.
+        short = [
+            touch
+            for touch, raised in zip(sent, replies, strict=True)
+            if raised is not None and raised != len(touch.rows)
+        ]
+        if short:
+            self._look_for(talk, short, deadline)
         if self._ttl_s:
             for use in uses:
                 self._refresh(talk, use.keys, deadline)
+
+    def _look_for(self, talk: Talk, touches: Sequence[Touch], deadline: float) -> None:
+        """Say which members are not there: who believes that they are would never write them again."""
+        replies = many(talk, [touch.scores() for touch in touches], deadline, partial=True)
+        gone = [
+            touch.block(at)
+            for touch, scores in zip(touches, replies, strict=True)
+            for at, score in enumerate(scores if isinstance(scores, list) else ())
+            if score is None
+        ]
+        if gone:
+            self.absent(gone)
 
     def _cool(self, talk: Talk, ended: _Ended, deadline: float) -> None:
         start, stop = ended.start, len(ended.keys)
@@ -286,14 +320,15 @@ class Upkeep:
     def _refresh(self, talk: Talk, chain: Sequence[PartKey], deadline: float) -> None:
         """Give the chain's values their full TTL again where half of it is used, parents first.
 
-        Looked at no oftener than every eighth of the TTL for a chain: most touches stop here.
+        Each is looked at no oftener than every eighth of the TTL: most touches stop here, those of a next turn
+        at what the conversation was in the last.
         """
         now = time.monotonic()
-        seen_at = self._ttl_seen_at.get(chain[-1])
-        if seen_at is not None and now - seen_at < self._ttl_s / 8:
+        start, seen_at = self._seen_to(chain, now)
+        if start == len(chain):
             return
         names = self._accounting.names
-        for at in range(0, len(chain), _KEYS_PER_PIPELINE):
+        for at in range(start, len(chain), _KEYS_PER_PIPELINE):
             keys = chain[at : at + _KEYS_PER_PIPELINE]
             left = many(talk, [command("TTL", names.value(key)) for key in keys], deadline)
             half = self._ttl_s / 2
@@ -301,9 +336,19 @@ class Upkeep:
             if old:
                 many(talk, [command("EXPIRE", names.value(key), self._ttl_s) for key in old], deadline)
                 self.stats.add("redis.refreshed_ttls", len(old))
-        self._ttl_seen_at[chain[-1]] = now
+            if gone := [key.block for key, ttl in zip(keys, left, strict=True) if ttl == _NO_KEY]:
+                self.absent(gone)
+        self._ttl_seen_at[chain[-1]] = seen_at
         if len(self._ttl_seen_at) > _MAX_REMEMBERED:
             self._ttl_seen_at.popitem(last=False)
+
+    def _seen_to(self, chain: Sequence[PartKey], now: float) -> tuple[int, float]:
+        """How much of a chain was looked at lately, and when the part of it that was not looked at for longest was."""
+        for at in range(len(chain), 0, -1):
+            seen_at = self._ttl_seen_at.get(chain[at - 1])
+            if seen_at is not None and now - seen_at < self._ttl_s / 8:
+                return at, seen_at
+        return 0, now
 
     def _age(self, talk: Talk, deadline: float) -> None:
         """Evict what nobody used for half the TTL, tails first, so that the TTL never has to."""

@@ -144,7 +144,7 @@ def test_uses_of_one_chain_at_once_name_all_parts_that_any_of_them_names_and_eac
     names = Names(4)
     keys = keys_of(5, 12)
     some, both = [key for key in keys if key.part == 0], list(keys)
-    sent = b"".join(command for step in names.touches([Use(some, {}), Use(both, {})], 1000.0) for command in step)
+    sent = b"".join(touch.words for step in names.touches([Use(some, {}), Use(both, {})], 1000.0) for touch in step)
     assert [sent.count(names.member(key.block, key.part).encode()) for key in keys] == [1] * len(keys)
 
 
@@ -154,13 +154,13 @@ def test_touch_in_steps_puts_every_parent_above_its_child() -> None:
     keys = keys_of(5, 2 * sum(TOUCH_STEPS))
     for now_s in (6e7, 1.0, 1000.000001, 6e7 + 1e-3, 59_999_999.000_3):
         scores: dict[str, float] = {}
-        for commands in names.touches([Use(keys, {})], now_s):
-            for command in commands:
+        for touches in names.touches([Use(keys, {})], now_s):
+            for command in (touch.words for touch in touches):
                 words = command.split(b"\r\n")[2::2]
                 assert len(words) == int(command[1 : command.index(b"\r")])
                 lengths = [int(word[1:]) for word in command.split(b"\r\n")[1::2] if word]
                 assert lengths == [len(word) for word in words]
-                for score, member in zip(words[4::2], words[5::2], strict=True):
+                for score, member in zip(words[5::2], words[6::2], strict=True):
                     scores[member.decode()] = float(score)
         in_order = [scores[names.member(key.block, key.part)] for key in keys]
         assert in_order[0] == now_s
