@@ -20,12 +20,15 @@ LMCACHE_VENV := .venv-lmcache
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input \
 	--no-compile --only-binary :all: --constraint constraints.txt
 
-# Tests wait for servers and deadlines more than they compute, so two share two cores, each file's on one of them; those
-# that hold a time against a limit (marker `alone`) have the machine to themselves afterwards. One thread of torch each:
-# more spend their time waiting for each other where there are fewer cores than threads.
-JOBS ?= 2
-TOGETHER := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
-ALONE := $(BIN)/python -m pytest
+# `make check` runs two test files at a time, since tests wait more than they compute, and afterwards, by themselves, those
+# that hold a time against a limit (marker `alone`). `make test`, which must not fail by what the machine does besides,
+# runs one test at a time. JOBS says another number of files for either.
+PYTEST := $(BIN)/python -m pytest
+# One thread of torch each: more spend their time waiting for each other where there are fewer cores than threads.
+TOGETHER = OMP_NUM_THREADS=1 $(PYTEST) --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
+ALONE = $(PYTEST) $$(grep -rl --include='test_*.py' mark.alone tests)
+# $(call tests,WHICH): an expression over markers.
+tests = $(if $(filter 1,$(JOBS)),$(PYTEST) -m "$(1)",$(TOGETHER) -m "($(1)) and not alone" && $(ALONE) -m "($(1)) and alone")
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -78,15 +81,15 @@ proto: $(READY) ## generate the messages and stubs of the service from protos/
 	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=. --pyi_out=. --grpc_python_out=. \
 		protos/kvstore/wire/kvstore.proto
 
+test: JOBS ?= 1
 test: $(READY) ## run the whole test suite, vLLM's part of it where vLLM can be installed
 	@$(MAKE) --no-print-directory venv-vllm || echo "no vLLM here: the tests that need it will say that they did not run"
-	$(TOGETHER) -m "not alone"
-	$(ALONE) -m "alone"
+	$(call tests,slow or not slow)
 	@echo "make test: the whole suite passed"
 
+check: JOBS ?= 2
 check: $(READY) ## run the fast tests, the linter, the formatter and the type checker
-	$(TOGETHER) -m "not slow and not engine and not alone"
-	$(ALONE) -m "alone and not slow and not engine"
+	$(call tests,not slow and not engine)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy

@@ -18,7 +18,6 @@ from kvstore.api import Hint, KnowsWindows, Load, LoadedBlock, Store
 from kvstore.block import Chain, ModelId, PartKey, Root
 from kvstore.config import StoreConfig
 from kvstore.errors import ConfigError, LeaseError, UnknownLease
-from kvstore.service.client import connect
 from kvstore.service.remote import RemoteLoad
 from kvstore.service.rights import Gate
 from kvstore.service.server import Server
@@ -26,6 +25,7 @@ from kvstore.store import KVStore
 from kvstore.tiers.base import Tier
 from tests.conftest import chain_of, content, load_all, save_all
 from tests.fakes import DictTier, FakeClock
+from tests.patient import connect
 from tests.service.conftest import HELD, config_of
 from tests.waiting import eventually, wait_until
 
@@ -61,7 +61,7 @@ def behind_a_server(*, mapped: bool) -> Callable[..., Iterator[Store]]:
         server.start()
         try:
             # Long enough for a machine that does much else: what misses are worth is not what is tested here.
-            with connect(server.address, mapped=mapped, call_deadline_s=10.0) as store:
+            with connect(server.address, mapped=mapped) as store:
                 yield store
                 server.drain(5)
         finally:

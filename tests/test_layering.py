@@ -539,3 +539,10 @@ def test_nothing_unpickles_or_evaluates() -> None:
         names = {call.id for call in calls if isinstance(call, ast.Name)} & {"eval", "exec", "compile"}
         found += [f"{module} calls {name}" for name in sorted(names)]
     assert found == []
+
+
+def test_no_test_connects_with_the_deadline_of_an_engine() -> None:
+    """It would fail on a machine that stands still for half a second: `tests.patient` has another."""
+    hasty = re.compile(r"^from kvstore\.service\.client import .*\bconnect\b|^[^'\"`]*\bkvstore\.connect\(", re.M)
+    found = [path for path in sorted((ROOT / "tests").rglob("*.py")) if hasty.search(path.read_text())]
+    assert found == []

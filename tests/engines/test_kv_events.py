@@ -20,6 +20,7 @@ import pytest
 import kvstore
 from kvstore.block import Chain, ModelId, Root
 from tests.engines.runner import PYTHON, ROOT, there_is_vllm
+from tests.patient import connect
 from tests.ports import free_ports
 
 pytestmark = [
@@ -92,7 +93,7 @@ def test_vllm_reads_what_a_sidecar_stores_and_clears() -> None:
         with Printing(serve) as server:
             assert any(line.startswith("ready:") for line in server.lines(30))
             with (
-                kvstore.connect(address) as store,
+                connect(address) as store,
                 Printing([str(PYTHON), *cli, "watch", "--address", address, "--zmq", endpoint]),
                 Printing([str(PYTHON), "-c", _SUBSCRIBER, endpoint]) as subscriber,
             ):

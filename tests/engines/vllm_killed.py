@@ -14,6 +14,7 @@ from typing import Any
 
 from tests.engines.vllm_shared import Cut, Sidecar
 from tests.engines.vllm_support import NEW, Engine, Facts, Reference, in_fork, poison, tokens_of, worst_error
+from tests.patient import connect
 
 _HELD = ("lease.live", "save.quarantined_slots", "host.pinned_blocks", "marks.live")
 _SEED = 1
@@ -120,14 +121,13 @@ def killed(workdir: Path) -> Facts:
 
 def survivor(workdir: Path, address: str, *, control: bool = False) -> Facts:
     """The next engine: its answer to the same prompt, and whether all of that is stored then, and right."""
-    import kvstore
 
     reference, prompt = Reference(workdir), tokens_of(_SEED)
     engine = Engine(reference.directory, None, extra={"address": address})
     want = reference.generate(prompt, NEW)
     outs, hits = engine.generate([prompt])
     facts: Facts = {"equal": outs[0] == want, "hits": hits[0]}
-    with kvstore.connect(address, mapped=True) as client:
+    with connect(address, mapped=True) as client:
         facts["error"], facts["num_blocks"] = worst_error(client, engine.model_id, reference, [*prompt, *want])
         if control:
             poison(client, engine.model_id, prompt)

@@ -38,6 +38,7 @@ from tests.engines.vllm_support import (
     stored,
     tokens_of,
 )
+from tests.patient import connect
 
 ORDER = [1]
 """Seed of the order, of this process and those it forks."""
@@ -182,9 +183,7 @@ def _member(workdir: Path, address: str, order: int, layout: str, options: dict[
         facts["hits"].append(hits[0])
         engine.forget()
     if spoil:
-        import kvstore
-
-        with kvstore.connect(address, mapped=True) as client:
+        with connect(address, mapped=True) as client:
             poison(client, engine.model_id, tokens_of(1))
         outs, hits = engine.generate([tokens_of(1)], _NEW)
         facts |= {"control_differs": outs[0] != want, "control_hits": hits[0]}

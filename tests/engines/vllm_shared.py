@@ -21,9 +21,9 @@ from typing import Any
 
 import redis
 
-import kvstore
 from kvstore.block import Chain, Root
 from kvstore.tiers.valkey import embedded_binary
+from tests import patient
 from tests.engines.vllm_support import (
     NEW,
     Engine,
@@ -128,7 +128,7 @@ class Sidecar(Process):
         return log.read_text().count("ready:") >= self._starts
 
     def connect(self) -> Any:
-        return kvstore.connect(self.address, mapped=True, wait_s=30)
+        return patient.connect(self.address, mapped=True, wait_s=30)
 
 
 class Relay:
@@ -390,7 +390,7 @@ def member(
         facts["equal"].append(outs[0] == wants[seed])
         facts["hits"].append(hits[0])
         facts["blocks"][str(seed)] = Chain(Root(engine.model_id), tokens_of(seed)).ids[_HOLE].hex()
-    with kvstore.connect(address, mapped=True) as client:
+    with patient.connect(address, mapped=True) as client:
         errors = [worst_error(client, engine.model_id, reference, [*tokens_of(seed), *wants[seed]]) for seed in seeds]
         facts |= {"error": max(error for error, _ in errors), "num_blocks": [count for _, count in errors]}
         facts["num_parts"] = len(client.open(engine.model_id).parts)

@@ -17,6 +17,7 @@ from kvstore.tiers.redis import RedisTier
 from kvstore.tiers.redis_names import Names
 from kvstore.tiers.valkey import EmbeddedServer
 from tests.conftest import content as bytes_of
+from tests.patient import REQUEST
 from tests.redis.conftest import MakeTier
 from tests.redis.content import DEADLINE_S, Content
 from tests.waiting import wait_until
@@ -171,7 +172,11 @@ def test_what_others_go_on_from_is_forgotten_with_its_blocks(
 
 @pytest.fixture
 def store(server: EmbeddedServer, model: ModelId) -> Iterator[KVStore]:
-    values = {"host": {"capacity_bytes": 256 * 4096, "prefault": False}, "mover": {"write": "through"}}
+    values = {
+        "host": {"capacity_bytes": 256 * 4096, "prefault": False},
+        "mover": {"write": "through"},
+        "request": REQUEST,
+    }
     tier = RedisTier(RedisTier.Options(url=server.url, sweep_every_s=0))
     store = KVStore(StoreConfig.load(values, environ={}), tiers=[tier])
     store.open(model)

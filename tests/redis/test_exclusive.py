@@ -23,6 +23,7 @@ from kvstore.tiers.redis import RedisTier
 from kvstore.tiers.redis_names import Names
 from kvstore.tiers.valkey import EmbeddedServer
 from tests.conftest import chain_of, load_all, save_all
+from tests.patient import REQUEST
 from tests.redis.conftest import MakeTier
 from tests.redis.content import DEADLINE_S, Content
 from tests.waiting import wait_until
@@ -35,6 +36,7 @@ def replica(url: str, model: ModelId, *, num_blocks: int = HOST_BLOCKS, **mover:
     values = {
         "host": {"capacity_bytes": num_blocks * 4096, "prefault": False, "policy": "lru"},
         "mover": {"tiering": "exclusive", **mover},
+        "request": REQUEST,
     }
     tier = RedisTier(RedisTier.Options(url=url, sweep_every_s=0, breaker_open_s=0.0))
     store = KVStore(StoreConfig.load(values, environ={}), tiers=[tier])
@@ -308,6 +310,7 @@ def test_what_a_closed_conversation_left_does_not_go_down_where_the_policy_knows
     values = {
         "host": {"capacity_bytes": HOST_BLOCKS * 4096, "prefault": False, "policy": "returns"},
         "mover": {"tiering": "exclusive"},
+        "request": REQUEST,
     }
     tier = RedisTier(RedisTier.Options(url=server.url, sweep_every_s=0))
     with KVStore(StoreConfig.load(values, environ={}), tiers=[tier]) as store:

@@ -27,6 +27,7 @@ from kvstore.store import KVStore
 from kvstore.tiers.redis import RedisTier
 from kvstore.tiers.redis_pool import Breaker, Connections
 from kvstore.tiers.valkey import EmbeddedServer
+from tests.patient import REQUEST
 from tests.redis.cluster import until
 from tests.redis.conftest import MakeTier
 from tests.redis.content import DEADLINE_S, Content
@@ -261,6 +262,7 @@ def test_a_conversation_goes_on_over_a_failover_and_is_whole_on_the_new_primary(
         values = {
             "host": {"capacity_bytes": "64MiB", "prefault": False},
             "mover": {"write": "through"},
+            "request": REQUEST,
             "tiers": {"redis": {"url": pointer.url, "breaker_open_s": PROBED_EVERY_S, "capacity_bytes": "1GiB"}},
         }
         made = KVStore(StoreConfig.load(values, environ={}))

@@ -20,6 +20,7 @@ from kvstore.tiers.redis_presence import present
 from kvstore.tiers.redis_wire import Buffer, PlainStream, Wire
 from kvstore.tiers.valkey import EmbeddedServer
 from tests.conftest import chain_of, load_all, save_all
+from tests.patient import REQUEST
 from tests.redis.conftest import MakeTier
 from tests.redis.content import DEADLINE_S
 
@@ -93,7 +94,11 @@ def test_redis_is_asked_about_nothing_that_the_host_has(
     names, chain = Names(16), chain_of(root, 24)
 
     def store(write: str) -> KVStore:
-        values = {"host": {"capacity_bytes": 64 * 4096, "prefault": False}, "mover": {"write": write}}
+        values = {
+            "host": {"capacity_bytes": 64 * 4096, "prefault": False},
+            "mover": {"write": write},
+            "request": REQUEST,
+        }
         made = KVStore(StoreConfig.load(values | {"tiers": {"redis": {"url": server.url}}}, environ={}))
         made.open(root.model)
         return made

@@ -16,10 +16,11 @@ import pytest
 
 from kvstore.clock import Clock
 from kvstore.config import StoreConfig
-from kvstore.service.client import SidecarStore, connect
+from kvstore.service.client import SidecarStore
 from kvstore.service.rights import Gate
 from kvstore.service.server import Server
 from kvstore.tiers.base import Tier
+from tests.patient import REQUEST, connect
 from tests.waiting import eventually
 
 ROOT = Path(__file__).parent.parent.parent
@@ -32,6 +33,7 @@ def config_of(directory: Path, num_blocks: int, sections: Sections) -> StoreConf
     """Settings of a server of so many one-page blocks, at a socket in `directory`."""
     values = {name: dict(section) for name, section in sections.items()}
     values["host"] = {"capacity_bytes": num_blocks * 4096, "prefault": False, **values.get("host", {})}
+    values["request"] = {**REQUEST, **values.get("request", {})}
     # Memory is so small here that one test has all of it at once.
     service = {"listen": f"unix:{directory}/kvstore.sock", "max_session_share": 1.0}
     values["service"] = {**service, **values.get("service", {})}

@@ -13,12 +13,12 @@ from typing import Any, cast
 import pytest
 
 from kvstore.block import Root
-from kvstore.service.client import connect
 from kvstore.service.connection import Connection
 from kvstore.service.plane import DataPlane
 from kvstore.wire import kvstore_pb2 as pb
 from kvstore.wire.kvstore_pb2_grpc import KVStoreStub
 from tests.conftest import chain_of, load_all, save_all
+from tests.patient import connect
 from tests.service.conftest import StartServer
 from tests.waiting import wait_until
 
@@ -144,7 +144,7 @@ def test_a_session_that_says_nothing_outlives_its_lease_and_so_do_its_loads(
 ) -> None:
     lease_s = 8.0  # the shortest for which a beat is left out
     server = start_server(request={"lease_s": lease_s})
-    with connect(server.address, call_deadline_s=5.0) as store:
+    with connect(server.address) as store:
         store.open(root.model)
         chain = chain_of(root, 4)
         save_all(store, chain)

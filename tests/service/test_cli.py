@@ -23,7 +23,6 @@ from typing import IO
 import pytest
 from typer.testing import CliRunner
 
-import kvstore
 from kvstore.block import Chain, ModelId, Root
 from kvstore.errors import AccessDenied, ConfigError, ServiceUnavailable
 from kvstore.layout import layout_of
@@ -35,6 +34,7 @@ from kvstore.tiers.redis import RedisTier
 from kvstore.tiers.valkey import EmbeddedServer
 from kvstore.wire import kvstore_pb2 as pb
 from kvstore.wire.kvstore_pb2_grpc import KVStoreStub
+from tests.patient import connect
 from tests.redis.content import Content
 from tests.service.certificates import Authority
 from tests.waiting import eventually
@@ -362,7 +362,7 @@ def test_status_names_the_models_that_are_open_and_who_can_read_their_blocks(ser
         ModelId(**model, num_kv_heads=2, head_dim=16, layout=layout)  # type: ignore[arg-type]
         for layout in ("canonical", "opaque:12ab")
     ]
-    with kvstore.connect(server.address) as client:
+    with connect(server.address) as client:
         for one in ids:
             client.open(one)
         shown, told = server.ask("status").stdout, json.loads(server.ask("status", "--json").stdout)

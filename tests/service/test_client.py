@@ -19,12 +19,13 @@ from kvstore.block import Chain, Root
 from kvstore.errors import AccessDenied, ConfigError, LeaseError, ProtocolError, ServiceUnavailable
 from kvstore.service import handshake
 from kvstore.service.admin import Admin, Target
-from kvstore.service.client import SidecarStore, connect
+from kvstore.service.client import SidecarStore
 from kvstore.service.mapped import MappedLoad, MappedPlane
 from kvstore.service.mapped_save import MappedSave
 from kvstore.service.server import Server
 from tests.conftest import chain_of, content, load_all, save_all
 from tests.fakes import DictTier
+from tests.patient import connect
 from tests.service.conftest import ServerProcess, StartServer
 from tests.test_conformance import tier_with
 from tests.waiting import wait_until
@@ -33,7 +34,7 @@ SPAWN = multiprocessing.get_context("spawn")
 
 
 def connected(server: Server, root: Root, **options: float) -> SidecarStore:
-    store = connect(server.address, **{"call_deadline_s": 5.0, **options})  # type: ignore[arg-type]
+    store = connect(server.address, **options)
     store.open(root.model)
     return store
 
@@ -42,7 +43,7 @@ def connected(server: Server, root: Root, **options: float) -> SidecarStore:
 
 
 def test_kvstore_connect_is_the_client() -> None:
-    assert kvstore.connect is connect
+    assert kvstore.connect is kvstore.service.client.connect
 
 
 @pytest.mark.alone
@@ -127,7 +128,7 @@ def test_the_next_turn_sends_new_hashes_only(start_server: StartServer, root: Ro
 
 def copy_shared(address: str, shared: bytes, pipe: Pipe) -> None:
     """A worker: copies under its scheduler's lease."""
-    with connect(address, call_deadline_s=5) as store, store.adopt(shared) as load:
+    with connect(address) as store, store.adopt(shared) as load:
         pipe.send([bytes(view) for block in load for view in block.views])
         pipe.send(load.intact())
         pipe.recv()
@@ -160,7 +161,7 @@ def test_a_worker_copies_under_the_schedulers_lease_and_sees_when_it_ends(
 
 def fill_shared(address: str, shared: bytes, payload: list[bytes], pipe: Pipe) -> None:
     """A worker: writes to its scheduler's save."""
-    store = connect(address, call_deadline_s=5)
+    store = connect(address)
     with store.adopt_save(shared) as save:
         for index, data in zip(save.indices, payload, strict=True):
             view = save.views(index)[0]
@@ -296,7 +297,7 @@ def test_while_the_server_is_away_everything_is_a_miss_at_once(
     start_process: Callable[..., ServerProcess], root: Root
 ) -> None:
     process = start_process()
-    with connect(process.address, call_deadline_s=5) as store:
+    with connect(process.address) as store:
         store.open(root.model)
         chain = chain_of(root, 4)
         save_all(store, chain)
@@ -328,7 +329,7 @@ def assert_everything_is_a_miss(store: Store, chain: Chain) -> None:
 
 def test_a_client_comes_back_by_itself_with_its_models(start_process: Callable[..., ServerProcess], root: Root) -> None:
     process = start_process()
-    with connect(process.address, call_deadline_s=5) as store:
+    with connect(process.address) as store:
         store.open(root.model)
         chain = chain_of(root, 4)
         for _ in range(3):
@@ -345,7 +346,7 @@ def test_what_was_begun_with_the_server_before_ends_as_a_miss(
     start_process: Callable[..., ServerProcess], root: Root
 ) -> None:
     process = start_process()
-    with connect(process.address, call_deadline_s=5) as store:
+    with connect(process.address) as store:
         store.open(root.model)
         chain = chain_of(root, 4)
         save_all(store, chain)
@@ -371,7 +372,7 @@ def test_views_that_are_still_out_stay_good_when_the_server_is_gone(
     start_process: Callable[..., ServerProcess], root: Root
 ) -> None:
     process = start_process()
-    with connect(process.address, call_deadline_s=5) as store:
+    with connect(process.address) as store:
         store.open(root.model)
         chain = chain_of(root, 1)
         save_all(store, chain)
@@ -433,12 +434,12 @@ def test_access_denied_is_an_error_and_no_miss(start_server: StartServer, direct
     server = start_server(service={"tokens_file": str(tokens)})
     with pytest.raises(AccessDenied, match="access token is not known"):
         connect(server.address, token="wrong")
-    with connect(server.address, token="sixteen-letters-or-more", call_deadline_s=5) as store:
+    with connect(server.address, token="sixteen-letters-or-more") as store:
         store.open(root.model)
         assert save_all(store, chain_of(Root(root.model, salt=b"mine"), 2)) == 2
         with pytest.raises(AccessDenied, match="no right to the namespace of model 'tiny' and salt b'yours'"):
             store.match(chain_of(Root(root.model, salt=b"yours"), 2), "r")
-    with connect(server.address, token="sixteen-letters-or-more", call_deadline_s=5) as store:
+    with connect(server.address, token="sixteen-letters-or-more") as store:
         store.open(root.model)
         mine = Root(root.model, salt=b"mine")
         assert store.clear(mine.id) == 0, "who names an id need not own it"
@@ -453,7 +454,7 @@ def test_a_client_populates_its_map_only_once_the_server_has(start_server: Start
     late = threading.Event()
     server = start_server(request={"lease_s": 0.2})
     server._servicer._store.wait_ready = lambda _: late.is_set()  # type: ignore[method-assign]
-    with connect(server.address, call_deadline_s=5.0) as store:
+    with connect(server.address) as store:
         plane = store._link.up().plane
         assert isinstance(plane, MappedPlane)
         time.sleep(0.3)  # some beats

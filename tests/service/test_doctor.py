@@ -15,7 +15,6 @@ import redis
 from kvstore.block import ModelId, Root
 from kvstore.config import StoreConfig
 from kvstore.service.admin import Target
-from kvstore.service.client import connect
 from kvstore.service.doctor import examine
 from kvstore.service.doctor_redis import about_clock
 from kvstore.service.findings import Finding, Verdict
@@ -25,6 +24,7 @@ from kvstore.tiers.redis_look import Look
 from kvstore.tiers.redis_look import Server as RedisServer
 from kvstore.tiers.valkey import EmbeddedServer
 from tests.conftest import chain_of
+from tests.patient import connect
 from tests.waiting import wait_until
 
 

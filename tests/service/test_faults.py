@@ -18,9 +18,10 @@ import pytest
 from kvstore.block import Chain, Root
 from kvstore.errors import LeaseExpired
 from kvstore.marks import MARK_TTL_S
-from kvstore.service.client import SidecarStore, connect
+from kvstore.service.client import SidecarStore
 from kvstore.service.server import Server
 from tests.conftest import chain_of, content, load_all, save_all
+from tests.patient import connect
 from tests.service.conftest import ROOT, ServerProcess, StartServer
 from tests.service.victims import MODEL, Victim
 from tests.waiting import wait_until
@@ -37,7 +38,7 @@ def server(start_server: StartServer) -> Server:
 
 @pytest.fixture
 def store(server: Server) -> Iterator[SidecarStore]:
-    with connect(server.address, call_deadline_s=5.0) as client:
+    with connect(server.address) as client:
         client.open(MODEL)
         save_all(client, SHARED)
         yield client
@@ -122,7 +123,7 @@ def test_slots_of_a_stopped_client_are_fenced_and_a_late_write_harms_nobody(
     start_server: StartServer,
 ) -> None:
     server = start_server(12, request={"lease_s": 1.0})
-    with connect(server.address, call_deadline_s=5.0) as store:
+    with connect(server.address) as store:
         store.open(MODEL)
         victim = Victim(server.address, "save", 9)
         assert victim.said() == "under way"
@@ -140,7 +141,7 @@ def test_slots_of_a_stopped_client_are_fenced_and_a_late_write_harms_nobody(
 
 def test_a_client_that_goes_on_writing_long_after_its_save_ended_harms_nobody(start_server: StartServer) -> None:
     server = start_server(24, request={"lease_s": 1.0})
-    with connect(server.address, call_deadline_s=5.0) as store:
+    with connect(server.address) as store:
         store.open(MODEL)
         victim = Victim(server.address, "scribble", 9)
         assert victim.said() == "under way"
@@ -283,10 +284,10 @@ def test_the_socket_of_a_killed_server_is_taken_over_and_that_of_a_living_one_is
         stdin=subprocess.DEVNULL,
     )
     assert "another service runs at" in second.stderr
-    with connect(process.address, call_deadline_s=5) as store:
+    with connect(process.address) as store:
         assert store.check() == [], "the first one serves on"
     process.kill()
     assert (directory / "kvstore.sock").exists(), "it had no time to remove it"
     process.start()
-    with connect(process.address, call_deadline_s=5) as store:
+    with connect(process.address) as store:
         assert store.check() == []

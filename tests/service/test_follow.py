@@ -18,7 +18,6 @@ from kvstore.errors import AccessDenied, ServiceUnavailable
 from kvstore.events import EventLog
 from kvstore.service import kv_events
 from kvstore.service.admin import Admin, Target
-from kvstore.service.client import connect
 from kvstore.service.follow import follow
 from kvstore.service.rights import FULL, Shown
 from kvstore.service.roots import RootBook
@@ -27,6 +26,7 @@ from kvstore.service.session import Session
 from kvstore.service.watch import Watch
 from kvstore.wire import kvstore_pb2 as pb
 from tests.conftest import chain_of, save_all
+from tests.patient import connect
 from tests.service.conftest import ServerProcess, StartServer
 from tests.waiting import wait_until
 
@@ -38,7 +38,7 @@ def soon(seconds: float) -> None:
 
 
 def save(address: str, root: Root, num_blocks: int, seed: int = 0, token: str = "") -> None:
-    with connect(address, token=token, call_deadline_s=10.0) as store:
+    with connect(address, token=token) as store:
         store.open(root.model)
         assert save_all(store, chain_of(root, num_blocks, seed=seed)) == num_blocks
 

@@ -18,8 +18,9 @@ import grpc
 import pytest
 
 from kvstore.block import Chain, ModelId, Root
-from kvstore.service.client import SidecarStore, connect
+from kvstore.service.client import SidecarStore
 from tests.conftest import chain_of, content, load_all, save_all
+from tests.patient import connect
 from tests.service.conftest import ServerProcess
 from tests.service.hostile import METHODS, Hostile
 from tests.waiting import wait_until
@@ -94,8 +95,8 @@ def test_ten_thousand_hostile_requests_get_clear_answers_and_leave_nothing_behin
     process = start_process(256, service={"tokens_file": str(tokens)}, request={"lease_s": 5.0})
     victims = chain_of(Root(model, salt=b"victim"), 12, seed=99)
     with (
-        connect(process.address, token="victim-victim-victim", call_deadline_s=20.0) as victim,
-        connect(process.address, token="admin-admin-admin", call_deadline_s=20.0) as admin,
+        connect(process.address, token="victim-victim-victim") as victim,
+        connect(process.address, token="admin-admin-admin") as admin,
     ):
         victim.open(model)
         save_all(victim, victims, 0, 8)

@@ -12,8 +12,8 @@ from kvstore import KVStore, StoreConfig
 from kvstore.api import NO_HINT, Hint, Retention, Store
 from kvstore.block import BlockId, Root
 from kvstore.policies.lru import LruPolicy
-from kvstore.service.client import connect
 from tests.conftest import chain_of
+from tests.patient import connect
 from tests.service.conftest import StartServer
 
 HEARD: list[Hint] = []
@@ -40,7 +40,7 @@ def store(request: pytest.FixtureRequest, root: Root, start_server: StartServer)
     if request.param == "in_process":
         opened = KVStore(StoreConfig.load({"host": {"capacity_bytes": "1MiB", "policy": policy}}))
     else:
-        opened = connect(start_server(16, host={"policy": policy}).address, call_deadline_s=5.0)
+        opened = connect(start_server(16, host={"policy": policy}).address)
     try:
         opened.open(root.model)
         yield opened

@@ -21,13 +21,14 @@ import pytest
 
 from kvstore.block import Chain, ModelId, Root
 from kvstore.errors import AccessDenied, KVStoreError, UnknownLease
-from kvstore.service.client import SidecarStore, connect
+from kvstore.service.client import SidecarStore
 from kvstore.service.handshake import MAX_MESSAGE_BYTES
 from kvstore.service.knock import knock
 from kvstore.service.lane import METHODS, Lane, LaneCall, LaneError, Lanes
 from kvstore.service.server import Server
 from kvstore.service.status import error_of, is_transport
 from kvstore.wire import kvstore_pb2 as pb
+from tests.patient import connect
 from tests.service.conftest import StartServer
 from tests.waiting import wait_until
 
@@ -300,7 +301,7 @@ def server(start_server: StartServer) -> Server:
 
 
 def opened(server: Server) -> SidecarStore:
-    return connect(server.address, call_deadline_s=5.0)
+    return connect(server.address)
 
 
 def test_calls_of_a_requests_life_go_by_the_lane(server: Server, model: ModelId) -> None:

@@ -14,8 +14,9 @@ pytest.importorskip("torch", reason="pinning goes through torch")
 from kvstore.api import LendsMemory, Registration
 from kvstore.block import Root
 from kvstore.pinning import PINNED, Pinned, pin
-from kvstore.service.client import SidecarStore, connect
+from kvstore.service.client import SidecarStore
 from tests.conftest import chain_of, load_all, save_all
+from tests.patient import connect
 from tests.service.conftest import ServerProcess, StartServer
 from tests.test_pinning import FakeCuda
 from tests.waiting import wait_until
@@ -73,7 +74,7 @@ def test_after_a_crash_the_old_memory_is_unregistered_before_the_new_is_register
     start_process: Callable[..., ServerProcess], root: Root
 ) -> None:
     process, cuda = start_process(), FakeCuda()
-    with connect(process.address, call_deadline_s=5) as store:
+    with connect(process.address) as store:
         store.open(root.model)
         engine = Engine(store, cuda)
         chain = chain_of(root, 4)
@@ -92,7 +93,7 @@ def test_memory_under_a_copy_stays_registered_though_its_server_is_gone(
     start_process: Callable[..., ServerProcess], root: Root
 ) -> None:
     process, cuda = start_process(), FakeCuda()
-    with connect(process.address, call_deadline_s=5) as store:
+    with connect(process.address) as store:
         store.open(root.model)
         engine = Engine(store, cuda)
         chain = chain_of(root, 2)

@@ -18,7 +18,6 @@ import grpc
 import numpy as np
 import pytest
 
-import kvstore
 from kvstore.api import Load, Match, Save
 from kvstore.block import Chain, ModelId, Root
 from kvstore.config import StoreConfig
@@ -36,6 +35,7 @@ from kvstore.store import KVStore
 from kvstore.tiers.remote import RemoteTier
 from kvstore.wire import kvstore_pb2 as pb
 from tests.conftest import chain_of, content, load_all, save_all
+from tests.patient import CALL_DEADLINE_S, connect
 from tests.redis.content import Content
 from tests.service.peers import PeerWithContent
 from tests.waiting import wait_until
@@ -70,13 +70,16 @@ class Served:
         self.process.send_signal(number)
 
 
+PATIENT = f"request.lookup_deadline_s={CALL_DEADLINE_S}"
+
+
 @contextlib.contextmanager
 def serving(folder: Path, name: str, *settings: str) -> Iterator[Served]:
     """Serve on a Unix socket in `folder`; ready when this returns."""
     address = f"unix:{folder}/{name}"
     log = folder / f"{name}.log"
     command = [sys.executable, "-m", "kvstore.service.cli", "serve", "--listen", address]
-    for setting in ("host.capacity_bytes=64MiB", "host.prefault=false", *settings):
+    for setting in ("host.capacity_bytes=64MiB", "host.prefault=false", PATIENT, *settings):
         command += ["--set", setting]
     environ = {key: value for key, value in os.environ.items() if not key.startswith("KVSTORE_")}
     with log.open("ab") as out:
@@ -107,7 +110,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 @pytest.fixture
 def client(served: Served) -> Iterator[SidecarStore]:
     """A client without a mapping; what it leaves behind must be nothing."""
-    with kvstore.connect(served.address, mapped=False) as store:
+    with connect(served.address, mapped=False) as store:
         store.clear()
         yield store
         assert store.check() == []
@@ -124,7 +127,7 @@ def save_big(store: SidecarStore, chain: Chain) -> int:
 def test_a_beat_that_was_made_as_a_load_began_does_not_end_it(served: Served) -> None:
     """The beat may overtake the load's own call, or come after it."""
     for mapped in (False, True):
-        with kvstore.connect(served.address, mapped=mapped) as client:
+        with connect(served.address, mapped=mapped) as client:
             client.clear()
             client.open(BIG)
             chain = chain_of(Root(BIG), 20)
@@ -202,7 +205,7 @@ def test_what_an_unmapped_client_saves_it_loads(client: SidecarStore, model: Mod
 
 
 def test_mapped_and_unmapped_clients_read_each_others_blocks(client: SidecarStore, served: Served) -> None:
-    with kvstore.connect(served.address) as mapped:
+    with connect(served.address) as mapped:
         for store in (client, mapped):
             store.open(BIG)
         there, back = chain_of(Root(BIG), 4, seed=1), chain_of(Root(BIG), 4, seed=2)
@@ -260,7 +263,7 @@ def test_an_unmapped_client_cannot_publish_what_it_has_not_sent(client: SidecarS
 
 
 def test_load_larger_than_the_clients_memory_goes_in_a_window(served: Served) -> None:
-    with kvstore.connect(served.address, mapped=False, buffer_bytes=16 << 20) as client:
+    with connect(served.address, mapped=False, buffer_bytes=16 << 20) as client:
         client.clear()
         client.open(BIG)
         chain = chain_of(Root(BIG), 24)
@@ -274,7 +277,7 @@ def save_blocks(store: SidecarStore, chain: Chain, start: int, stop: int) -> int
 
 
 def test_save_larger_than_the_clients_memory_is_refused_from_where_it_ends(served: Served) -> None:
-    with kvstore.connect(served.address, mapped=False, buffer_bytes=16 << 20) as client:
+    with connect(served.address, mapped=False, buffer_bytes=16 << 20) as client:
         client.clear()
         client.open(BIG)
         chain = chain_of(Root(BIG), 12)
@@ -323,10 +326,7 @@ def resident_bytes(pid: int) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 def test_server_that_dies_mid_stream_is_a_shorter_hit(tmp_path: Path, number: signal.Signals) -> None:
-    with (
-        serving(tmp_path, "s") as server,
-        kvstore.connect(server.address, mapped=False, call_deadline_s=2.0) as client,
-    ):
+    with serving(tmp_path, "s") as server, connect(server.address, mapped=False) as client:
         client.open(BIG)
         chain = chain_of(Root(BIG), 30)
         save_big(client, chain)
@@ -340,7 +340,7 @@ def test_server_that_dies_mid_stream_is_a_shorter_hit(tmp_path: Path, number: si
                 seen.append(block.index)
                 if block.index == 2:
                     server.send(number)
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 15
         assert seen == list(range(len(seen)))
         assert len(seen) >= 3
         began = time.monotonic()
@@ -352,11 +352,11 @@ def test_server_that_dies_mid_stream_is_a_shorter_hit(tmp_path: Path, number: si
 def _impatient(client: SidecarStore) -> object:
     from dataclasses import replace
 
-    return replace(client._link.options, progress_s=1.0)
+    return replace(client._link.options, progress_s=1.0, call_deadline_s=2.0)
 
 
 def test_save_to_a_server_that_was_killed_publishes_nothing_and_does_not_wait(tmp_path: Path) -> None:
-    with serving(tmp_path, "s") as server, kvstore.connect(server.address, mapped=False) as client:
+    with serving(tmp_path, "s") as server, connect(server.address, mapped=False) as client:
         client.open(BIG)
         chain = chain_of(Root(BIG), 8)
         with client.save(chain, 0, 8) as save:
@@ -371,11 +371,12 @@ def test_save_to_a_server_that_was_killed_publishes_nothing_and_does_not_wait(tm
 def test_client_killed_mid_upload_leaves_nothing_half_written(served: Served) -> None:
     """Its session ends a moment after its stream; what it had reserved and not sent whole is free again."""
     script = (
-        "import sys, os, kvstore, threading\n"
+        "import sys, os, threading\n"
         "from kvstore.block import Root\n"
         "from tests.conftest import chain_of\n"
+        "from tests.patient import CALL_DEADLINE_S, connect\n"
         "from tests.service.test_remote import BIG\n"
-        "store = kvstore.connect(sys.argv[1], mapped=False)\n"
+        "store = connect(sys.argv[1], mapped=False)\n"
         "store.open(BIG)\n"
         "save = store.save(chain_of(Root(BIG), 8, seed=77), 0, 8)\n"
         "messages = save._messages\n"
@@ -389,7 +390,7 @@ def test_client_killed_mid_upload_leaves_nothing_half_written(served: Served) ->
         "save._messages = cut\n"
         "save.commit()\n"
     )
-    with kvstore.connect(served.address) as watcher:
+    with connect(served.address) as watcher:
         watcher.clear()
         watcher.open(BIG)
         chain = chain_of(Root(BIG), 8, seed=77)
@@ -549,7 +550,7 @@ def test_save_whose_upload_fails_publishes_nothing_and_is_ended() -> None:
 
 
 @contextlib.contextmanager
-def reading_from(address: str, *, lookup_deadline_s: float = 0.25, **options: object) -> Iterator[KVStore]:
+def reading_from(address: str, *, lookup_deadline_s: float = CALL_DEADLINE_S, **options: object) -> Iterator[KVStore]:
     """A store whose only lower tier is the sidecar at `address`."""
     values = {
         "host": {"capacity_bytes": 64 << 20, "prefault": False},
@@ -568,7 +569,7 @@ def reading_from(address: str, *, lookup_deadline_s: float = 0.25, **options: ob
 
 def found(store: KVStore | SidecarStore, chain: Chain) -> int:
     """Blocks that match in all tiers, asked anew."""
-    num_blocks = store.match(chain, "found", wait_s=1).num_blocks
+    num_blocks = store.match(chain, "found", wait_s=5).num_blocks
     store.forget("found")
     return num_blocks
 
@@ -589,8 +590,8 @@ def test_two_sidecars_read_from_each_other(tmp_path: Path) -> None:
     with (
         serving(tmp_path, "one", f"tiers.remote.address={other}") as first,
         serving(tmp_path, "other", f"tiers.remote.address={one}") as second,
-        kvstore.connect(first.address) as here,
-        kvstore.connect(second.address) as there,
+        connect(first.address) as here,
+        connect(second.address) as there,
     ):
         for store in (here, there):
             store.open(BIG)
@@ -617,12 +618,13 @@ def test_two_sidecars_read_from_each_other(tmp_path: Path) -> None:
 def test_peer_that_dies_mid_stream_is_a_shorter_hit(tmp_path: Path, number: signal.Signals) -> None:
     with (
         serving(tmp_path, "s") as server,
-        reading_from(server.address) as cold,
-        kvstore.connect(server.address) as warm,
+        reading_from(server.address, lookup_deadline_s=0.25) as cold,
+        connect(server.address) as warm,
     ):
         warm.open(BIG)
         chain = chain_of(Root(BIG), 28)
         save_big(warm, chain)
+        wait_until(lambda: found(cold, chain) == 28)
         assert cold.match(chain, "r", wait_s=5).num_blocks == 28
         began = time.monotonic()
         with cold.load("r") as load:
@@ -645,10 +647,10 @@ def test_peer_that_dies_mid_stream_is_a_shorter_hit(tmp_path: Path, number: sign
 @pytest.mark.slow
 def test_store_starts_without_its_peer_and_finds_it_later(tmp_path: Path) -> None:
     address = f"unix:{tmp_path}/late"
-    with reading_from(address, lookup_deadline_s=5.0) as cold:  # that a machine is busy is no miss here
+    with reading_from(address) as cold:
         chain = chain_of(Root(BIG), 3)
         assert cold.match(chain, "r", wait_s=2).num_blocks == 0
-        with serving(tmp_path, "late") as server, kvstore.connect(server.address) as warm:
+        with serving(tmp_path, "late") as server, connect(server.address) as warm:
             warm.open(BIG)
             save_big(warm, chain)
             wait_until(lambda: found(cold, chain) == 3)
@@ -660,8 +662,8 @@ def test_restarted_peer_is_read_again(tmp_path: Path) -> None:
     chain = chain_of(Root(BIG), 3)
     with contextlib.ExitStack() as stack:
         with serving(tmp_path, "s") as server:
-            cold = stack.enter_context(reading_from(server.address, lookup_deadline_s=5.0))
-            with kvstore.connect(server.address) as warm:
+            cold = stack.enter_context(reading_from(server.address))
+            with connect(server.address) as warm:
                 warm.open(BIG)
                 save_big(warm, chain)
                 assert load_all(cold, chain) == ["remote"] * 3
@@ -669,7 +671,7 @@ def test_restarted_peer_is_read_again(tmp_path: Path) -> None:
             server.process.wait()
         (tmp_path / "s.log").unlink()
         cold.drop_host()
-        with serving(tmp_path, "s") as again, kvstore.connect(again.address) as warm:
+        with serving(tmp_path, "s") as again, connect(again.address) as warm:
             warm.open(BIG)
             save_big(warm, chain)
             wait_until(lambda: found(cold, chain) == 3)
@@ -688,7 +690,7 @@ def test_peer_with_a_token_for_one_tenant_learns_nothing_of_another(tmp_path: Pa
     mine.chmod(0o600)
     with (
         serving(tmp_path, "s", f"service.tokens_file={tokens}") as server,
-        kvstore.connect(server.address, token="a-token-for-everything") as warm,
+        connect(server.address, token="a-token-for-everything") as warm,
     ):
         warm.open(GRID)
         theirs, ours = chain_of(Root(GRID, salt=b"other"), 4), chain_of(Root(GRID, salt=b"acme"), 4)

@@ -13,13 +13,13 @@ import pytest
 
 from kvstore.block import ModelId, Root
 from kvstore.errors import AccessDenied
-from kvstore.service.client import connect
 from kvstore.service.knock import knock
 from kvstore.service.rights import Gate, Rights, Shown
 from kvstore.service.server import Server
 from kvstore.wire import kvstore_pb2 as pb
 from tests.conftest import chain_of, save_all
 from tests.fakes import DictTier
+from tests.patient import connect
 from tests.service.conftest import StartServer
 from tests.service.test_servicer import Peer, contents_of, hello, make_peer, refused
 from tests.service.victims import Victim

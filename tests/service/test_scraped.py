@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from kvstore.block import Chain, ModelId, Root
-from kvstore.service.client import SidecarStore, connect
+from kvstore.service.client import SidecarStore
 from kvstore.tiers.valkey import EmbeddedServer
 from tests.conftest import chain_of, load_all, save_all
+from tests.patient import connect
 from tests.service.test_cli import Serving, serve
 from tests.service.test_metrics import scrape
 from tests.waiting import wait_until
@@ -65,9 +66,9 @@ def watched(serve: Callable[..., Serving], valkey: EmbeddedServer, model: ModelI
     serving = serve(
         *("--redis-url", valkey.url, "--host-capacity", "64KiB"),
         *("--set", "mover.write=through", "--set", "service.metrics_listen=127.0.0.1:0"),
-        *("--set", "request.lookup_deadline_s=5", "--set", "service.max_session_share=1"),
+        *("--set", "request.lookup_deadline_s=20", "--set", "service.max_session_share=1"),
     )
-    with connect(serving.address, call_deadline_s=5.0) as store:
+    with connect(serving.address) as store:
         store.open(model)
         yield Watched(serving, store)
 

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 from kvstore.block import BlockId, Chain, ModelId, Root
-from kvstore.service.client import SidecarStore, connect
+from kvstore.service.client import SidecarStore
 from kvstore.service.handshake import model_message
 from kvstore.wire import kvstore_pb2 as pb
 from kvstore.wire.kvstore_pb2_grpc import KVStoreStub
 from tests.conftest import chain_of, save_all
+from tests.patient import connect
 from tests.service.conftest import ServerProcess
 from tests.service.test_servicer import Peer, hello
 
@@ -50,7 +51,7 @@ def process(start_process: Callable[..., ServerProcess], directory: Path) -> Ser
 
 @pytest.fixture
 def alice(process: ServerProcess, model: ModelId) -> Iterator[SidecarStore]:
-    with connect(process.address, token="alice-alice-alice", call_deadline_s=20.0) as store:
+    with connect(process.address, token="alice-alice-alice") as store:
         store.open(model)
         yield store
 
@@ -134,7 +135,7 @@ def test_blocks_of_another_tenant_take_no_longer_than_blocks_of_nobody(
     his = Root(model, salt=b"bob")
     mine = chain_of(his, num_own, seed=5)
     if num_own:
-        with connect(process.address, token="bob-bob-bob-bob-bob", call_deadline_s=20.0) as store:
+        with connect(process.address, token="bob-bob-bob-bob-bob") as store:
             store.open(model)
             save_all(store, mine)
     foreign, absent = claims(nobodys, hers=hers.ids, own=mine.ids, root=his)

@@ -12,16 +12,17 @@ import redis
 
 from kvstore.api import NO_HINT, Hint, Store
 from kvstore.block import Chain, ModelId, Root
-from kvstore.service.client import connect
 from kvstore.tiers.redis_names import Names
 from kvstore.tiers.valkey import EmbeddedServer
 from tests.conftest import chain_of, content, load_all
+from tests.patient import CALL_DEADLINE_S, connect
 from tests.service.test_cli import Serving
 from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.redis]
 
 Serve = Callable[..., Serving]
+PATIENT = f"request.lookup_deadline_s={CALL_DEADLINE_S}"
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def serve(tmp_path: Path, below: EmbeddedServer) -> Iterator[Serve]:
     made: list[Serving] = []
 
     def start(*words: str) -> Serving:
-        made.append(Serving(tmp_path, "--redis-url", below.url, *words))
+        made.append(Serving(tmp_path, "--redis-url", below.url, "--set", PATIENT, *words))
         return made[-1]
 
     yield start
@@ -65,7 +66,7 @@ def test_a_stopping_server_writes_down_what_it_alone_holds_and_the_next_one_find
 ) -> None:
     chains = [chain_of(Root(model), 8, seed=seed) for seed in range(5)]
     first = serve("--tiering", "exclusive")
-    with connect(first.address, call_deadline_s=10.0) as store:
+    with connect(first.address) as store:
         store.open(model)
         for chain in chains:
             save(store, chain)
@@ -74,7 +75,7 @@ def test_a_stopping_server_writes_down_what_it_alone_holds_and_the_next_one_find
     assert first.wait() == 0
     assert "all 40 blocks that the host alone held went to redis" in first.log.read_text()
     second = serve("--tiering", "exclusive")
-    with connect(second.address, call_deadline_s=10.0) as store:
+    with connect(second.address) as store:
         store.open(model)
         for chain in chains:
             assert load_all(store, chain) == ["redis"] * 8
@@ -84,7 +85,7 @@ def test_a_stopping_server_writes_down_what_it_alone_holds_and_the_next_one_find
 def test_a_drain_ends_at_its_limit_and_says_what_is_left(serve: Serve, model: ModelId) -> None:
     words = ("--set", "service.drain_s=0.5", "--set", "mover.flush_s=0", "--set", "mover.write_bytes_per_s=8192")
     server = serve("--tiering", "exclusive", *words)
-    with connect(server.address, call_deadline_s=10.0) as store:
+    with connect(server.address) as store:
         store.open(model)
         save(store, chain_of(Root(model), 40))
     server.process.send_signal(signal.SIGTERM)
@@ -98,7 +99,7 @@ def test_a_priority_says_what_is_let_in_and_where_it_stands(
     words = ("--set", "mover.write=through", "--set", "mover.min_priority=40", "--redis-policy", "priority")
     server = serve(*words)
     low, plain, high = (chain_of(Root(model), 4, seed=seed) for seed in range(3))
-    with connect(server.address, call_deadline_s=10.0) as store, redis.Redis.from_url(below.url) as client:
+    with connect(server.address) as store, redis.Redis.from_url(below.url) as client:
         store.open(model)
         for chain, priority in ((low, 39), (plain, 50), (high, 100)):
             save(store, chain, Hint(priority=priority))
@@ -114,8 +115,8 @@ def test_what_the_policy_thinks_will_not_come_back_is_not_let_in(
     server = serve("--set", "mover.write=on_reuse", "--set", "mover.min_return_probability=0.01")
     # By two clients: what one says of a chain, and says again, may reach the policy as one use.
     with (
-        connect(server.address, call_deadline_s=10.0) as store,
-        connect(server.address, call_deadline_s=10.0) as other,
+        connect(server.address) as store,
+        connect(server.address) as other,
         redis.Redis.from_url(below.url) as client,
     ):
         store.open(model)

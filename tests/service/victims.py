@@ -14,8 +14,8 @@ import time
 from multiprocessing.connection import Connection
 
 from kvstore.block import ModelId, Root
-from kvstore.service.client import connect
 from tests.conftest import chain_of, content
+from tests.patient import connect
 
 MODEL = ModelId(
     model="tiny", revision="1", kv_dtype="bfloat16", num_layers=2, num_kv_heads=2, head_dim=16, block_tokens=16
@@ -54,7 +54,7 @@ class Victim:
 
 
 def _work(address: str, what: str, seed: int, out: Connection) -> None:
-    with connect(address, call_deadline_s=5.0) as store:
+    with connect(address) as store:
         store.open(MODEL)
         chain = chain_of(Root(MODEL), 8, seed=seed)
         match what:
