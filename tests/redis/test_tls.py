@@ -173,7 +173,7 @@ def test_a_hung_server_costs_the_deadline_over_tls_too(
         began = time.monotonic()
         with pytest.raises(TierTimeout):
             calls[call]()
-        assert 0.9 <= time.monotonic() - began <= 1.1
+        assert 0.9 <= time.monotonic() - began < 1.9
     finally:
         os.kill(server[0].pid, signal.SIGCONT)
 

@@ -185,7 +185,7 @@ def test_callers_of_a_stopped_server_give_up_at_the_deadline_and_then_at_once(
         began = time.monotonic()
         for _ in range(100):
             assert store.match(SHARED, "r").num_blocks == 0
-        assert time.monotonic() - began < 0.5, "only the first one waits"
+        assert time.monotonic() - began < 5, "only the first one waits"
         process.signal(signal.SIGCONT)
         wait_until(lambda: store.is_up)
         assert load_all(store, SHARED, request="back") == ["host"] * 8, "the same session, and nothing is lost"

@@ -21,10 +21,10 @@ def test_without_the_package_there_is_nothing_to_record(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "opentelemetry.trace", None)
     assert recorder() is None
     latencies = Latencies()
-    began_s = time.perf_counter()
+    began_s = time.thread_time()
     for _ in range(10_000):
         latencies.observe("Match", 0.001)
-    assert (time.perf_counter() - began_s) / 10_000 < 20e-6, "a call is counted, and nothing else is done"
+    assert (time.thread_time() - began_s) / 10_000 < 20e-6, "a call is counted, and nothing else is done"
 
 
 def test_a_call_is_a_span_with_its_length_and_its_failure() -> None:
