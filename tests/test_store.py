@@ -500,14 +500,18 @@ def test_a_tier_that_raises_anything_gives_its_queue_back(make_store: MakeStore,
     assert len(tier.values) == 4
 
 
-def test_a_slow_write_budget_pins_nothing(make_store: MakeStore, root: Root) -> None:
+def test_a_slow_write_budget_pins_nothing(root: Root) -> None:
     tier = DictTier()
-    store = make_store(8, tiers=[tier], mover={**THROUGH, "write_bytes_per_s": 1, "flush_s": 0})
-    save_all(store, chain_of(root, 8))
-    while not tier.values:
-        threading.Event().wait(0.01)
-    other = chain_of(root, 8, seed=1)
-    assert save_all(store, other) == 8, "what waits for its budget kept a save from finding room"
+    mover = {**THROUGH, "write_bytes_per_s": 1, "flush_s": 0}
+    values = {"host": {"capacity_bytes": 8 * 4096, "prefault": False}, "mover": mover}
+    with KVStore(StoreConfig.load(values, environ={}), tiers=[tier]) as store:
+        store.open(root.model)
+        save_all(store, chain_of(root, 8))
+        while not tier.values:
+            threading.Event().wait(0.01)
+        other = chain_of(root, 8, seed=1)
+        assert save_all(store, other) == 8, "what waits for its budget kept a save from finding room"
+        assert store.check() == []
 
 
 def test_closing_a_store_ends_its_loads(make_store: MakeStore, root: Root) -> None:

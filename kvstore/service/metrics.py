@@ -40,6 +40,7 @@ Timings = Callable[[], Mapping[str, Durations]]
 _MAX_SCRAPES = 16
 _PATIENCE_S = 5.0
 """With a scraper that is silent, or does not read."""
+_ENDS_WITHIN_S = 0.1
 _LONGEST = 6
 """Times that, of one scrape: who says or reads a byte now and then is never silent."""
 
@@ -370,7 +371,10 @@ class MetricsEndpoint:
         except OSError as error:
             raise ConfigError(f"service.metrics_listen is {listen}: cannot listen there: {error.strerror}") from error
         self._server.set_app(make_wsgi_app(registry))
-        self._thread = threading.Thread(target=self._server.serve_forever, name="kvstore-metrics", daemon=True)
+        # It looks so often whether it shall end; with the half second of the default a server took as long to stop.
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(_ENDS_WITHIN_S,), name="kvstore-metrics", daemon=True
+        )
         self._thread.start()
         self.address = f"{f'[{host}]' if ':' in host else host}:{self._server.server_port}"
 

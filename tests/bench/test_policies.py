@@ -84,12 +84,13 @@ def test_only_the_last_half_of_time_counts() -> None:
 AGAINST = [
     # Kind, capacity in % of its blocks, and the most points below LRU. Without its guard `returns` loses:
     ("loops", 7.0, 0.5),  # 7.2
-    pytest.param("drift", 2.0, 0.5, marks=pytest.mark.slow),  # 1.3
-    pytest.param("phases", 10.0, 0.5, marks=pytest.mark.slow),  # 0.7
-    pytest.param("lull", 10.0, 0.8, marks=pytest.mark.slow),  # 2.9; evicted before it noticed
+    ("drift", 2.0, 0.5),  # 1.3
+    ("phases", 10.0, 0.5),  # 0.7
+    ("lull", 10.0, 0.8),  # 2.9; evicted before it noticed
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "capacity_pct", "most_pts"), AGAINST)
 def test_returns_loses_little_to_lru_on_traffic_that_is_against_what_it_learned(
     kind: str, capacity_pct: float, most_pts: float

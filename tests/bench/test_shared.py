@@ -33,6 +33,7 @@ def chats(num_requests: int, seed: int) -> list[list[int]]:
     return requests
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["lru", "returns"])
 def test_no_resident_block_lacks_its_parent_after_a_replay_at_five_percent(policy: str) -> None:
     requests = chats(1500, seed=1)

@@ -245,8 +245,8 @@ def test_a_server_that_never_answered_is_not_shown_as_available(make_tier: MakeT
 
 
 @pytest.fixture
-def stopped(own_server: EmbeddedServer) -> Iterator[Callable[[], None]]:
-    """Stops the server when called; it goes on when the test ends."""
+def stopped(own_server: EmbeddedServer, make_tier: MakeTier) -> Iterator[Callable[[], None]]:
+    """Stops the server when called; it goes on when the test ends, before tiers are closed, which would wait for it."""
     yield lambda: os.kill(own_server.pid, signal.SIGSTOP)
     os.kill(own_server.pid, signal.SIGCONT)
 

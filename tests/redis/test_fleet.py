@@ -204,6 +204,7 @@ while True:
 
 
 @pytest.mark.alone
+@pytest.mark.slow
 def test_death_of_the_producer_is_seen_within_the_ttl(
     make_replica: MakeReplica, server: EmbeddedServer, root: Root
 ) -> None:

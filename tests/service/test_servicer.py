@@ -169,6 +169,7 @@ def test_every_call_of_an_unknown_session_is_unauthenticated(peer: Peer, root: R
     assert len(calls) == len(methods - {"Open"})
 
 
+@pytest.mark.slow
 def test_a_client_without_a_mapping_loses_everything_soon_after_its_stream(
     start_server: StartServer, make_peer: Callable[..., Peer], root: Root, clock: FakeClock
 ) -> None:

@@ -50,22 +50,24 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> Authority:
     return Authority(tmp_path_factory.mktemp("other-ca"), "theirs")
 
 
-@pytest.fixture
-def process(start_process: Callable[..., ServerProcess], directory: Path, authority: Authority) -> ServerProcess:
+@pytest.fixture(scope="module")
+def process(tmp_path_factory: pytest.TempPathFactory, authority: Authority) -> Iterator[ServerProcess]:
     """A server over TCP that wants a certificate of ours, and looks at tokens."""
+    directory = tmp_path_factory.mktemp("s")
     tokens = directory / "tokens.toml"
     tokens.write_text(TOKENS)
     tokens.chmod(0o600)
     signed = authority.sign("server")
-    return start_process(
-        service={
-            "listen_tcp": "127.0.0.1:0",
-            "tls_cert": str(signed.cert),
-            "tls_key": str(signed.key),
-            "client_ca": str(authority.cert),
-            "tokens_file": str(tokens),
-        }
-    )
+    service: dict[str, object] = {
+        "listen_tcp": "127.0.0.1:0",
+        "tls_cert": str(signed.cert),
+        "tls_key": str(signed.key),
+        "client_ca": str(authority.cert),
+        "tokens_file": str(tokens),
+    }
+    process = ServerProcess(directory, service=service)
+    yield process
+    assert process.stop() == 0, process.log.read_text()[-4000:]
 
 
 def credentials(
