@@ -171,6 +171,12 @@ class KVStore:
             raise ConfigError(f"model {chain.root.model.model!r} is not open: call store.open(model) first")
         return layout
 
+    def _meet(self, chain: Chain) -> BlockLayout:
+        """`_layout`, with lower tiers told whose the chain is: under its root they may be written to from now on."""
+        for tier in self._tiers:
+            tier.meet(chain.root)
+        return self._layout(chain)
+
     # -- finding -----------------------------------------------------------------------------------------------
 
     def match(
@@ -183,7 +189,7 @@ class KVStore:
         wait_s: float | None = 0.0,
     ) -> Match:
         """See `kvstore.api.Store.match`."""
-        layout = self._layout(chain)
+        layout = self._meet(chain)
         cells = _cells(layout, parts)
         now_s = self._clock.now_s()
         rows = self._host.pool.pin_leading(chain.ids, part_mask(layout, cells), chain.root.id)
@@ -370,7 +376,7 @@ class KVStore:
         hint: Hint = NO_HINT,
     ) -> BlockSave:
         """See `kvstore.api.Store.save`."""
-        layout = self._layout(chain)
+        layout = self._meet(chain)
         cells = _cells(layout, parts)
         if not 0 <= start <= stop <= len(chain):
             raise ConfigError(f"blocks {start}…{stop} are outside the chain, which has {len(chain)} full blocks")

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import ClassVar
 
 from kvstore.api import Hint
-from kvstore.block import BlockId, BlockMeta, PartKey, RootId
+from kvstore.block import BlockId, BlockMeta, PartKey, Root, RootId
 from kvstore.layout import BlockLayout
 from kvstore.policies.standing import LRU
 from kvstore.stats import Stats
@@ -101,6 +101,9 @@ class Tier(ABC):
     @abstractmethod
     def close(self) -> None:
         """Stop threads, close connections."""
+
+    def meet(self, root: Root) -> None:  # noqa: B027 (most tiers do not care)
+        """Told of each root before anything under it is written: its digest does not say whose it is. Idempotent."""
 
     def retire(self, keys: Sequence[PartKey], start: int) -> None:  # noqa: B027 (most tiers have no order of their own)
         """The conversation of a chain ended: its keys, head to tail, of which from `start` on only it is known to use.

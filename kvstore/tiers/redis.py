@@ -18,6 +18,7 @@ out is decided here and not by the server (`maxmemory-policy noeviction`): the l
     redis_clock       the time that scores are of   redis_mend     what other programs spoilt
     redis_growth      what hangs from what          redis_look     what doctor can see
     redis_facts       what a server says of itself  redis_scripts  what it does for the accounts
+    redis_tenants     whose which namespace is
     valkey            a server of our own, for url="embedded"
 """
 
@@ -30,7 +31,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from kvstore.api import Hint
-from kvstore.block import BlockId, BlockMeta, PartKey, RootId
+from kvstore.block import BlockId, BlockMeta, PartKey, Root, RootId
 from kvstore.clock import check_seconds
 from kvstore.errors import ConfigError
 from kvstore.layout import BlockLayout
@@ -86,6 +87,7 @@ class RedisTier(Tier):
                 80 % of the server's `maxmemory`, and where it has none, no limit (1 GiB for `embedded`).
             namespace_capacity_bytes: limit of each namespace (a model with its adapter under a tenant's salt): what is
                 written beyond it evicts the coldest of the same namespace. Give all stores the same. 0 for none.
+            tenant_capacity_bytes: the same of each tenant's salt, all models and adapters together (`redis_tenants`).
             policy: by what this store places what it writes and uses in the server's one order: `lru`, `priority` or
                 `returns` (`kvstore.policies.standing`), not `priority` where blocks go down at eviction. Stores with
                 different ones may share a server: each places its own uses, and the later place counts.
@@ -111,6 +113,7 @@ class RedisTier(Tier):
         url: str = field(default=EMBEDDED, repr=False)  # it may hold a password
         capacity_bytes: int = 0
         namespace_capacity_bytes: int = 0
+        tenant_capacity_bytes: int = 0
         policy: str = LRU
         num_buckets: int = 16
         connections: int = 2
@@ -130,7 +133,7 @@ class RedisTier(Tier):
                 raise ConfigError(f"policy of tier redis is {self.policy!r}: use one of {', '.join(STANDINGS)}")
             if self.connections < 1:
                 raise ConfigError(f"connections is {self.connections}: use at least 1 (2 to 4 is a good choice)")
-            for name in ("capacity_bytes", "namespace_capacity_bytes", "ttl_s"):
+            for name in ("capacity_bytes", "namespace_capacity_bytes", "tenant_capacity_bytes", "ttl_s"):
                 if getattr(self, name) < 0:
                     raise ConfigError(f"{name} is {getattr(self, name)}: it must not be negative")
             if self.ttl_s > _MAX_TTL_S:
@@ -162,7 +165,9 @@ class RedisTier(Tier):
             self._note_state,
         )
         self._names = names
-        self._accounting = Accounting(names, capacity_bytes, self.options.namespace_capacity_bytes)
+        self._accounting = Accounting(
+            names, capacity_bytes, self.options.namespace_capacity_bytes, self.options.tenant_capacity_bytes
+        )
         self._locked = Locked()
         self._writer = Writer(
             self._accounting, self._codec, self.options.ttl_s, self._locked, sealer, by_stripe=self._nodes.is_cluster
@@ -190,6 +195,9 @@ class RedisTier(Tier):
 
     def open(self, layout: BlockLayout) -> None:
         self._writer.learn(layout)
+
+    def meet(self, root: Root) -> None:
+        self._accounting.tenants.learn(root)
 
     @property
     def refuses(self) -> bool:

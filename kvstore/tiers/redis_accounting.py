@@ -19,6 +19,7 @@ from kvstore.tiers.redis_facts import ServerFacts
 from kvstore.tiers.redis_names import STEP_S, Bucket, Names, prefix, registry, used
 from kvstore.tiers.redis_nodes import Talk, many, raise_foreign
 from kvstore.tiers.redis_scripts import ACCOUNT, COLDEST, COOL, EVICT, FORK, REMOVE
+from kvstore.tiers.redis_tenants import Tenants
 from kvstore.tiers.redis_wire import ProtocolBroken, ReplyError, command, integer, real
 
 _COLDEST_AT_FIRST = 32
@@ -42,11 +43,12 @@ class Accounting:
         names: how keys are named.
         capacity_bytes: the limit over all buckets of all namespaces; 0 takes 80 % of the server's `maxmemory`,
             or no limit where it has none.
-        namespace_bytes: the limit of each namespace; 0 for none.
+        namespace_bytes, tenant_bytes: the limit of each namespace, and of all those of a tenant; 0 for none.
     """
 
-    def __init__(self, names: Names, capacity_bytes: int, namespace_bytes: int = 0) -> None:
+    def __init__(self, names: Names, capacity_bytes: int, namespace_bytes: int = 0, tenant_bytes: int = 0) -> None:
         self.names = names
+        self.tenants = Tenants(tenant_bytes)
         self.namespace_bytes = namespace_bytes
         self.server = ServerFacts(capacity_bytes)
         self._clock = SharedClock()
@@ -173,35 +175,68 @@ class Accounting:
             if isinstance(root, bytes)
         )
 
-    def total_bytes(self, talk: Talk, deadline: float, root: str = "") -> int:
-        """Accounted bytes of all namespaces, or of one. For whoever makes room: what it says of all is remembered."""
-        total = self.counted_bytes(talk, deadline, root)
-        if not root:
+    @property
+    def limits(self) -> list[int]:
+        """Those that are set here, in bytes."""
+        return [limit for limit in (self.namespace_bytes, self.tenants.capacity_bytes) if limit]
+
+    def total_bytes(self, talk: Talk, deadline: float, roots: Sequence[str] = ()) -> int:
+        """Accounted bytes of all namespaces, or of some. For whoever makes room: what it says of all is remembered."""
+        total = self.counted_bytes(talk, deadline, roots)
+        if not roots:
             self._total_bytes = total
             self._total_read_at = time.monotonic()
         return total
 
-    def counted_bytes(self, talk: Talk, deadline: float, root: str = "") -> int:
-        """Accounted bytes of all namespaces, or of one."""
-        stripes = self.names.stripes
-        counters = [Bucket(stripe, root).total if root else used(stripe) for stripe in stripes]
-        replies = many(talk, [command("GET", counter) for counter in counters], deadline, partial=True)
+    def counted_bytes(self, talk: Talk, deadline: float, roots: Sequence[str] = ()) -> int:
+        """Accounted bytes of all namespaces, or of some."""
+        if roots:
+            return sum(self._bytes_of(talk, roots, deadline).values())
+        replies = many(talk, [command("GET", used(stripe)) for stripe in self.names.stripes], deadline, partial=True)
         return sum(_count(reply) for reply in replies if isinstance(reply, bytes))
 
+    def _bytes_of(self, talk: Talk, roots: Sequence[str], deadline: float) -> dict[str, int]:
+        """Accounted bytes of each of some namespaces."""
+        asked = [command("MGET", *(Bucket(stripe, root).total for root in roots)) for stripe in self.names.stripes]
+        found = dict.fromkeys(roots, 0)
+        for reply in many(talk, asked, deadline, partial=True):
+            for root, total in zip(roots, reply if isinstance(reply, list) else (), strict=False):
+                found[root] += _count(total) if isinstance(total, bytes) else 0
+        return found
+
     def make_room(self, talk: Talk, num_bytes: Mapping[str, int], deadline: float) -> tuple[int, int]:
-        """Evict so that so many bytes more fit, by namespace; of each first what is its own.
+        """Evict so that so many bytes more fit, by namespace; of each first what is its own, then what is its tenant's.
 
         Returns parts and bytes evicted, in this order.
         """
         num_parts = freed_bytes = 0
         for root, more_bytes in num_bytes.items() if self.namespace_bytes else ():
-            if self.total_bytes(talk, deadline, root) + more_bytes > self.namespace_bytes:
+            if self.total_bytes(talk, deadline, [root]) + more_bytes > self.namespace_bytes:
                 target_bytes = max(0, int(self.namespace_bytes * _TARGET_SHARE) - more_bytes)
-                parts, freed = self.evict(talk, target_bytes, deadline, root)
+                parts, freed = self.evict(talk, target_bytes, deadline, [root])
                 num_parts += parts
                 freed_bytes += freed
+        for tenant, shares in self.tenants.shares(num_bytes).items():
+            parts, freed = self._make_room_of(talk, tenant, shares, deadline)
+            num_parts += parts
+            freed_bytes += freed
         parts, freed = self._make_room_for_all(talk, sum(num_bytes.values()), deadline)
         return num_parts + parts, freed_bytes + freed
+
+    def _make_room_of(self, talk: Talk, tenant: str, shares: Mapping[str, int], deadline: float) -> tuple[int, int]:
+        """As `make_room`, for what one tenant is to have more."""
+        tenants, more_bytes, evicted = self.tenants, sum(shares.values()), (0, 0)
+        if tenants.fits(tenant, shares):
+            return evicted
+        roots = tenants.roots(talk, tenant, list(shares), self.now_s(talk, deadline), deadline)
+        by_root = self._bytes_of(talk, list(roots), deadline)
+        tenants.forget(talk, tenant, [root for root, lately in roots.items() if not by_root[root] + lately], deadline)
+        num_bytes = sum(by_root.values())
+        if num_bytes + more_bytes > tenants.capacity_bytes:
+            target_bytes = max(0, int(tenants.capacity_bytes * _TARGET_SHARE) - more_bytes)
+            evicted = self.evict(talk, target_bytes, deadline, [root for root in roots if by_root[root]])
+        tenants.note_sum(tenant, num_bytes - evicted[1] + more_bytes)
+        return evicted
 
     def _make_room_for_all(self, talk: Talk, num_bytes: int, deadline: float) -> tuple[int, int]:
         capacity_bytes = self.server.facts(talk, deadline).capacity_bytes
@@ -218,37 +253,37 @@ class Accounting:
             return 0, 0
         return self.evict(talk, max(0, int(limit_bytes * _TARGET_SHARE) - num_bytes), deadline)
 
-    def evict(self, talk: Talk, target_bytes: int, deadline: float, root: str = "") -> tuple[int, int]:
-        """Evict the coldest of all namespaces, or of one, under one watermark, down to `target_bytes`."""
+    def evict(self, talk: Talk, target_bytes: int, deadline: float, roots: Sequence[str] = ()) -> tuple[int, int]:
+        """Evict the coldest of all namespaces, or of some, under one watermark, down to `target_bytes`."""
         num_parts = num_bytes = 0
         for number in range(_MAX_ROUNDS):
-            excess = self.total_bytes(talk, deadline, root) - target_bytes
+            excess = self.total_bytes(talk, deadline, roots) - target_bytes
             if excess <= 0:
                 break
             num_coldest = min(_COLDEST_PER_BUCKET, _COLDEST_AT_FIRST << min(number, 8))
-            watermark, more = self._watermark(talk, excess, num_coldest, deadline, root)
+            watermark, more = self._watermark(talk, excess, num_coldest, deadline, roots)
             if watermark is None:
                 if more:
                     continue
                 break
-            parts, freed = self.evict_below(talk, watermark, deadline, root)
+            parts, freed = self.evict_below(talk, watermark, deadline, roots)
             num_parts += parts
             num_bytes += freed
-            if parts and not root:
+            if parts and not roots:
                 self._clock.note_cold(talk, real(watermark), deadline)
             if not parts:
                 break  # used meanwhile, or on nodes that do not answer
         return num_parts, num_bytes
 
     def _watermark(
-        self, talk: Talk, excess: int, num_coldest: int, deadline: float, root: str
+        self, talk: Talk, excess: int, num_coldest: int, deadline: float, roots: Sequence[str]
     ) -> tuple[bytes | None, bool]:
         """The score up to which `excess` bytes lie, as far as the `num_coldest` of each stripe let one see.
 
         And whether one would see more by looking again: namespaces that were used are warmer than the registry said.
         """
         commands = [
-            _eval(COLDEST, [registry(stripe)], [prefix(stripe), str(num_coldest), root])
+            _eval(COLDEST, [registry(stripe)], [prefix(stripe), str(num_coldest), *roots])
             for stripe in self.names.stripes
         ]
         entries: list[tuple[float, bytes, int]] = []
@@ -266,7 +301,7 @@ class Accounting:
             excess -= size
         return watermark, horizon < float("inf")
 
-    def evict_below(self, talk: Talk, watermark: bytes, deadline: float, root: str = "") -> tuple[int, int]:
+    def evict_below(self, talk: Talk, watermark: bytes, deadline: float, roots: Sequence[str] = ()) -> tuple[int, int]:
         """Evict whatever scores up to `watermark`. Returns parts and bytes. What was used meanwhile stays."""
         num_parts = num_bytes = 0
         pending = list(self.names.stripes)
@@ -275,7 +310,7 @@ class Accounting:
                 _eval(
                     EVICT,
                     [registry(stripe), used(stripe)],
-                    [prefix(stripe), watermark, str(_EVICT_PER_CALL), root],
+                    [prefix(stripe), watermark, str(_EVICT_PER_CALL), *roots],
                 )
                 for stripe in pending
             ]

@@ -37,6 +37,7 @@ _BY_WORDS: dict[str, tuple[str | int, ...]] = {
     "hsetnx": (_KEY, "f", 1),
     "incrby": (_KEY, 1),
     "info": (),
+    "mget": (_KEY,),
     "ping": (),
     "sadd": (_KEY, "m"),
     "scan": (0,),

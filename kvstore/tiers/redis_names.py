@@ -10,6 +10,7 @@
     kvs2:{<stripe>}:<root>:f                 set: members that another store than their writer's went on from, perhaps
     kvs2:{<stripe>}:<root>:k                 hash: members and the one child each has (`redis_growth`)
     kvs2:{<stripe>}:<root>:m:<block>         who computes the chain from this block on (`redis_marks`)
+    kvs2:{000}:t:<tenant>                    sorted set: roots of a tenant (`redis_tenants`)
     kvs2:{000}:clock                         the time that scores are made of (`redis_clock`)
 
 A *bucket* is what one namespace has in one stripe. <root> is 16 hex digits, <block> 64, <stripe> and <part> three

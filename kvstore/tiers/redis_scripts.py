@@ -82,15 +82,19 @@ end
 """
 
 # KEYS: registry, used. ARGV: what a bucket's names begin with before its root, highest score to go, how many at most,
-# root or nothing for all. Returns members, bytes, and whether there may be more.
+# roots or none for all. Returns members, bytes, and whether there may be more.
 EVICT = (
     _FORGET
     + _SETTLE
     + f"""
 local bytes, count, left = 0, 0, tonumber(ARGV[3])
-local roots = {{ARGV[4]}}
-if ARGV[4] == '' then
+local roots, all = {{ARGV[4]}}, not ARGV[4]
+if all then
   roots = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', ARGV[2], 'LIMIT', 0, {ROOTS_PER_CALL})
+end
+for i = 5, #ARGV do
+  local place = redis.call('ZSCORE', KEYS[1], ARGV[i])
+  if place and tonumber(place) <= tonumber(ARGV[2]) then roots[#roots + 1] = ARGV[i] end
 end
 for _, root in ipairs(roots) do
   if count == left then break end
@@ -103,19 +107,25 @@ for _, root in ipairs(roots) do
   count = count + #members
   settle(KEYS[1], root, order, total)
 end
-return {{count, bytes, (count == left or #roots == {ROOTS_PER_CALL}) and 1 or 0}}
+return {{count, bytes, (count == left or (all and #roots == {ROOTS_PER_CALL})) and 1 or 0}}
 """
 )
 
-# KEYS: registry. ARGV: what a bucket's names begin with before its root, how many, root or nothing for all. Returns the
+# KEYS: registry. ARGV: what a bucket's names begin with before its root, how many, roots or none for all. Returns the
 # score below which nothing was left out, then score, bytes, score, bytes, … of members, in no order.
 COLDEST = (
     _SETTLE
     + f"""
 local want, num = tonumber(ARGV[2]), 0
 local reply, horizon = {{''}}, 'inf'
-local roots = {{ARGV[3], '-inf'}}
-if ARGV[3] == '' then roots = redis.call('ZRANGE', KEYS[1], 0, {ROOTS_PER_CALL}, 'WITHSCORES') end
+local roots, places = {{}}, {{}}
+for i = 3, #ARGV do
+  local place = redis.call('ZSCORE', KEYS[1], ARGV[i])
+  if place then places[#places + 1] = {{ARGV[i], place}} end
+end
+table.sort(places, function(one, other) return tonumber(one[2]) < tonumber(other[2]) end)
+for i, place in ipairs(places) do roots[2 * i - 1], roots[2 * i] = place[1], place[2] end
+if #ARGV == 2 then roots = redis.call('ZRANGE', KEYS[1], 0, {ROOTS_PER_CALL}, 'WITHSCORES') end
 for i = 1, #roots, 2 do
   if num >= want or i > 2 * {ROOTS_PER_CALL} then
     if tonumber(roots[i + 1]) < tonumber(horizon) then horizon = roots[i + 1] end

@@ -340,7 +340,7 @@ class Sweeper:
 
     def clear(self, talk: Talk, root: RootId | None, deadline: float) -> None:
         """Remove everything of a namespace, or of all."""
-        self._accounting.evict_below(talk, b"+inf", deadline, "" if root is None else root_tag(root))
+        self._accounting.evict_below(talk, b"+inf", deadline, () if root is None else [root_tag(root)])
         if root is None:
             self._remove_strays(talk, deadline)
 

@@ -212,7 +212,7 @@ class Writer:
     ) -> Sequence[PartKey]:
         """The head of `keys` that fits into the capacity at all."""
         facts = self._accounting.server.facts(talk, deadline)
-        limits = [limit for limit in (facts.capacity_bytes, self._accounting.namespace_bytes) if limit]
+        limits = [limit for limit in (facts.capacity_bytes, *self._accounting.limits) if limit]
         if not limits:
             return keys
         room = min(limits)

@@ -164,6 +164,17 @@ def test_watermark_holds_over_all_nodes_and_tails_go_before_heads(
     assert tier.sweep()["strays"] == 0
 
 
+def test_a_tenant_keeps_to_its_capacity_over_all_nodes(cluster: Cluster, make_tier: MakeTier, root: Root) -> None:
+    first, second = (make_tier(cluster.url, num_buckets=NUM_STRIPES, tenant_capacity_bytes=300_000) for _ in range(2))
+    for adapter in range(6):
+        content = Content(Root(root.model, adapter=bytes([adapter]), salt=b"tenant"), 20)
+        tier = (first, second)[adapter % 2]
+        tier.meet(content.chain.root)
+        assert content.write(tier) == set(content.keys)
+        assert tier.accounted_bytes() <= 300_000
+    assert first.accounted_bytes() > 200_000
+
+
 def test_several_tiers_writing_at_once_keep_one_set_of_books(cluster: Cluster, make_tier: MakeTier, root: Root) -> None:
     tiers = [make_tier(cluster.url, num_buckets=NUM_STRIPES, capacity_bytes=400_000) for _ in range(3)]
 
