@@ -456,6 +456,64 @@ def test_shadow_counts_what_short_requests_lose_though_long_ones_won_more(seed: 
     assert not shadow.wins
 
 
+def test_shadow_believes_no_few_requests_however_long_they_are() -> None:
+    shadow = Shadow(2)
+    for _ in range(100):
+        shadow._judge(0, 50)
+    for _ in range(5):
+        shadow._judge(2000, 2000)
+    assert not shadow.wins
+    shadow._judge(2000, 2000)
+    assert shadow.wins
+
+
+def judgements_until(shadow: Shadow, wins: bool, more: int) -> int:
+    """How many requests with so many hits more it takes."""
+    for number in range(1, 5000):
+        shadow._judge(more, 10)
+        if shadow.wins == wins:
+            return number
+    raise AssertionError
+
+
+def test_shadow_counts_against_levels_what_they_lost_since_they_were_disbelieved() -> None:
+    taken = []
+    for meanwhile in ((10, -10), (-10, -10)):
+        shadow = Shadow(2)
+        judgements_until(shadow, True, 3)
+        judgements_until(shadow, False, -3)
+        for more in meanwhile * 50:
+            shadow._judge(more, 10)
+        taken.append(judgements_until(shadow, True, 10))
+    assert taken[1] > 1.5 * taken[0]
+
+
+def test_shadow_has_less_patience_with_levels_that_were_disbelieved_before() -> None:
+    shadow = Shadow(2)
+    lost = []
+    for _ in range(3):
+        judgements_until(shadow, True, 10)
+        for _ in range(300):
+            shadow._judge(0, 10)
+        lost.append(judgements_until(shadow, False, -1))
+    assert lost[0] > lost[1] > lost[2]
+
+
+def test_shadow_judges_a_request_as_one_that_asks_first_and_saves_the_rest() -> None:
+    """Both uses together ask for eight blocks; as two requests the squares of its halves would be counted."""
+    shadow = Shadow(2)
+    shadow.resize(100)
+    blocks = ids(*range(8))
+    for step in range(3):
+        shadow.use(blocks[:4], 0, 4, [(0, 1)], float(step), lambda level, _: 0.0)
+        shadow._lru.clear()
+        shadow.use(blocks, 4, 4, [(0, 1)], float(step), lambda level, _: 0.0)
+        shadow._lru.clear()
+    more = [0, 8, 8]  # LRU had nothing each time, the levels all of it from the second on
+    assert shadow._square == pytest.approx(sum(each * each for each in more), rel=0.01)
+    assert shadow._square_requests == pytest.approx(2, rel=0.01)
+
+
 def test_samples_begin_with_the_cache_where_its_size_is_known() -> None:
     policy = ReturnsPolicy()
     policy.expect(100)
