@@ -201,7 +201,9 @@ def test_where_the_codec_makes_no_difference_nothing_goes_to_and_fro(
     assert sidecar.num_changes <= 6
 
 
-@pytest.mark.parametrize("noise", [0.1, 0.2, 0.3])
+@pytest.mark.parametrize(
+    "noise", [pytest.param(0.1, marks=pytest.mark.slow), 0.2, pytest.param(0.3, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("loads_every", [0, 1, 3])
 @pytest.mark.parametrize(
     ("ratio", "least", "most"), [(0.87, 0.85, 1.0), (0.95, 0.0, 1.0), (1.0, 0.0, 0.35), (1.1, 0.0, 0.15)]
@@ -432,6 +434,7 @@ def until(tier: RedisTier, root: Root, fill: Fill, seeds: Iterator[int], true: C
     raise AssertionError("nothing changed")
 
 
+@pytest.mark.slow
 def test_a_slow_link_turns_what_compresses_to_lz4_until_it_does_so_no_more_and_leaves_noise_raw(
     server: EmbeddedServer, client: redis.Redis, link: SlowLink, make_tier: MakeTier, wide: ModelId
 ) -> None:

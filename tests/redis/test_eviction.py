@@ -574,6 +574,7 @@ def test_writers_of_several_namespaces_at_once_keep_each_to_its_capacity(
         assert used <= 40 * part_bytes
 
 
+@pytest.mark.slow
 def test_thousands_of_namespaces_cost_a_write_no_more_than_one(
     server: EmbeddedServer, client: redis.Redis, make_tier: MakeTier, root: Root, part_bytes: int
 ) -> None:
@@ -713,6 +714,7 @@ def test_what_nobody_used_ages_out_tails_first(
     assert resident(tier, fresh) == fresh.keys
 
 
+@pytest.mark.slow
 def test_ageing_comes_by_itself_and_before_the_ttl(server: EmbeddedServer, make_tier: MakeTier, root: Root) -> None:
     tier = make_tier(server.url, ttl_s=8, num_buckets=NUM_BUCKETS)
     content = Content(root, 6)

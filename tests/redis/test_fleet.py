@@ -149,6 +149,7 @@ def test_a_store_does_not_wait_for_what_it_says_itself(server: EmbeddedServer, r
         tier.close()
 
 
+@pytest.mark.slow
 def test_mark_outlives_its_ttl_only_while_it_is_renewed(make_replica: MakeReplica, root: Root) -> None:
     first, second = make_replica(), make_replica()
     chain = chain_of(root, NUM_BLOCKS)
