@@ -114,7 +114,7 @@ class Sidecar(Process):
         self._directory = directory
         self.address = f"unix:{directory}/s"
         command = [sys.executable, "-m", "kvstore.service.cli", "serve", "--listen", self.address]
-        for key, value in {"host.capacity_bytes": "128MiB", **settings}.items():
+        for key, value in {"host.capacity_bytes": "128MiB", "request.lookup_deadline_s": "10", **settings}.items():
             command += ["--set", f"{key.replace('__', '.')}={value}"]
         self._starts = 0
         super().__init__(command, directory / "sidecar.log")
@@ -271,7 +271,7 @@ def sidecar_killed(workdir: Path) -> Facts:
     """The sidecar killed between requests, in the middle of loads, and stopped: in the step and beside the steps."""
     with tempfile.TemporaryDirectory(prefix="kv", dir="/tmp") as name:
         sidecar = Sidecar(Path(name))
-        watched = Watched(workdir, sidecar.address, load_deadline_ms=1000, call_deadline_ms=250)
+        watched = Watched(workdir, sidecar.address, load_deadline_ms=1000, call_deadline_ms=1000)
         watched.run("warm-up", 9)
         watched.run("computed", 2)
         watched.run("cold")
@@ -310,7 +310,7 @@ def redis_tier(workdir: Path) -> Facts:
         relay = Relay(directory / "relay", server.path)
         settings = {"tiers.redis.url": f"unix://{directory}/relay", "mover.write": "through"}
         sidecar = Sidecar(directory, **settings)
-        watched = Watched(workdir, sidecar.address, load_deadline_ms=2000)
+        watched = Watched(workdir, sidecar.address, load_deadline_ms=2000, match_deadline_ms=2000)
         watched.run("warm-up", 9)
         watched.run("computed", 2)
         watched.run("cold")

@@ -160,6 +160,10 @@ class Answer:
     ended_at: int = 0
 
 
+PATIENT = {"call_deadline_ms": 10_000, "match_deadline_ms": 10_000}
+"""Where a late answer would fail a test."""
+
+
 class Engine:
     """A vLLM engine in this process over a store that outlives it."""
 
@@ -188,6 +192,7 @@ class Engine:
             "kv_connector_extra_config": {
                 "block_tokens": BLOCK,
                 "load_rule": "always",
+                **PATIENT,
                 **place,
                 **(extra or {}),
             },
