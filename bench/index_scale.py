@@ -62,9 +62,7 @@ class _Filled:
         return Chain(self.root, tokens)
 
     def save(self, chain: Chain, start: int, stop: int) -> int:
-        reserved, _ = self.pool.reserve(
-            self.root.id, _layout(), chain.ids[start:stop], lambda at: chain.meta(start + at), (0,)
-        )
+        reserved, _ = self.pool.reserve(self.root.id, _layout(), chain.ids[start:stop], chain.metas, (0,), start)
         num_saved = len(self.pool.publish(reserved, NO_HINT))
         self.pool.touch(chain.ids, stop)
         return num_saved

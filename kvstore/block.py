@@ -16,6 +16,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from itertools import repeat
 from typing import NamedTuple, NewType
 
 import numpy as np
@@ -284,6 +285,16 @@ class Chain:
         tokens = bytes(self._tokens[index * block_bytes : (index + 1) * block_bytes])
         extra = self._extra(index) if self._media else b""
         return BlockMeta(self.parent_id(index), index, tokens, extra)
+
+    def metas(self, start: int, stop: int) -> Sequence[BlockMeta]:
+        """`meta` of consecutive full blocks, in half the time."""
+        if self._media or stop <= start:
+            return [self.meta(index) for index in range(start, stop)]
+        block_bytes = 4 * self.block_tokens
+        tokens = bytes(self._tokens[start * block_bytes : stop * block_bytes])  # no view: another thread may extend
+        parents = (self.parent_id(start), *self.ids[start : stop - 1])
+        spans = [tokens[at : at + block_bytes] for at in range(0, len(tokens), block_bytes)]
+        return list(map(BlockMeta, parents, range(start, stop), spans, repeat(b"")))
 
     def tokens_after(self, index: int) -> npt.NDArray[np.uint32]:
         """Tokens from block `index` on, a block's worth of them at most; none where media begin among them."""

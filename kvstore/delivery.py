@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from kvstore.api import Hint
 from kvstore.block import Chain
@@ -21,15 +22,46 @@ from kvstore.tiers.base import Tier
 from kvstore.tiers.host import HostTier
 
 
-@dataclass(frozen=True, slots=True)
-class ReadyBlock:
-    """See `kvstore.api.LoadedBlock`."""
+class Cells(NamedTuple):
+    """What lies in the slots of a load's blocks."""
 
-    index: int
-    tier: str
-    views: Sequence[memoryview]
-    slots: Sequence[int]
-    """Where in the arena the views begin."""
+    readable: Callable[[int, int], memoryview]
+    """Bytes of a slot, for who only reads."""
+    sizes: tuple[int, ...]
+
+
+class ReadyBlock:
+    """See `kvstore.api.LoadedBlock`. Thousands are made in a load: views only of those that somebody looks at."""
+
+    __slots__ = ("_cells", "_views", "index", "slots", "tier")
+
+    def __init__(self, index: int, tier: str, slots: Sequence[int], cells: Cells) -> None:
+        self.index = index
+        self.tier = tier
+        self.slots = slots
+        """Where in the arena the views begin."""
+        self._cells: Cells | None = cells
+        self._views: tuple[memoryview, ...] | None = None
+
+    @property
+    def views(self) -> Sequence[memoryview]:
+        """Raises ValueError where they were taken back."""
+        if self._views is not None:
+            return self._views
+        cells = self._cells
+        if cells is None:
+            raise ValueError("the load has moved its window over this block")
+        self._views = tuple(map(cells.readable, self.slots, cells.sizes))
+        if self._cells is None:  # since it was looked at
+            self.take_back()
+        return self._views
+
+    def take_back(self) -> None:
+        """Other bytes are about to lie here: who kept a view is refused rather than shown them."""
+        self._cells = None
+        for view in self._views or ():
+            with suppress(BufferError):  # something was made over it, which is its maker's to drop
+                view.release()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +105,7 @@ class Delivery:
         self.plan = plan
         self.host = host
         self.lease = lease
+        self.cells = Cells(host.arena.readable, tuple(cell.num_bytes for cell in plan.cells()))
         self.ready: dict[int, ReadyBlock] = {}
         self.windowed = False
         self.stopped = False
@@ -103,19 +136,15 @@ class Delivery:
 
     def block(self, index: int, tier: str, row: int) -> ReadyBlock:
         """A resident block that is pinned."""
-        plan = self.plan
-        views = self.host.views(row, plan.layout, plan.parts)
         slots = self.host.pool.slots_of(row)
-        return ReadyBlock(
-            index, tier, tuple(map(memoryview.toreadonly, views)), tuple(slots[part] for part in plan.parts)
-        )
+        return ReadyBlock(index, tier, tuple(slots[part] for part in self.plan.parts), self.cells)
 
     def hand_out(self, blocks: Sequence[ReadyBlock], rows: Sequence[int] = ()) -> None:
         """Verified blocks can be taken. The pins of their rows become the lease's."""
         if rows:
             self._leases.extend(self.lease, rows)
         with self._moved:
-            self.ready.update((block.index, block) for block in blocks)
+            self.ready.update(zip([block.index for block in blocks], blocks, strict=True))
             self._moved.notify_all()
 
     def begin_window(self, index: int) -> bool:
@@ -132,11 +161,8 @@ class Delivery:
                 return False
             if self.stopped:
                 return False
-            # Who kept a view is refused rather than shown other bytes.
             for passed in [each for each in self.ready if each < self._passed]:
-                for view in self.ready.pop(passed).views:
-                    with suppress(BufferError):  # something was made over it, which is its maker's to drop
-                        view.release()
+                self.ready.pop(passed).take_back()
             return True
 
     def fetch_ended(self) -> None:

@@ -164,12 +164,10 @@ class DeviceOverlay:
         taken in. Blocks that are here already are passed over, and so are those that find no room or whose parent is
         not here.
         """
-        reserved, _ = self._pool.reserve(
-            chain.root.id, self.layout, chain.ids[start:stop], lambda at: chain.meta(start + at), (0,)
-        )
+        reserved, _ = self._pool.reserve(chain.root.id, self.layout, chain.ids[start:stop], chain.metas, (0,), start)
         if reserved:
             try:
-                copy_into([(start + item.position, self._memory[item.slots[0]]) for item in reserved])
+                copy_into([(item.at, self._memory[item.slots[0]]) for item in reserved])
             except BaseException:
                 self._pool.abort(reserved)
                 raise

@@ -60,14 +60,15 @@ class BlockLoad:
             index += 1
             # Those that came with it: what `passed` and `wait_for` do costs more than a small block does, and before
             # there are windows nobody waits to hear of each.
-            while (block := delivery.ready.get(index)) is not None and not delivery.windowed and self._holds_on():
+            now_s, lease = self._plan.now_s, self._lease
+            fresh_s = lease.deadline_s - self._plan.lease_s * 7 / 8  # until then it need not be renewed
+            while (
+                (block := delivery.ready.get(index)) is not None
+                and not delivery.windowed
+                and (lease.alive if now_s() < fresh_s else self.renew())
+            ):
                 yield block
                 index += 1
-
-    def _holds_on(self) -> bool:
-        """`renew`, without asking for a lock each time."""
-        until_s = self._plan.now_s() + self._plan.lease_s
-        return self._lease.alive if until_s < self._lease.deadline_s + self._plan.lease_s / 8 else self.renew()
 
     def passed(self, index: int) -> None:
         """Every block before chain index `index` was copied: a window may move over them."""

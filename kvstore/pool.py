@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from itertools import chain, count, repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -40,8 +41,8 @@ _CHUNK = 4096  # rows freed, or told of, before the lock is given up for a momen
 class Reservation(NamedTuple):
     """Slots of one block to be filled, then published or aborted."""
 
-    position: int
-    """Index within the blocks that were asked for."""
+    at: int
+    """Index of the block in its chain."""
     row: int
     parts: tuple[int, ...]
     slots: tuple[int, ...]
@@ -183,10 +184,13 @@ class BlockPool:
         root: RootId,
         layout: BlockLayout,
         blocks: Sequence[BlockId],
-        meta_of: Callable[[int], BlockMeta],
+        metas: Callable[[int, int], Sequence[BlockMeta]],
         parts: Sequence[int],
+        start: int = 0,
     ) -> tuple[list[Reservation], int]:
         """Slots for the absent parts of `blocks` (one chain, head to tail), evicting now where need be.
+
+        The first block's index in its chain is `start`; `metas` is asked, from one index to another, for what is new.
 
         Returns reservations and how many blocks were refused: from the first block that finds no room, that its
         group's quota does not allow, or whose parent is not resident under `root`, on. Blocks that are there, or
@@ -198,18 +202,18 @@ class BlockPool:
             number = self._residents.accounts.number_of(root)
             known = self._table.leading(blocks, 0, number)
             held = known
-            fresh: list[BlockMeta] = []
+            fresh: Sequence[BlockMeta] = ()
             if len(known) < len(blocks):
-                first = meta_of(len(known))
-                parent = self._table.ids.get(first.parent) if first.depth else NO_ROW
-                if self._may_follow(parent, first, number, blocks[len(known)]):
-                    fresh = [first, *(meta_of(position) for position in range(len(known) + 1, len(blocks)))]
+                new = metas(start + len(known), start + len(blocks))
+                parent = self._table.ids.get(new[0].parent) if new[0].depth else NO_ROW
+                if self._may_follow(parent, new[0], number, blocks[len(known)]):
+                    fresh = new
                     held = known if parent == NO_ROW or len(known) else np.array([parent])
             # What the new blocks hang from must not make room for them.
             self._table.pins[held] += 1
             try:
                 victims = Victims(self._residents)
-                return self._reserve(number, layout, blocks, known, fresh, tuple(parts), victims)
+                return self._reserve(number, layout, blocks, start, known, fresh, tuple(parts), victims)
             finally:
                 self._table.pins[held] -= 1
 
@@ -227,6 +231,7 @@ class BlockPool:
         number: int,
         layout: BlockLayout,
         blocks: Sequence[BlockId],
+        start: int,
         known: Rows,
         fresh: Sequence[BlockMeta],
         parts: tuple[int, ...],
@@ -242,16 +247,16 @@ class BlockPool:
                 got = self._take(number, layout, absent, 1, victims)
                 if not got:
                     return out, len(blocks) - position
-                out += self._fill(number, layout, np.array([row]), position, absent, got)
+                out += self._fill(number, layout, np.array([row]), start + position, absent, got)
         if fresh:
             got = self._take(number, layout, parts, len(fresh), victims)
             if got:
-                start = len(known)
-                new = blocks[start : start + len(got)]
-                parent = int(known[-1]) if start else table.ids.get(fresh[0].parent) if fresh[0].depth else NO_ROW
+                new = blocks[len(known) : len(known) + len(got)]
+                above = table.ids.get(fresh[0].parent) if fresh[0].depth else NO_ROW
+                parent = int(known[-1]) if len(known) else above
                 place = self._residents.layouts.index(layout)
                 rows = table.add_run(new, fresh[: len(got)], parent, number, place)
-                out += self._fill(number, layout, rows, start, parts, got)
+                out += self._fill(number, layout, rows, start + len(known), parts, got)
             return out, len(fresh) - len(got)
         return out, len(blocks) - len(known)
 
@@ -280,16 +285,17 @@ class BlockPool:
         parts: tuple[int, ...],
         slots: list[tuple[int, ...]],
     ) -> list[Reservation]:
-        """Note that consecutive blocks, `first` being the position of the first, are being written to these slots."""
+        """Note that consecutive blocks, `first` being the index of the first, are being written to these slots."""
         self._table.filling[rows] |= np.uint64(mask_of(parts))
-        self._table.slots[rows[:, None], list(parts)] = slots
+        places = np.fromiter(chain.from_iterable(slots), np.int64, len(parts) * len(slots))
+        self._table.slots[rows[:, None], list(parts)] = places.reshape(len(slots), len(parts))
         num_bytes = sum(layout.parts[part].num_bytes for part in parts)
         self._residents.accounts.charge(number, num_bytes * len(slots))
-        return [Reservation(first + at, row, parts, slots[at]) for at, row in enumerate(rows.tolist())]
+        return list(map(Reservation, count(first), rows.tolist(), repeat(parts), slots))
 
     def publish(
         self, reservations: Sequence[Reservation], hint: Hint, *, pins: int = 0, below: int | None = None
-    ) -> list[Reservation]:
+    ) -> Sequence[Reservation]:
         """Make filled blocks matchable, head to tail, each with `pins` pins; returns those that were.
 
         `below`: number of the lower tier that they were read from, and stay in; None for new ones.
@@ -299,9 +305,14 @@ class BlockPool:
             return []
         with self.lock:
             table, residents = self._table, self._residents
-            done, lost = self._split_lost(reservations)
+            rows, masks = np.array([item.row for item in reservations]), _masks(reservations)
+            done: Sequence[Reservation] = reservations
+            lost: Sequence[Reservation] = ()
+            if residents.doomed or not self._follow(rows, masks):
+                done, lost = self._split_lost(reservations)
+                rows, masks = np.array([item.row for item in done]), _masks(done)
             if done:
-                fresh, whole = self._make_ready(done, pins, 0 if below is None else 1 << below)
+                fresh, whole = self._make_ready(rows, masks, pins, 0 if below is None else 1 << below)
                 if len(fresh):
                     residents.policy.admit(table.ids.ids_of(fresh), hint)
                 residents.report_stored(whole)
@@ -309,13 +320,12 @@ class BlockPool:
             self._changed.notify_all()
         return done
 
-    def _make_ready(self, done: Sequence[Reservation], pins: int, below: int) -> tuple[Rows, Rows]:
+    def _make_ready(self, rows: Rows, masks: npt.NDArray[np.uint64], pins: int, below: int) -> tuple[Rows, Rows]:
         """Returns the rows that had no part until now, and those that are whole since now.
 
         `below`: mask of the tiers that hold these parts.
         """
         table = self._table
-        rows, masks = np.array([item.row for item in done]), _masks(done)
         before = table.ready[rows]
         after = before | masks
         table.ready[rows] = after
@@ -329,10 +339,7 @@ class BlockPool:
     def _split_lost(self, reservations: Sequence[Reservation]) -> tuple[list[Reservation], list[Reservation]]:
         """Those that can be published, and those that were removed or whose parent lacks the part."""
         table, doomed = self._table, self._residents.doomed
-        rows = np.array([item.row for item in reservations])
-        parents = table.parent[rows]
-        if not doomed and self._follow(rows, parents, _masks(reservations)):
-            return list(reservations), []
+        parents = table.parent[[item.row for item in reservations]]
         above = dict(zip(parents.tolist(), table.ready[parents].tolist(), strict=True))
         done: list[Reservation] = []
         lost: list[Reservation] = []
@@ -346,9 +353,10 @@ class BlockPool:
             done.append(item)
         return done, lost
 
-    def _follow(self, rows: Rows, parents: Rows, masks: npt.NDArray[np.uint64]) -> bool:
+    def _follow(self, rows: Rows, masks: npt.NDArray[np.uint64]) -> bool:
         """Whether the first of these has its place, and each other one hangs from the one before, part by part."""
         table, mask = self._table, masks[0]
+        parents = table.parent[rows]
         begins = parents[0] == NO_ROW or table.ready[parents[0]] & mask == mask
         return bool(begins and (parents[1:] == rows[:-1]).all() and (masks == mask).all())
 

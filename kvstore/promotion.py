@@ -8,9 +8,10 @@ place. Where one does not come, what follows it is of no use, and the promotion 
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
-from itertools import accumulate, takewhile
+from itertools import accumulate, islice, takewhile
 from types import TracebackType
 from typing import Self
 
@@ -21,7 +22,7 @@ from kvstore.delivery import Delivery, ReadyBlock
 from kvstore.layout import BlockLayout
 from kvstore.pool import Reservation, part_mask
 
-_LEAST_GROUP_BYTES = 1 << 20
+_LEAST_GROUP_BYTES = 2 << 20
 _MOST_GROUP_BYTES = 64 << 20
 """Blocks become resident, and are handed out, so many bytes at a time: while that goes on nothing is received, and
 what a hand-out costs (0.2 ms with the caches full of bulk bytes) is paid once. First and last groups are small: what
@@ -31,14 +32,25 @@ is not handed out cannot be copied."""
 class Coming:
     """How far the parts of reserved blocks have come, which they do in their order."""
 
-    def __init__(self, keys: list[PartKey], layout: BlockLayout, reserved: list[Reservation]) -> None:
-        sizes = {parts: sum(layout.parts[part].num_bytes for part in parts) for parts in {x.parts for x in reserved}}
-        self._keys = keys
+    def __init__(self, layout: BlockLayout) -> None:
+        self._layout = layout
+        self._keys: list[PartKey] = []
         self._num_keys = 0
-        self._reserved = reserved
+        self._reserved: list[Reservation] = []
         self._num_taken = 0
-        self._key_ends = list(accumulate(len(item.parts) for item in reserved))
-        self._byte_ends = [0, *accumulate(sizes[item.parts] for item in reserved)]
+        self._key_ends: list[int] = []
+        self._byte_ends = [0]
+
+    def expect(self, keys: Iterable[PartKey], reserved: Sequence[Reservation]) -> None:
+        """These are to come next."""
+        cells = self._layout.parts
+        sizes = {parts: sum(cells[part].num_bytes for part in parts) for parts in {item.parts for item in reserved}}
+        key_ends = accumulate((len(item.parts) for item in reserved), initial=len(self._keys))
+        byte_ends = accumulate((sizes[item.parts] for item in reserved), initial=self._byte_ends.pop())
+        self._keys += keys
+        self._reserved += reserved
+        self._key_ends += islice(key_ends, 1, None)
+        self._byte_ends += byte_ends
 
     def add(self, keys: Sequence[PartKey]) -> bool:
         """These have come; False where others should have come before one of them."""
@@ -64,21 +76,21 @@ class Coming:
 
 
 class Promotion:
-    """Blocks `start` … `stop` of a load, of which `reserved` are to be filled; their positions count from `start`.
+    """Blocks of a load from `start` on; `reserve` says which of them are filled here, and how far it goes.
 
     A context: what is not resident when it is left never was.
     """
 
-    def __init__(self, delivery: Delivery, tier_name: str, start: int, stop: int, reserved: list[Reservation]) -> None:
+    def __init__(self, delivery: Delivery, tier_name: str, start: int) -> None:
         self._delivery = delivery
         self._pool = delivery.host.pool
         self._tier_name = tier_name
-        self._start = start
-        self._stop = stop
         self._at = start  # the next to be handed out
-        self._reserved = reserved
-        self._filling = {start + item.position: item for item in reserved}
-        self._pinned: dict[int, Reservation] = {}  # resident since we filled them, and not handed out yet
+        self.stop = start
+        """Index up to which blocks have slots, or are there."""
+        self._coming = Coming(delivery.plan.layout)
+        self._pinned: deque[Reservation] = deque()  # resident since we filled them, and not handed out yet
+        self._filling: deque[Reservation] = deque()  # all that follow
 
     def __enter__(self) -> Self:
         return self
@@ -86,23 +98,31 @@ class Promotion:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._pool.abort(list(self._filling.values()))
-        self._unpin(self._pinned.values())
+        self._pool.abort(list(self._filling))
+        self._unpin(self._pinned)
 
-    def slots(self) -> dict[PartKey, memoryview]:
-        """Where the tier is to put which part, in the order in which they are to come."""
-        chain, layout = self._delivery.plan.chain, self._delivery.plan.layout
-        sizes, view = [part.num_bytes for part in layout.parts], self._delivery.host.arena.view
-        return {
-            PartKey(chain.root.id, chain.ids[self._start + item.position], part): view(slot, sizes[part])
-            for item in self._reserved
+    def reserve(self, stop: int) -> dict[PartKey, memoryview]:
+        """Go on to `stop`, or as far as there is room. Gives where the tier is to put which part, in their order."""
+        plan, view = self._delivery.plan, self._delivery.host.arena.view
+        root, ids, cells = plan.chain.root.id, plan.chain.ids, plan.layout.parts
+        reserved, num_refused = self._pool.reserve(
+            root, plan.layout, ids[self.stop : stop], plan.chain.metas, plan.parts, self.stop
+        )
+        self.stop = stop - num_refused
+        self._filling += reserved
+        sizes = [cell.num_bytes for cell in cells]
+        into = {
+            PartKey(root, ids[item.at], part): view(slot, sizes[part])
+            for item in reserved
             for part, slot in zip(item.parts, item.slots, strict=True)
         }
+        self._coming.expect(into, reserved)
+        return into
 
-    def run(self, coming: Coming, reading: Generator[Sequence[PartKey], None, None]) -> bool:
+    def run(self, reading: Generator[Sequence[PartKey], None, None]) -> bool:
         """Hand out what `reading` says has come, and what others bring; whether that is all. Ends the reading."""
         self._hand_out()
-        group_bytes = _LEAST_GROUP_BYTES
+        coming, group_bytes = self._coming, _LEAST_GROUP_BYTES
         with closing(reading):
             for some in reading:
                 if not coming.add(some):
@@ -119,26 +139,26 @@ class Promotion:
         if items := coming.take():
             self._publish(items)
         self._hand_out()
-        return self._at == self._stop
+        return self._at == self.stop
 
     def _group_bytes(self, index: int, last_bytes: int) -> int:
         """How many bytes to hand out at once after block `index`, having handed out `last_bytes`."""
         plan = self._delivery.plan
         left_bytes = (plan.stop - index - 1) * sum(cell.num_bytes for cell in plan.cells())
-        return min(_MOST_GROUP_BYTES, 2 * last_bytes, max(_LEAST_GROUP_BYTES, left_bytes // 4))
+        return min(_MOST_GROUP_BYTES, 2 * last_bytes, max(_LEAST_GROUP_BYTES, left_bytes // 2))
 
     def _publish(self, items: Sequence[Reservation]) -> int:
-        """Make blocks resident; pinned from that moment on: a full arena could evict them before the hand-out.
+        """Make the first of what is being filled resident; pinned from that moment on, or a full arena could evict it.
 
         Returns the index of the last.
         """
-        for item in items:
-            del self._filling[self._start + item.position]
+        for _ in items:
+            self._filling.popleft()
         plan = self._delivery.plan
         done = self._pool.publish(items, plan.hint, pins=1, below=plan.stays.get(self._tier_name))
-        self._pinned.update((self._start + item.position, item) for item in done)
+        self._pinned += done
         self._pool.may_be_shared([item.row for item in done])
-        return self._start + items[-1].position
+        return items[-1].at
 
     def _unpin(self, items: Iterable[Reservation]) -> None:
         self._pool.unpin(np.array([item.row for item in items], np.int64))
@@ -146,42 +166,45 @@ class Promotion:
     def _hand_out(self) -> None:
         """Hand out resident blocks up to the first that this load is filling, or that others did not bring."""
         delivery, num_parts = self._delivery, len(self._delivery.plan.parts)
-        while self._at < self._stop and self._at not in self._filling and not delivery.stopped:
-            ours: list[Reservation] = []
-            while (item := self._pinned.get(self._at + len(ours))) is not None and len(item.parts) == num_parts:
-                ours.append(item)
-            num_blocks = self._hand_out_ours(ours) if ours else self._hand_out_others()
-            if not num_blocks:
+        while self._at < self.stop and not delivery.stopped:
+            num_blocks = 0
+            for item in self._pinned:
+                if item.at != self._at + num_blocks or len(item.parts) != num_parts:
+                    break
+                num_blocks += 1
+            if num_blocks:
+                self._hand_out_ours(list(islice(self._pinned, num_blocks)))
+            elif self._filling and self._filling[0].at == self._at:
                 return
+            else:
+                num_blocks = self._hand_out_others()
+                if not num_blocks:
+                    return
             self._at += num_blocks
 
-    def _hand_out_ours(self, items: Sequence[Reservation]) -> int:
+    def _hand_out_ours(self, items: Sequence[Reservation]) -> None:
         """Blocks that this load brought in whole."""
-        sizes = [cell.num_bytes for cell in self._delivery.plan.cells()]
-        view, name = self._delivery.host.arena.readable, self._tier_name
+        name, cells = self._tier_name, self._delivery.cells
         self._delivery.hand_out(
-            [
-                ReadyBlock(index, name, tuple(map(view, item.slots, sizes)), item.slots)
-                for index, item in enumerate(items, self._at)
-            ],
+            [ReadyBlock(item.at, name, item.slots, cells) for item in items],
             [item.row for item in items],
         )
-        for index in range(self._at, self._at + len(items)):
-            del self._pinned[index]
-        return len(items)
+        for _ in items:
+            self._pinned.popleft()
 
     def _hand_out_others(self) -> int:
         """Blocks that others brought in, or of which they are still writing parts; waits for the first."""
         plan, delivery, at = self._delivery.plan, self._delivery, self._at
-        until = at + 1
-        while until < self._stop and until not in self._filling and until not in self._pinned:
-            until += 1
-        blocks, need = plan.chain.ids[at:until], part_mask(plan.layout, plan.parts)
-        pinned = self._pool.pin_when_filled(blocks, need, plan.chain.root.id, plan.read_deadline_s)
+        shared = self._pinned.popleft() if self._pinned and self._pinned[0].at == at else None
+        try:
+            next_ours = (queue[0].at for queue in (self._pinned, self._filling) if queue)
+            blocks, need = plan.chain.ids[at : next(next_ours, self.stop)], part_mask(plan.layout, plan.parts)
+            pinned = self._pool.pin_when_filled(blocks, need, plan.chain.root.id, plan.read_deadline_s)
+        finally:
+            if shared is not None:
+                self._unpin([shared])
         rows = pinned.tolist()
         if rows:
-            taken = range(at, at + len(rows))
-            self._unpin([self._pinned.pop(index) for index in taken if index in self._pinned])
             try:
                 ready = [delivery.block(at + each, self._tier_name, row) for each, row in enumerate(rows)]
             except BaseException:

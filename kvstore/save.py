@@ -41,7 +41,7 @@ class BlockSave:
         self._plan = plan
         self._arena = arena
         self._pool = pool
-        self._open = OpenBlocks({plan.start + item.position: item for item in reserved[0]})
+        self._open = OpenBlocks({item.at: item for item in reserved[0]})
         self._committed = committed
         self.indices: tuple[int, ...] = tuple(self._open)
         self.num_refused = reserved[1]
@@ -72,7 +72,7 @@ class BlockSave:
         """Publish filled blocks; returns those that became matchable. Raises LeaseError for one that is not open."""
         done = self._pool.publish([self._open.pop(index) for index in self._open.chosen(indices)], self._plan.hint)
         if done:
-            published = [self._plan.start + item.position for item in done]
+            published = [item.at for item in done]
             self._pool.touch(self._plan.chain.ids, published[-1] + 1, self._plan.hint)
             self._committed(published)
             return published

@@ -381,9 +381,7 @@ class KVStore:
         if not 0 <= start <= stop <= len(chain):
             raise ConfigError(f"blocks {start}…{stop} are outside the chain, which has {len(chain)} full blocks")
         plan = SavePlan(chain, layout, cells, start, _filled_in(hint, chain, self._clock.now_s(), asked=False))
-        reserved = self._host.pool.reserve(
-            chain.root.id, layout, chain.ids[start:stop], lambda at: chain.meta(start + at), cells
-        )
+        reserved = self._host.pool.reserve(chain.root.id, layout, chain.ids[start:stop], chain.metas, cells, start)
         self._stats.add_all({"save.requests": 1, "save.refused_blocks": reserved[1]})
 
         def committed(indices: Sequence[int]) -> None:

@@ -42,7 +42,7 @@ class Victims:
             slots = self._slots_of(sizes[0], width * count)
             num_blocks = len(slots) // width
             release(slots[num_blocks * width :])
-            return [tuple(slots[at : at + width]) for at in range(0, num_blocks * width, width)]
+            return list(zip(*[iter(slots[: num_blocks * width])] * width, strict=True))
         # Of several sizes: block by block, or the first size would take what the others need.
         found: list[tuple[int, ...]] = []
         while len(found) < count:

@@ -74,6 +74,8 @@ def test_ids_follow_the_definition(tokens: list[int], block_tokens: int) -> None
         parent = reference_id(parent, span)
         assert chain.ids[index] == parent
         assert chain.meta(index).block_id() == parent
+    assert list(chain.metas(0, len(chain))) == [chain.meta(index) for index in range(len(chain))]
+    assert list(chain.metas(1, len(chain))) == [chain.meta(index) for index in range(1, len(chain))]
     assert len(chain) == len(tokens) // block_tokens
     assert chain.num_tokens == len(tokens)
 
@@ -122,6 +124,7 @@ def test_media_changes_its_block_and_all_after_it_only() -> None:
     assert len({plain.ids[1], image.ids[1], moved.ids[1]}) == 3
     assert len({plain.ids[2], image.ids[2], moved.ids[2]}) == 3
     assert image.meta(1).block_id() == image.ids[1]
+    assert list(image.metas(0, 3)) == [image.meta(index) for index in range(3)]
 
 
 def test_media_outside_the_appended_tokens_is_refused() -> None:

@@ -39,7 +39,7 @@ def reserve(
 ) -> tuple[list[Reservation], int]:
     layout = layout_of(chain.root.model)
     cells = layout.all_parts if parts is None else parts
-    return pool.reserve(chain.root.id, layout, chain.ids[start:stop], lambda at: chain.meta(start + at), cells)
+    return pool.reserve(chain.root.id, layout, chain.ids[start:stop], chain.metas, cells, start)
 
 
 def put(pool: BlockPool, chain: Chain) -> int:
@@ -261,10 +261,10 @@ def test_blocks_of_another_root_open_nothing_and_touch_nothing(make_pool: MakePo
     put(pool, yours)
     assert pool.leading(yours.ids, 1, mine.root.id) == 0
     layout = layout_of(model)
-    assert pool.reserve(mine.root.id, layout, yours.ids, yours.meta, (0,)) == ([], 3)
+    assert pool.reserve(mine.root.id, layout, yours.ids, yours.metas, (0,)) == ([], 3)
     longer = chain_of(Root(model, salt=b"b"), 5)
     assert longer.ids[:3] == yours.ids
-    assert pool.reserve(mine.root.id, layout, longer.ids[3:], lambda at: longer.meta(3 + at), (0,)) == ([], 2)
+    assert pool.reserve(mine.root.id, layout, longer.ids[3:], longer.metas, (0,), 3) == ([], 2)
     assert pool.check() == []
 
 

@@ -14,6 +14,7 @@ import pytest
 from kvstore.api import Hint
 from kvstore.block import BlockId, Chain, ModelId, PartKey, Root, RootId
 from kvstore.config import StoreConfig
+from kvstore.delivery import Cells, ReadyBlock
 from kvstore.errors import TierTimeout, TierUnavailable
 from kvstore.lease import LeaseBook
 from kvstore.marks import MARK_TTL_S, Marks
@@ -432,6 +433,22 @@ def test_blocks_kept_after_a_window_moved_on_are_refused_not_shown_other_bytes(
                 continue
         assert wrong == 0
         assert list(load) == [], "a second pass cannot see what windows moved over"
+
+
+def test_a_view_made_while_its_block_is_taken_back_is_refused() -> None:
+    def readable(slot: int, num_bytes: int) -> memoryview:
+        block.take_back()
+        return memoryview(bytes(num_bytes))
+
+    block = ReadyBlock(0, "dict", (0,), Cells(readable, (8,)))
+    with pytest.raises(ValueError, match="released"):
+        bytes(block.views[0])
+    with pytest.raises(ValueError, match="released"):
+        bytes(block.views[0])
+    taken = ReadyBlock(0, "dict", (0,), Cells(readable, (8,)))
+    taken.take_back()
+    with pytest.raises(ValueError, match="moved its window"):
+        bytes(taken.views[0])
 
 
 def test_a_window_of_a_load_whose_lease_died_ends(make_store: MakeStore, root: Root, clock: FakeClock) -> None:

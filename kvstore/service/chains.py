@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -106,6 +106,9 @@ class ServedChain(Chain):
             if contents.start <= index < contents.stop:
                 return _meta(self, contents, index)
         raise ConfigError(f"contents of block {index} were not sent")
+
+    def metas(self, start: int, stop: int) -> Sequence[BlockMeta]:
+        return [self.meta(index) for index in range(start, stop)]
 
 
 def _meta(chain: ServedChain, contents: Contents, index: int) -> BlockMeta:

@@ -19,6 +19,9 @@ Later = Mapping[BlockId, float]
 """How many seconds later than it was a use of a block counts, earlier where that is below 0; 0 for those not named."""
 AS_USED: Later = MappingProxyType({})
 
+More = Callable[[], Mapping[PartKey, memoryview]]
+"""Prepares further buffers to read into."""
+
 
 class Tier(ABC):
     """A place below (or at) the host. Thread-safe. Deadlines are durations in seconds for the whole call.
@@ -64,6 +67,13 @@ class Tier(ABC):
         receiving it. Keys that are missing or corrupt are skipped. Once the iterator ends, is closed, or raises, by
         time-out included, nothing writes to `into` any more. Buffers of keys not yielded hold garbage.
         """
+
+    def read_on(self, into: Mapping[PartKey, memoryview], more: More, deadline_s: float) -> Iterator[Sequence[PartKey]]:
+        """As `read`, of `into` and then of what `more` gives, which takes the caller a while to prepare.
+
+        `more` is called once, by the thread that iterates. A tier that answers late asks for `into` before.
+        """
+        return self.read({**into, **more()}, deadline_s)
 
     @abstractmethod
     def write(

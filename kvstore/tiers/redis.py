@@ -37,7 +37,7 @@ from kvstore.errors import ConfigError
 from kvstore.layout import BlockLayout
 from kvstore.policies.standing import LRU, STANDINGS
 from kvstore.stats import Stats
-from kvstore.tiers.base import AS_USED, Later, Tier
+from kvstore.tiers.base import AS_USED, Later, More, Tier
 from kvstore.tiers.redis_accounting import Accounting
 from kvstore.tiers.redis_cluster import ClusterBatches
 from kvstore.tiers.redis_codec import AUTO, CodecChoice
@@ -216,9 +216,12 @@ class RedisTier(Tier):
         return self._locked.without(keys, found)
 
     def read(self, into: Mapping[PartKey, memoryview], deadline_s: float) -> Iterator[list[PartKey]]:
-        return self._read(into, time.monotonic() + deadline_s)
+        return self._read(into, None, time.monotonic() + deadline_s)
 
-    def _read(self, into: Mapping[PartKey, memoryview], deadline: float) -> Iterator[list[PartKey]]:
+    def read_on(self, into: Mapping[PartKey, memoryview], more: More, deadline_s: float) -> Iterator[list[PartKey]]:
+        return self._read(into, more, time.monotonic() + deadline_s)
+
+    def _read(self, into: Mapping[PartKey, memoryview], more: More | None, deadline: float) -> Iterator[list[PartKey]]:
         if not into:
             return
         damaged: list[PartKey] = []
@@ -226,14 +229,14 @@ class RedisTier(Tier):
         last: PartKey | None = None
         try:
             if self._cluster is not None:
-                for keys in self._cluster.read(into, deadline, damaged, counts):
+                for keys in self._cluster.read({**into, **(more() if more else {})}, deadline, damaged, counts):
                     last = keys[-1]
                     yield keys
                 return
             with self._nodes.of_stripe(0, deadline).loads.lease(deadline) as wire:
                 took_s = 0.0  # without what the caller does between two values
                 began_s = time.perf_counter()
-                for keys in self._reader.read(wire, into, deadline, damaged, counts):
+                for keys in self._reader.read(wire, into, deadline, damaged, counts, more=more):
                     took_s += time.perf_counter() - began_s
                     last = keys[-1]
                     yield keys

@@ -18,9 +18,10 @@ from dataclasses import dataclass, fields
 from itertools import takewhile
 from typing import TYPE_CHECKING, NamedTuple
 
-from kvstore.block import PartKey
+from kvstore.block import DIGEST_BYTES, PartKey
 from kvstore.codecs import CODECS, Codec
 from kvstore.native import Asked, Receiving
+from kvstore.tiers.base import More
 from kvstore.tiers.redis_names import Names
 from kvstore.tiers.redis_nodes import Redirection, redirection
 from kvstore.tiers.redis_sealed import Locked
@@ -36,7 +37,7 @@ _AHEAD_BYTES = 4 << 20
 _MAX_AHEAD = 64
 _RUN_BYTES = _AHEAD_BYTES // 2
 """Small values are asked for so many bytes at a time."""
-_LEAST_GROUP_BYTES = 1 << 20
+_LEAST_GROUP_BYTES = 2 << 20
 _MOST_GROUP_BYTES = 32 << 20
 """Values of a run are looked at, and handed on, so many bytes at a time; first and last ones in small groups. Each
 group wakes this thread and the caller's, while all cores are busy sending and receiving: with 8 MiB, and 16 in
@@ -91,10 +92,20 @@ class _ReadAhead:
     def __init__(self, names: Names, wire: Wire, into: Mapping[PartKey, memoryview]) -> None:
         self._names = names
         self._wire = wire
-        self.parts = [(key, buffer.cast("B")) for key, buffer in into.items()]
+        self.parts: list[tuple[PartKey, memoryview]] = []
         self.num_asked = 0
         self._num_in_turn = 0
         self._fruitless = 0
+
+        self.extend(into)
+
+    def extend(self, into: Mapping[PartKey, memoryview]) -> None:
+        self.parts += [(key, buffer if buffer.itemsize == 1 else buffer.cast("B")) for key, buffer in into.items()]
+
+    def ask_for_all(self, deadline: float) -> None:
+        """Of what is known by now."""
+        first, self.num_asked = self.num_asked, len(self.parts)
+        self._wire.send([self._requests(self.parts[first:])], deadline)
 
     def keep_up(self, position: int, deadline: float) -> None:
         """Called before value `position` is read."""
@@ -156,12 +167,16 @@ class Reader:
         damaged: list[PartKey],
         counts: Counts,
         moved: Callable[[PartKey, Redirection], None] | None = None,
+        more: More | None = None,
     ) -> Iterator[list[PartKey]]:
-        """As `Tier.read`, over a lent wire. Keys to remove go to `damaged`, numbers to `counts`.
+        """As `Tier.read`, or `Tier.read_on`, over a lent wire. Keys to remove go to `damaged`, numbers to `counts`.
 
         `moved` is told of keys that lie on another node of a Cluster; they are not there for this read.
         """
         ahead = _ReadAhead(self._names, wire, into)
+        if more is not None:
+            ahead.ask_for_all(deadline)
+            ahead.extend(more())
         position = 0
         while position < len(ahead.parts):
             ahead.keep_up(position, deadline)
@@ -219,9 +234,16 @@ class Reader:
             ahead.ran(0)
             return
         seen, step = 0, max(1, _LEAST_GROUP_BYTES // shape.length)
+        asked = _asked(run)  # while the first are received
         try:
             while (until := receiving.wait(min(len(run), seen + step))) > seen:
-                yield until - seen, self._sound(receiving, seen, run[seen:until], damaged, counts)
+                some = Asked(
+                    asked.root,
+                    asked.blocks[seen * DIGEST_BYTES : until * DIGEST_BYTES],
+                    asked.parts[seen:until],
+                    _RAW_ID,
+                )
+                yield until - seen, self._sound(receiving, seen, some, run[seen:until], damaged, counts)
                 seen, step = until, _next_step(step, len(run) - until, shape.length)
         finally:
             num_asked, failure = wire.end_run(receiving)
@@ -234,17 +256,15 @@ class Reader:
         self,
         receiving: Receiving,
         first: int,
+        asked: Asked,
         parts: Sequence[tuple[PartKey, memoryview]],
         damaged: list[PartKey],
         counts: Counts,
     ) -> list[PartKey]:
         """Which of the values that arrived, from number `first` on, are the parts asked for."""
-        keys = [key for key, _ in parts]
-        blocks = b"".join([key.block for key in keys])
-        asked = Asked(keys[0].root, blocks, array("I", [key.part for key in keys]), _RAW_ID)
         sound = receiving.sound(first, asked)
-        if sound.count(1) == len(keys):
-            return keys
+        if sound.count(1) == len(parts):
+            return [key for key, _ in parts]
         return [
             key
             for number, (is_sound, (key, buffer)) in enumerate(zip(sound, parts, strict=True), first)
@@ -378,10 +398,15 @@ class Reader:
         return codec
 
 
+def _asked(parts: Sequence[tuple[PartKey, memoryview]]) -> Asked:
+    roots, blocks, cells = zip(*[key for key, _ in parts], strict=True)
+    return Asked(roots[0], b"".join(blocks), array("I", cells), _RAW_ID)
+
+
 def _next_step(step: int, num_left: int, num_bytes: int) -> int:
     """How many values of `num_bytes` to wait for after a group of `step`, of `num_left` in all."""
     most, least = _MOST_GROUP_BYTES // num_bytes, _LEAST_GROUP_BYTES // num_bytes
-    return max(1, min(most, 2 * step, max(least, num_left // 4)))
+    return max(1, min(most, 2 * step, max(least, num_left // 2)))
 
 
 def _whole_header(wire: Wire, head: bytes, deadline: float) -> bytes:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from kvstore.wire import frame
 from tests.redis.conftest import MakeTier
 from tests.redis.content import DEADLINE_S, Content
 from tests.test_frame import FIELDS
+from tests.waiting import wait_until
 
 HURT = 2
 
@@ -26,6 +28,36 @@ def content(tier: RedisTier, root: Root) -> Content:
     content = Content(root, 5)
     assert content.write(tier) == set(content.keys)
     return content
+
+
+def test_values_are_asked_for_before_those_after_them_have_their_buffers(
+    tier: RedisTier, content: Content, client: redis.Redis
+) -> None:
+    buffers = content.buffers()
+    first, rest = content.keys[:2], content.keys[2:]
+
+    def num_gets() -> int:
+        return int(client.info("commandstats").get("cmdstat_get", {}).get("calls", 0))
+
+    before = num_gets()
+
+    def more() -> dict[PartKey, memoryview]:
+        wait_until(lambda: num_gets() == before + len(first))
+        return {key: buffers[key] for key in rest}
+
+    assert (
+        list(chain.from_iterable(tier.read_on({key: buffers[key] for key in first}, more, DEADLINE_S))) == content.keys
+    )
+    assert buffers == content.parts
+
+
+def test_a_caller_that_cannot_go_on_leaves_no_reply_for_the_next(tier: RedisTier, content: Content) -> None:
+    def more() -> dict[PartKey, memoryview]:
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        list(tier.read_on(content.buffers(), more, DEADLINE_S))
+    assert content.read(tier) == content.keys
 
 
 def expect_one_loss(tier: RedisTier, content: Content, client: redis.Redis, counter: str) -> None:
