@@ -112,11 +112,18 @@ def test_what_another_program_put_under_the_books_of_a_node_is_mended_there(
     first, second = Content(root, 60), Content(root, 200, seed=1)
     first.write(tier)
     one, two, three, four = (Names(NUM_STRIPES).bucket(key) for key in first.keys[:40:10])
-    for key in (one.registry, two.order, three.sizes, four.used):
-        node = cluster.nodes[int(key_slot(key.encode())) // (16_384 // 3 + 1)]
-        node.client.delete(key)
-        node.client.rpush(key, "somebody else's")
+
+    def spoil(*names: str) -> None:
+        for name in names:
+            node = cluster.nodes[int(key_slot(name.encode())) // (16_384 // 3 + 1)]
+            node.client.delete(name)
+            node.client.rpush(name, "somebody else's")
+
+    spoil(one.registry, two.order, three.sizes, four.used)
     assert second.write(tier) == set(second.keys)
+    third = Content(root, 200, seed=2)
+    spoil(three.sizes)  # which is met by values alone: the node takes all else
+    assert third.write(tier) == set(third.keys)
     assert tier.settle(DEADLINE_S)
     assert tier.check() == []
     assert first.read(tier) == first.keys
@@ -146,6 +153,27 @@ def test_read_closed_early_stops_all_nodes_and_the_breaker_stays_closed(
         before = [bytes(buffer) for buffer in into.values()]
         assert content.read(tier) == content.keys
         assert [bytes(buffer) for buffer in into.values()] == before
+
+
+@pytest.mark.alone
+def test_read_closed_early_does_not_wait_for_a_node_that_hangs(
+    cluster: Cluster, make_tier: MakeTier, root: Root
+) -> None:
+    tier = make_tier(cluster.url, num_buckets=NUM_STRIPES, healthy=False)
+    contents = (Content(root, 40, seed=seed) for seed in range(100))
+    content = next(each for each in contents if slot_of(each.keys[0]) < 16_384 // 3 - 1)
+    content.write(tier)
+    assert content.read(tier) == content.keys  # connections are there: what hangs is a read
+    os.kill(cluster.nodes[2].process.pid, signal.SIGSTOP)
+    try:
+        reading = tier.read(content.buffers(), 2 * DEADLINE_S)
+        assert next(reading)[0] == content.keys[0]
+        began = time.monotonic()
+        reading.close()  # type: ignore[attr-defined]
+        assert time.monotonic() - began < DEADLINE_S / 2
+    finally:
+        os.kill(cluster.nodes[2].process.pid, signal.SIGCONT)
+    until(lambda: b"cluster_state:ok" in cluster.nodes[2].do("CLUSTER INFO"))
 
 
 def test_watermark_holds_over_all_nodes_and_tails_go_before_heads(
@@ -380,6 +408,34 @@ def test_a_hung_node_costs_the_deadline_and_then_nothing(cluster: Cluster, make_
     finally:
         os.kill(cluster.nodes[2].process.pid, signal.SIGCONT)
     until(lambda: b"cluster_state:ok" in cluster.nodes[2].do("CLUSTER INFO"))
+
+
+@pytest.mark.alone
+def test_a_cluster_of_which_no_node_answers_any_more_is_an_error_and_not_a_miss(
+    cluster: Cluster, make_tier: MakeTier, root: Root
+) -> None:
+    tier = make_tier(cluster.url, num_buckets=NUM_STRIPES)
+    content = Content(root, 40)
+    content.write(tier)
+    assert all(tier.contains(content.keys, DEADLINE_S))
+    assert tier.settle(DEADLINE_S)
+    for node in cluster.nodes:
+        os.kill(node.process.pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(TierError):
+            tier.contains(content.keys, 0.3)
+    finally:
+        for node in cluster.nodes:
+            os.kill(node.process.pid, signal.SIGCONT)
+    for node in cluster.nodes[:3]:
+        until(lambda: b"cluster_state:ok" in node.do("CLUSTER INFO"))  # noqa: B023
+
+    def whole() -> bool:
+        with suppress(TierError):
+            return content.read(tier) == content.keys
+        return False
+
+    until(whole)
 
 
 @pytest.mark.alone

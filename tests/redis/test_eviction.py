@@ -173,6 +173,26 @@ def test_a_write_planned_before_others_used_the_chain_never_makes_it_colder(
     assert {key: score(client, key) for key in used} == used
 
 
+def test_a_value_that_did_not_arrive_takes_along_what_hangs_from_it(
+    server: EmbeddedServer, make_tier: MakeTier, root: Root
+) -> None:
+    """As where one node of a Cluster does not answer: of its blocks the children lie on others, and arrived."""
+    tier = make_tier(server.url, num_buckets=NUM_BUCKETS)
+    content, other, counts = Content(root, 8), Content(root, 5, seed=1), dict[str, float]()
+
+    def lossy(items: Sequence[Item], send: SendItems) -> set[PartKey]:
+        return send(talk.wire, [item for item in items if item[0] != content.keys[3]])
+
+    deadline = time.monotonic() + DEADLINE_S
+    parts, meta = content.parts | other.parts, content.meta | other.meta
+    with tier._nodes.talk(deadline) as talk:
+        written = tier._writer.write(talk, parts, meta, deadline, counts, lossy, {})
+    assert written == {*content.keys[:3], *other.keys}
+    assert resident(tier, content) == content.keys[:3]
+    assert resident(tier, other) == other.keys
+    assert (counts["written_blocks"], counts["write_failures"]) == (8, 5)
+
+
 def test_tail_written_late_below_a_cold_head_stays_below_it(
     server: EmbeddedServer, client: redis.Redis, make_tier: MakeTier, root: Root
 ) -> None:

@@ -374,6 +374,20 @@ def test_touch_costs_its_caller_nothing_when_the_server_is_gone(
     assert sorted(costs)[len(costs) // 4] < 0.001
 
 
+def test_of_touches_that_cannot_be_sent_so_many_wait_and_the_others_are_dropped_and_counted(
+    tier: RedisTier, client: redis.Redis, root: Root
+) -> None:
+    chats = [Content(root, 1, seed=seed) for seed in range(400)]
+    assert tier.settle(DEADLINE_S)
+    client.client_pause(500)
+    for chat in chats:
+        tier.touch(chat.keys, NO_HINT)
+    assert tier.settle(DEADLINE_S)
+    num_dropped = tier.stats.get("redis.dropped_touches")
+    assert 0 < num_dropped <= 400 - 256
+    assert tier.stats.get("redis.touched_blocks") == 400 - num_dropped
+
+
 def test_breaker_lets_one_call_try_and_says_each_change_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "kvstore.tiers.redis")
     error = TierUnavailable("redis", "gone")
