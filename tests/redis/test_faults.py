@@ -379,13 +379,16 @@ def test_of_touches_that_cannot_be_sent_so_many_wait_and_the_others_are_dropped_
 ) -> None:
     chats = [Content(root, 1, seed=seed) for seed in range(400)]
     assert tier.settle(DEADLINE_S)
-    client.client_pause(500)
-    for chat in chats:
-        tier.touch(chat.keys, NO_HINT)
-    assert tier.settle(DEADLINE_S)
-    num_dropped = tier.stats.get("redis.dropped_touches")
+    for num_tried in range(1, 6):  # a machine that stands still for as long as the server pauses drops none
+        client.client_pause(500)
+        for chat in chats:
+            tier.touch(chat.keys, NO_HINT)
+        assert tier.settle(DEADLINE_S)
+        num_dropped = tier.stats.get("redis.dropped_touches")
+        assert tier.stats.get("redis.touched_blocks") == 400 * num_tried - num_dropped
+        if num_dropped:
+            break
     assert 0 < num_dropped <= 400 - 256
-    assert tier.stats.get("redis.touched_blocks") == 400 - num_dropped
 
 
 def test_breaker_lets_one_call_try_and_says_each_change_once(caplog: pytest.LogCaptureFixture) -> None:

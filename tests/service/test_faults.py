@@ -181,7 +181,7 @@ def test_callers_of_a_stopped_server_give_up_at_the_deadline_and_then_at_once(
         process.signal(signal.SIGSTOP)
         began = time.monotonic()
         assert store.match(SHARED, "r").num_blocks == 0
-        assert 0.4 < time.monotonic() - began < 2.0
+        assert 0.4 < time.monotonic() - began < 5
         began = time.monotonic()
         for _ in range(100):
             assert store.match(SHARED, "r").num_blocks == 0
@@ -202,7 +202,7 @@ def test_a_load_from_a_stopped_server_ends_in_time(start_process: Callable[..., 
         began = time.monotonic()
         with store.load("r") as load:
             assert list(load) == []
-        assert time.monotonic() - began < 2.0
+        assert time.monotonic() - began < 5
         process.signal(signal.SIGCONT)
         wait_until(lambda: store.is_up)
         wait_until(lambda: store.stats()["lease.live"] == 0)
@@ -248,7 +248,7 @@ def test_a_server_killed_under_load_is_a_miss_for_all_and_they_recover(
     for thread in threads:
         thread.join(30)
     assert failures == []
-    assert max(longest) < 8.0, "four calls, each within its deadline"
+    assert max(longest) < 20.0, "four calls, each within its deadline"
 
 
 def save_unless_gone(store: SidecarStore, chain: Chain) -> None:

@@ -365,7 +365,7 @@ def test_save_to_a_server_that_was_killed_publishes_nothing_and_does_not_wait(tm
             server.process.wait()
             began = time.monotonic()
             assert save.commit() == 0
-            assert time.monotonic() - began < 2
+            assert time.monotonic() - began < 10
 
 
 @pytest.mark.slow
