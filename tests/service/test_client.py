@@ -332,7 +332,7 @@ def test_a_client_comes_back_by_itself_with_its_models(start_process: Callable[.
     with connect(process.address) as store:
         store.open(root.model)
         chain = chain_of(root, 4)
-        for _ in range(3):
+        for _ in range(2):
             assert save_all(store, chain) == 4
             assert load_all(store, chain) == ["host"] * 4
             process.kill()

@@ -78,7 +78,7 @@ def test_after_a_crash_the_old_memory_is_unregistered_before_the_new_is_register
         store.open(root.model)
         engine = Engine(store, cuda)
         chain = chain_of(root, 4)
-        for start in range(3):
+        for start in range(2):
             wait_until(lambda: store.is_up and engine.bytes_held == 64 * 4096)
             wait_until(lambda start=start: len(engine.pins) == start + 1)  # noted after it is held
             assert all(pinned.num_bytes == 0 for pinned in engine.pins[:-1]), "old memory is still registered"
