@@ -253,7 +253,15 @@ def test_slots_that_move_are_followed_before_during_and_after(
     assert all(tier.contains(content.keys, DEADLINE_S))
     assert content.read(tier) == content.keys
     own_cluster.end_moving(slot, 0, 1)
+
+    def num_sent_on() -> int:
+        errors = [node.client.info("errorstats").get("errorstat_MOVED", {}) for node in own_cluster.nodes[:3]]
+        return sum(int(each.get("count", 0)) for each in errors)
+
     assert content.read(tier) == content.keys
+    learned = num_sent_on()
+    assert content.read(tier) == content.keys
+    assert num_sent_on() == learned, "told once is enough"
     assert all(tier.contains(content.keys, DEADLINE_S))
     tail = Content(root, 50)
     assert len(tail.write(tier) | tail.write(tier)) == 50
