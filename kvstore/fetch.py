@@ -68,11 +68,13 @@ class Fetch:
 
     def _bring(self, tier: Tier, start: int, stop: int) -> bool:
         """True where all of `start` … `stop` was handed out."""
-        if not self._scratch:
-            room = self._promote(tier, start, stop)
-            if room is None:
+        while start < stop and not self._scratch:
+            until = self._promote(tier, start, stop)
+            if until is None:
                 return False
-            start = room
+            if until == start:
+                break
+            start = until
         while start < stop:
             if not self._bring_in_window(tier, start):
                 return False
@@ -80,12 +82,12 @@ class Fetch:
         return True
 
     def _promote(self, tier: Tier, start: int, stop: int) -> int | None:
-        """Make blocks resident; index of the first for which there is no room, None where one did not come."""
+        """Make blocks resident; index of the next, `start` for want of room, None where one did not come."""
         few = min(stop, start + max(1, _EARLY_BYTES // sum(cell.num_bytes for cell in self._plan.cells())))
         with Promotion(self._delivery, tier.name, start) as promotion:
 
             def rest() -> dict[PartKey, memoryview]:
-                return promotion.reserve(stop) if promotion.stop == few else {}
+                return promotion.reserve(stop, alone=bool(first)) if promotion.stop == few else {}
 
             first = promotion.reserve(few)
             if promotion.stop == start:

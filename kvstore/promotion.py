@@ -101,13 +101,20 @@ class Promotion:
         self._pool.abort(list(self._filling))
         self._unpin(self._pinned)
 
-    def reserve(self, stop: int) -> dict[PartKey, memoryview]:
-        """Go on to `stop`, or as far as there is room. Gives where the tier is to put which part, in their order."""
+    def reserve(self, stop: int, *, alone: bool = False) -> dict[PartKey, memoryview]:
+        """Go on to `stop`, or as far as there is room. Gives where the tier is to put which part, in their order.
+
+        `alone`: not where others have begun with what comes next. To wait for them in the middle of a reading would
+        keep a connection from them, and what came after theirs could not become resident before.
+        """
         plan, view = self._delivery.plan, self._delivery.host.arena.view
         root, ids, cells = plan.chain.root.id, plan.chain.ids, plan.layout.parts
         reserved, num_refused = self._pool.reserve(
             root, plan.layout, ids[self.stop : stop], plan.chain.metas, plan.parts, self.stop
         )
+        if alone and not (reserved and reserved[0].at == self.stop):
+            self._pool.abort(reserved)
+            return {}
         self.stop = stop - num_refused
         self._filling += reserved
         sizes = [cell.num_bytes for cell in cells]
@@ -121,9 +128,11 @@ class Promotion:
 
     def run(self, reading: Generator[Sequence[PartKey], None, None]) -> bool:
         """Hand out what `reading` says has come, and what others bring; whether that is all. Ends the reading."""
-        self._hand_out()
         coming, group_bytes = self._coming, _LEAST_GROUP_BYTES
         with closing(reading):
+            self._hand_out()
+            if self._at < self.stop and not (self._filling and self._filling[0].at == self._at):
+                return False  # others did not bring theirs, or nobody wants more
             for some in reading:
                 if not coming.add(some):
                     break  # a hole: what follows it is of no use

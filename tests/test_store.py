@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,9 @@ from kvstore.errors import TierTimeout, TierUnavailable
 from kvstore.lease import LeaseBook
 from kvstore.marks import MARK_TTL_S, Marks
 from kvstore.pace import Pace
+from kvstore.save import BlockSave
 from kvstore.store import KVStore
-from kvstore.tiers.base import AS_USED, Later
+from kvstore.tiers.base import AS_USED, Later, More
 from tests.conftest import MakeStore, chain_of, content, load_all, save_all
 from tests.fakes import DictTier, FakeClock
 from tests.waiting import wait_until
@@ -410,6 +412,61 @@ def test_a_block_is_handed_out_only_when_every_part_of_it_is_whole(make_store: M
         with store.load("r") as load:
             assert list(load) == []
     assert load_all(store, chain) == ["dict"] * 3
+
+
+def test_blocks_that_others_begin_while_a_batch_is_prepared_end_that_batch_and_not_the_load(
+    make_store: MakeStore, root: Root
+) -> None:
+    few, num_blocks = (8 << 20) // 4096, (8 << 20) // 4096 + 12
+    prepared: list[tuple[int, int]] = []
+    saves: list[BlockSave] = []
+
+    class Between(DictTier):
+        """Somebody begins to save what comes after the first of a batch, before their successors have slots."""
+
+        def read_on(self, into: Mapping[PartKey, memoryview], more: More, deadline_s: float) -> Iterator[list[PartKey]]:
+            if not prepared:
+                saves.append(store.save(chain, few, few + 2))
+            prepared.append((len(into), len(rest := more())))
+            return self.read({**into, **rest}, deadline_s)
+
+    tier = Between()
+    tier.together = 64
+    store = make_store(4 * num_blocks, tiers=[tier], mover=THROUGH)
+    chain = chain_of(root, num_blocks)
+    save_all(store, chain)
+    assert store.flush()
+    store.drop_host()
+
+    def finish() -> None:
+        wait_until(lambda: store._host.pool.leading(chain.ids, 1, chain.root.id) == few)
+        with saves[0] as save:
+            for index in save.indices:
+                view = save.views(index)[0]
+                assert view is not None
+                view[:] = content(chain, index, 0, len(view))
+            save.commit()
+
+    with ThreadPoolExecutor(1) as threads:
+        finished = threads.submit(finish)
+        assert len(load_all(store, chain)) == num_blocks
+        finished.result()
+    assert prepared == [(few, 0), (10, 0)]
+
+
+def test_nothing_is_read_where_others_do_not_bring_what_comes_first(make_store: MakeStore, root: Root) -> None:
+    tier = DictTier()
+    store = make_store(tiers=[tier], mover=THROUGH, request={"read_deadline_s": 0.1})
+    chain = chain_of(root, 8)
+    save_all(store, chain)
+    assert store.flush()
+    store.drop_host()
+    read: list[PartKey] = []
+    tier.before_read = read.append
+    with store.save(chain, 0, 2):  # by somebody who does not get done
+        store.match(chain, "r", wait_s=5)
+        with store.load("r") as load:
+            assert (list(load), read) == ([], [])
 
 
 def test_blocks_kept_after_a_window_moved_on_are_refused_not_shown_other_bytes(

@@ -232,9 +232,10 @@ class Accounting:
         by_root = self._bytes_of(talk, list(roots), deadline)
         tenants.forget(talk, tenant, [root for root, lately in roots.items() if not by_root[root] + lately], deadline)
         num_bytes = sum(by_root.values())
-        if num_bytes + more_bytes > tenants.capacity_bytes:
+        kept = [root for root in roots if by_root[root]]
+        if kept and num_bytes + more_bytes > tenants.capacity_bytes:  # without any name it would be everybody's
             target_bytes = max(0, int(tenants.capacity_bytes * _TARGET_SHARE) - more_bytes)
-            evicted = self.evict(talk, target_bytes, deadline, [root for root in roots if by_root[root]])
+            evicted = self.evict(talk, target_bytes, deadline, kept)
         tenants.note_sum(tenant, num_bytes - evicted[1] + more_bytes)
         return evicted
 

@@ -110,6 +110,8 @@ class _ReadAhead:
     def keep_up(self, position: int, deadline: float) -> None:
         """Called before value `position` is read."""
         first = self.num_asked
+        if first - position > _MAX_AHEAD:  # asked for early, all at once
+            return
         ahead_bytes = sum(len(buffer) for _, buffer in self.parts[position:first])
         few = first - position <= _MAX_AHEAD // 2  # of tiny ones many are asked for at once, not each as one has come
         if first - position < 2 or (few and ahead_bytes <= _AHEAD_BYTES - _RUN_BYTES):

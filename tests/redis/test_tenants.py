@@ -81,7 +81,9 @@ def test_a_tenant_with_many_adapters_keeps_to_its_capacity_and_evicts_its_own_co
     assert there == sorted(there)
     assert (there[0], there[-1], sum(there)) == (0, 10, LIMIT - 1)  # the share that is left free
     assert all(tier.contains(other.keys, DEADLINE_S))
-    assert write(tier, Content(roots[0], LIMIT + 20, seed=1)) == LIMIT, "its head"
+    for salt in (b"one", b"new"):  # one that has something already, and one that has nothing
+        assert write(tier, Content(root_of(root, 0, salt), LIMIT + 20, seed=1)) == LIMIT, "its head"
+        assert all(tier.contains(other.keys, DEADLINE_S))
     for seed in range(3):
         Content(root_of(root, 10), 20, seed=seed).write(tier)
     assert kept(client, [root_of(root, 10)]) == 60 * part_bytes, "whose it is nobody said"
