@@ -171,11 +171,10 @@ class KVStore:
             raise ConfigError(f"model {chain.root.model.model!r} is not open: call store.open(model) first")
         return layout
 
-    def _meet(self, chain: Chain) -> BlockLayout:
-        """`_layout`, with lower tiers told whose the chain is: under its root they may be written to from now on."""
+    def _meet(self, chain: Chain) -> None:
+        """Tell lower tiers whose the chain is: under its root they may be written to from now on."""
         for tier in self._tiers:
             tier.meet(chain.root)
-        return self._layout(chain)
 
     # -- finding -----------------------------------------------------------------------------------------------
 
@@ -189,7 +188,7 @@ class KVStore:
         wait_s: float | None = 0.0,
     ) -> Match:
         """See `kvstore.api.Store.match`."""
-        layout = self._meet(chain)
+        layout = self._layout(chain)
         cells = _cells(layout, parts)
         now_s = self._clock.now_s()
         rows = self._host.pool.pin_leading(chain.ids, part_mask(layout, cells), chain.root.id)
@@ -325,6 +324,7 @@ class KVStore:
         host_bytes = (plan.num_host_blocks - plan.start) * sum(hold.layout.parts[part].num_bytes for part in hold.parts)
         self._stats.add_all({"load.requests": 1, "host.read_bytes": max(0, host_bytes)})
         if sources:
+            self._meet(hold.chain)
             self._fetchers.submit(self._fetch, load.begin_fetch(), plan)
         return load
 
@@ -376,7 +376,8 @@ class KVStore:
         hint: Hint = NO_HINT,
     ) -> BlockSave:
         """See `kvstore.api.Store.save`."""
-        layout = self._meet(chain)
+        layout = self._layout(chain)
+        self._meet(chain)
         cells = _cells(layout, parts)
         if not 0 <= start <= stop <= len(chain):
             raise ConfigError(f"blocks {start}…{stop} are outside the chain, which has {len(chain)} full blocks")

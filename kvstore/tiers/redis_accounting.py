@@ -22,6 +22,9 @@ from kvstore.tiers.redis_scripts import ACCOUNT, COLDEST, COOL, EVICT, FORK, REM
 from kvstore.tiers.redis_tenants import Tenants
 from kvstore.tiers.redis_wire import ProtocolBroken, ReplyError, command, integer, real
 
+_MOST_TENANT_ROOTS = 512
+"""Of a tenant at its capacity that has more namespaces, those that it wrote under longest ago go whole, used or not:
+each round of an eviction asks for all that are left."""
 _COLDEST_AT_FIRST = 32
 _COLDEST_PER_BUCKET = 256
 """How many members of each stripe an eviction looks at: few in its first round, which is all that most need, then
@@ -191,18 +194,19 @@ class Accounting:
     def counted_bytes(self, talk: Talk, deadline: float, roots: Sequence[str] = ()) -> int:
         """Accounted bytes of all namespaces, or of some."""
         if roots:
-            return sum(self._bytes_of(talk, roots, deadline).values())
+            return sum(self._bytes_of(talk, roots, deadline)[0].values())
         replies = many(talk, [command("GET", used(stripe)) for stripe in self.names.stripes], deadline, partial=True)
         return sum(_count(reply) for reply in replies if isinstance(reply, bytes))
 
-    def _bytes_of(self, talk: Talk, roots: Sequence[str], deadline: float) -> dict[str, int]:
-        """Accounted bytes of each of some namespaces."""
+    def _bytes_of(self, talk: Talk, roots: Sequence[str], deadline: float) -> tuple[dict[str, int], bool]:
+        """Accounted bytes of each of some namespaces, and whether all nodes were heard."""
         asked = [command("MGET", *(Bucket(stripe, root).total for root in roots)) for stripe in self.names.stripes]
         found = dict.fromkeys(roots, 0)
-        for reply in many(talk, asked, deadline, partial=True):
+        replies = many(talk, asked, deadline, partial=True)
+        for reply in replies:
             for root, total in zip(roots, reply if isinstance(reply, list) else (), strict=False):
                 found[root] += _count(total) if isinstance(total, bytes) else 0
-        return found
+        return found, all(isinstance(reply, list) for reply in replies)
 
     def make_room(self, talk: Talk, num_bytes: Mapping[str, int], deadline: float) -> tuple[int, int]:
         """Evict so that so many bytes more fit, by namespace; of each first what is its own, then what is its tenant's.
@@ -225,19 +229,28 @@ class Accounting:
 
     def _make_room_of(self, talk: Talk, tenant: str, shares: Mapping[str, int], deadline: float) -> tuple[int, int]:
         """As `make_room`, for what one tenant is to have more."""
-        tenants, more_bytes, evicted = self.tenants, sum(shares.values()), (0, 0)
+        tenants, more_bytes = self.tenants, sum(shares.values())
         if tenants.fits(tenant, shares):
-            return evicted
-        roots = tenants.roots(talk, tenant, list(shares), self.now_s(talk, deadline), deadline)
-        by_root = self._bytes_of(talk, list(roots), deadline)
-        tenants.forget(talk, tenant, [root for root, lately in roots.items() if not by_root[root] + lately], deadline)
+            return 0, 0
+        num_parts = freed_bytes = 0
+        now_s = self.now_s(talk, deadline)
+        roots = tenants.roots(talk, tenant, list(shares), now_s, deadline)
+        by_root, all_heard = self._bytes_of(talk, list(roots), deadline)
+        if all_heard:
+            empty = [root for root, lately in roots.items() if not by_root[root] and not lately]
+            tenants.forget(talk, tenant, empty, now_s, deadline)
         num_bytes = sum(by_root.values())
         kept = [root for root in roots if by_root[root]]
         if kept and num_bytes + more_bytes > tenants.capacity_bytes:  # without any name it would be everybody's
+            surplus = max(0, len(kept) - _MOST_TENANT_ROOTS)
+            if surplus:
+                num_parts, freed_bytes = self.evict_below(talk, b"+inf", deadline, kept[:surplus])
             target_bytes = max(0, int(tenants.capacity_bytes * _TARGET_SHARE) - more_bytes)
-            evicted = self.evict(talk, target_bytes, deadline, kept)
-        tenants.note_sum(tenant, num_bytes - evicted[1] + more_bytes)
-        return evicted
+            parts, freed = self.evict(talk, target_bytes, deadline, kept[surplus:])
+            num_parts += parts
+            freed_bytes += freed
+        tenants.note_sum(tenant, num_bytes - freed_bytes + more_bytes)
+        return num_parts, freed_bytes
 
     def _make_room_for_all(self, talk: Talk, num_bytes: int, deadline: float) -> tuple[int, int]:
         capacity_bytes = self.server.facts(talk, deadline).capacity_bytes

@@ -13,7 +13,8 @@ most unless the limit is near. (An account for each tenant would be had in one c
 that accounts or removes would have to know whose each root is: one more read a part.)
 
 A writer notes its root before the first value goes, and again every minute, so the list heals of whatever it loses. A
-root stays in it for an hour after its last write, and then as long as anything lies there.
+root stays in it for an hour after its last write, and then as long as anything lies there; the list of a tenant who
+writes nothing goes after thirty days.
 """
 
 from __future__ import annotations
@@ -42,7 +43,16 @@ _NOTE = """
 local kind = redis.call('TYPE', KEYS[1]).ok
 if kind ~= 'zset' and kind ~= 'none' then redis.call('UNLINK', KEYS[1]) end
 for i = 2, #ARGV do redis.pcall('ZADD', KEYS[1], 'GT', ARGV[1], ARGV[i]) end
+redis.pcall('EXPIRE', KEYS[1], 2592000)
 return redis.call('ZRANGE', KEYS[1], 0, -1, 'WITHSCORES')
+"""
+
+# KEYS: the tenant's list. ARGV: time before which roots were written under last, roots.
+_FORGET = """
+for i = 2, #ARGV do
+  local noted = redis.call('ZSCORE', KEYS[1], ARGV[i])
+  if noted and tonumber(noted) < tonumber(ARGV[1]) then redis.call('ZREM', KEYS[1], ARGV[i]) end
+end
 """
 
 
@@ -87,6 +97,7 @@ class Tenants:
             for root, share in num_bytes.items():
                 tenant = self._of.get(root)
                 if tenant is not None:
+                    self._of.move_to_end(root)
                     found.setdefault(tenant, {})[root] = share
         return found
 
@@ -126,7 +137,7 @@ class Tenants:
         return listed | dict.fromkeys(own, True)
 
     @staticmethod
-    def forget(talk: Talk, tenant: str, roots: Sequence[str], deadline: float) -> None:
-        """Nothing is left under these."""
+    def forget(talk: Talk, tenant: str, roots: Sequence[str], now_s: float, deadline: float) -> None:
+        """Nothing is left under these, unless one was noted again meanwhile."""
         if roots:
-            talk.ask([command("ZREM", list_of(tenant), *roots)], deadline)
+            talk.ask([command("EVAL", _FORGET, 1, list_of(tenant), repr(now_s - _KEPT_S), *roots)], deadline)

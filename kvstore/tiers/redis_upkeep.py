@@ -42,6 +42,7 @@ _LOOK_EVERY_S = 60.0
 _LOOK_AGAIN_S = 5.0
 """After a look that failed."""
 _KEYS_PER_PIPELINE = 2048
+_KEYS_KEPT = 65_536
 _NO_KEY = -2
 """What TTL says of a value that is not there."""
 SWEEP_MARK = "kvs2:{000}:sweep"
@@ -59,6 +60,17 @@ def _later_of(one: Mapping[BlockId, float], other: Mapping[BlockId, float]) -> M
     if not one and not other:
         return one
     return {block: max(one.get(block, 0.0), other.get(block, 0.0)) for block in one.keys() | other.keys()}
+
+
+def _portions(uses: Sequence[Use]) -> Iterator[Sequence[Use]]:
+    """`uses` in order, as many at once as have so many keys, one at least: their words are kept until the answers."""
+    start = num_keys = 0
+    for at, use in enumerate(uses):
+        if num_keys and num_keys + len(use.keys) > _KEYS_KEPT:
+            yield uses[start:at]
+            start, num_keys = at, 0
+        num_keys += len(use.keys)
+    yield uses[start:]
 
 
 def _words(steps: Iterable[Sequence[Touch]], sent: list[Touch]) -> Iterator[list[bytes]]:
@@ -276,6 +288,13 @@ class Upkeep:
     def _touch(self, talk: Talk, uses: Sequence[Use], deadline: float) -> None:
         """One time for all chains at hand: a head that several share is touched once, and stays above all tails."""
         now_s = self._accounting.now_s(talk, deadline)
+        for some in _portions(uses):
+            self._touch_at(talk, some, now_s, deadline)
+        if self._ttl_s:
+            for use in uses:
+                self._refresh(talk, use.keys, deadline)
+
+    def _touch_at(self, talk: Talk, uses: Sequence[Use], now_s: float, deadline: float) -> None:
         sent: list[Touch] = []
         replies = sound(
             talk.ask_in_steps(_words(self._accounting.names.touches(uses, now_s), sent), deadline), partial=True
@@ -289,9 +308,6 @@ class Upkeep:
         ]
         if short:
             self._look_for(talk, short, deadline)
-        if self._ttl_s:
-            for use in uses:
-                self._refresh(talk, use.keys, deadline)
 
     def _look_for(self, talk: Talk, touches: Sequence[Touch], deadline: float) -> None:
         """Say which members are not there: who believes that they are would never write them again."""

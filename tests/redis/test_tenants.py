@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import redis
 
+from kvstore.api import NO_HINT
 from kvstore.block import Root
 from kvstore.config import StoreConfig
 from kvstore.layout import layout_of
@@ -220,6 +221,24 @@ def test_the_list_of_a_tenants_roots_heals_and_loses_what_has_nothing(
     write(make_tier(url, **limits), Content(roots[3], 10))
     left = {tag.encode() for tag in (tags[1], tags[2], tags[3])}
     assert set(client.zrange(name, 0, -1)) == left, "one without a byte, and not for an hour"
+
+
+def test_a_tenant_with_more_namespaces_than_are_looked_at_loses_those_it_wrote_under_longest_ago(
+    url: str, client: redis.Redis, make_tier: MakeTier, root: Root, part_bytes: int
+) -> None:
+    num_roots = 520
+    tier = make_tier(url, num_buckets=1, tenant_capacity_bytes=num_roots * part_bytes)
+    contents = [Content(root_of(root, adapter), 1) for adapter in range(num_roots)]
+    for content in contents:
+        tier.meet(content.chain.root)
+        content.write(tier)
+    for content in contents[:7]:
+        tier.touch(content.keys, NO_HINT)
+    assert tier.settle(DEADLINE_S)
+    assert write(tier, Content(root_of(root, num_roots), 1)) == 1
+    there = [tier.contains(content.keys, DEADLINE_S)[0] for content in contents]
+    assert not any(there[: num_roots - 512]), "though they are the warmest"
+    assert sum(there) >= 500
 
 
 def test_the_name_of_a_tenant_depends_on_salt_and_secret_alone_and_does_not_give_them_away(root: Root) -> None:
