@@ -499,19 +499,37 @@ def test_shadow_has_less_patience_with_levels_that_were_disbelieved_before() -> 
     assert lost[0] > lost[1] > lost[2]
 
 
-def test_shadow_judges_a_request_as_one_that_asks_first_and_saves_the_rest() -> None:
-    """Both uses together ask for eight blocks; as two requests the squares of its halves would be counted."""
+def test_shadow_judges_a_request_as_one_that_asks_first_and_saves_the_rest_piece_by_piece() -> None:
+    """All uses together ask for eight blocks; as several requests the squares of its parts would be counted."""
     shadow = Shadow(2)
     shadow.resize(100)
     blocks = ids(*range(8))
-    for step in range(3):
-        shadow.use(blocks[:4], 0, 4, [(0, 1)], float(step), lambda level, _: 0.0)
-        shadow._lru.clear()
-        shadow.use(blocks, 4, 4, [(0, 1)], float(step), lambda level, _: 0.0)
-        shadow._lru.clear()
+    for step in range(4):  # the last is not judged yet
+        for start, stop in ((0, 4), (4, 5), (5, 8)):
+            shadow.use(blocks[:stop], start, 4, [(0, 1)], float(step), lambda level, _: 0.0)
+            shadow._lru.clear()
     more = [0, 8, 8]  # LRU had nothing each time, the levels all of it from the second on
     assert shadow._square == pytest.approx(sum(each * each for each in more), rel=0.01)
     assert shadow._square_requests == pytest.approx(2, rel=0.01)
+
+
+def disbelieved(times: int) -> Shadow:
+    shadow = Shadow(2)
+    for _ in range(times):
+        judgements_until(shadow, True, 10)
+        judgements_until(shadow, False, -10)
+    return shadow
+
+
+def test_shadow_asks_for_more_of_levels_that_were_disbelieved_but_not_for_ever_nor_without_bound() -> None:
+    first = judgements_until(disbelieved(0), True, 10)
+    at_once = judgements_until(disbelieved(3), True, 10)
+    assert at_once > 3 * first
+    later = disbelieved(3)
+    for _ in range(30_000):
+        later._judge(0, 10)
+    assert judgements_until(later, True, 10) == pytest.approx(first, abs=2)
+    assert judgements_until(disbelieved(16), True, 10) < 8 * at_once
 
 
 def test_samples_begin_with_the_cache_where_its_size_is_known() -> None:

@@ -89,8 +89,8 @@ class Shadow:
         """The same in requests."""
         self._doubt = 1.0
         """Limits that the levels have to win before they are believed."""
-        self._begun_more = self._begun_used = 0
-        """Of a request that has asked and saves the rest yet: hits more, and blocks."""
+        self._begun_more = self._begun_real = self._begun_used = 0
+        """Since a request asked, in the small cache and the real one: hits more than LRU's, of how many blocks."""
         self.wins = False
         """Whether the levels have shown that they have more hits than LRU, and nothing says otherwise since."""
 
@@ -123,6 +123,8 @@ class Shadow:
         """
         if not self._capacity:
             return
+        if not asked_from:
+            self._judge_begun()
         lru, level_of, queues = self._lru, self._level_of, self._queues
         limit, stop = self._limit, len(blocks)
         more = real = used = 0
@@ -149,7 +151,9 @@ class Shadow:
                     del queues[before][block]
                 level_of[block] = level
             stop = start
-        self._take_in(real if self.wins else more, used, begins=not asked_from)
+        self._begun_more += more
+        self._begun_real += real
+        self._begun_used += used
         while len(lru) > self._capacity:
             lru.popitem(last=False)
         while len(level_of) > self._capacity:
@@ -162,19 +166,14 @@ class Shadow:
                 block, _ = queue.popitem(last=False)  # used at one time, so worth the same
                 del level_of[block]
 
-    def _take_in(self, more: int, num_asked: int, *, begins: bool) -> None:
-        """A request asks for what is there first, and uses the rest when it is saved: it is judged as one."""
-        if begins:
-            self._judge_begun()
-        self._begun_more += more
-        self._begun_used += num_asked
-        if not begins:
-            self._judge_begun()
-
     def _judge_begun(self) -> None:
+        """A request asks for what is there first, and uses the rest as it is saved, in as many pieces as it likes.
+
+        It is judged as one when the next asks; of those that take turns at it the later has what the earlier saves.
+        """
         if self._begun_used:
-            self._judge(self._begun_more, self._begun_used)
-            self._begun_more = self._begun_used = 0
+            self._judge(self._begun_real if self.wins else self._begun_more, self._begun_used)
+            self._begun_more = self._begun_real = self._begun_used = 0
 
     def _judge(self, more: int, num_asked: int) -> None:
         """A request that asked for so many blocks of the sample had `more` hits than it would have had with LRU."""
