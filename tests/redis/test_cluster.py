@@ -404,8 +404,8 @@ def test_a_hung_node_costs_the_deadline_and_then_nothing(cluster: Cluster, make_
     os.kill(cluster.nodes[2].process.pid, signal.SIGSTOP)
     try:
         began = time.monotonic()
-        there = tier.contains(content.keys, 0.3)
-        assert time.monotonic() - began < 2
+        there = tier.contains(content.keys, 1.0)
+        assert time.monotonic() - began < 1.9
         assert 0 < sum(there) < len(there)
         costs = []
         for _ in range(5):  # a busy machine may hold up some

@@ -222,8 +222,8 @@ def test_a_peer_that_falls_silent_among_many_values_costs_the_deadline_and_no_mo
     began = time.monotonic()
     arrived: list[PartKey] = []
     with pytest.raises(TimeoutError):
-        read_onto(arrived, wire, into, began + 0.3)
-    assert 0.29 < time.monotonic() - began < 2
+        read_onto(arrived, wire, into, began + 1.0)
+    assert 0.99 < time.monotonic() - began < 1.9
     assert arrived == list(expected)[: 60_000 // (len(replies) // NUM_PARTS)]
     assert wire.heard
     thread.join()

@@ -92,8 +92,8 @@ def test_hung_sentinels_cost_the_deadline_and_no_more(pair: Pair, make_tier: Mak
     tier = make_tier(url, healthy=False, breaker_open_s=30.0)
     began = time.monotonic()
     with pytest.raises(TierError):
-        tier.contains(Content(root, 2).keys, 0.3)
-    assert time.monotonic() - began < 2
+        tier.contains(Content(root, 2).keys, 1.0)
+    assert time.monotonic() - began < 1.9
     for sentinel in pair.sentinels[1:]:
         os.kill(sentinel.process.pid, signal.SIGCONT)
     assert not any(make_tier(url).contains(Content(root, 2).keys, 2.0))  # the first still hangs

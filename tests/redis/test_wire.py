@@ -127,10 +127,10 @@ def test_silent_peer_costs_the_deadline_and_no_more(pair: tuple[Wire, socket.soc
     wire, _theirs = pair
     started = time.monotonic()
     with pytest.raises(TimeoutError):
-        wire.reply(soon(0.2))
+        wire.reply(soon(0.7))
     with pytest.raises(TimeoutError):
-        wire.send([bytes(64 << 20)], soon(0.2))
-    assert 0.4 <= time.monotonic() - started < 2
+        wire.send([bytes(64 << 20)], soon(0.7))
+    assert 1.4 <= time.monotonic() - started < 2
 
 
 @pytest.mark.alone
@@ -162,13 +162,13 @@ def test_peer_that_trickles_costs_the_deadline_and_no_more(pair: tuple[Wire, soc
     thread.start()
     started = time.monotonic()
     try:
-        wire.begin_bulk(soon(0.3), 100)
+        wire.begin_bulk(soon(1.0), 100)
         with pytest.raises(TimeoutError):
-            wire.read_into(memoryview(bytearray(1_000_000)), started + 0.3)
+            wire.read_into(memoryview(bytearray(1_000_000)), started + 1.0)
     finally:
         stop.set()
         thread.join()
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 1.9
 
 
 @pytest.mark.parametrize("garbage", [b"hello\r\n", b"$abc\r\n", b"*x\r\n", b"\r\n", b":\r\n"])

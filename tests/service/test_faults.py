@@ -182,10 +182,12 @@ def test_callers_of_a_stopped_server_give_up_at_the_deadline_and_then_at_once(
         began = time.monotonic()
         assert store.match(SHARED, "r").num_blocks == 0
         assert 0.4 < time.monotonic() - began < 5
-        began = time.monotonic()
+        costs_s = []
         for _ in range(100):
+            began = time.monotonic()
             assert store.match(SHARED, "r").num_blocks == 0
-        assert time.monotonic() - began < 5, "only the first one waits"
+            costs_s.append(time.monotonic() - began)
+        assert sorted(costs_s)[95] < 0.1, "only the first one waits"
         process.signal(signal.SIGCONT)
         wait_until(lambda: store.is_up)
         assert load_all(store, SHARED, request="back") == ["host"] * 8, "the same session, and nothing is lost"

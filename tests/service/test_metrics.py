@@ -222,7 +222,7 @@ def takes_a_byte(connection: socket.socket) -> bool:
     """Whether the other side is still there, to be told a byte of a request that never ends."""
     try:
         connection.send(b"G")
-        connection.settimeout(0.02)
+        connection.settimeout(0.002)
         return bool(connection.recv(1))
     except TimeoutError:
         return True

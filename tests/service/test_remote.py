@@ -761,11 +761,13 @@ def test_tier_without_its_peer_fails_at_once(tmp_path: Path) -> None:
     tier = RemoteTier(RemoteTier.Options(address=f"unix:{tmp_path}/nobody"))
     chain = chain_of(Root(GRID), 2)
     keys = chain.part_keys(0, 2, (0,))
+    costs_s = []
     for _ in range(20):
         began = time.monotonic()
         with pytest.raises(TierError):
             tier.contains(keys, 5.0)
         with pytest.raises(TierError):
             list(tier.read({keys[0]: memoryview(bytearray(512))}, 5.0))
-        assert time.monotonic() - began < 2
+        costs_s.append(time.monotonic() - began)
+    assert sorted(costs_s)[15] < 0.2, "a busy machine may hold up some"
     tier.close()
