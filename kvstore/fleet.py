@@ -5,6 +5,7 @@ One thread, started by the first announcement. A mark goes out at once, is renew
 owner renews it here, and is taken back when nothing is left to wait for: its owner withdrew it or let it lapse, and of
 what was committed until then nothing is still on its way down. A block whose write down was dropped takes its mark
 back, too: others would wait for it in vain. Where this process dies the tier forgets the mark by itself.
+A mark that lapsed is looked at for a while longer: if this process stood still, its owner may go on with it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ log = logging.getLogger("kvstore.fleet")
 
 _POLL_S = 0.05
 _RENEW_S = MARK_TTL_S / 3
+_KEPT_S = 2 * MARK_TTL_S
+"""A mark that lapsed, in case its owner goes on with it."""
 _MAX_MARKS = 256
 """At once; what is announced beyond is computed by whoever wants it."""
 
@@ -88,7 +91,7 @@ class FleetMarks:
             for sent in known:
                 try:
                     ended = closed or self._ended(sent)
-                    if ended:
+                    if ended or self._lapsed(sent):
                         self._take_back(sent)
                     elif self._now_s() - sent.renewed_s >= _RENEW_S:
                         self._say(sent)
@@ -110,8 +113,12 @@ class FleetMarks:
         mark = sent.mark
         if sent.lost:
             return True
-        alive = mark.deadline_s > self._now_s() and not mark.withdrawn and bool(mark.num_left())
-        return not alive and not any(map(self._on_its_way, mark.blocks))
+        over = mark.withdrawn or not mark.num_left() or mark.deadline_s + _KEPT_S <= self._now_s()
+        return over and not any(map(self._on_its_way, mark.blocks))
+
+    def _lapsed(self, sent: _Sent) -> bool:
+        mark = sent.mark
+        return mark.deadline_s <= self._now_s() and not any(map(self._on_its_way, mark.blocks))
 
     def _say(self, sent: _Sent) -> None:
         mark = sent.mark
@@ -132,3 +139,5 @@ class FleetMarks:
     def _take_back(self, sent: _Sent) -> None:
         for tier in self._tiers if sent.named else ():
             tier.unmark(sent.mark.root, sent.named)
+        sent.named = []
+        sent.renewed_s = float("-inf")

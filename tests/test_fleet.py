@@ -94,6 +94,21 @@ def test_tier_that_fails_is_told_again_when_it_works(scene: Scene) -> None:
     wait_until(lambda: bool(scene.tier.runs))
 
 
+def test_mark_that_lapsed_is_taken_back_and_said_again_if_its_owner_goes_on_soon(scene: Scene) -> None:
+    """As where the process stood still for longer than a mark lives."""
+    mark = scene.marks.add(ROOT, BLOCKS)
+    scene.fleet.add(mark)
+    for _ in range(2):
+        wait_until(lambda: scene.tier.runs == {BLOCKS[0]: BLOCKS})
+        mark.deadline_s = time.monotonic() - 1
+        wait_until(lambda: scene.tier.runs == {})
+        mark.renew()
+    wait_until(lambda: scene.tier.runs == {BLOCKS[0]: BLOCKS})
+    mark.deadline_s = time.monotonic() - 10
+    wait_until(lambda: not scene.fleet._sent)
+    assert scene.tier.runs == {}
+
+
 def test_mark_of_lost_blocks_and_no_other_is_taken_back(scene: Scene) -> None:
     for blocks in (BLOCKS[:4], BLOCKS[4:]):
         scene.fleet.add(scene.marks.add(ROOT, blocks))

@@ -163,6 +163,8 @@ class Wishes(RuleBasedStateMachine):
         chain = data.draw(st.sampled_from(self.chains))
         known = next((at for at, each in enumerate(chain) if each not in self.blocks), len(chain))
         base = chain[: data.draw(st.integers(0, known))]
+        if not (base or added):
+            return  # nothing was used, so the policy did not hear of the time
         self.now_s += passes_s
         hint = replace(hint, time_s=self.now_s)
         fresh = list(range(self.next, self.next + added))
