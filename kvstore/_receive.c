@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Values of one shape off a socket, many in one call, on a thread that knows no interpreter: each is a length line, a
- * header, a payload into its own buffer, an end. Asks for the next ones as it goes.
+ * Values of one shape off a socket, many in one call that needs no interpreter: each is a length line, a header, a
+ * payload into its own buffer, an end. Asks for the next ones as it goes. By whoever waits for them, or beside on a
+ * thread of its own, so that the caller can do something else first.
  *
  * A payload is hashed piece by piece, while it is in the core's cache, and where there is a choice when nothing waits
  * to be received: hashed afterwards, the sender's buffer ran full meanwhile and both stood still in turn. Nothing is
@@ -52,11 +53,13 @@ struct receiving {
 
 struct running {
     struct receiving *job;
+    size_t have; /* of the next value, in `edge` */
+    int ended;   /* no more will arrive */
+    int beside;  /* on `thread`: what follows is for that alone */
     pthread_t thread;
     pthread_mutex_t lock;
     pthread_cond_t moved;
     size_t wanted; /* whoever waits, waits for so many */
-    int ended;
 };
 
 static double left_s(const struct receiving *job)
@@ -179,25 +182,29 @@ static uint64_t take_payload(struct receiving *job, uint8_t *into)
 static void done(struct running *run, size_t num_done)
 {
     __atomic_store_n(&run->job->num_done, num_done, __ATOMIC_SEQ_CST);
-    if (num_done < __atomic_load_n(&run->wanted, __ATOMIC_SEQ_CST))
+    if (!run->beside || num_done < __atomic_load_n(&run->wanted, __ATOMIC_SEQ_CST))
         return;
     pthread_mutex_lock(&run->lock);
     pthread_cond_broadcast(&run->moved);
     pthread_mutex_unlock(&run->lock);
 }
 
-static void receive_all(struct running *run)
+/* Until `until` values have arrived, or no more will; whether that is so. */
+static int receive_until(struct running *run, size_t until)
 {
     struct receiving *const job = run->job;
     const size_t begin_bytes = job->line_bytes + job->head_bytes;
-    size_t have = job->edge_bytes, number = 0;
-    while (number < job->count && !job->why) {
+    size_t have = run->have, number = job->num_done;
+    int odd = 0;
+    while (number < until && !job->why) {
         ask(job, number);
         while (!memcmp(job->edge, job->line, have < job->line_bytes ? have : job->line_bytes) && have < begin_bytes &&
                !job->why)
             have += take(job, job->edge + have, begin_bytes - have, 0);
-        if (job->why || memcmp(job->edge, job->line, job->line_bytes))
+        if (job->why || memcmp(job->edge, job->line, job->line_bytes)) {
+            odd = 1;
             break;
+        }
         memcpy(job->heads + number * job->head_bytes, job->edge + job->line_bytes, job->head_bytes);
         have = 0;
         job->sums[number] = take_payload(job, job->buffers[number]);
@@ -213,46 +220,57 @@ static void receive_all(struct running *run)
         if (!job->why)
             done(run, ++number);
     }
-    job->edge_bytes = have;
-    pthread_mutex_lock(&run->lock);
-    run->ended = 1;
-    pthread_cond_broadcast(&run->moved);
-    pthread_mutex_unlock(&run->lock);
+    run->have = have;
+    return odd || job->why || number == job->count;
 }
 
 static void *run_thread(void *given)
 {
-    receive_all(given);
+    struct running *const run = given;
+    receive_until(run, run->job->count);
+    pthread_mutex_lock(&run->lock);
+    run->ended = 1;
+    pthread_cond_broadcast(&run->moved);
+    pthread_mutex_unlock(&run->lock);
     return NULL;
 }
 
-/* Begins to receive on a thread of its own. Everything `job` names is this thread's until `kvstore_receive_end`.
- * NULL where there can be no thread. */
-void *kvstore_receive_begin(struct receiving *job)
+/* Begins to receive: what arrives does in `kvstore_receive_wait`, or `beside` it on a thread of its own. Everything
+ * `job` names is this run's until `kvstore_receive_end`. NULL where there is no memory for it. */
+void *kvstore_receive_begin(struct receiving *job, int beside)
 {
     struct running *const run = calloc(1, sizeof *run);
     if (!run)
         return NULL;
     run->job = job;
+    run->have = job->edge_bytes;
+    if (!beside)
+        return run;
     run->wanted = job->count;
     pthread_mutex_init(&run->lock, NULL);
     pthread_cond_init(&run->moved, NULL);
+    run->beside = 1;
     sigset_t all, before; /* signals are for the interpreter's threads */
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     const int refused = pthread_create(&run->thread, NULL, run_thread, run);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
-    if (!refused)
-        return run;
-    pthread_cond_destroy(&run->moved);
-    pthread_mutex_destroy(&run->lock);
-    free(run);
-    return NULL;
+    if (refused) {
+        pthread_cond_destroy(&run->moved);
+        pthread_mutex_destroy(&run->lock);
+        run->beside = 0;
+    }
+    return run;
 }
 
 /* Waits until `wanted` values have arrived, or no more will; how many have. */
 size_t kvstore_receive_wait(struct running *run, size_t wanted)
 {
+    if (!run->beside) {
+        if (!run->ended)
+            run->ended = receive_until(run, wanted);
+        return run->job->num_done;
+    }
     pthread_mutex_lock(&run->lock);
     __atomic_store_n(&run->wanted, wanted, __ATOMIC_SEQ_CST);
     while (__atomic_load_n(&run->job->num_done, __ATOMIC_SEQ_CST) < wanted && !run->ended)
@@ -261,15 +279,24 @@ size_t kvstore_receive_wait(struct running *run, size_t wanted)
     return __atomic_load_n(&run->job->num_done, __ATOMIC_SEQ_CST);
 }
 
-/* Waits for the thread to end, having cut the connection if it has not: from here on nothing writes to the buffers. */
+/* Ends it, having cut the connection if more could arrive: from here on nothing writes to the buffers. */
 void kvstore_receive_end(struct running *run)
 {
-    pthread_mutex_lock(&run->lock);
-    if (!run->ended)
-        shutdown(run->job->fd, SHUT_RDWR);
-    pthread_mutex_unlock(&run->lock);
-    pthread_join(run->thread, NULL);
-    pthread_cond_destroy(&run->moved);
-    pthread_mutex_destroy(&run->lock);
+    struct receiving *const job = run->job;
+    if (run->beside)
+        pthread_mutex_lock(&run->lock);
+    /* A thread that has them all is about to say so. */
+    const int cut = !run->ended && __atomic_load_n(&job->num_done, __ATOMIC_SEQ_CST) < job->count;
+    if (cut)
+        shutdown(job->fd, SHUT_RDWR);
+    if (run->beside) {
+        pthread_mutex_unlock(&run->lock);
+        pthread_join(run->thread, NULL);
+        pthread_cond_destroy(&run->moved);
+        pthread_mutex_destroy(&run->lock);
+    } else if (cut) {
+        job->why = CLOSED;
+    }
+    job->edge_bytes = run->have;
     free(run);
 }

@@ -63,7 +63,7 @@ def _load() -> Any:
     library.kvstore_hash_chain.argtypes = [chars, chars, size, chars, size, size, chars]
     library.kvstore_hash_chain.restype = ctypes.c_int
     if hasattr(library, "kvstore_receive_begin"):  # in a checkout an earlier build may lie here
-        library.kvstore_receive_begin.argtypes = [ctypes.POINTER(_Receiving)]
+        library.kvstore_receive_begin.argtypes = [ctypes.POINTER(_Receiving), ctypes.c_int]
         library.kvstore_receive_begin.restype = pointer
         library.kvstore_receive_wait.argtypes = [pointer, size]
         library.kvstore_receive_wait.restype = size
@@ -153,6 +153,7 @@ class Run:
         requests: one a buffer, all of one length: what asks for the values.
         num_asked: how many were asked for already.
         num_ahead: how many to have asked for beyond the one being received.
+        beside: on a thread that needs no GIL, while the caller does something else. Otherwise by who waits for them.
     """
 
     line: bytes
@@ -162,10 +163,11 @@ class Run:
     requests: bytes
     num_asked: int
     num_ahead: int
+    beside: bool = False
 
 
 class Receiving:
-    """A run being received, by a thread that needs no GIL, up to the first value that does not begin as it should.
+    """A run being received, without the GIL, up to the first value that does not begin as it should.
 
     Made by `receive`; whoever has it closes it, and nobody else uses the descriptor before.
     """
@@ -199,15 +201,15 @@ class Receiving:
             num_asked=run.num_asked,
             num_ahead=run.num_ahead,
         )
-        self._thread: int | None = _library.kvstore_receive_begin(ctypes.byref(self._job))
+        self._running: int | None = _library.kvstore_receive_begin(ctypes.byref(self._job), run.beside)
 
     @property
     def began(self) -> bool:
-        return self._thread is not None
+        return self._running is not None
 
     def wait(self, num_values: int) -> int:
         """Wait until so many have arrived, or no more will; how many have. Bounded by the deadline."""
-        return int(_library.kvstore_receive_wait(self._thread, num_values))
+        return int(_library.kvstore_receive_wait(self._running, num_values))
 
     def value(self, number: int) -> tuple[bytes, int]:
         """Of one that arrived: its header, and xxh3 of what lies in its buffer."""
@@ -223,10 +225,10 @@ class Receiving:
 
     def close(self) -> Received:
         """End it: cuts the connection where it has not ended. Nothing writes to the buffers from here on."""
-        if self._thread is not None:
-            thread, self._thread = self._thread, None
-            if os.getpid() == self._owner:  # a forked child has no such thread
-                _library.kvstore_receive_end(thread)
+        if self._running is not None:
+            running, self._running = self._running, None
+            if os.getpid() == self._owner:  # a forked child has no such thread, and the connection is not its own
+                _library.kvstore_receive_end(running)
             self._owners.clear()
         job = self._job
         return Received(

@@ -338,19 +338,27 @@ class Wire:
         return not self.left and len(begun) <= len(line) + head_bytes and begun[: len(line)] == line[: len(begun)]
 
     def begin_run(
-        self, shape: tuple[bytes, int], buffers: Sequence[memoryview], asking: tuple[bytes, int, int], deadline: float
+        self,
+        shape: tuple[bytes, int],
+        buffers: Sequence[memoryview],
+        asking: tuple[bytes, int, int],
+        deadline: float,
+        *,
+        beside: bool,
     ) -> Receiving | None:
         """Begin to receive values to their ends, up to the first that does not begin with this length line.
 
-        None where the stream cannot do this: read them one by one. Otherwise `end_run` is the next call.
+        None where the stream cannot do this: read them one by one. Otherwise `end_run` is the next call, except that
+        where all were asked for, more may be with `send`.
 
         Args:
             shape: the length line, and how many bytes follow it as a header; only where they `may_be_like` that.
             asking: as `Run.requests`, `num_asked` and `num_ahead`.
+            beside: as `Run.beside`.
         """
         line, head_bytes = shape
         begun = bytes(self._view[self._start : self._end])
-        return self._stream.begin_run(Run(line, head_bytes, buffers, begun, *asking), deadline)
+        return self._stream.begin_run(Run(line, head_bytes, buffers, begun, *asking, beside), deadline)
 
     def end_run(self, receiving: Receiving) -> tuple[int, Exception | None]:
         """End a run, cut short or not; returns how many of its values were asked for, and what it failed of."""

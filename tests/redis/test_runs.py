@@ -8,8 +8,8 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, suppress
 from itertools import chain
 
 import pytest
@@ -118,16 +118,45 @@ def delivered(
     damaged: list[PartKey] | None = None,
     counts: Counts | None = None,
     names: Names | None = None,
+    *,
+    beside: bool = False,
 ) -> Iterator[PartKey]:
-    """Keys in the order in which a reader delivers them."""
+    """Keys in the order in which a reader delivers them; with `beside` most are received by a thread of C's."""
+    return chain.from_iterable(
+        reading(wire, into, deadline, [] if damaged is None else damaged, counts or Counts(), names, beside=beside)
+    )
+
+
+def reading(
+    wire: Wire,
+    into: dict[PartKey, memoryview],
+    deadline: float,
+    damaged: list[PartKey],
+    counts: Counts,
+    names: Names | None = None,
+    *,
+    beside: bool,
+) -> Generator[list[PartKey], None, None]:
     reader = Reader(names or Names(16), Locked(), None)
-    damaged = [] if damaged is None else damaged
-    return chain.from_iterable(reader.read(wire, into, deadline, damaged, counts or Counts()))
+    if not beside:
+        yield from reader.read(wire, into, deadline, damaged, counts)
+        return
+    parts = list(into.items())
+    early = max(2, 4 * len(parts) // 5)
+    yield from reader.read(wire, dict(parts[:1]), deadline, damaged, counts)  # by which it knows how one begins
+    more = lambda: dict(parts[early:])
+    with closing(reader.read(wire, dict(parts[1:early]), deadline, damaged, counts, more=more)) as rest:
+        yield from rest
 
 
-def read_onto(arrived: list[PartKey], wire: Wire, into: dict[PartKey, memoryview], deadline: float) -> None:
-    for key in delivered(wire, into, deadline):
+def read_onto(
+    arrived: list[PartKey], wire: Wire, into: dict[PartKey, memoryview], deadline: float, *, beside: bool
+) -> None:
+    for key in delivered(wire, into, deadline, beside=beside):
         arrived.append(key)  # not list(): an error leaves those before it
+
+
+both_ways = pytest.mark.parametrize("beside", [False, True])
 
 
 @pytest.fixture
@@ -141,8 +170,9 @@ def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
 @pytest.mark.parametrize("seed", [None, 0, 1])
 @pytest.mark.parametrize("kind", HARM)
 @pytest.mark.parametrize("stream_type", [Many, OneByOne])
+@both_ways
 def test_a_harmed_value_among_others_is_a_miss_and_the_others_arrive(
-    ends: tuple[socket.socket, socket.socket], stream_type: type[PlainStream], kind: str, seed: int | None
+    ends: tuple[socket.socket, socket.socket], stream_type: type[PlainStream], kind: str, seed: int | None, beside: bool
 ) -> None:
     ours, theirs = ends
     draw = random.Random(kind)
@@ -156,7 +186,7 @@ def test_a_harmed_value_among_others_is_a_miss_and_the_others_arrive(
         thread.start()
     else:
         thread = drip(theirs, replies, random.Random(seed))
-    arrived = list(delivered(wire, into, soon(20), damaged, counts))
+    arrived = list(delivered(wire, into, soon(20), damaged, counts, beside=beside))
     thread.join()
     assert arrived == [key for key, payload in expected.items() if payload is not None]
     assert all(into[key] == expected[key] for key in arrived)
@@ -187,8 +217,9 @@ def test_headers_too_long_to_be_verified_in_c_are_verified_each_by_its_own(
 
 
 @pytest.mark.parametrize("cut", [3, 150, 400, 2000])
+@both_ways
 def test_a_stream_that_ends_among_many_values_gives_those_before_and_an_error(
-    ends: tuple[socket.socket, socket.socket], cut: int
+    ends: tuple[socket.socket, socket.socket], cut: int, beside: bool
 ) -> None:
     ours, theirs = ends
     replies, expected = replies_with([None] * NUM_PARTS)
@@ -203,15 +234,16 @@ def test_a_stream_that_ends_among_many_values_gives_those_before_and_an_error(
     thread.start()
     arrived: list[PartKey] = []
     with pytest.raises(ProtocolBroken):
-        read_onto(arrived, Wire(PlainStream(ours)), into, soon())
+        read_onto(arrived, Wire(PlainStream(ours)), into, soon(), beside=beside)
     thread.join()
     assert arrived == list(expected)[:17]
     assert all(into[key] == expected[key] for key in arrived)
 
 
 @pytest.mark.alone
+@both_ways
 def test_a_peer_that_falls_silent_among_many_values_costs_the_deadline_and_no_more(
-    ends: tuple[socket.socket, socket.socket],
+    ends: tuple[socket.socket, socket.socket], beside: bool
 ) -> None:
     ours, theirs = ends
     replies, expected = replies_with([None] * NUM_PARTS)
@@ -222,15 +254,16 @@ def test_a_peer_that_falls_silent_among_many_values_costs_the_deadline_and_no_mo
     began = time.monotonic()
     arrived: list[PartKey] = []
     with pytest.raises(TimeoutError):
-        read_onto(arrived, wire, into, began + 1.0)
+        read_onto(arrived, wire, into, began + 1.0, beside=beside)
     assert 0.99 < time.monotonic() - began < 1.9
     assert arrived == list(expected)[: 60_000 // (len(replies) // NUM_PARTS)]
     assert wire.heard
     thread.join()
 
 
+@both_ways
 def test_who_waits_for_many_values_goes_on_when_the_wire_is_aborted(
-    ends: tuple[socket.socket, socket.socket],
+    ends: tuple[socket.socket, socket.socket], beside: bool
 ) -> None:
     ours, theirs = ends
     replies, expected = replies_with([None] * NUM_PARTS)
@@ -241,12 +274,13 @@ def test_who_waits_for_many_values_goes_on_when_the_wire_is_aborted(
     timer.start()
     began = time.monotonic()
     with pytest.raises(ProtocolBroken):
-        list(delivered(wire, into, soon(10)))
+        list(delivered(wire, into, soon(10), beside=beside))
     assert time.monotonic() - began < 5
     timer.join()
 
 
-def test_an_end_that_is_none_breaks_the_stream(ends: tuple[socket.socket, socket.socket]) -> None:
+@both_ways
+def test_an_end_that_is_none_breaks_the_stream(ends: tuple[socket.socket, socket.socket], beside: bool) -> None:
     ours, theirs = ends
     replies, expected = replies_with([None] * 6)
     per_value = len(replies) // 6
@@ -254,7 +288,7 @@ def test_an_end_that_is_none_breaks_the_stream(ends: tuple[socket.socket, socket
     into = {key: memoryview(bytearray(NUM_BYTES)) for key in expected}
     arrived: list[PartKey] = []
     with pytest.raises(ProtocolBroken):
-        read_onto(arrived, Wire(PlainStream(ours)), into, soon())
+        read_onto(arrived, Wire(PlainStream(ours)), into, soon(), beside=beside)
     assert arrived == list(expected)[:FIRST_AND_TWO]
 
 
@@ -281,27 +315,57 @@ def test_a_checksum_taken_while_receiving_is_that_of_the_whole_payload(
     assert stream.num_values == 3 * native.receives
 
 
+@both_ways
 def test_who_stops_among_many_values_leaves_no_thread_that_writes_to_the_buffers(
+    ends: tuple[socket.socket, socket.socket], beside: bool
+) -> None:
+    ours, theirs = ends
+    num_parts, num_bytes, num_sent = 24, 300_000, 7  # the first by itself, and a group
+    values = [value_of(number, num_bytes=num_bytes, raw_bytes=num_bytes) for number in range(num_parts)]
+    into = {key: memoryview(bytearray(num_bytes)) for key, _, _ in values}
+    wire = Wire(PlainStream(ours))
+    replies = [bulk(value) for _, value, _ in values]
+    thread = threading.Thread(target=theirs.sendall, args=(b"".join(replies[:num_sent]),))
+    thread.start()
+    some = reading(wire, into, soon(20), [], Counts(), beside=beside)
+    assert [*next(some), *next(some)] == list(into)[: num_sent if native.receives else 2]
+    thread.join()
+    began = time.monotonic()
+    some.close()
+    assert time.monotonic() - began < 5
+    assert not wire.in_step()
+    for buffer in into.values():
+        buffer[:] = bytes(num_bytes)
+    with suppress(BrokenPipeError):  # the connection was cut
+        theirs.sendall(replies[num_sent])
+    wire.close()
+    assert not any(map(any, into.values()))
+
+
+def test_what_follows_finds_its_room_and_is_asked_for_while_the_first_are_received(
     ends: tuple[socket.socket, socket.socket],
 ) -> None:
     ours, theirs = ends
     replies, expected = replies_with([None] * NUM_PARTS)
+    per_value = len(replies) // NUM_PARTS
     into = {key: memoryview(bytearray(NUM_BYTES)) for key in expected}
-    wire = Wire(PlainStream(ours))
-    half = len(replies) // 2
-    theirs.sendall(replies[:half])
-    reading = Reader(Names(16), Locked(), None).read(wire, into, soon(10), [], Counts())
-    assert next(reading) == [next(iter(expected))]
-    began = time.monotonic()
-    reading.close()
-    assert time.monotonic() - began < 5
-    assert not wire.in_step()
-    for buffer in into.values():
-        buffer[:] = bytes(NUM_BYTES)
-    with suppress(BrokenPipeError):  # the connection was cut where a thread was waiting
-        theirs.sendall(replies[half:])
-    wire.close()
-    assert not any(map(any, into.values()))
+    seen: list[bytes] = []
+
+    def serve() -> None:
+        with theirs.makefile("rb") as requests:
+            next_name = lambda: [requests.readline() for _ in range(5)][-1]  # *2, $3, GET, its length, the name
+            seen.append(next_name())
+            theirs.sendall(replies[:per_value])
+            seen.extend(next_name() for _ in range(4 * NUM_PARTS // 5))  # one of them follows the early ones
+            theirs.sendall(replies[per_value:])
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    arrived = list(delivered(Wire(PlainStream(ours)), into, soon(20), beside=True))
+    thread.join()
+    assert arrived == list(expected)
+    assert len(set(seen)) == 1 + 4 * NUM_PARTS // 5
+    assert all(into[key] == expected[key] for key in arrived)
 
 
 def test_values_are_asked_for_a_bounded_number_ahead(ends: tuple[socket.socket, socket.socket]) -> None:

@@ -51,6 +51,18 @@ def test_values_are_asked_for_before_those_after_them_have_their_buffers(
     assert buffers == content.parts
 
 
+def test_a_read_that_brought_everything_keeps_its_connection(
+    tier: RedisTier, content: Content, client: redis.Redis
+) -> None:
+    """In one of ten it was cut, where the receiving thread had not yet said that it was done."""
+    assert content.read(tier) == content.keys
+    num_connections = lambda: int(client.info("stats")["total_connections_received"])
+    before = num_connections()
+    for _ in range(200):
+        assert sum(map(len, tier.read_on(content.buffers(), dict, DEADLINE_S))) == len(content.keys)
+    assert num_connections() == before
+
+
 def test_a_caller_that_cannot_go_on_leaves_no_reply_for_the_next(tier: RedisTier, content: Content) -> None:
     def more() -> dict[PartKey, memoryview]:
         raise MemoryError
