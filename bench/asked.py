@@ -65,42 +65,6 @@ _WORST = (
     Asked("us_per_block", "time in the policy, at worst", "<= 10", "µs a block"),
 )
 
-
-def _nothing_reused(headline: str) -> tuple[Asked, ...]:
-    """What `bench vllm_cold` says."""
-    return (
-        Asked(
-            "zero_reuse_overhead_pct",
-            "TTFT over engines without connector",
-            "<= 2",
-            "%",
-            headline,
-        ),
-        Asked("zero_reuse_overhead_pct_low", "95 % interval: from", "", "%"),
-        Asked("zero_reuse_overhead_pct_high", "to", "", "%"),
-        Asked("zero_reuse_throughput_pct", "time of a request, so total throughput, likewise", "<= 2", "%"),
-        Asked("zero_reuse_throughput_pct_low", "95 % interval: from", "", "%"),
-        Asked("zero_reuse_throughput_pct_high", "to", "", "%"),
-        Asked("no_difference_throughput_pct", "the same of two engines without: what noise gives", "", "%"),
-        Asked("no_difference_throughput_pct_low", "95 % interval: from", "", "%"),
-        Asked("no_difference_throughput_pct_high", "to", "", "%"),
-        Asked("configured_throughput_pct", "the same of the engine with it taken off, over those without", "", "%"),
-        Asked("configured_throughput_pct_low", "95 % interval: from", "", "%"),
-        Asked("configured_throughput_pct_high", "to", "", "%"),
-        Asked("same_engine_overhead_pct", "TTFT over the same engine, connector taken off", "<= 2", "%"),
-        Asked("same_engine_overhead_pct_low", "95 % interval: from", "", "%"),
-        Asked("same_engine_overhead_pct_high", "to", "", "%"),
-        Asked("same_engine_throughput_pct", "time of a request likewise", "<= 2", "%"),
-        Asked("same_engine_throughput_pct_low", "95 % interval: from", "", "%"),
-        Asked("same_engine_throughput_pct_high", "to", "", "%"),
-        Asked("same_engine_no_difference_throughput_pct", "taken off twice: what noise gives", "", "%"),
-        Asked("same_engine_no_difference_throughput_pct_low", "95 % interval: from", "", "%"),
-        Asked("same_engine_no_difference_throughput_pct_high", "to", "", "%"),
-        Asked("sidecar_cpu_ms_a_request", "CPU of the sidecar for each request", "", "ms"),
-        Asked("num_pairs", "alternating pairs", ">= 20"),
-    )
-
-
 RESULTS_ASKED = (
     Result(
         "ttft-cpu",
@@ -268,14 +232,38 @@ RESULTS_ASKED = (
     ),
     Result(
         "vllm-cold-cpu",
-        "vLLM where nothing is reused, prompts of 1,024 tokens",
-        _nothing_reused("vLLM, nothing reused: TTFT over no connector"),
-    ),
-    Result(
-        "vllm-cold-long-cpu",
-        "… prompts of 4,328 tokens",
-        _nothing_reused("… prompts of 4,328 tokens instead of 1,024"),
-        "As many as where 4,096 are reused and 232 are new.",
+        "vLLM where nothing is reused",
+        (
+            Asked(
+                "zero_reuse_overhead_pct",
+                "TTFT over engines without connector",
+                "<= 2",
+                "%",
+                "vLLM, nothing reused: TTFT over no connector",
+            ),
+            Asked("zero_reuse_overhead_pct_low", "95 % interval: from", "", "%"),
+            Asked("zero_reuse_overhead_pct_high", "to", "", "%"),
+            Asked("zero_reuse_throughput_pct", "time of a request, so total throughput, likewise", "<= 2", "%"),
+            Asked("zero_reuse_throughput_pct_low", "95 % interval: from", "", "%"),
+            Asked("zero_reuse_throughput_pct_high", "to", "", "%"),
+            Asked("no_difference_throughput_pct", "the same of two engines without: what noise gives", "", "%"),
+            Asked("no_difference_throughput_pct_low", "95 % interval: from", "", "%"),
+            Asked("no_difference_throughput_pct_high", "to", "", "%"),
+            Asked("configured_throughput_pct", "the same of the engine with it taken off, over those without", "", "%"),
+            Asked("configured_throughput_pct_low", "95 % interval: from", "", "%"),
+            Asked("configured_throughput_pct_high", "to", "", "%"),
+            Asked("same_engine_overhead_pct", "TTFT over the same engine, connector taken off", "<= 2", "%"),
+            Asked("same_engine_overhead_pct_low", "95 % interval: from", "", "%"),
+            Asked("same_engine_overhead_pct_high", "to", "", "%"),
+            Asked("same_engine_throughput_pct", "time of a request likewise", "<= 2", "%"),
+            Asked("same_engine_throughput_pct_low", "95 % interval: from", "", "%"),
+            Asked("same_engine_throughput_pct_high", "to", "", "%"),
+            Asked("same_engine_no_difference_throughput_pct", "taken off twice: what noise gives", "", "%"),
+            Asked("same_engine_no_difference_throughput_pct_low", "95 % interval: from", "", "%"),
+            Asked("same_engine_no_difference_throughput_pct_high", "to", "", "%"),
+            Asked("sidecar_cpu_ms_a_request", "CPU of the sidecar for each request", "", "ms"),
+            Asked("num_pairs", "alternating pairs", ">= 20"),
+        ),
     ),
     Result(
         "vllm-equal-cpu",

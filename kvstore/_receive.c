@@ -266,6 +266,8 @@ void *kvstore_receive_begin(struct receiving *job, int beside)
 /* Waits until `wanted` values have arrived, or no more will; how many have. */
 size_t kvstore_receive_wait(struct running *run, size_t wanted)
 {
+    if (wanted > run->job->count)
+        wanted = run->job->count;
     if (!run->beside) {
         if (!run->ended)
             run->ended = receive_until(run, wanted);
@@ -279,7 +281,7 @@ size_t kvstore_receive_wait(struct running *run, size_t wanted)
     return __atomic_load_n(&run->job->num_done, __ATOMIC_SEQ_CST);
 }
 
-/* Ends it, having cut the connection if more could arrive: from here on nothing writes to the buffers. */
+/* Ends it, of no use to anybody else where more could arrive: from here on nothing writes to the buffers. */
 void kvstore_receive_end(struct running *run)
 {
     struct receiving *const job = run->job;
@@ -287,16 +289,16 @@ void kvstore_receive_end(struct running *run)
         pthread_mutex_lock(&run->lock);
     /* A thread that has them all is about to say so. */
     const int cut = !run->ended && __atomic_load_n(&job->num_done, __ATOMIC_SEQ_CST) < job->count;
-    if (cut)
-        shutdown(job->fd, SHUT_RDWR);
     if (run->beside) {
+        if (cut)
+            shutdown(job->fd, SHUT_RDWR);
         pthread_mutex_unlock(&run->lock);
         pthread_join(run->thread, NULL);
         pthread_cond_destroy(&run->moved);
         pthread_mutex_destroy(&run->lock);
-    } else if (cut) {
-        job->why = CLOSED;
     }
+    if (cut && !job->why) /* the thread may have found all the rest in the socket */
+        job->why = CLOSED;
     job->edge_bytes = run->have;
     free(run);
 }

@@ -141,7 +141,7 @@ class Demotion:
         pool = self._host.pool
         chain = list(dict.fromkeys(each for block in blocks for each in pool.survey.ancestry(block)))
         resident, rows = pool.pin_resident(chain)
-        pool.forget_below(rows, number)
+        pool.beliefs.forget(rows, number)
         pool.unpin(rows)
         self._stats.add("mover.restored_blocks", len(resident) - len(blocks))
         return resident
@@ -159,7 +159,7 @@ class Demotion:
         num_blocks = max(1, self._paces[number].num_bytes // layout.block_bytes)
         resident, rows = pool.pin_resident(blocks[:num_blocks])
         try:
-            believed = pool.survey.below(rows, number)
+            believed = pool.beliefs.holds(rows, number)
             pairs = zip(resident, rows.tolist(), strict=True)
             wanted = [pair for pair, there in zip(pairs, believed, strict=True) if not there]
             if not wanted:
@@ -199,7 +199,7 @@ class Demotion:
         self._paces[number].took(num_bytes, self._clock.now_s() - began_s)
         partial = {key.block for key in parts if key not in written}
         done = [row for block, row in batch if block not in partial]
-        pool.set_below(np.array(done, np.int64), number, [cells[row] for row in done])
+        pool.beliefs.add(np.array(done, np.int64), number, [cells[row] for row in done])
         self._stats.add("mover.demoted_blocks", len(done))
         if done:
             confirmed = [(roots[block], block, meta[block]) for block, _ in batch if block not in partial]
@@ -235,5 +235,5 @@ class Demotion:
         if self._failed[number]:
             # It may have come back empty: what it was believed to hold must be asked or written again.
             self._failed[number] = False
-            self._host.pool.clear_below(number)
+            self._host.pool.beliefs.clear(number)
             log.warning("demotion to %s works again", self._tiers[number].name)

@@ -53,7 +53,7 @@ class Mover:
         self._written = [number for number, tier in enumerate(tiers) if not tier.read_only]
         self.stays = {} if options.is_exclusive else {self._tiers[number].name: number for number in self._written}
         for number in self._written:
-            self._tiers[number].absent = partial(host.pool.lost_below, tier=number)
+            self._tiers[number].absent = partial(host.pool.beliefs.deny, tier=number)
         self._options = options
         self._mode = options.mode
         self._clock = clock

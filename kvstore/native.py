@@ -169,7 +169,7 @@ class Run:
 class Receiving:
     """A run being received, without the GIL, up to the first value that does not begin as it should.
 
-    Made by `receive`; whoever has it closes it, and nobody else uses the descriptor before.
+    Made by `receive`; whoever has it closes it, and nobody else receives by the descriptor before.
     """
 
     def __init__(self, run: Run, fd: int, deadline: float, armed_s: float) -> None:
@@ -224,7 +224,10 @@ class Receiving:
         return sound_frames(heads, size, self._job.payload_bytes, sums, asked)
 
     def close(self) -> Received:
-        """End it: cuts the connection where it has not ended. Nothing writes to the buffers from here on."""
+        """End it; where it had not ended, `Received.failure` says that the connection is spoilt.
+
+        Nothing writes to the buffers from here on.
+        """
         if self._running is not None:
             running, self._running = self._running, None
             if os.getpid() == self._owner:  # a forked child has no such thread, and the connection is not its own

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Resident blocks in slots under one policy: what the host tier and the device overlay have in common.
 
-What changes which blocks are there, who holds them, or their order is here; what only asks is `kvstore.survey`.
+What changes which blocks are there, who holds them, or their order is here; what only asks is `kvstore.survey`, and
+what lower tiers are believed to hold `kvstore.beliefs`.
 
 Invariants
 1. A block is matchable only after its bytes are complete (`publish`), part by part.
@@ -24,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore.api import NO_HINT, Hint
+from kvstore.beliefs import Beliefs
 from kvstore.block import BlockId, BlockMeta, RootId
 from kvstore.health import faults
 from kvstore.index import NO_ROW, Rows
@@ -58,6 +60,7 @@ class BlockPool:
         self._residents = Residents(slots, policy)
         self._table = self._residents.table
         self.survey = Survey(self._residents, self.lock)
+        self.beliefs = Beliefs(self._residents, self.lock)
 
     # -- models and tenants ------------------------------------------------------------------------------------
 
@@ -425,31 +428,6 @@ class BlockPool:
         with self.lock:
             self._residents.apply_touches()
             return self._residents.policy.return_odds(blocks)
-
-    # -- what lower tiers are believed to hold -----------------------------------------------------------------
-
-    def set_below(self, rows: Rows, tier: int, parts: Sequence[Sequence[int]]) -> None:
-        """Each row's `parts` are in the tier now; believed of a row unless it has gained parts meanwhile."""
-        masks = np.array([mask_of(cells) for cells in parts], np.uint64)
-        with self.lock:
-            whole = rows[self._table.ready[rows] == masks]
-            self._table.below[whole] |= np.uint8(1 << tier)
-
-    def forget_below(self, rows: Rows, tier: int) -> None:
-        """Undo `set_below`."""
-        with self.lock:
-            self._table.below[rows] &= np.uint8(~(1 << tier) & 0xFF)
-
-    def lost_below(self, blocks: Sequence[BlockId], tier: int) -> None:
-        """Lower tier number `tier` said that it does not hold these, of which some may be here."""
-        with self.lock:
-            rows = self._table.ids.find(blocks)
-            self.forget_below(rows[rows != NO_ROW], tier)
-
-    def clear_below(self, tier: int) -> None:
-        """Believe nothing of lower tier number `tier` any more, after it failed or came back."""
-        with self.lock:
-            self._table.below &= np.uint8(~(1 << tier) & 0xFF)
 
     # -- leaving -----------------------------------------------------------------------------------------------
 

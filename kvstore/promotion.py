@@ -25,7 +25,7 @@ from kvstore.pool import Reservation, part_mask
 _LEAST_GROUP_BYTES = 2 << 20
 _MOST_GROUP_BYTES = 64 << 20
 """Blocks become resident, and are handed out, so many bytes at a time: what that costs (0.2 ms with the caches full of
-bulk bytes, in which a tier without a thread of its own receives nothing) is paid once. First and last groups are small:
+bulk bytes, in which a tier receives what its socket has room for) is paid once. First and last groups are small:
 what is not handed out cannot be copied."""
 
 

@@ -11,7 +11,7 @@ is found by what the host has of it and then what lies below, and after a restar
 below alone.
 
 Nobody waits for this. Eviction takes what it needs; what it took before it was below is lost, and counted
-(`host.lost_blocks`). What a tier confirms is believed (`BlockPool.set_below`) until the block is used in the host
+(`host.lost_blocks`). What a tier confirms is believed (`kvstore.beliefs`) until the block is used in the host
 again: by the time it is evicted there it may be gone below.
 """
 
@@ -62,7 +62,7 @@ class Spill:
         if ready:
             cold = self._worth(pool.coldest(min(_MOST_AHEAD, max(1, int(len(pool) * _AHEAD_SHARE)))))
             for number in ready:
-                self._write(pool.survey.missing_below(cold, number), number)
+                self._write(pool.beliefs.missing(cold, number), number)
         # Not for all that did not go down: a full tier that takes calls would be asked for the same again and again.
         return not any(self._tiers[number].refuses for number in self._written)
 
@@ -80,9 +80,9 @@ class Spill:
         pool = self._host.pool
         _, rows = pool.pin_resident(stretch.chain.ids[: stretch.num_blocks])
         try:
-            there = [number for number in self._written if any(pool.survey.below(rows, number))]
+            there = [number for number in self._written if any(pool.beliefs.holds(rows, number))]
             for number in there:
-                pool.forget_below(rows, number)
+                pool.beliefs.forget(rows, number)
         finally:
             pool.unpin(rows)
         for number in there:
@@ -118,7 +118,7 @@ class Spill:
 
     def _drain_to(self, number: int, until_s: float) -> int:
         pool, name = self._host.pool, self._tiers[number].name
-        blocks = pool.survey.missing_below(self._worth(pool.coldest(len(pool))[::-1]), number)
+        blocks = pool.beliefs.missing(self._worth(pool.coldest(len(pool))[::-1]), number)
         step, at = max(1, len(blocks) // _STEPS), 0
         began_s = told_s = now_s = self._clock.now_s()
         # Twice as much earlier as time went by: what is written later is colder, and stands lower.

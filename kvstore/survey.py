@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Questions to a pool: which blocks are there, what hangs from what, which of them lower tiers are believed to hold.
+"""Questions to a pool: which blocks are there, what is known of them, what hangs from what.
 
-Nothing here changes anything: no pin, no touch, no belief. So an answer is true of its moment; what it speaks of may be
+Nothing here changes anything: no pin, no touch. So an answer is true of its moment; what it speaks of may be
 gone by the time somebody acts on it. Whoever has to be sure pins (`kvstore.pool`), and asks then.
 """
 
@@ -120,27 +120,6 @@ class Survey:
                 rows.append(row)
                 row = int(self._table.parent[row])
             return self._table.ids.ids_of(np.array(rows[::-1], np.int64))
-
-    # -- what lower tiers are believed to hold -----------------------------------------------------------------
-
-    def below(self, rows: Rows, tier: int) -> list[bool]:
-        """Whether each pinned row is believed to be in lower tier number `tier`."""
-        with self._lock:
-            return [bool(bits >> tier & 1) for bits in self._table.below[rows].tolist()]
-
-    def missing_below(self, blocks: Sequence[BlockId], tier: int) -> list[BlockId]:
-        """What lower tier `tier` is not believed to hold of `blocks` and all they hang from, parents first."""
-        with self._lock:
-            parent, below = self._table.parent, self._table.below
-            rows = self._table.ids.find(blocks)
-            found: dict[int, None] = {}
-            for row in rows[rows != NO_ROW].tolist():
-                path: list[int] = []
-                while row != NO_ROW and row not in found and not below[row] >> tier & 1:
-                    path.append(row)
-                    row = int(parent[row])
-                found.update(dict.fromkeys(reversed(path)))
-            return self._table.ids.ids_of(np.array(list(found), np.int64))
 
     # -- everything there is, for a snapshot -------------------------------------------------------------------
 

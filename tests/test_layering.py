@@ -208,7 +208,10 @@ RULES: dict[str, Rule] = {
     "kvstore.victims": Rule(3, (*UP_TO_2, "kvstore.residents")),
     "kvstore.health": Rule(3, (*UP_TO_2, "kvstore.residents")),
     "kvstore.survey": Rule(3, (*UP_TO_2, "kvstore.residents")),
-    "kvstore.pool": Rule(3, (*UP_TO_2, *(f"kvstore.{name}" for name in ("health", "residents", "survey", "victims")))),
+    "kvstore.beliefs": Rule(3, (*UP_TO_2, "kvstore.residents")),
+    "kvstore.pool": Rule(
+        3, (*UP_TO_2, *(f"kvstore.{name}" for name in ("beliefs", "health", "residents", "survey", "victims")))
+    ),
     "kvstore.device": Rule(3, (*UP_TO_2, "kvstore.pool"), ("torch",)),
     "kvstore.tiers": Rule(3, (*FOUNDATIONS, "kvstore.tiers.base")),
     "kvstore.tiers.base": Rule(3, UP_TO_2),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Questions to a pool: what they answer, and that they change nothing."""
+"""Questions to a pool, of beliefs about lower tiers too: what they answer, and that they change nothing."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ QUESTIONS: dict[str, Callable[[BlockPool, Chain], object]] = {
     "is_filling": lambda pool, chain: [pool.survey.is_filling(block, 1) for block in chain.ids],
     "shared_to": lambda pool, chain: pool.survey.shared_to(chain.ids, chain.root.id),
     "ancestry": lambda pool, chain: pool.survey.ancestry(chain.ids[-1]),
-    "below": lambda pool, chain: pool.survey.below(rows_of(pool, chain), 0),
-    "missing_below": lambda pool, chain: pool.survey.missing_below(chain.ids, 0),
+    "holds": lambda pool, chain: pool.beliefs.holds(rows_of(pool, chain), 0),
+    "missing": lambda pool, chain: pool.beliefs.missing(chain.ids, 0),
     "whole_rows": lambda pool, chain: [each.tolist() for each in pool.survey.whole_rows(lambda root: True)],
     "describe_run": lambda pool, chain: pool.survey.describe_run(rows_of(pool, chain), 1 << 40),
     "held_bytes": lambda pool, chain: pool.survey.held_bytes(chain.root.id),
@@ -74,7 +74,8 @@ QUESTIONS: dict[str, Callable[[BlockPool, Chain], object]] = {
 
 
 def test_every_question_is_asked_below() -> None:
-    assert {name for name in vars(Survey) if not name.startswith("_")} == set(QUESTIONS)
+    asked = {name for name in vars(Survey) if not name.startswith("_")}
+    assert asked | {"holds", "missing"} == set(QUESTIONS)
 
 
 @pytest.mark.parametrize("name", QUESTIONS)
@@ -101,14 +102,14 @@ def test_what_is_missing_below_comes_with_all_it_hangs_from_parents_first(pool: 
     chain, other = chain_of(root, 6), chain_of(root, 3, seed=1)
     put(pool, chain)
     put(pool, other)
-    missing = pool.survey.missing_below([other.ids[2], chain.ids[5], chain.ids[3]], 1)
+    missing = pool.beliefs.missing([other.ids[2], chain.ids[5], chain.ids[3]], 1)
     assert missing == [*other.ids, *chain.ids]
     rows = rows_of(pool, chain)[:4]
-    pool.set_below(rows, 1, [(0,)] * 4)
-    assert pool.survey.missing_below([chain.ids[5], chain.ids[2]], 1) == list(chain.ids[4:])
-    assert pool.survey.missing_below([chain.ids[5]], 0) == list(chain.ids)  # another tier
-    assert pool.survey.below(rows_of(pool, chain), 1) == [True] * 4 + [False] * 2
-    assert pool.survey.missing_below([BlockId(bytes(32))], 1) == []
+    pool.beliefs.add(rows, 1, [(0,)] * 4)
+    assert pool.beliefs.missing([chain.ids[5], chain.ids[2]], 1) == list(chain.ids[4:])
+    assert pool.beliefs.missing([chain.ids[5]], 0) == list(chain.ids)  # another tier
+    assert pool.beliefs.holds(rows_of(pool, chain), 1) == [True] * 4 + [False] * 2
+    assert pool.beliefs.missing([BlockId(bytes(32))], 1) == []
 
 
 def test_the_ancestry_of_a_block_is_its_chain_and_of_an_unknown_one_nothing(pool: BlockPool, root: Root) -> None:
@@ -136,7 +137,7 @@ def test_a_block_is_below_where_all_parts_of_it_that_are_here_were_read_from_the
     def fill(num_blocks: int, part: int, below: int | None) -> list[list[bool]]:
         reserved, _ = pool.reserve(halves.id, layout, chain.ids[:num_blocks], chain.metas, (part,))
         assert len(pool.publish(reserved, NO_HINT, below=below)) == num_blocks
-        return [pool.survey.below(rows_of(pool, chain), tier) for tier in (0, 1)]
+        return [pool.beliefs.holds(rows_of(pool, chain), tier) for tier in (0, 1)]
 
     assert fill(3, 0, 1) == [[False] * 3, [True] * 3]
     assert fill(1, 1, 1) == [[False] * 3, [True] * 3]
@@ -144,10 +145,10 @@ def test_a_block_is_below_where_all_parts_of_it_that_are_here_were_read_from_the
     rows = rows_of(pool, chain)
     reserved, _ = pool.reserve(halves.id, layout, chain.ids[1:], chain.metas, (0, 1), 1)
     pool.publish(reserved, NO_HINT)
-    assert pool.survey.below(rows, 1) == [True, False], "one part of the second was made here"
-    assert pool.survey.below(rows_of(pool, chain), 1) == [True, False, False]
-    pool.lost_below([chain.ids[0], BlockId(bytes(32))], 1)
-    assert pool.survey.below(rows_of(pool, chain), 1) == [False] * 3
+    assert pool.beliefs.holds(rows, 1) == [True, False], "one part of the second was made here"
+    assert pool.beliefs.holds(rows_of(pool, chain), 1) == [True, False, False]
+    pool.beliefs.deny([chain.ids[0], BlockId(bytes(32))], 1)
+    assert pool.beliefs.holds(rows_of(pool, chain), 1) == [False] * 3
 
 
 def test_a_block_made_here_is_not_below_for_a_part_that_was_read_there(pool: BlockPool, root: Root) -> None:
@@ -157,4 +158,4 @@ def test_a_block_made_here_is_not_below_for_a_part_that_was_read_there(pool: Blo
     for part, below in ((0, None), (1, 0)):
         reserved, _ = pool.reserve(halves.id, layout, chain.ids, chain.metas, (part,))
         pool.publish(reserved, NO_HINT, below=below)
-    assert pool.survey.below(rows_of(pool, chain), 0) == [False] * 3
+    assert pool.beliefs.holds(rows_of(pool, chain), 0) == [False] * 3

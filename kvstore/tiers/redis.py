@@ -27,6 +27,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
@@ -236,11 +237,13 @@ class RedisTier(Tier):
             with self._nodes.of_stripe(0, deadline).loads.lease(deadline) as wire:
                 took_s = 0.0  # without what the caller does between two values
                 began_s = time.perf_counter()
-                for keys in self._reader.read(wire, into, deadline, damaged, counts, more=more):
-                    took_s += time.perf_counter() - began_s
-                    last = keys[-1]
-                    yield keys
-                    began_s = time.perf_counter()
+                # Closed before the wire is given back: a thread may be receiving from it.
+                with closing(self._reader.read(wire, into, deadline, damaged, counts, more=more)) as reading:
+                    for keys in reading:
+                        took_s += time.perf_counter() - began_s
+                        last = keys[-1]
+                        yield keys
+                        began_s = time.perf_counter()
                 took_s += time.perf_counter() - began_s
             self._codec.link.received(counts.read_bytes - counts.decoded_saved_bytes, took_s - counts.decode_s)
             if counts.read_blocks and last is not None and last.root == next(iter(into)).root:

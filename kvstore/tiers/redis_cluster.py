@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
 from queue import SimpleQueue
@@ -58,11 +59,11 @@ class _NodeRead:
             with self.node.loads.lease(deadline) as wire:
                 try:
                     self._adopt(wire)
-                    reading = reader.read(
-                        wire, self.into, deadline, self.damaged, self.counts, lambda key, to: self._say(_Moved(key, to))
-                    )
-                    for key in chain.from_iterable(reading):
-                        self._say(key)
+                    moved = lambda key, to: self._say(_Moved(key, to))
+                    reading = reader.read(wire, self.into, deadline, self.damaged, self.counts, moved)
+                    with closing(reading):  # before the wire is given back
+                        for key in chain.from_iterable(reading):
+                            self._say(key)
                     self._adopt(None)
                 except (ProtocolBroken, OSError):
                     if self.stopped.is_set():

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields
 from itertools import takewhile
@@ -44,8 +44,9 @@ _RUN_BYTES = _AHEAD_BYTES // 2
 _LEAST_GROUP_BYTES = 2 << 20
 _MOST_GROUP_BYTES = 32 << 20
 """Values of a run are looked at, and handed on, so many bytes at a time; first and last ones in small groups. Each
-group wakes this thread and the caller's, while all cores are busy sending and receiving: with 8 MiB, and 16 in
-`kvstore.promotion`, a load of 512 MiB took 9 % longer over TCP (one comparison), of small blocks 7 and 26 % (two)."""
+group wakes the caller's consumer, and meanwhile the socket alone takes in more: with 8 MiB, and 16 in
+`kvstore.promotion`, a load of 512 MiB took 9 % longer over TCP (one comparison), of small blocks 7 and 26 % (two; all
+of these when a thread of its own received)."""
 _RAW_ID = CODECS.load("raw").wire_id
 
 
@@ -122,9 +123,7 @@ class _ReadAhead:
             return
         more, self._more = self._more, None
         self._extend(more())
-        following = self.parts[self.num_asked :]
-        if following:
-            self._ask_to(self.num_asked + min(len(following), self._num_ahead(len(following[0][1]))), deadline)
+        self.keep_up(self.num_asked, deadline)
 
     def _ask_to(self, position: int, deadline: float) -> None:
         first, self.num_asked = self.num_asked, position
@@ -166,11 +165,8 @@ class _ReadAhead:
 
     def asking(self, position: int, run: Sequence[tuple[PartKey, memoryview]]) -> tuple[bytes, int, int]:
         """How those of a run that begins at `position` are asked for, how many were, and how many to keep ahead."""
-        return self._requests(run), min(len(run), self.num_asked - position), self._num_ahead(len(run[0][1]))
-
-    @staticmethod
-    def _num_ahead(num_bytes: int) -> int:
-        return max(1, min(_MAX_AHEAD, _AHEAD_BYTES // num_bytes))
+        num_ahead = max(1, min(_MAX_AHEAD, _AHEAD_BYTES // len(run[0][1])))
+        return self._requests(run), min(len(run), self.num_asked - position), num_ahead
 
     def _requests(self, parts: Sequence[tuple[PartKey, memoryview]]) -> bytes:
         return self._names.pipeline("GET", [key for key, _ in parts])
@@ -196,7 +192,7 @@ class Reader:
         counts: Counts,
         moved: Callable[[PartKey, Redirection], None] | None = None,
         more: More | None = None,
-    ) -> Iterator[list[PartKey]]:
+    ) -> Generator[list[PartKey], None, None]:
         """As `Tier.read`, or `Tier.read_on`, over a lent wire. Keys to remove go to `damaged`, numbers to `counts`.
 
         `moved` is told of keys that lie on another node of a Cluster; they are not there for this read.
@@ -256,13 +252,12 @@ class Reader:
         if len(run) < 2 and shape.length < _RUN_BYTES:
             return
         asking = ahead.asking(position, run)
-        buffers = [buffer for _, buffer in run]
+        asked, buffers = _asked(run), [buffer for _, buffer in run]
+        seen, step = 0, max(1, _LEAST_GROUP_BYTES // shape.length)
         receiving = wire.begin_run((shape.line, shape.head_bytes), buffers, asking, deadline, beside=ahead.is_early)
         if receiving is None:
             ahead.ran(0, len(run))
             return
-        seen, step = 0, max(1, _LEAST_GROUP_BYTES // shape.length)
-        asked = _asked(run)
         try:
             ahead.go_on(deadline)
             while (until := receiving.wait(min(len(run), seen + step))) > seen:

@@ -24,7 +24,8 @@ from kvstore.native import Received, Receiving, Run, receive
 Buffer = bytes | bytearray | memoryview
 Reply = int | bytes | list["Reply"] | None
 
-_SCRATCH_BYTES = 64 << 10
+_SCRATCH_BYTES = 128 << 10
+"""The longest header and more."""
 _MAX_IOVECS = 512
 """The kernel's limit is 1,024."""
 
@@ -56,7 +57,7 @@ class Stream(Protocol):
     def recv(self, view: memoryview, deadline: float, *, fill: bool) -> int: ...
 
     def begin_run(self, run: Run, deadline: float) -> Receiving | None:
-        """As `native.receive`; None where this stream cannot. Nothing else is called until `end_run`."""
+        """As `native.receive`; None where this stream cannot. Nothing else is received until `end_run`."""
 
     def end_run(self, receiving: Receiving) -> Received: ...
 

@@ -25,6 +25,7 @@ from kvstore.tiers.redis_wire import PlainStream, ProtocolBroken, Wire
 from kvstore.wire import frame
 from kvstore.wire.frame import Header
 from tests.redis.test_wire import drip, soon
+from tests.waiting import wait_until
 
 ROOT = RootId(bytes(32))
 NUM_BYTES = 5000
@@ -336,7 +337,8 @@ def test_who_stops_among_many_values_leaves_no_thread_that_writes_to_the_buffers
     assert not wire.in_step()
     for buffer in into.values():
         buffer[:] = bytes(num_bytes)
-    with suppress(BrokenPipeError):  # the connection was cut
+    theirs.settimeout(0.2)
+    with suppress(BrokenPipeError, TimeoutError):  # the connection was cut, or nobody receives
         theirs.sendall(replies[num_sent])
     wire.close()
     assert not any(map(any, into.values()))
@@ -366,6 +368,93 @@ def test_what_follows_finds_its_room_and_is_asked_for_while_the_first_are_receiv
     assert arrived == list(expected)
     assert len(set(seen)) == 1 + 4 * NUM_PARTS // 5
     assert all(into[key] == expected[key] for key in arrived)
+
+
+def test_the_first_are_received_while_what_follows_finds_its_room(ends: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = ends
+    num_bytes = 4 << 20  # more than a socket holds
+    values = [value_of(number, num_bytes=num_bytes, raw_bytes=num_bytes) for number in range(4)]
+    into = {key: memoryview(bytearray(num_bytes)) for key, _, _ in values}
+    reader, wire = Reader(Names(16), Locked(), None), Wire(PlainStream(ours))
+    thread = threading.Thread(target=lambda: [theirs.sendall(bulk(value)) for _, value, _ in values[:3]])
+    thread.start()
+    parts = list(into.items())
+    assert list(reader.read(wire, dict(parts[:1]), soon(20), [], Counts())) == [[parts[0][0]]]
+    came: list[bool] = []
+
+    def more() -> dict[PartKey, memoryview]:
+        thread.join(5)
+        came.append(not thread.is_alive())
+        theirs.sendall(bulk(values[3][1])[:100])
+        return dict(parts[3:])
+
+    rest = chain.from_iterable(reader.read(wire, dict(parts[1:3]), soon(20), [], Counts(), more=more))
+    assert [next(rest), next(rest)] == [key for key, _ in parts[1:3]]
+    assert came == [native.receives]
+    thread = threading.Thread(target=theirs.sendall, args=(bulk(values[3][1])[100:],))
+    thread.start()
+    assert list(rest) == [parts[3][0]]
+    thread.join()
+    assert all(into[key] == payload for key, _, payload in values)
+
+
+def test_where_nothing_can_follow_no_thread_goes_on_receiving(ends: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = ends
+    replies, expected = replies_with([None] * NUM_PARTS)
+    cut = 5 * len(replies) // NUM_PARTS + 1000
+    parts = [(key, memoryview(bytearray(NUM_BYTES))) for key in expected]
+    reader, wire = Reader(Names(16), Locked(), None), Wire(PlainStream(ours))
+    theirs.sendall(replies[:cut])
+    assert list(reader.read(wire, dict(parts[:1]), soon(20), [], Counts())) == [[parts[0][0]]]
+
+    def more() -> dict[PartKey, memoryview]:
+        wait_until(lambda: not native.receives or any(parts[5][1]))  # in the middle of the sixth
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        list(reader.read(wire, dict(parts[1:]), soon(20), [], Counts(), more=more))
+    for _, buffer in parts:
+        buffer[:] = bytes(NUM_BYTES)
+    with suppress(BrokenPipeError):
+        theirs.sendall(replies[cut:])
+    time.sleep(0.05)
+    assert not any(any(buffer) for _, buffer in parts)
+    assert wire.in_step() != native.receives
+    wire.close()
+
+
+def test_of_large_values_that_follow_small_ones_few_are_asked_for_ahead(
+    ends: tuple[socket.socket, socket.socket],
+) -> None:
+    ours, theirs = ends
+    large = 1 << 20
+    sizes = [NUM_BYTES] * 6 + [large] * 12
+    values = [value_of(number, num_bytes=size, raw_bytes=size) for number, size in enumerate(sizes)]
+    parts = [(key, memoryview(bytearray(size))) for (key, _, _), size in zip(values, sizes, strict=True)]
+    most_ahead: list[int] = []
+
+    def serve() -> None:
+        with theirs.makefile("rb") as requests:
+            asked = 0
+            while asked < len(values):
+                while asked == len(most_ahead) or (asked < len(values) and select.select([theirs], [], [], 0.05)[0]):
+                    for _ in range(5):  # *2, $3, GET, its length, the name
+                        requests.readline()
+                    asked += 1
+                num_sent = len(most_ahead)
+                most_ahead.append(asked - num_sent)
+                theirs.sendall(bulk(values[num_sent][1]))
+            for _, value, _ in values[len(most_ahead) :]:
+                theirs.sendall(bulk(value))
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    reader, wire = Reader(Names(16), Locked(), None), Wire(PlainStream(ours))
+    assert list(reader.read(wire, dict(parts[:1]), soon(20), [], Counts()))
+    rest = reader.read(wire, dict(parts[1:5]), soon(20), [], Counts(), more=lambda: dict(parts[5:]))
+    assert list(chain.from_iterable(rest)) == [key for key, _ in parts[1:]]
+    thread.join()
+    assert max(most_ahead) <= 4 + 1 + 5  # early ones, a small one, and 4 MiB
 
 
 def test_values_are_asked_for_a_bounded_number_ahead(ends: tuple[socket.socket, socket.socket]) -> None:

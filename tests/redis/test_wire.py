@@ -181,7 +181,7 @@ def test_what_is_no_reply_is_refused(pair: tuple[Wire, socket.socket], garbage: 
 
 def test_end_of_stream_and_a_line_without_end_are_refused(pair: tuple[Wire, socket.socket]) -> None:
     wire, theirs = pair
-    thread = drip(theirs, b"+" + b"x" * 100_000, random.Random(1))
+    thread = drip(theirs, b"+" + b"x" * 300_000, random.Random(1))
     with pytest.raises(ProtocolBroken):
         wire.reply(soon())
     wire.close()
