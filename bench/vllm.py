@@ -124,7 +124,10 @@ class Run:
             for new in (232, 16):
                 ask(plain, "no connector, engine hit", new, forget=False)
         if peer is not None:
-            ask(peer, "LMCache", 232)
+            # In an order drawn anew, and each after one that its engine served just before: that makes it quicker.
+            for engine, arm in self._random.sample([(ours, "host beside LMCache"), (peer, "LMCache")], k=2):
+                engine.serve([*prefix, *self.tokens(232)])
+                ask(engine, arm, 232)
 
 
 # -- figures ---------------------------------------------------------------------------------------------------
@@ -157,7 +160,7 @@ def summarise(rows: Sequence[ArmRow]) -> dict[str, Any]:
         "redis_vs_host": statistics.median(_ratios(rows, "redis", "host", 232, ttft)),
         "vs_recompute": median("host", 232) / statistics.median(r["ttft_s"] for r in rows if r["arm"] == "computed"),
     }
-    peer = _ratios(rows, "host", "LMCache", 232, ttft)
+    peer = _ratios(rows, "host beside LMCache", "LMCache", 232, ttft)
     if peer:
         summary["ttft_vs_lmcache"] = statistics.median(peer)
     return summary
