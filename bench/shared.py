@@ -43,7 +43,10 @@ VALUE_BYTES = frame.header_bytes(MODEL.block_tokens, 0) + layout_of(MODEL).block
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a replay did. `out_of_reach` counts residents without their parent when the last request ended."""
+    """What a replay did. `out_of_reach` counts residents with a hole before them when the last request ended.
+
+    All blocks are of one size, so that a share of them is that share of the bytes.
+    """
 
     asked_blocks: int
     hit_blocks: dict[str, int]
@@ -161,13 +164,13 @@ def _look(stores: Sequence[KVStore], tiers: Sequence[RedisTier], asked: int, hit
     for store, tier in zip(stores, tiers, strict=True):
         if not store.flush(120) or not tier.settle(60):
             raise RuntimeError("demotions did not finish in time")
-    before = tiers[0].check()
+    before, resident_blocks = tiers[0].check(), tiers[0].accounted_bytes() // VALUE_BYTES
     tiers[0].sweep()
     after = tiers[0].check()
     return Outcome(
         asked_blocks=asked,
         hit_blocks=hits,
-        resident_blocks=tiers[0].accounted_bytes() // VALUE_BYTES,
+        resident_blocks=resident_blocks,
         out_of_reach=sum("lacks its parent" in fault for fault in before),
         out_of_reach_after_sweep=sum("lacks its parent" in fault for fault in after),
         accounted_bytes=tiers[0].accounted_bytes(),

@@ -287,6 +287,7 @@ class Sweeper:
     def check(self, talk: Talk, deadline: float) -> list[str]:
         """Broken invariants in words; see `RedisTier.check`."""
         problems = [f"{name} has no account" for name in self._unaccounted(talk, deadline)]
+        unreachable: set[PartKey] = set()  # of all pages: unlike a sweep's, what a page finds stays where it is
         for page in self._pages(talk, None, deadline):
             for entry in page:
                 where = f"{entry.bucket.values}{entry.member}"
@@ -296,6 +297,10 @@ class Sweeper:
                     problems.append(f"{where} is damaged")
                 elif not entry.parent_there:
                     problems.append(f"{where} lacks its parent")
+                    unreachable.add(entry.header.key)
+                elif entry.parent in unreachable:
+                    problems.append(f"{where} hangs from one that lacks its parent")
+                    unreachable.add(entry.header.key)
                 elif entry.parent_score is not None and entry.parent_score <= entry.score:
                     problems.append(f"{where} scores above its parent")
         buckets = self._accounting.buckets(talk, deadline)

@@ -450,6 +450,22 @@ def test_sweep_removes_orphans_strays_and_empty_accounts_and_mends_counts(
     assert client.exists(stray) == 0
 
 
+def test_check_names_all_that_hangs_from_an_orphan_over_pages(
+    server: EmbeddedServer, client: redis.Redis, make_tier: MakeTier, root: Root
+) -> None:
+    tier = make_tier(server.url, num_buckets=NUM_BUCKETS)
+    content = Content(root, 700)  # more than a page of 512
+    content.write(tier)
+    names = Names(NUM_BUCKETS)
+    lost = {names.value(key) for key in content.keys[4:]}
+    client.delete(names.value(content.keys[3]))
+    faults = tier.check()
+    assert {fault.split()[0] for fault in faults if "lacks its parent" in fault} == lost
+    assert sum(fault.endswith(" lacks its parent") and "hangs" not in fault for fault in faults) == 1
+    assert len(faults) == len(lost) + 1  # and the account of the one that is not there
+    assert tier.sweep()["orphans"] == len(lost)
+
+
 def test_sweep_leaves_a_block_alone_in_which_many_images_end(
     server: EmbeddedServer, make_tier: MakeTier, root: Root
 ) -> None:
