@@ -25,6 +25,8 @@ from typing import Any, cast
 
 import numpy as np
 import redis
+from redis._parsers import _HiredisParser
+from redis.connection import DefaultParser
 
 from bench.redis_ceiling import connect, raw_get_s, raw_remove, raw_set_s
 from kvstore.api import NO_HINT
@@ -215,7 +217,9 @@ def _store_round(store: KVStore, parts: Parts, rounds: Rounds) -> None:
 
 
 def _redis_py_round(client: redis.Redis, parts: Parts, rounds: Rounds) -> None:
-    """What most projects do: a pipeline of SETs, and MGET, by the parser in C."""
+    """What most projects do: a pipeline of SETs, and MGET, by the parser in C. Raises where that is not there."""
+    if DefaultParser is not _HiredisParser:
+        raise RuntimeError("redis-py does not parse by hiredis: a ratio to its own parser would flatter us")
     names = [f"py:{number}" for number in range(parts.num_blocks)]
     with rounds.arm("redis-py save"), client.pipeline(transaction=False) as pipe:
         for name, value in zip(names, parts.values, strict=True):

@@ -22,6 +22,9 @@ class WriteMode(Enum):
 
     through: as soon as it is committed. on_reuse: when a later request matches it (three quarters of chat blocks
     never are). on_evict: when it is among the coldest tenth of a full host tier; eviction itself never waits.
+
+    Only a store that writes through marks in lower tiers what is being computed, so that stores of other hosts wait for
+    it (`kvstore.fleet`): the others cannot promise that it will come there.
     """
 
     THROUGH = "through"

@@ -21,6 +21,8 @@ _LEAST_VERSION = {"redis": (7, 0), "valkey": (7, 2)}
 _HIDDEN = "***"
 _SKEW_S = 60.0
 _SHOWN = 3
+_LEAST_BUCKETS_OF_CLUSTER = 64
+"""Each is one hash slot: of 16 over three nodes one gets 8 and the others 4 each, of 64 they get 22, 24 and 18."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +126,12 @@ def _servers(name: str, seen: Look, settings: TierSettings) -> Iterator[Finding]
             f"{name} maxmemory-policy",
             f"{policy}: the server itself tears holes into chains",
             "CONFIG SET maxmemory-policy noeviction (kvstore evicts by itself, tails first)",
+        )
+    if seen.is_cluster and settings.num_buckets < _LEAST_BUCKETS_OF_CLUSTER:
+        yield note(
+            f"{name} buckets",
+            f"{settings.num_buckets} over {len(seen.servers)} primaries: some nodes hold more than others",
+            f"set tiers.{name}.num_buckets to {_LEAST_BUCKETS_OF_CLUSTER} or more, the same on all hosts",
         )
     yield _maxmemory(name, seen.servers, settings.capacity_bytes)
 

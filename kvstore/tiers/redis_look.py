@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from kvstore.errors import TierTimeout
+from kvstore.errors import TierError, TierTimeout
 from kvstore.tiers.redis_accounting import Accounting
 from kvstore.tiers.redis_mend import Mender
 from kvstore.tiers.redis_names import Names, prefix
@@ -135,8 +135,13 @@ def look(url: str, num_buckets: int, timeout_s: float, scan_s: float) -> Look:
 def _lacking(nodes: Nodes, deadline: float) -> set[str]:
     """Commands that some node does not let us run."""
     asked = _BY_WORDS | (_OF_CLUSTERS if nodes.is_cluster else {})
-    with nodes.talk(deadline) as talk:
-        places = talk.places(deadline)
+    try:
+        with nodes.talk(deadline) as talk:
+            places = talk.places(deadline)
+    except TierError as error:
+        if nodes.is_cluster and isinstance(error.__cause__, ReplyError) and error.__cause__.code == "NOPERM":
+            return {"cluster|slots"}  # without which no node is known that the others could be asked of
+        raise
     refused: set[str] = set()
     for place in places:
         with contextlib.suppress(_Enough), nodes.of_stripe(place, deadline).stores.lease(deadline) as wire:

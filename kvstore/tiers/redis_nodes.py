@@ -136,9 +136,10 @@ class Nodes:
         error: TierError = TierUnavailable(TIER, "no node of the cluster is known")
         for node in candidates:
             try:
-                with node.stores.lease(min(deadline, time.monotonic() + self._options.connect_timeout_s)) as wire:
-                    wire.send([command("CLUSTER", "SLOTS")], deadline)
-                    reply = wire.reply(deadline)
+                limit = min(deadline, time.monotonic() + self._options.connect_timeout_s)  # one that hangs: ask others
+                with node.stores.lease(limit) as wire:
+                    wire.send([command("CLUSTER", "SLOTS")], limit)
+                    reply = wire.reply(limit)
                     if isinstance(reply, ReplyError):
                         raise reply
                     addresses = _primaries(reply, self._slots, node.address)

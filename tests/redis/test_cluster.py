@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 
 import pytest
@@ -22,7 +22,7 @@ from kvstore.service.doctor_redis import TierSettings, examine_redis
 from kvstore.service.findings import Verdict
 from kvstore.tiers.redis import RedisTier
 from kvstore.tiers.redis_names import Names
-from kvstore.tiers.redis_nodes import stripe_of
+from kvstore.tiers.redis_nodes import Nodes, Options, stripe_of
 from kvstore.tiers.redis_wire import command
 from tests.redis.cluster import Cluster, caught_up, until
 from tests.redis.conftest import SERVERS, MakeTier, binary_of
@@ -419,6 +419,26 @@ def test_a_hung_node_costs_the_deadline_and_then_nothing(cluster: Cluster, make_
 
 
 @pytest.mark.alone
+def test_a_node_that_hangs_takes_no_more_than_its_share_of_the_time_to_learn_who_has_what(cluster: Cluster) -> None:
+    with closing(Nodes(cluster.url, NUM_STRIPES, Options(1, 0.2, 30.0), lambda works: None)) as nodes:
+        learned = time.monotonic()
+        first = nodes.of_stripe(0, learned + DEADLINE_S)
+        with first.stores.lease(learned + DEADLINE_S):
+            pass  # a wire, so that it is not connecting that ends the wait
+        (hung,) = [node for node in cluster.nodes if first.address == ("127.0.0.1", node.port)]
+        nodes.suspect()
+        until(lambda: time.monotonic() > learned + 0.2)  # it asks again so soon, and no sooner
+        os.kill(hung.process.pid, signal.SIGSTOP)
+        try:
+            began = time.monotonic()
+            nodes.of_stripe(0, began + 4.0)
+            assert 0.15 < time.monotonic() - began < 2.0
+        finally:
+            os.kill(hung.process.pid, signal.SIGCONT)
+    until(lambda: b"cluster_state:ok" in hung.do("CLUSTER INFO"))
+
+
+@pytest.mark.alone
 def test_a_cluster_of_which_no_node_answers_any_more_is_an_error_and_not_a_miss(
     cluster: Cluster, make_tier: MakeTier, root: Root
 ) -> None:
@@ -459,6 +479,14 @@ def test_a_cluster_that_is_not_there_is_an_error_and_not_a_hang(make_tier: MakeT
         assert time.monotonic() - began < 1.9
 
 
+def test_doctor_notes_that_few_buckets_spread_unevenly_over_a_cluster(cluster: Cluster) -> None:
+    def noted(num_buckets: int) -> list[Verdict]:
+        settings = TierSettings(capacity_bytes=100 << 20, num_buckets=num_buckets)
+        return [each.verdict for each in examine_redis("redis", cluster.url, settings) if each.name == "redis buckets"]
+
+    assert (noted(16), noted(63), noted(64)) == ([Verdict.NOTE], [Verdict.NOTE], [])
+
+
 def test_doctor_looks_at_every_primary_of_a_cluster(cluster: Cluster) -> None:
     settings = TierSettings(capacity_bytes=100 << 20, num_buckets=NUM_STRIPES)
 
@@ -475,7 +503,15 @@ def test_doctor_looks_at_every_primary_of_a_cluster(cluster: Cluster) -> None:
         assert problems() == {"redis maxmemory", "redis maxmemory-policy", "redis accounts"}
         cluster.nodes[2].do("ACL SETUSER", USER, "-zrem")
         assert problems() == {"redis user"}
+        for node in cluster.nodes:
+            node.do("ACL SETUSER", USER, "-cluster|slots")
+        user = next(each for each in examine_redis("redis", cluster.url, settings) if each.name == "redis user")
+        assert user.verdict is Verdict.PROBLEM
+        assert user.detail.endswith(": cluster|slots")
+        assert "+cluster|slots" in user.fix
     finally:
+        for node in cluster.nodes:
+            node.do("ACL SETUSER", USER, "+cluster|slots")
         cluster.nodes[1].do("CONFIG SET", "maxmemory", "64mb")
         cluster.nodes[2].do("CONFIG SET", "maxmemory-policy", "noeviction")
         cluster.nodes[2].do("ACL SETUSER", USER, "+zrem")

@@ -252,7 +252,7 @@ def stopped(own_server: EmbeddedServer, make_tier: MakeTier) -> Iterator[Callabl
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("call", ["contains", "read", "write"])
+@pytest.mark.parametrize("call", ["contains", "read", "write", "marked_to"])
 def test_hung_server_costs_the_deadline_and_no_more(
     call: str, own_server: EmbeddedServer, stopped: Callable[[], None], make_tier: MakeTier, root: Root
 ) -> None:
@@ -265,6 +265,7 @@ def test_hung_server_costs_the_deadline_and_no_more(
         "contains": lambda: tier.contains(content.keys, 1.0),
         "read": lambda: list(tier.read(into, 1.0)),
         "write": lambda: tier.write(content.parts, content.meta, 1.0),
+        "marked_to": lambda: tier.marked_to(root.id, content.chain.ids, 0, 1.0),
     }
     stopped()
     started = time.monotonic()
