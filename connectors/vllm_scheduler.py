@@ -361,11 +361,12 @@ class SchedulerSide:
 
     def _shared(self) -> None:
         """Order what has been shared by now, and what has not been in time, which fails."""
-        waiting = []
+        waiting, now_s = [], self._now_s()
         for item in self._sharing:
             if item.lease.done():
-                self._loads.append(replace(item.order, lease=item.lease.result()))
-            elif self._now_s() >= item.deadline_s:
+                left_s = max(0.0, item.deadline_s - now_s)
+                self._loads.append(replace(item.order, lease=item.lease.result(), timeout_s=left_s))
+            elif now_s >= item.deadline_s:
                 self._loads.append(item.order)
             else:
                 waiting.append(item)
