@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,8 @@ from kvstore.errors import ConfigError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+log = logging.getLogger("kvstore.connector.vllm")
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 _FP8 = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
@@ -257,15 +260,36 @@ def media_of(request: EngineRequest) -> list[tuple[int, bytes]]:
     return sorted(items)
 
 
+_Stamps = tuple[tuple[str, int, int, int], ...]
+_ADAPTER_SETTINGS = "adapter_config.json"
+
+
+def _stamps_of(directory: Path) -> _Stamps:
+    """Name, size, time of change and inode of an adapter's files; none where they cannot be seen."""
+    try:
+        names = sorted(n for n in os.listdir(directory) if n == _ADAPTER_SETTINGS or n.endswith(_WEIGHTS))
+        found = [os.stat(directory / name) for name in names]
+    except OSError:
+        return ()
+    return tuple((n, s.st_size, s.st_mtime_ns, s.st_ino) for n, s in zip(names, found, strict=True))
+
+
+class _Changed(Future[bytes]):
+    """Of an adapter whose files changed: it stays so though they change back."""
+
+
 class AdapterDigests:
     """Content digests of LoRA adapters, computed on a thread of their own.
 
-    Never by name or path: two adapters may bear one name, and a path may be written again.
+    Never by name or path: two adapters may bear one name, and a path may be written again. vLLM reads an adapter's
+    files again whenever its cache of adapters has dropped it, and says nothing: once files have changed without
+    `load_inplace`, which weights it computes with is not known, so such an adapter's requests run without reuse until
+    it is loaded in place. Files that change between a request's arrival and its first step are not seen in time.
     """
 
     def __init__(self, digest: Callable[[Path], bytes] | None = None) -> None:
         self._digest = digest or adapter_digest
-        self._known: dict[tuple[int, str], Future[bytes]] = {}
+        self._known: dict[tuple[int, str], tuple[_Stamps, Future[bytes]]] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="kvstore-lora")
 
     def of(self, lora: LoraRequest | None) -> Future[bytes]:
@@ -275,9 +299,22 @@ class AdapterDigests:
             none.set_result(b"")
             return none
         key = (lora.lora_int_id, lora.lora_path)
+        stamps = _stamps_of(Path(lora.lora_path))
         if lora.load_inplace or key not in self._known:
-            self._known[key] = self._pool.submit(self._digest, Path(lora.lora_path))
-        return self._known[key]
+            self._known[key] = stamps, self._pool.submit(self._read, Path(lora.lora_path), stamps)
+        known, future = self._known[key]
+        if stamps != known and not isinstance(future, _Changed):
+            log.warning("%s has changed, and not by load_inplace: its requests run without reuse", lora.lora_path)
+            future = _Changed()
+            future.set_exception(ConfigError(f"{lora.lora_path} has changed since the engine was given it"))
+            self._known[key] = known, future
+        return future
+
+    def _read(self, directory: Path, stamps: _Stamps) -> bytes:
+        digest = self._digest(directory)
+        if _stamps_of(directory) != stamps:
+            raise ConfigError(f"{directory} changed while it was read")
+        return digest
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -285,7 +322,7 @@ class AdapterDigests:
 
 def adapter_digest(directory: Path) -> bytes:
     """SHA-256 over an adapter's weights and its configuration (rank and scale are in there)."""
-    settings = directory / "adapter_config.json"
+    settings = directory / _ADAPTER_SETTINGS
     digest = hashlib.sha256(directory_digest(directory).encode())
     digest.update(settings.read_bytes() if settings.is_file() else b"")
     return digest.hexdigest().encode()

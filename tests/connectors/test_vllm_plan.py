@@ -1169,6 +1169,27 @@ def test_a_load_that_cannot_be_shared_in_time_is_reported_as_failed_without_wait
     bench.close()
 
 
+def test_a_load_that_took_most_of_its_time_to_be_shared_has_only_the_rest_of_it() -> None:
+    go = threading.Event()
+    bench = Bench(sync_load_ms=0, load_deadline_ms=1000)
+    bench.fill(tokens(100))
+    share = bench.side._share
+    bench.side._share = lambda load: share(load) if go.wait(10) else None
+    request = FakeRequest("r", tokens(120))
+    bench.side.match(request, 0)
+    bench.side.allocated(request, bench.pages_for(request), 96)
+    (item,) = bench.side._sharing
+    bench.clock.time_s += 0.8 * item.order.timeout_s
+    go.set()
+    assert item.lease.result(10) is not None
+    (order,) = bench.step().loads
+    assert order.timeout_s == pytest.approx(0.2 * item.order.timeout_s)
+    assert eventually(lambda: bench.report() == {"r"})
+    bench.side.ended(request, bench.pages_for(request))
+    bench.side.close()
+    bench.close()
+
+
 def test_only_what_lies_in_the_host_is_loaded_before_the_step() -> None:
     class HalfBelow(FakeStore):
         def match(self, *args: Any, **kwargs: Any) -> Match:
@@ -1339,6 +1360,51 @@ def test_digests_of_adapters_are_computed_on_another_thread_once_each(tmp_path: 
     one.load_inplace = True  # its files have changed under its name and number
     assert digests.of(one).result(10) == b"one"
     assert len(seen) == 3
+    digests.close()
+
+
+def adapter_of(directory: Path, *, load_inplace: bool = False) -> Any:
+    return SimpleNamespace(lora_name="x", lora_int_id=1, lora_path=str(directory), load_inplace=load_inplace)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_an_adapter_whose_files_changed_is_not_known_until_the_engine_loads_it_anew(tmp_path: Path, name: str) -> None:
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"old")
+    (tmp_path / "adapter_config.json").write_bytes(b"{}")
+    digests = AdapterDigests()
+    old = digests.of(adapter_of(tmp_path)).result(10)
+    assert digests.of(adapter_of(tmp_path)).result(10) == old
+    before = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(before + b" ")
+    assert isinstance(digests.of(adapter_of(tmp_path)).exception(10), ConfigError), "which one the engine has"
+    new = digests.of(adapter_of(tmp_path, load_inplace=True)).result(10)
+    assert new != old
+    assert digests.of(adapter_of(tmp_path)).result(10) == new
+    digests.close()
+
+
+def test_an_adapter_that_changed_and_changed_back_stays_unknown(tmp_path: Path) -> None:
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"old")
+    digests = AdapterDigests()
+    digests.of(adapter_of(tmp_path)).result(10)
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "aside")
+    assert digests.of(adapter_of(tmp_path)).exception(10) is not None
+    (tmp_path / "aside").rename(tmp_path / "adapter_model.safetensors")
+    assert digests.of(adapter_of(tmp_path)).exception(10) is not None, "the engine may have read it meanwhile"
+    digests.close()
+
+
+def test_an_adapter_whose_files_change_while_they_are_read_is_not_known(tmp_path: Path) -> None:
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(b"old")
+
+    def digest(directory: Path) -> bytes:
+        found = adapter_digest(directory)
+        file.write_bytes(b"newer")
+        return found
+
+    digests = AdapterDigests(digest)
+    assert isinstance(digests.of(adapter_of(tmp_path)).exception(10), ConfigError)
     digests.close()
 
 
