@@ -54,7 +54,8 @@ def _digest_fields(tag: bytes, *values: bytes) -> bytes:
 class ModelId:
     """What must agree before KV bytes are interchangeable; agreed once, at `open`.
 
-    Engine name, engine block size, TP, PP and rank are not in it: they do not change the KV of a token.
+    Engine name, engine block size, TP, PP and rank are not in it: they do not change the KV of a token. The part grid
+    is, so engines that split differently share blocks where they are given one grid.
 
     Attributes:
         model: weights by name, and `revision` by content or commit.
