@@ -213,6 +213,7 @@ RESULTS_ASKED = (
                 "vLLM, 4,096 tokens reused: TTFT ÷ a hit in the engine's own prefix cache",
             ),
             Asked("added_ms_16", "16 new tokens: more than the engine's own prefix cache", "<= 25", "ms"),
+            Asked("full_prompt_ms", "a prompt that is all in the store: TTFT", "", "ms"),
             Asked("redis_vs_host", "Redis with a cold host ÷ host", "<= 1.5", "×"),
             Asked(
                 "ttft_vs_lmcache",

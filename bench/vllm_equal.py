@@ -123,12 +123,14 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "num_rows": len(rows),
         "num_equal": sum(row["equal"] is True for row in rows),
         "num_different": sum(row["equal"] is False for row in rows),
+        "num_not_run": sum(row["equal"] is None for row in rows),
         "not_run": ", ".join(row["scenario"] for row in rows if row["equal"] is None),
         "worst_error": max(
             (row["error"] for row in rows if row["error"] is not None and row is not clamp), default=None
         ),
         "error_without_save_boundary": clamp.get("error"),
         "controls_that_did_not_differ": ", ".join(row["scenario"] for row in rows if row["control_differs"] is False),
+        "controls_missing": ", ".join(row["scenario"] for row in rows if row["control_differs"] is None),
         "cross_engine_equal": cross.get("equal"),
         "worst_added_delay_vs_deadline": max(late, default=None),
     }
