@@ -21,12 +21,14 @@ from kvstore.pinning import Pinning
 def decode_beside(board: Board) -> None:
     """decode_slowdown_pct: steps that stream weights as decoding does, alone and with copies both ways meanwhile."""
     with copy_rig(board) as rig:
-        step = _decode_step(board)
+        # Many steps a launch: a thread that launches often waits for the GIL, and not for the device.
+        at_once = 20 if board.on_cuda else 1
+        step = _decode_step(board, at_once)
         half = len(rig.blocks) // 2
         steps = 100 if board.on_cuda else 3
 
         def run() -> None:
-            for _ in range(steps):
+            for _ in range(steps // at_once):
                 step()
 
         for way in ways(board):
@@ -98,8 +100,12 @@ def _stream_of_its_own() -> AbstractContextManager[object]:
     return torch.cuda.stream(stream)
 
 
-def _decode_step(board: Board) -> Callable[[], object]:
-    """The matrices of some layers at the width of an 8B model, for eight sequences; a CUDA graph on a device."""
+def _decode_step(board: Board, at_once: int = 1) -> Callable[[], object]:
+    """The matrices of some layers at the width of an 8B model, for eight sequences; a CUDA graph on a device.
+
+    Args:
+        at_once: steps of one call.
+    """
     width, layers = board.sizes.decode_width, board.sizes.decode_layers
     inner = 7 * width // 2
 
@@ -110,15 +116,17 @@ def _decode_step(board: Board) -> Callable[[], object]:
     hidden = torch.randn(8, width, dtype=torch.bfloat16, device=board.device)
 
     def step() -> None:
-        out = hidden
-        for first, up, down in weights:
-            out = torch.tanh(out @ first)
-            out = torch.tanh(torch.tanh(out @ up) @ down)
-        hidden.copy_(out)
+        for _ in range(at_once):
+            out = hidden
+            for first, up, down in weights:
+                out = torch.tanh(out @ first)
+                out = torch.tanh(torch.tanh(out @ up) @ down)
+            hidden.copy_(out)
 
     if not board.on_cuda:
         return step
     stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()  # the weights are made on another stream
     with torch.cuda.stream(stream):
         step()
     torch.cuda.synchronize()
@@ -158,12 +166,17 @@ def pin_delay(board: Board) -> None:
     while not pinning.wait(0.0) and not pinning.failure and board.left_s > 0:
         during.append(request())
     took_s = time.perf_counter() - began_s
+    wanted_bytes, pinned_bytes = arena.capacity_bytes, pinning.num_bytes
     pinning.close()
     arena.close()
-    if not during:
-        during = [0.0]
-    board.row("pin", bytes=size, first_s=during[0], worst_s=max(during), before_s=before, failure=pinning.failure)
-    board.figure("pin_bytes", size)
+    board.row(
+        "pin", bytes=pinned_bytes, wanted_bytes=wanted_bytes, during_s=during, before_s=before, failure=pinning.failure
+    )
+    board.figure("pin_bytes", pinned_bytes)
+    if pinned_bytes != wanted_bytes or not during:
+        raise RuntimeError(
+            f"{pinned_bytes} of {wanted_bytes} bytes were pinned beside {len(during)} requests: {pinning.failure}"
+        )
     board.figure("pin_delay_s", max(0.0, during[0] - median(before)))
     board.figure("pin_worst_delay_s", max(0.0, float(np.max(during)) - median(before)))
     board.figure("pin_total_s", took_s)

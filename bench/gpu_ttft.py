@@ -178,8 +178,10 @@ def ttft(board: Board) -> None:
                     _one_length(board, model, arms, length, bandwidth)
                 except (RuntimeError, MemoryError) as error:  # no room for this length: the others are still to come
                     traceback.print_exc()
-                    failed = failed or error
+                    # Without its frames, which hold this length's tensors.
+                    failed = failed or error.with_traceback(None)
                     board.row("ttft", prefix=length, error=f"{type(error).__name__}: {error}"[:300])
+                if failed is not None:  # after the handler, which holds the frames of an error as well
                     gc.collect()
                     torch.cuda.empty_cache()
                 board.write()

@@ -26,6 +26,8 @@ from kvstore.tiers.base import Tier
 
 _TURNS = 3
 """The first warms up and does not count."""
+_LEAST_S = 10.0
+"""For what ends the phase: a turn is not begun with less than this left."""
 
 
 @contextmanager
@@ -98,13 +100,14 @@ def turns(board: Board) -> None:
                 if turn == 1:
                     first_hits = {arm.name: _reused(arm) for arm in arms}
                 for user in range(sizes.users):
-                    if board.left_s <= 0:
+                    if board.left_s <= _LEAST_S:
                         board.row("turns", turn=turn, user=user, skipped="no time left")
                         continue
                     more = torch.randint(0, vocabulary, (1, sizes.suffix_tokens), generator=draw)
                     chats[user] = torch.cat((chats[user], more), 1)
                     _turn(board, arms, chats[user], turn, seconds, same)
             _figures(board, arms, seconds, same, first_hits)
+            board.write()  # ending pinned memory and stores may take longer than the phase has
             faults = [fault for arm in arms if arm.store is not None for fault in arm.store.check()]
             board.row("turns", users=sizes.users, kv_bytes=total_bytes, device_bytes=total_bytes // 2, faults=faults)
 

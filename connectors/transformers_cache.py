@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -56,6 +58,14 @@ class BlockCache(Cache):
         self._storage = self._allocate(capacity)
         self._planes = [_CacheLayer(self, layer) for layer in range(model.num_layers)]
         super().__init__(layers=[*self._planes])
+
+    def __deepcopy__(self, memo: dict[int, object]) -> BlockCache:
+        other = BlockCache.__new__(BlockCache)
+        memo[id(self)] = other
+        other.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        for layer in other._planes:  # a copied weak reference would be to the original
+            layer.belong_to(other)
+        return other
 
     def _allocate(self, capacity: int) -> torch.Tensor:
         layers, kv, heads, dim = self._shape
@@ -216,10 +226,21 @@ class _CacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def __init__(self, owner: BlockCache, layer: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.length = 0
-        self._owner = owner
         self._layer = layer
+        self.belong_to(owner)
         self.is_initialized = True
         self.refresh()
+
+    def belong_to(self, owner: BlockCache) -> None:
+        # Weakly: in a cycle with its layers a dropped cache would keep the device's memory until Python collects.
+        self._owner_ref = weakref.ref(owner)
+
+    @property
+    def _owner(self) -> BlockCache:
+        owner = self._owner_ref()
+        if owner is None:
+            raise ConfigError("a layer is used after its cache was dropped")
+        return owner
 
     def refresh(self) -> None:
         """Take up the owner's storage as it is now."""

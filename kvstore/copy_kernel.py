@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from math import gcd
 from typing import Any
@@ -164,6 +165,12 @@ def fault(device: torch.device) -> str:
     """Why the kernel cannot be used on `device`; empty where it can. Tries it on a few bytes the first time."""
     if not HAS_TRITON:
         return "triton is not installed"
+    # Triton launches on the thread's device, which need not be this one.
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        return _fault(device)
+
+
+def _fault(device: torch.device) -> str:
     source = torch.arange(64, dtype=torch.uint8, device=device)
     into = torch.zeros_like(source)
     whole = PieceShape.of((1, 1, 32), (0, 0, 1), 1)

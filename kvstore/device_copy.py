@@ -290,6 +290,9 @@ class DeviceCopier:
         except torch.cuda.OutOfMemoryError:
             if number % len(stages) < _LEAST_STAGES:
                 raise
+            for one in stages[_LEAST_STAGES:]:
+                if not one.is_new:  # copies of its bytes may be under way, on a stream that did not allocate them
+                    self.streams.finish(one.free)
             del stages[_LEAST_STAGES:]
             stage = stages[number % len(stages)]
             self._make_room(stage, num_bytes, kernels, copies)

@@ -81,8 +81,13 @@ def _largest(values: torch.Tensor) -> torch.Tensor:
 
 def _scale(values: torch.Tensor, top: float) -> torch.Tensor:
     """What brings each group's largest value to `top`; 1 for zeros, and where it would vanish."""
-    scale = _largest(values) / top
+    scale = _over(_largest(values), top)
     return torch.where(scale > 0, scale, 1.0)
+
+
+def _over(values: torch.Tensor, divisor: float) -> torch.Tensor:
+    # By a tensor: on CUDA torch multiplies by the reciprocal of a number, which can be one ulp beside the quotient.
+    return values / torch.full_like(values, divisor)
 
 
 def _bytes(values: torch.Tensor) -> torch.Tensor:
@@ -141,7 +146,7 @@ def _encode_nvfp4(values: torch.Tensor) -> torch.Tensor:
     wide = _finite(values)
     scale = _scale(wide, _E2M1_MAX * _E4M3_MAX)
     groups = _in_groups(wide / scale, NVFP4_GROUP)
-    fine = (groups.abs().amax(-1, keepdim=True) / _E2M1_MAX).clamp_(max=_E4M3_MAX).to(torch.float8_e4m3fn)
+    fine = _over(groups.abs().amax(-1, keepdim=True), _E2M1_MAX).clamp_(max=_E4M3_MAX).to(torch.float8_e4m3fn)
     step = fine.float()
     codes = _to_e2m1(torch.where(step > 0, groups / step, 0.0))
     pairs = _in_groups(codes.flatten(-2), 2)

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -560,6 +563,34 @@ def test_a_cache_grows_without_losing_what_it_holds(llama: LlamaForCausalLM) -> 
         logits = llama(ids[:, 200:], past_key_values=cache, use_cache=True).logits[:, -1]
         torch.testing.assert_close(logits, llama(ids).logits[:, -1], rtol=1e-3, atol=1e-3)
     assert cache.capacity >= 700
+
+
+def test_a_dropped_cache_gives_its_memory_back_at_once(llama: LlamaForCausalLM) -> None:
+    cache = BlockCache(connect(llama, None).layout, llama.device, 1)
+    with torch.no_grad():
+        llama(prompt(40), past_key_values=cache, use_cache=True)
+    gone, storage = weakref.ref(cache), weakref.ref(cache._storage)
+    gc.disable()
+    try:
+        del cache
+        assert gone() is None
+        assert storage() is None
+    finally:
+        gc.enable()
+
+
+def test_a_copied_cache_goes_its_own_way(llama: LlamaForCausalLM) -> None:
+    cache = BlockCache(connect(llama, None).layout, llama.device, 1)
+    ids = prompt(700)
+    with torch.no_grad():
+        llama(ids[:, :200], past_key_values=cache, use_cache=True)
+        held = cache._storage.clone()
+        other = copy.deepcopy(cache)
+        logits = llama(ids[:, 200:], past_key_values=other, use_cache=True).logits[:, -1]
+        torch.testing.assert_close(logits, llama(ids).logits[:, -1], rtol=1e-3, atol=1e-3)
+    assert (cache.get_seq_length(), other.get_seq_length()) == (200, 700)
+    assert other.capacity >= 700 > cache.capacity
+    assert torch.equal(cache._storage[:, :, :, :200], held[:, :, :, :200])
 
 
 # -- real weights ----------------------------------------------------------------------------------------------
