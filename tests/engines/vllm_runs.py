@@ -336,7 +336,10 @@ def tenants(workdir: Path) -> Facts:
     facts |= {"error": max(error for error, _ in errors), "num_blocks": [count for _, count in errors]}
     assert engine.llm.reset_prefix_cache(reset_connector=True)
     facts["blocks_after_reset"] = store.stats()["host.blocks"]
-    facts["control_differs"] = control(engine, store, prompt, want)
+    poison(store, engine.model_id, prompt, salt=b"a")
+    engine.forget()
+    salted, _ = engine.generate([prompt], cache_salt="a")
+    facts["control_differs"] = control(engine, store, prompt, want) and salted[0] != want
     return {**facts, "held": engine.close(), "check": store.check()}
 
 
@@ -390,7 +393,11 @@ def adapters(workdir: Path) -> Facts:
     facts["same_bytes"] = first_bytes == again and len(again) == 9
     engine.forget()
     engine.generate([prompt])
-    facts["control_differs"] = control(engine, store, prompt, firsts[""])
+    poison(store, engine.model_id, prompt, adapter=digest)
+    engine.forget()
+    adapted, _ = engine.generate([prompt], lora_request=LoRARequest("one", 1, str(one)))
+    differs = adapted[0] != firsts[str(one)]
+    facts["control_differs"] = control(engine, store, prompt, firsts[""]) and differs
     return {**facts, "held": engine.close(), "check": store.check()}
 
 

@@ -399,11 +399,19 @@ def worst_error(
     return worst, count
 
 
-def poison(store: Any, model: ModelId, tokens: Sequence[int], *, media: Media = ()) -> None:
+def poison(
+    store: Any,
+    model: ModelId,
+    tokens: Sequence[int],
+    *,
+    salt: bytes = b"",
+    adapter: bytes = b"",
+    media: Media = (),
+) -> None:
     """Store KV under these tokens that is not theirs: right sizes and sums, wrong numbers."""
     store.open(model)
     store.clear()
-    chain = Chain(Root(model), list(tokens), media=media)
+    chain = Chain(Root(model, salt=salt, adapter=adapter), list(tokens), media=media)
     generator = torch.Generator().manual_seed(99)
     with store.save(chain, 0, len(chain)) as save:
         for index in save.indices:
