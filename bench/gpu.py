@@ -85,7 +85,11 @@ _GRACE_S = 10.0
 def main(argv: list[str]) -> int:
     options = _options(argv)
     lacking = gpu_preflight.lacks(on_cuda=options.device != "cpu")
-    able = not any(lack.stops for lack in lacking) if options.phase else gpu_preflight.say(lacking)
+    able = not any(lack.stops for lack in lacking)
+    if options.preflight and able:
+        lacking += _tried(options.device)
+    if not options.phase:
+        gpu_preflight.say(lacking)
     if options.preflight or not able:
         return 0 if able else 2
     build_native()
@@ -110,6 +114,19 @@ def main(argv: list[str]) -> int:
     board.write()
     _show(board, failed)
     return 1 if failed else 0
+
+
+def _tried(device: str) -> list[gpu_preflight.Lack]:
+    """What only shows when it is tried: imports, and the device."""
+    found = gpu_preflight.import_lacks(dict.fromkeys(phase.target.partition(":")[0] for phase in PHASES))
+    import torch
+
+    if device != "cpu" and torch.cuda.is_available():
+        from kvstore import copy_kernel
+
+        memory = torch.cuda.get_device_properties(0).total_memory
+        found += gpu_preflight.device_lacks(memory, copy_kernel.fault(torch.device("cuda", 0)))
+    return found
 
 
 def _options(argv: list[str]) -> argparse.Namespace:

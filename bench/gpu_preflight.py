@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `bench gpu` needs and whether it is here, said before anything is measured. Imports nothing heavy."""
+"""What `bench gpu` needs and whether it is here, said before anything is measured. Imports nothing heavy by itself."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import resource
 import shutil
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 _NEEDS: dict[str, tuple[str, str]] = {
@@ -65,11 +67,26 @@ def _of_the_machine() -> list[Lack]:
     return found
 
 
-def device_lacks(device_bytes: int) -> list[Lack]:
+def import_lacks(modules: Iterable[str]) -> list[Lack]:
+    """Which of these cannot be imported: as a rule a package is there in a version that lacks a name."""
+    found: list[Lack] = []
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # noqa: BLE001  # whatever it is, it would end the phase
+            found.append(Lack(f"what {module} imports ({type(error).__name__}: {error})", "all of its phases"))
+    return found
+
+
+def device_lacks(device_bytes: int, kernel_fault: str) -> list[Lack]:
     """What is missing on the device, once torch can be asked."""
-    if device_bytes >= _DEVICE_BYTES:
-        return []
-    return [Lack(f"{_DEVICE_BYTES >> 30} GiB on the device (here are {device_bytes >> 30})", "the longest prefixes")]
+    found: list[Lack] = []
+    if device_bytes < _DEVICE_BYTES:
+        here = device_bytes >> 30
+        found.append(Lack(f"{_DEVICE_BYTES >> 30} GiB on the device (here are {here})", "the longest prefixes"))
+    if kernel_fault:
+        found.append(Lack(f"a kernel that runs here ({kernel_fault})", "speed: pages are gathered by torch's indexing"))
+    return found
 
 
 def say(found: list[Lack]) -> bool:

@@ -90,6 +90,16 @@ def test_what_is_missing_is_said_with_the_wheels_to_bring(capsys: pytest.Capture
     assert "-d wheels redis" in said
     assert not gpu_preflight.say([Lack("the package torch", "everything", "torch", stops=True)])
     assert gpu.main(["--device", "cpu", "--preflight"]) == 0
+    assert "imports" not in capsys.readouterr().err
+
+
+def test_preflight_tries_what_phases_import_and_looks_at_the_device() -> None:
+    (lack,) = gpu_preflight.import_lacks(["bench.gpu_copies", "bench.gpu_frob"])
+    assert "bench.gpu_frob imports (ModuleNotFoundError" in lack.what
+    assert gpu_preflight.device_lacks(80 << 30, "") == []
+    small, no_kernel = gpu_preflight.device_lacks(24 << 30, "RuntimeError: no such instruction")
+    assert "here are 24" in small.what
+    assert "no such instruction" in no_kernel.what
 
 
 def test_a_phase_nobody_knows_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
