@@ -132,7 +132,7 @@ def measure_host_hits(rounds: int) -> dict[str, float]:
 
 
 def greatest_change_pct(ratios: Iterable[float]) -> float:
-    """By how much the ratio that is furthest from 1 is off, either way: a quicker arm tells of noise, too."""
+    """By how much the ratio that is furthest from 1 is off, either way: a quicker arm says what a healthy one costs."""
     return 100 * max(abs(ratio - 1) for ratio in ratios)
 
 

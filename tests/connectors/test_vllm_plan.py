@@ -1075,12 +1075,17 @@ def test_a_load_under_way_at_a_reset_fails_though_it_had_all(ended: bool) -> Non
     bench.close()
 
 
+def held_sharing(bench: Bench) -> threading.Event:
+    """Loads are shared from when it is set on."""
+    go, share = threading.Event(), bench.side._share
+    bench.side._share = lambda load: share(load) if go.wait(10) else None
+    return go
+
+
 def test_a_load_that_was_not_shared_yet_at_a_reset_fails() -> None:
-    go = threading.Event()
     bench = Bench(sync_load_ms=0)
     bench.fill(tokens(100))
-    share = bench.side._share
-    bench.side._share = lambda load: share(load) if go.wait(10) else None
+    go = held_sharing(bench)
     request = FakeRequest("r", tokens(120))
     bench.side.match(request, 0)
     bench.side.allocated(request, bench.pages_for(request), 96)
@@ -1148,11 +1153,9 @@ def test_the_load_of_an_aborted_request_is_reported_by_its_deadline() -> None:
 
 
 def test_a_load_that_cannot_be_shared_in_time_is_reported_as_failed_without_waiting_for_it() -> None:
-    go = threading.Event()
     bench = Bench(sync_load_ms=0, load_deadline_ms=500)
     bench.fill(tokens(100))
-    share = bench.side._share
-    bench.side._share = lambda load: share(load) if go.wait(10) else None
+    go = held_sharing(bench)
     request = FakeRequest("r", tokens(120))
     bench.side.match(request, 0)
     began_s = time.monotonic()
@@ -1170,11 +1173,9 @@ def test_a_load_that_cannot_be_shared_in_time_is_reported_as_failed_without_wait
 
 
 def test_a_load_that_took_most_of_its_time_to_be_shared_has_only_the_rest_of_it() -> None:
-    go = threading.Event()
     bench = Bench(sync_load_ms=0, load_deadline_ms=1000)
     bench.fill(tokens(100))
-    share = bench.side._share
-    bench.side._share = lambda load: share(load) if go.wait(10) else None
+    go = held_sharing(bench)
     request = FakeRequest("r", tokens(120))
     bench.side.match(request, 0)
     bench.side.allocated(request, bench.pages_for(request), 96)
