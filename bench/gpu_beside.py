@@ -133,7 +133,13 @@ def _decode_step(board: Board, at_once: int = 1) -> Callable[[], object]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return graph.replay
+
+    def replay() -> None:
+        # A graph knows addresses and keeps nothing alive: freed, they would be other tensors', which it overwrites.
+        assert hidden.is_cuda and weights
+        graph.replay()
+
+    return replay
 
 
 # -- pinning -----------------------------------------------------------------------------------------------------
