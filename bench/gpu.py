@@ -75,8 +75,6 @@ PHASES = (
     Phase("ttft", 165, "bench.gpu_ttft:ttft"),
     Phase("turns", 60, "bench.gpu_turns:turns"),
     Phase("pin", 45, "bench.gpu_beside:pin_delay"),
-    # Last: a device that does not take the host's addresses would be of no use afterwards.
-    Phase("direct", 40, "bench.gpu_copies:direct"),
 )
 _GRACE_S = 10.0
 """Over its limit, before a phase is killed: it looks at the clock between two steps."""

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from bench.gpu_board import Board, median
-from bench.gpu_copies import bidirectional, copy_rig, ways
+from bench.gpu_copies import bidirectional, both_at_once, ceiling_tensors, copy_rig, ways
 from kvstore.arena import Arena
 from kvstore.pinning import Pinning
 
@@ -31,24 +31,32 @@ def decode_beside(board: Board) -> None:
             for _ in range(steps // at_once):
                 step()
 
+        # The link by itself: what large copies cost is nobody's to save.
+        large, pinned = ceiling_tensors(board)
+        arms: dict[str, tuple[Callable[[], object], int]] = {
+            "link": (both_at_once(board, large, pinned), 2 * large.nbytes),
+            "link_save": (lambda: pinned.copy_(large), large.nbytes),
+        }
         for way in ways(board):
             copier = rig.copier(way)
-            alone, beside, moved = [], [], 0
+            arms[way.value] = (lambda copier=copier: bidirectional(copier, rig, half), rig.num_bytes)  # type: ignore[misc]
+            saving = lambda copier=copier: copier.gather(rig.page_ids, rig.blocks)
+            arms[f"{way.value}_save"] = (saving, rig.num_bytes)
+        for name, (action, num_bytes) in arms.items():
+            alone, beside, rates = [], [], []
             for turn in range(1 + board.sizes.repeats):
                 quiet_s = board.timed(run)
-                with _Meanwhile(lambda copier=copier: bidirectional(copier, rig, half)) as copies:  # type: ignore[misc]
+                with _Meanwhile(action) as copies:
                     busy_s = _on_engine(board, run)
                 if turn:
                     alone.append(quiet_s / steps)
                     beside.append(busy_s / steps)
-                moved += copies.num_done * rig.num_bytes
-            if board.on_cuda and not moved:
-                raise RuntimeError(f"nothing was copied beside the steps ({way.value})")
+                    rates.append(copies.num_done * num_bytes / max(copies.took_s, 1e-9))
+            if board.on_cuda and not max(rates, default=0):
+                raise RuntimeError(f"nothing was copied beside the steps ({name})")
             slowdown = 100 * (median(beside) / median(alone) - 1)
-            board.row("decode", way=way.value, alone_s=alone, beside_s=beside, slowdown_pct=slowdown, moved_bytes=moved)
-            board.figure(f"decode_slowdown_pct_{way.value}", slowdown)
-        if board.only_direct:
-            return
+            board.row("decode", arm=name, alone_s=alone, beside_s=beside, slowdown_pct=slowdown, bytes_per_s=rates)
+            board.figure(f"decode_slowdown_pct_{name}", slowdown)
         chosen = rig.copier()._on_device().way.value
         board.figure("decode_slowdown_pct", board.summary[f"decode_slowdown_pct_{chosen}"])
 
@@ -71,13 +79,16 @@ class _Meanwhile:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._error: Exception | None = None
         self.num_done = 0
+        self.took_s = 0.0
 
     def _run(self) -> None:
         try:
+            began_s = time.perf_counter()
             with _stream_of_its_own():
                 while not self._stop.is_set():
                     self._action()
                     self.num_done += 1
+                    self.took_s = time.perf_counter() - began_s
         except Exception as error:  # noqa: BLE001  # the top of a thread; raised again where it is left
             self._error = error
 
@@ -133,10 +144,11 @@ def _decode_step(board: Board, at_once: int = 1) -> Callable[[], object]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
+    held = [hidden, *(matrix for layer in weights for matrix in layer)]
 
     def replay() -> None:
         # A graph knows addresses and keeps nothing alive: freed, they would be other tensors', which it overwrites.
-        assert hidden.is_cuda and weights
+        assert all(tensor.is_cuda for tensor in held)
         graph.replay()
 
     return replay

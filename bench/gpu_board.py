@@ -93,7 +93,6 @@ class Board:
     env: Stamp
     path: str | None
     limit_s: float
-    only_direct: bool = False
     rows: list[dict[str, object]] = field(default_factory=list)
     summary: dict[str, Scalar] = field(default_factory=dict)
     began_s: float = field(default_factory=time.perf_counter)

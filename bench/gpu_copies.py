@@ -72,29 +72,9 @@ def copy_rig(board: Board) -> Iterator[CopyRig]:
 
 
 def ways(board: Board) -> list[Way]:
-    """Those that can run here, but DIRECT: should a device fault on the host's addresses, nothing runs there any more.
-
-    So it has a phase of its own, after all others.
-    """
-    if board.only_direct:
-        return [] if copy_kernel.fault(board.device) else [Way.DIRECT]
+    """Those that can run here."""
     kernel = not copy_kernel.fault(board.device)
-    return [way for way in Way if way is not Way.DIRECT and (kernel or way is not Way.STAGED)]
-
-
-def direct(board: Board) -> None:
-    """The same checks and rates for DIRECT: `…_direct` beside the figures of the others."""
-    from bench.gpu_beside import decode_beside
-
-    board.only_direct = True
-    if not ways(board):
-        board.row("direct", skipped=copy_kernel.fault(board.device))
-        return
-    check_bytes(board)
-    board.write()
-    link(board)
-    board.write()
-    decode_beside(board)
+    return [way for way in Way if kernel or way is not Way.STAGED]
 
 
 # -- the same bytes ----------------------------------------------------------------------------------------------
@@ -120,12 +100,9 @@ def check_bytes(board: Board) -> None:
                 wrong += not same
                 board.row("check", axes=axes, page_tokens=page_tokens, way=way.value, used=used, equal=same)
             board.write()
-    end = "_direct" if board.only_direct else ""
     # What was not looked at is not known to be equal.
-    board.figure(f"bytes_equal{end}", None if skipped and not wrong else wrong == 0)
-    board.figure(f"order_kept{end}", min(_order_kept(board, way) for way in ways(board)))
-    if board.only_direct:
-        return
+    board.figure("bytes_equal", None if skipped and not wrong else wrong == 0)
+    board.figure("order_kept", min(_order_kept(board, way) for way in ways(board)))
     for name in FORMATS:
         values = torch.randn(4, 2, 2, 64, 8, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
         on_device = FORMATS[name].encode(values.to(board.device))
@@ -151,7 +128,7 @@ def _same_bytes(board: Board, axes: str, page_tokens: int, way: Way) -> tuple[bo
     copier = PageCopier(layout, PagedKV.of(there, axes), way=way)
     with _slots(board, layout, num_blocks) as slots:
         parts = copier._parts_of(copier._places(table, [index for index, _ in slots]), slots)
-        used = copier._on_device()._possible(parts).value
+        used = "+".join(sorted({way.value for way, _, _ in copier._on_device().ways(parts)}))
         copier.copy_on_device(table, slots, to_slots=True)
         same = slots == wanted
         for tensor in (*host, *there):
@@ -235,11 +212,11 @@ def _turns(
 def link(board: Board) -> None:
     """d2h_ratio, h2d_ratio and bidi_ratio, for every way."""
     with copy_rig(board) as rig:
-        large, pinned = _ceiling_tensors(board)
+        large, pinned = ceiling_tensors(board)
         arms: dict[str, Callable[[], object]] = {
             "d2h ceiling": lambda: pinned.copy_(large, non_blocking=True),
             "h2d ceiling": lambda: large.copy_(pinned, non_blocking=True),
-            "bidi ceiling": _both_at_once(board, large, pinned),
+            "bidi ceiling": both_at_once(board, large, pinned),
         }
         half = len(rig.blocks) // 2
         for way in ways(board):
@@ -260,22 +237,20 @@ def link(board: Board) -> None:
                 board.figure(f"{direction}_ratio_{name.split()[1]}", share)
             else:
                 board.figure(f"{direction}_ceiling_gb_per_s", rate / 1e9)
-        if board.only_direct:
-            return
         chosen = rig.copier()._on_device().way.value
         board.figure("way", chosen)
         for direction in ("d2h", "h2d", "bidi"):
             board.figure(f"{direction}_ratio", rates[f"{direction} {chosen}"] / rates[f"{direction} ceiling"])
 
 
-def _ceiling_tensors(board: Board) -> tuple[torch.Tensor, torch.Tensor]:
+def ceiling_tensors(board: Board) -> tuple[torch.Tensor, torch.Tensor]:
     size = board.sizes.ceiling_bytes
     large = torch.zeros(size, dtype=torch.uint8, device=board.device)
     return large, torch.zeros(size, dtype=torch.uint8, pin_memory=board.on_cuda)
 
 
-def _both_at_once(board: Board, large: torch.Tensor, pinned: torch.Tensor) -> Callable[[], object]:
-    """As much each way, on two streams."""
+def both_at_once(board: Board, large: torch.Tensor, pinned: torch.Tensor) -> Callable[[], object]:
+    """As much each way on two streams, to the end."""
     if not board.on_cuda:
         return lambda: (pinned.copy_(large), large.copy_(pinned))
     other, other_pinned = torch.zeros_like(large), torch.zeros_like(pinned).pin_memory()
@@ -286,6 +261,8 @@ def _both_at_once(board: Board, large: torch.Tensor, pinned: torch.Tensor) -> Ca
             pinned.copy_(large, non_blocking=True)
         with torch.cuda.stream(streams[1]):
             other.copy_(other_pinned, non_blocking=True)
+        for stream in streams:
+            stream.synchronize()
 
     return both
 

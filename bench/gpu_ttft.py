@@ -220,11 +220,15 @@ def _one_length(board: Board, model: LlamaForCausalLM, arms: list[Arm], length: 
     seconds: dict[str, list[float]] = {"recompute": computed, "resident": []}
     drifts: dict[str, list[float]] = {}
     same: dict[str, bool] = {}
+    tokens: list[bool] = []
     for turn in range(1 + (sizes.repeats if length < 20_000 else 3)):
         if turn > 1 and board.left_s <= 5:
             break
         # Fresh each turn: what the last one left in the stores must not be a longer hit.
         suffix = torch.randint(0, vocabulary, (1, sizes.suffix_tokens), generator=draw).to(board.device)
+        for arm in arms:  # what the last turn left to be saved would compute beside the floor
+            if arm.store is not None:
+                arm.store.flush(60)
         native.set_length(length)
         wanted: list[torch.Tensor] = []
         forward = lambda into=wanted, more=suffix: into.append(
@@ -243,14 +247,30 @@ def _one_length(board: Board, model: LlamaForCausalLM, arms: list[Arm], length: 
                 seconds.setdefault(arm.name, []).append(took_s)
             error = ((got - wanted[0]).norm() / wanted[0].norm()).item()
             drifts.setdefault(arm.name, []).append(error)
-            equal = int(got.argmax()) == int(wanted[0].argmax())
-            exact = equal if arm.name == "host_fp8" else error == 0.0
+            if arm.name == "host_fp8":  # its own figures; random weights have no token to agree on
+                tokens.append(int(got.argmax()) == int(wanted[0].argmax()))
+            exact = arm.name == "host_fp8" or error == 0.0
             same[arm.name] = same.get(arm.name, True) and hit and exact
+    board.figure(f"fp8_same_token_share_{name}", sum(tokens) / max(1, len(tokens)))
+    board.figure(f"fp8_kv_drift_{name}", _kv_drift(arms, native, prefix))
     overlap = _overlapped(board, model, native, arms, prefix, length)
     _figures(board, name, length, seconds, drifts, same, layout.block_bytes // sizes.block_tokens * length / bandwidth)
     if overlap:
         board.row("overlap", prefix=length, **overlap)
         board.figure(f"overlap_gain_{name}", overlap["apart_s"] / overlap["overlapped_s"])
+
+
+def _kv_drift(arms: list[Arm], native: BlockCache, prefix: torch.Tensor) -> float:
+    """RMS of the error that fp8 left in the prefix's keys and values, over their RMS."""
+    connector = next(arm for arm in arms if arm.name == "host_fp8").connector
+    cache = connector.prefill(prefix)[1]
+    length = (prefix.shape[1] - 1) // connector.model_id.block_tokens * connector.model_id.block_tokens
+    exact, loaded = (one._storage[:, :, :, :length] for one in (native, cache))
+    error, whole = 0.0, 0.0
+    for layer in range(exact.shape[0]):  # a layer at a time: all of them in float32 would not fit
+        error += (loaded[layer].float() - exact[layer].float()).square().sum().item()
+        whole += exact[layer].float().square().sum().item()
+    return float((error / whole) ** 0.5)
 
 
 def _figures(

@@ -91,13 +91,11 @@ class Tables:
     alignment: int
 
 
-def copy_pieces(tables: Tables, shape: PieceShape, *, plane_bytes: int, to_slots: bool, num_programs: int = 0) -> None:
+def copy_pieces(tables: Tables, shape: PieceShape, *, plane_bytes: int, to_slots: bool) -> None:
     """Launch the copy of every piece of every plane on the current stream.
 
     Args:
         plane_bytes: what one plane of a block takes in a slot.
-        num_programs: programs to start, which share the work: few leave the device to the engine; 0 for as many as
-            there is work, up to eight a multiprocessor.
     """
     device = tables.pages.device
     num_blocks, num_planes = tables.slots.numel(), tables.planes.numel()
@@ -115,7 +113,7 @@ def copy_pieces(tables: Tables, shape: PieceShape, *, plane_bytes: int, to_slots
     items = num_blocks * pieces * num_planes * chunks
     # Sixteen bytes a thread where everything divides by it: the compiler cannot know what a table holds.
     wide = gcd(16, tables.alignment, plane_bytes, shape.num_bytes, *shape.steps[:2], inner * word) == 16
-    grid = (min(items, num_programs or _most_programs(device)),)
+    grid = (min(items, _most_programs(device)),)
     _launcher(device.type)[grid](
         tables.planes,
         tables.pages,

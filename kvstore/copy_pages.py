@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from math import gcd
+
 import numpy as np
 import torch
 
@@ -10,28 +12,23 @@ from kvstore.copy_kernel import Tables, copy_pieces
 from kvstore.copy_windows import Ints, Window
 
 
-def by_kernel(
-    window: Window, slots: torch.Tensor, alignments: tuple[int, ...], *, to_slots: bool, num_programs: int = 0
-) -> None:
+def by_kernel(window: Window, slots: torch.Tensor, alignments: tuple[int, ...], *, to_slots: bool) -> None:
     """One launch of the kernel.
 
     Args:
         slots: addresses of the blocks' bytes of the window's first layer, on the device.
         alignments: numbers whose common divisor divides all of `slots`.
-        num_programs: see `copy_pieces`.
     """
     part = window.part
     pieces = window.work.pages.shape[1]
     planes = part.table[window.low * part.num_kv : window.high * part.num_kv]
     pages = window.offsets[0][window.first * pieces : window.stop * pieces]
-    page_steps = (part.page_step, part.piece_tokens * part.token_step)
-    alignment = int(np.gcd.reduce([*part.addresses.tolist(), *page_steps, *alignments]))
+    alignment = gcd(part.divisor, *alignments)
     copy_pieces(
         Tables(planes, pages, slots, alignment),
         part.piece,
         plane_bytes=part.plane_bytes,
         to_slots=to_slots,
-        num_programs=num_programs,
     )
 
 

@@ -1,17 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Copies between a device's pages and slots on side streams: what `PageCopier` does where the engine is not on the CPU.
 
-Ways, to be told apart by measurement (`python -m bench gpu`); all move the same bytes:
+Ways; all move the same bytes:
 
-    STAGED   the kernel of `copy_kernel` between pages and a stage on the device, one large copy a block beyond it
+    PITCHED  copy engines between pages and pinned slots, a box of all the planes for each piece of a page: no
+             processor is involved, and no byte is moved twice on the device
+    STAGED   the kernel of `copy_kernel` between pages and a stage on the device, large copies beyond it
     INDEX    the same with torch's indexing in place of the kernel: where there is no Triton, and on the CPU
-    DIRECT   the kernel between pages and pinned host memory: no stage, but its programs wait for the link
-    BATCH    copy engines between pages and pinned host memory, row by row: no processor is involved at all
 
-STAGED stands as the default for a reason, not for a figure: its copies over the link are as large as a block, and it
-takes the device's processors for a few dozen µs a window. No device has timed the four yet; the losers and by how much
-belong here as soon as one has. DIRECT and BATCH need pinned slots, BATCH needs pages whose rows are long; a call whose
-slots or pages are not like that is done STAGED.
+By `python -m bench gpu` on an H100 (PCIe 5), shares of large pinned copies for device to host, host to device, both at
+once, and what a decode step beside both loses, of which the link alone takes 5 %:
+
+    STAGED                                        0.93  0.97  0.85    9 %
+    STAGED, a copy through torch for each block   0.91  0.92  0.69    8 %   the caller's CPU is what it waits for
+    STAGED, stages of 16 MiB, of 8 MiB            0.6 … 0.8           6 %   as well: four and eight times the launches
+    copy engines, a row of 32 KiB at a time       0.61  0.55  0.34    2 %   1 µs of the CPU a row, in the driver
+    the kernel on pinned host memory, no stage    0.88  0.87  0.67  110 %   32 programs; 8: 0.84 and 29 %, 132: 500 %
+
+PITCHED needs pinned slots, and pages whose bytes lie together in planes at equal distances; blocks and pages that are
+not like that are done STAGED.
 
 Order on a device, for windows that take turns with two stages, in a save up to four (arrows are events; nothing blocks
 the host until `finish`):
@@ -34,12 +41,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from kvstore import copy_kernel
-from kvstore.copy_engine import CopyEngine, engine_of, host_bytes, reads_host_memory
+from kvstore.copy_engine import BatchCopies, Box, CopyEngine, engine_of, host_bytes
 from kvstore.copy_pages import by_index, by_kernel, on_device
-from kvstore.copy_windows import Ints, Part, PartWork, Window, address_of
+from kvstore.copy_windows import Ints, Part, PartWork, Window
 from kvstore.layout import BlockLayout, PartLayout
 from kvstore.lossy import FORMATS
 from kvstore.pinning import PINNED
@@ -51,18 +59,16 @@ _SAVE_STAGES = 4
 the link. 256 MiB are 2,048 tokens of an 8B model. A load has two: its pages are written at the other end."""
 _LEAST_STAGES = 2
 _MIN_ROW_BYTES = 4 << 10
-"""Rows shorter than this are not worth a copy engine's call each."""
-_DIRECT_PROGRAMS = 32
-"""Enough loads in flight to fill a link, few enough to leave the device to the forward pass."""
+_MIN_BOX_BYTES = 128 << 10
+"""Less than this in a row or in a box is not worth a copy engine's attention: each box takes 1 µs of the CPU."""
 
 
 class Way(enum.Enum):
     """See the module."""
 
+    PITCHED = "pitched"
     STAGED = "staged"
     INDEX = "index"
-    DIRECT = "direct"
-    BATCH = "batch"
 
 
 class Copying:
@@ -119,6 +125,8 @@ class _Stage:
     free: Moment = None
     """When what it was last used for is done; meaningless while it `is_new`."""
     is_new: bool = True
+    starts: tuple[int, torch.Tensor] | None = None
+    """Bytes of a block, and where each that fits begins: made once, since a launch is worth 25 µs of the CPU."""
     packed: torch.Tensor | None = None
     """Lossy bytes of a save under way. Replaced only on the kernels' stream after `free`: then nobody reads them."""
 
@@ -158,7 +166,7 @@ class DeviceCopier:
         self._format = FORMATS[layout.packed] if layout.packed else None
         self._dtype = planes[0][0][0].dtype
         self._engine = copy_engine or engine_of(self.device)
-        self._reads_host = reads_host_memory(self.device)
+        self._registers = self.device.type == "cuda"
         self._stage_bytes = stage_bytes
         self._save = _Direction("save", [_Stage() for _ in range(_SAVE_STAGES)])
         self._load = _Direction("load", [_Stage() for _ in range(_LEAST_STAGES)])
@@ -182,70 +190,84 @@ class DeviceCopier:
         kernels, copies = streams.side(f"{direction.name} kernels"), streams.side(f"{direction.name} copies")
         if after is None:
             after = streams.record(streams.engine())
-        way = self._possible(work)
         steps: list[tuple[int, Moment]] = []
         num_bytes = 0
+        pitched = False
         with direction.lock:
             try:
                 streams.wait(kernels, after)
-                if way is Way.BATCH:
-                    streams.wait(copies, after)
                 number = 0
                 for first_layer, windows in self._steps(work, step_layers, kernels):
-                    for window in windows:
+                    engines = [window for way, window in windows if way is Way.PITCHED]
+                    if engines and not pitched:
+                        streams.wait(copies, after)
+                        pitched = True
+                    for way, window in windows:
                         num_bytes += window.num_blocks * window.slot_bytes
-                        if window.work.tokens is None:
-                            self._submit(way, direction, number, window, to_slots, kernels, copies)
-                        else:  # the other ways know whole pieces only
-                            self._submit(Way.INDEX, direction, number, window, to_slots, kernels, copies)
-                            if way is Way.BATCH:  # whose moments are on `copies`
-                                streams.wait(copies, streams.record(kernels))
-                        number += 1
-                    on_copies = way is Way.BATCH or (to_slots and way is not Way.DIRECT)
-                    steps.append((first_layer, streams.record(copies if on_copies else kernels)))
+                        self._submit(way, direction, number, window, to_slots, kernels, copies)
+                        number += way is not Way.PITCHED
+                    if engines and len(engines) < len(windows) and not to_slots:
+                        streams.wait(copies, streams.record(kernels))
+                    steps.append((first_layer, streams.record(copies if engines or to_slots else kernels)))
             except BaseException:
                 for stream in (kernels, copies):
                     streams.finish(streams.record(stream))
                 raise
-            read = streams.record(kernels) if to_slots and way is not Way.BATCH and steps else None
+            read = streams.record(kernels) if to_slots and not pitched and steps else None
         return Copying(num_bytes, streams, steps, (self, work), read)
 
-    def _possible(self, work: Sequence[tuple[int, PartWork]]) -> Way:
-        """The chosen way, or the one that works for these slots and pages too."""
-        if self.way not in (Way.DIRECT, Way.BATCH):
-            return self.way
-        other = best_way(self.device)
-        if self._format is not None or (self.way is Way.DIRECT and not self._reads_host):
-            return other
-        if self.way is Way.BATCH and any(self._parts[at].piece.row_bytes < _MIN_ROW_BYTES for at, _ in work):
-            return other
-        if self.device.type == "cuda":
-            views = [view for _, part in work for view in part.views]
-            cuts = [PINNED.cuts(address_of(view), view.nbytes) for view in views]
-            if any(len(cut) > 1 or not cut[0][2] for cut in cuts):
-                return other
-        return self.way
+    def ways(self, work: Sequence[tuple[int, PartWork]], step_layers: int = 0) -> list[tuple[Way, int, PartWork]]:
+        """(way, part, blocks): the chosen way for what it can take, and the other for the rest."""
+        found: list[tuple[Way, int, PartWork]] = []
+        other = self.way if self.way is not Way.PITCHED else _by_stage(self.device)
+        for at, blocks in work:
+            if blocks.tokens is not None:
+                found.append((Way.INDEX, at, blocks))  # the others know whole pieces only
+                continue
+            fit = self._pitched(self._parts[at], blocks, step_layers)
+            if fit.all():
+                found.append((Way.PITCHED, at, blocks))
+            elif fit.any():
+                found += [(Way.PITCHED, at, blocks.only(fit)), (other, at, blocks.only(~fit))]
+            else:
+                found.append((other, at, blocks))
+        return found
+
+    def _pitched(self, part: Part, blocks: PartWork, step_layers: int) -> npt.NDArray[np.bool_]:
+        """Which blocks copy engines can take: those whose slots are each in one registration."""
+        num_blocks, piece = len(blocks.views), part.piece
+        if self.way is not Way.PITCHED or self._format is not None:
+            return np.zeros(num_blocks, np.bool_)
+        step = step_layers or len(part.planes)
+        least = min(run.num_planes for run in part.runs(0, min(step, len(part.planes)))) * piece.num_bytes
+        if piece.row_bytes < max(_MIN_ROW_BYTES, piece.num_bytes) or least < _MIN_BOX_BYTES:
+            return np.zeros(num_blocks, np.bool_)
+        if not self._registers:
+            return np.ones(num_blocks, np.bool_)
+        return PINNED.holds_whole(blocks.addresses, part.cell.num_bytes)
 
     def _steps(
         self, work: Sequence[tuple[int, PartWork]], step_layers: int, kernels: Stream
-    ) -> list[tuple[int, list[Window]]]:
+    ) -> list[tuple[int, list[tuple[Way, Window]]]]:
         """(first layer, windows) in the order of layers: all of a step's blocks before the next step's first."""
-        steps: list[tuple[int, list[Window]]] = []
-        for at, blocks in work:
+        steps: dict[int, list[tuple[Way, Window]]] = {}
+        for way, at, blocks in self.ways(work, step_layers):
             part, num_blocks = self._parts[at], len(blocks.views)
             offsets: list[torch.Tensor] = []
-            self.streams.submit(kernels, _sent(part.offsets(blocks), self.device, offsets))
+            if way is Way.STAGED:
+                self.streams.submit(kernels, _sent(part.offsets(blocks), self.device, offsets))
             num_layers = len(part.planes)
             step = step_layers or num_layers
             for low in range(0, num_layers, step):
                 high = min(low + step, num_layers)
                 size = max(1, self._stage_bytes // ((high - low) * part.layer_bytes))
-                windows = [
-                    Window(part, blocks, offsets, low, high, first, min(first + size, num_blocks))
+                if way is Way.PITCHED:
+                    size = num_blocks
+                steps.setdefault(part.cell.layers.start + low, []).extend(
+                    (way, Window(part, blocks, offsets, low, high, first, min(first + size, num_blocks)))
                     for first in range(0, num_blocks, size)
-                ]
-                steps.append((part.cell.layers.start + low, windows))
-        return sorted(steps, key=lambda step: step[0])
+                )
+        return sorted(steps.items())
 
     def _submit(
         self,
@@ -259,11 +281,8 @@ class DeviceCopier:
     ) -> None:
         """Submit one window. `number`: of its call, which says which stage it goes through."""
         streams = self.streams
-        if way is Way.DIRECT:
-            streams.submit(kernels, lambda: self._direct(window, to_slots))
-            return
-        if way is Way.BATCH:
-            streams.submit(copies, lambda: self._rows(window, to_slots))
+        if way is Way.PITCHED:
+            streams.submit(copies, lambda: self._boxes(window, to_slots))
             return
         num_bytes = window.num_blocks * max(window.exact_bytes, window.slot_bytes)
         stage = self._stage(direction, number, num_bytes, kernels, copies)
@@ -315,7 +334,7 @@ class DeviceCopier:
     def _fill(self, way: Way, stage: _Stage, window: Window) -> None:
         """Pages → stage, packed where the format is lossy."""
         values = stage.memory[0][: window.num_blocks * window.exact_bytes]
-        self._between(way, window, values, to_slots=True)
+        self._between(way, stage, window, values, to_slots=True)
         if self._format is not None:
             shaped = values.view(self._dtype).view(window.part.shape_of(window.num_blocks, window.high - window.low))
             stage.packed = self._format.encode(shaped).view(-1)
@@ -338,35 +357,40 @@ class DeviceCopier:
             layers, kv, tokens, heads, dim = shape
             made = self._format.decode(raw, (layers, kv, tokens, heads, dim), self._dtype)
             values = made.contiguous().view(-1).view(torch.uint8)
-        self._between(way, window, values, to_slots=False)
+        self._between(way, stage, window, values, to_slots=False)
 
-    def _between(self, way: Way, window: Window, values: torch.Tensor, *, to_slots: bool) -> None:
+    def _between(self, way: Way, stage: _Stage, window: Window, values: torch.Tensor, *, to_slots: bool) -> None:
         """Between pages and `values`, canonical bytes on the device."""
         if way is Way.INDEX:
             by_index(window, values, to_slots=to_slots)
             return
-        starts = torch.arange(window.num_blocks, dtype=torch.int64, device=self.device) * window.exact_bytes
-        by_kernel(window, starts + values.data_ptr(), (window.exact_bytes, values.data_ptr()), to_slots=to_slots)
-
-    def _direct(self, window: Window, to_slots: bool) -> None:
-        part = window.part
-        views = window.work.views[window.first : window.stop]
-        starts = np.array([address_of(view) for view in views], np.int64) + window.low * part.slot_layer_bytes
-        slots = on_device(starts, self.device)
-        by_kernel(window, slots, tuple(starts.tolist()), to_slots=to_slots, num_programs=_DIRECT_PROGRAMS)
+        size, begin = window.exact_bytes, values.data_ptr()
+        if begin == stage.memory[0].data_ptr():
+            if stage.starts is None or stage.starts[0] != size:
+                stage.starts = size, _starts(begin, size, stage.num_bytes // size, self.device)
+            starts = stage.starts[1][: window.num_blocks]
+        else:
+            starts = _starts(begin, size, window.num_blocks, self.device)
+        by_kernel(window, starts, (size, begin), to_slots=to_slots)
 
     def _over_the_link(self, held: torch.Tensor, window: Window, *, to_slots: bool) -> None:
         """Between `held`, the window's blocks one after the other, and their slots: as few copies as can be."""
-        skipped, size = window.low * window.part.slot_layer_bytes, window.slot_bytes
-        runs: list[tuple[int, int, int]] = []  # address, offset in held, bytes
-        for number, view in enumerate(window.work.views[window.first : window.stop]):
-            address = address_of(view) + skipped
-            if runs and runs[-1][0] + runs[-1][2] == address:
-                runs[-1] = (runs[-1][0], runs[-1][1], runs[-1][2] + size)
-            else:
-                runs.append((address, number * size, size))
-        for address, start, num_bytes in runs:
-            for offset, cut, _ in PINNED.cuts(address, num_bytes):
+        slots, size = window.slots, window.slot_bytes
+        first = np.flatnonzero(np.diff(slots, prepend=-1) != size)  # neighbours go together
+        hosts, there = slots[first], held.data_ptr() + first * size
+        sizes = np.diff(first, append=len(slots)) * size
+        if self._registers:
+            whole = PINNED.holds_whole(hosts, sizes)
+            if not whole.all():
+                self._in_pieces(held, hosts[~whole], first[~whole] * size, sizes[~whole], to_slots)
+                hosts, there, sizes = hosts[whole], there[whole], sizes[whole]
+        into, sources = (hosts, there) if to_slots else (there, hosts)
+        self._engine.copy(into, sources, sizes, to_host=to_slots)
+
+    def _in_pieces(self, held: torch.Tensor, hosts: Ints, starts: Ints, sizes: Ints, to_slots: bool) -> None:
+        """Copies of what lies in no registration, or in more than one. Through torch, which takes any memory."""
+        for address, start, size in zip(hosts.tolist(), starts.tolist(), sizes.tolist(), strict=True):
+            for offset, cut, _ in PINNED.cuts(address, size):
                 host = host_bytes(address + offset, cut)
                 piece = held[start + offset : start + offset + cut]
                 if to_slots:
@@ -374,31 +398,38 @@ class DeviceCopier:
                 else:
                     piece.copy_(host, non_blocking=True)
 
-    def _rows(self, window: Window, to_slots: bool) -> None:
-        """Every contiguous row between pages and slots, as one batch."""
+    def _boxes(self, window: Window, to_slots: bool) -> None:
+        """Each piece of a page with its planes as one box, in one call for all that have as many."""
         part, chosen = window.part, slice(window.first, window.stop)
-        (size0, size1, _), (step0, step1, _), row = part.piece.sizes, part.piece.steps, part.piece.row_bytes
-        pieces = window.work.pages.shape[1]
+        num_bytes, pieces = part.piece.num_bytes, window.work.pages.shape[1]
         offsets = part.offsets(window.work).reshape(-1, pieces)[chosen]
-        planes = part.addresses[window.low * part.num_kv : window.high * part.num_kv]
-        rows = (np.arange(size0)[:, None] * step0 + np.arange(size1) * step1).reshape(-1)
-        engine = planes[None, :, None, None] + offsets[:, None, :, None] + rows
-        starts = np.array([address_of(view) for view in window.work.views[chosen]], np.int64)
-        starts += window.low * part.slot_layer_bytes
-        inside = np.arange(len(planes))[:, None, None] * part.plane_bytes
-        inside = inside + np.arange(pieces)[:, None] * part.piece.num_bytes + np.arange(len(rows)) * row
-        slots = starts[:, None, None, None] + inside
-        into, source = (slots, engine) if to_slots else (engine, slots)
-        self._engine.copy(into.reshape(-1), source.reshape(-1), row, to_host=to_slots)
+        slots = window.slots[:, None] + np.arange(pieces) * num_bytes
+        for run in part.runs(window.low, window.high):
+            engine, held = (run.address + offsets).reshape(-1), (run.slot_offset + slots).reshape(-1)
+            if to_slots:
+                box = Box(run.num_planes, num_bytes, run.slot_step, run.step)
+                self._engine.copy_boxes(held, engine, box, to_host=True)
+            else:
+                box = Box(run.num_planes, num_bytes, run.step, run.slot_step)
+                self._engine.copy_boxes(engine, held, box, to_host=False)
 
 
 def best_way(device: torch.device) -> Way:
     """What to take where nobody says otherwise. On the CPU the kernel is interpreted: good for tests, and slow."""
+    return Way.PITCHED if device.type == "cuda" and isinstance(engine_of(device), BatchCopies) else _by_stage(device)
+
+
+def _by_stage(device: torch.device) -> Way:
     return Way.STAGED if device.type == "cuda" and not copy_kernel.fault(device) else Way.INDEX
 
 
 def _allocate(stage: _Stage, num_bytes: int, device: torch.device) -> None:
+    stage.starts = None
     stage.memory[:] = [torch.empty(num_bytes, dtype=torch.uint8, device=device)]
+
+
+def _starts(begin: int, size: int, number: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(number, dtype=torch.int64, device=device) * size + begin
 
 
 def _sent(numbers: Ints, device: torch.device, into: list[torch.Tensor]) -> Callable[[], None]:

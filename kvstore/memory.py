@@ -57,6 +57,16 @@ _forking = threading.Lock()
 """Held over a fork, and while memory is mapped but not yet kept out of one."""
 
 
+def populate(address: int, num_bytes: int, *, writable: bool, stop: threading.Event) -> bool:
+    """Fault in pages that somebody else mapped, keeping what is written there; False where stopped or unknown to the
+    kernel. The caller keeps them mapped."""
+    advice = _MADV_POPULATE_WRITE if writable else _MADV_POPULATE_READ
+    return all(
+        not stop.is_set() and _libc.madvise(address + at, min(_POPULATE_BYTES, num_bytes - at), advice) == 0
+        for at in range(0, num_bytes, _POPULATE_BYTES)
+    )
+
+
 class Stretch:
     """Mapped memory. Unmapped once it was closed, or dropped, and no view of it is left.
 

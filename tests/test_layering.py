@@ -195,11 +195,11 @@ RULES: dict[str, Rule] = {
     "kvstore.copy_engine": Rule(2, FOUNDATIONS, ("torch",)),
     "kvstore.copy_kernel": Rule(2, FOUNDATIONS, ("torch", "triton")),
     "kvstore.copy_pages": Rule(2, (*FOUNDATIONS, "kvstore.copy_kernel", "kvstore.copy_windows"), ("torch",)),
-    "kvstore.copy_windows": Rule(2, (*FOUNDATIONS, "kvstore.copy_kernel"), ("torch",)),
+    "kvstore.copy_windows": Rule(2, (*FOUNDATIONS, "kvstore.copy_engine", "kvstore.copy_kernel"), ("torch",)),
     "kvstore.device_copy": Rule(2, (*FOUNDATIONS, *COPIES), ("torch",)),
     "kvstore.lossy": Rule(2, FOUNDATIONS, ("torch",)),
     "kvstore.paged": Rule(2, FOUNDATIONS, ("torch",)),
-    "kvstore.pinning": Rule(2, FOUNDATIONS, ("torch",)),
+    "kvstore.pinning": Rule(2, (*FOUNDATIONS, "kvstore.memory"), ("torch",)),
     "kvstore.row_copy": Rule(2, (*FOUNDATIONS, *COPIES), ("torch",)),
     "kvstore.streams": Rule(2, FOUNDATIONS, ("torch",)),
     # 3: places to keep blocks
