@@ -168,6 +168,7 @@ class DeviceCopier:
         self._engine = copy_engine or engine_of(self.device)
         self._registers = self.device.type == "cuda"
         self._stage_bytes = stage_bytes
+        self._min_row_bytes, self._min_box_bytes = _MIN_ROW_BYTES, _MIN_BOX_BYTES
         self._save = _Direction("save", [_Stage() for _ in range(_SAVE_STAGES)])
         self._load = _Direction("load", [_Stage() for _ in range(_LEAST_STAGES)])
 
@@ -240,7 +241,7 @@ class DeviceCopier:
             return np.zeros(num_blocks, np.bool_)
         step = step_layers or len(part.planes)
         least = min(run.num_planes for run in part.runs(0, min(step, len(part.planes)))) * piece.num_bytes
-        if piece.row_bytes < max(_MIN_ROW_BYTES, piece.num_bytes) or least < _MIN_BOX_BYTES:
+        if piece.row_bytes < max(self._min_row_bytes, piece.num_bytes) or least < self._min_box_bytes:
             return np.zeros(num_blocks, np.bool_)
         if not self._registers:
             return np.ones(num_blocks, np.bool_)

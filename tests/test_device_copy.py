@@ -69,6 +69,8 @@ def logical(kv: PagedKV) -> torch.Tensor:
 def make_copier(layout: BlockLayout, kv: PagedKV, way: Way, streams: LazyStreams | None = None) -> PageCopier:
     copier = PageCopier(layout, kv, way=way, streams=streams)
     copier._by_address = False  # the CPU's own path has its tests
+    if way is Way.PITCHED:  # tests have small pages
+        copier._on_device()._min_row_bytes = copier._on_device()._min_box_bytes = 1
     return copier
 
 
@@ -361,6 +363,40 @@ def test_a_save_reads_what_the_forward_wrote_whatever_the_device_does_first(way:
     assert copying.is_done
 
 
+@pytest.mark.parametrize("pitched", [{0, 2}, {1}, {0, 1, 2}])
+@pytest.mark.parametrize("seed", range(12))
+def test_blocks_that_go_different_ways_keep_the_order_together(
+    seed: int, pitched: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = layout_of(model())
+    kv = cross_layer(torch.bfloat16, 16).kv
+    streams = LazyStreams(seed)
+    copier = windowed(make_copier(layout, kv, Way.PITCHED, streams))
+    copier._on_device()._registers = True
+    ranges = PinnedRanges()
+    monkeypatch.setattr(device_copy, "PINNED", ranges)
+    slots = [(index, slots_of(layout, (0,), 0)) for index in range(3)]
+    for index in pitched:
+        slot = slots[index][1][0] or memoryview(b"")
+        ranges.add(address_of(slot), slot.nbytes)
+    pages = [5, 9, 2]
+    fill(kv, pages, 1.0)
+    streams.run_engine(lambda: fill(kv, pages, 2.0))
+    copier.start_gather(pages, slots).order()
+    streams.run_engine(lambda: fill(kv, pages, 3.0))
+    streams.drain()
+    held = [set(torch.frombuffer(views[0] or b"", dtype=torch.bfloat16).tolist()) for _, views in slots]
+    assert held == [{2.0}, {12.0}, {22.0}]
+    seen: list[list[set[float]]] = []
+    look = lambda: seen.append(found(kv, pages))
+    streams.run_engine(look)
+    loading = copier.start_scatter(pages, slots, step_layers=1)
+    loading.order()
+    streams.run_engine(look)
+    streams.drain()
+    assert seen == [[{3.0}, {13.0}, {23.0}], [{2.0}, {12.0}, {22.0}]]
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("seed", range(12))
 def test_a_load_waits_for_the_last_reader_and_the_forward_waits_for_the_load(way: Way, seed: int) -> None:
@@ -531,7 +567,7 @@ def test_short_rows_and_lossy_blocks_are_not_given_to_copy_engines() -> None:
         (layout_of(model()), separate),
         (layout_of(replace(model("bfloat16+fp8"))), nhd),
     ):
-        copier = make_copier(layout, make(torch.bfloat16, 4).kv, Way.PITCHED)
+        copier = PageCopier(layout, make(torch.bfloat16, 4).kv, way=Way.PITCHED)
         parts = copier._parts_of(copier._places([1, 2, 3, 4], [0]), [(0, slots_of(layout, (0,), 0))])
         assert [way for way, _, _ in copier._on_device().ways(parts)] == [Way.INDEX]
 
