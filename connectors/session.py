@@ -10,8 +10,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-import torch
-
 from connectors.base import CostModel, FailOpen, plan_save
 from kvstore.api import (
     DEVICE_TIER,
@@ -28,6 +26,7 @@ from kvstore.api import (
 )
 from kvstore.block import Chain
 from kvstore.device import DeviceOverlay
+from kvstore.row_copy import Rows
 
 T = TypeVar("T")
 
@@ -54,10 +53,10 @@ class EngineMemory(Protocol):
     def read_block(self, index: int, views: Sequence[memoryview | None]) -> None:
         """Copy a block out into slots; None where the part is there already. They are written until `finish`."""
 
-    def write_rows(self, rows: Sequence[tuple[int, torch.Tensor]]) -> None:
-        """Copy in blocks that lie on the device, (position, `[layers, kv, tokens, heads, head_dim]`) pairs."""
+    def write_rows(self, rows: Rows) -> None:
+        """Copy in blocks that lie on the device."""
 
-    def read_rows(self, rows: Sequence[tuple[int, torch.Tensor]]) -> None:
+    def read_rows(self, rows: Rows) -> None:
         """Copy blocks out into device memory."""
 
     def begin(self) -> None:
@@ -256,7 +255,7 @@ class Session:
         cap = cost.max_blocks(self._prompt_tokens)
         with overlay.match(self._chain, hint=self._hint) as run:
             self._on_device = run.num_blocks
-            self._memory.write_rows([(index, row) for index, row in run if index < cap])
+            self._memory.write_rows(run.rows.first(cap))
         num_blocks = min(self._on_device, cap)
         self._count(DEVICE_TIER, num_blocks)
         return num_blocks

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -50,13 +50,15 @@ class BlockCache(Cache):
         self._given, self._streams = streams, streams or streams_of(device)
         self._beside = device.type != "cpu" or streams is not None
         self._in_pages = self._beside or bool(layout.packed)
-        self._copiers: tuple[PageCopier, RowCopier] | None = None
+        self._page_copier: PageCopier | None = None
+        self._row_copier: RowCopier | None = None
         self._to_read: list[tuple[int, SlotViews]] = []
         self._to_write: list[tuple[int, SlotViews]] = []
         self._reading: list[Copying] = []
         self._writing: list[Copying] = []
         self._storage = self._allocate(capacity)
         self._planes = [_CacheLayer(self, layer) for layer in range(model.num_layers)]
+        self._refresh()
         super().__init__(layers=[*self._planes])
 
     def __deepcopy__(self, memo: dict[int, object]) -> BlockCache:
@@ -86,6 +88,7 @@ class BlockCache(Cache):
         if other._shape != self._shape or other._dtype != self._dtype:
             raise ConfigError(f"a cache of {self._shape} in {self._dtype} cannot be seen as {layout.model!r}")
         other._storage = self._storage
+        other._refresh()
         other.set_length(self.get_seq_length())
         return other
 
@@ -93,19 +96,22 @@ class BlockCache(Cache):
         """Make room for `num_tokens`, at least doubling, so that growing costs a constant a token."""
         if num_tokens > self.capacity:
             self.finish()
-            self._copiers = None
+            self._page_copier = self._row_copier = None
             old = self._storage
             self._storage = self._allocate(max(num_tokens, 2 * self.capacity))
             self._storage[:, :, :, : old.shape[3]].copy_(old)
-            for layer in self._planes:
-                layer.refresh()
+            self._refresh()
 
     def set_length(self, num_tokens: int) -> None:
         """Say that the first `num_tokens` tokens are in place, and no others."""
         self.reserve(num_tokens)
-        for layer in self._planes:
-            layer.length = num_tokens
-            layer.refresh()
+        for layer, (keys, values) in zip(self._planes, _by_layer(self._storage[:, :, :, :num_tokens]), strict=True):
+            layer.length, layer.keys, layer.values = num_tokens, keys, values
+
+    def _refresh(self) -> None:
+        """Have the layers take up the storage as it is now."""
+        for layer, (keys, values) in zip(self._planes, _by_layer(self._storage), strict=True):
+            layer.take(keys, values)
 
     def planes(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a layer, `[1, heads, capacity, dim]`."""
@@ -117,18 +123,24 @@ class BlockCache(Cache):
         self.reserve((index + 1) * tokens)
         return self._storage[:, :, :, index * tokens : (index + 1) * tokens].transpose(2, 3)
 
-    def _made(self) -> tuple[PageCopier, RowCopier]:
-        if self._copiers is None:
+    def _pages(self) -> PageCopier:
+        if self._page_copier is None:
             paged = PagedKV.of([self._storage], "layer kv head slot dim", page_tokens=self._whole.model.block_tokens)
-            pages = PageCopier(self._block_layout, paged, streams=self._given)
-            self._copiers = pages, RowCopier(self._whole, paged.planes, streams=self._given)
-        return self._copiers
+            self._page_copier = PageCopier(self._block_layout, paged, streams=self._given)
+        return self._page_copier
+
+    def _rows(self) -> RowCopier:
+        if self._row_copier is None:
+            pages = self._storage.unflatten(3, (-1, self._whole.model.block_tokens))  # type: ignore[no-untyped-call]
+            planes = [layer.unbind(0) for layer in pages.permute(0, 1, 3, 4, 2, 5).unbind(0)]
+            self._row_copier = RowCopier(self._whole, planes, streams=self._given)
+        return self._row_copier
 
     def begin(self) -> None:
         """Begin the copies noted, all blocks in one call. The engine waits for them, for what it needs of them."""
         if not self._to_read and not self._to_write:
             return
-        copier, _ = self._made()
+        copier = self._pages()
         table = range(copier.paged.num_pages)
         # Taken out of the list first: what fails once is not tried again.
         if reads := self._taken(self._to_read):
@@ -153,7 +165,7 @@ class BlockCache(Cache):
     def wait_for(self, layer: int) -> None:
         """Have what the engine's thread orders from now on find `layer` as it was loaded."""
         for copying in self._writing:
-            copying.order(layer)
+            copying.order(layer)  # of those that wait for one another once does
 
     def _note(self, index: int, views: SlotViews, into: list[tuple[int, SlotViews]]) -> None:
         self.reserve((index + 1) * self._block_layout.model.block_tokens)
@@ -186,18 +198,18 @@ class BlockCache(Cache):
         ]
 
     def write_rows(self, rows: Rows) -> None:
-        if not rows:
+        if not len(rows):
             return
-        self.reserve((max(index for index, _ in rows) + 1) * self._whole.model.block_tokens)
+        self.reserve((int(rows.positions.max()) + 1) * self._whole.model.block_tokens)
         if self._beside:
-            self._writing.append(self._made()[1].start(rows, into_rows=False, step_layers=self._step_layers))
+            self._writing.append(self._rows().start(rows, into_rows=False, step_layers=self._step_layers))
             return
         for index, row in rows:
             copy_rows(self.block(index), row)
 
     def read_rows(self, rows: Rows) -> None:
-        if self._beside and rows:
-            self._ordered(lambda: self._made()[1].start(rows, into_rows=True))
+        if self._beside and len(rows):
+            self._ordered(lambda: self._rows().start(rows, into_rows=True))
             return
         for index, row in rows:
             copy_rows(row, self.block(index))
@@ -217,6 +229,12 @@ class BlockCache(Cache):
         self._streams.finish(self._streams.record(self._streams.engine()))
 
 
+def _by_layer(storage: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values of each layer, `[1, heads, tokens, dim]`: views of all from one call, not four for each."""
+    planes = iter(storage.unsqueeze(2).flatten(0, 1).unbind(0))
+    return zip(planes, planes, strict=True)
+
+
 class _CacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One layer of a BlockCache, as transformers sees it."""
 
@@ -229,7 +247,6 @@ class _CacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._layer = layer
         self.belong_to(owner)
         self.is_initialized = True
-        self.refresh()
 
     def belong_to(self, owner: BlockCache) -> None:
         # Weakly: in a cycle with its layers a dropped cache would keep the device's memory until Python collects.
@@ -242,10 +259,15 @@ class _CacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             raise ConfigError("a layer is used after its cache was dropped")
         return owner
 
-    def refresh(self) -> None:
-        """Take up the owner's storage as it is now."""
-        self._keys, self._values = self._owner.planes(self._layer)
-        self.keys, self.values = self._keys[:, :, : self.length], self._values[:, :, : self.length]
+    def take(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """From now on the layer's lie here, `[1, heads, capacity, dim]`."""
+        self._keys, self._values = keys, values
+        self._cut(self.length)
+
+    def _cut(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        cut = self._keys.narrow(2, 0, length), self._values.narrow(2, 0, length)
+        self.length, (self.keys, self.values) = length, cut
+        return cut
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to do: the storage is there."""
@@ -258,14 +280,12 @@ class _CacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 f"the model computes keys of shape {tuple(key_states.shape)} in {key_states.dtype}, the cache keeps "
                 f"{tuple(self._keys.shape)} in {self._keys.dtype}: one sequence at a time, without autocast"
             )
-        start, stop = self.length, self.length + key_states.shape[2]
-        self._owner.reserve(stop)
-        self._owner.wait_for(self._layer)
-        self._keys[:, :, start:stop] = key_states
-        self._values[:, :, start:stop] = value_states
-        self.length = stop
-        self.keys, self.values = self._keys[:, :, :stop], self._values[:, :, :stop]
-        return self.keys, self.values
+        start, fresh, owner = self.length, key_states.shape[2], self._owner
+        owner.reserve(start + fresh)
+        owner.wait_for(self._layer)
+        self._keys.narrow(2, start, fresh).copy_(key_states)
+        self._values.narrow(2, start, fresh).copy_(value_states)
+        return self._cut(start + fresh)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0
@@ -277,9 +297,7 @@ class _CacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return -1
 
     def reset(self) -> None:
-        self.length = 0
-        self.refresh()
+        self._cut(0)
 
     def crop(self, tokens_to_remove: int) -> None:
-        self.length -= min(abs(tokens_to_remove), self.length)
-        self.refresh()
+        self._cut(self.length - min(abs(tokens_to_remove), self.length))

@@ -12,7 +12,7 @@ another block as soon as the last copy out of it was: what comes after runs afte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Self
@@ -24,10 +24,11 @@ from kvstore.api import NO_HINT, Hint
 from kvstore.block import Chain, ModelId
 from kvstore.clock import Clock, MonotonicClock
 from kvstore.errors import ConfigError
-from kvstore.index import Rows
+from kvstore.index import Rows as Pinned
 from kvstore.layout import BlockLayout, engine_dtype, layout_of
 from kvstore.policies import POLICIES, Policy
 from kvstore.pool import BlockPool
+from kvstore.row_copy import Rows
 
 
 class _Slots:
@@ -69,24 +70,21 @@ class DeviceRun:
     To be left when the copies out of it were submitted; they need not be done.
     """
 
-    def __init__(self, pool: BlockPool, memory: torch.Tensor, rows: Rows) -> None:
+    def __init__(self, pool: BlockPool, memory: torch.Tensor, pinned: Pinned) -> None:
         self._pool = pool
-        self._memory = memory
-        self._rows = rows
+        self._pinned = pinned
+        self.rows = Rows(memory, np.arange(len(pinned)), pool.slots_at(pinned, (0,))[:, 0])
+        """Head to tail; read only."""
 
     @property
     def num_blocks(self) -> int:
-        return len(self._rows)
-
-    def __iter__(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """(position in the chain, tensor `[layers, kv, tokens, heads, head_dim]`) head to tail; read only."""
-        for index, row in enumerate(self._rows.tolist()):
-            yield index, self._memory[self._pool.slots_of(row)[0]]
+        return len(self.rows)
 
     def release(self) -> None:
-        """Unpin. What is submitted after that must not read the tensors. Idempotent."""
-        rows, self._rows = self._rows, np.empty(0, np.int64)
-        self._pool.unpin(rows)
+        """Unpin. What is submitted after that must not read the rows. Idempotent."""
+        pinned, self._pinned = self._pinned, self._pinned[:0]
+        self.rows = self.rows.first(0)
+        self._pool.unpin(pinned)
 
     def __enter__(self) -> Self:
         return self
@@ -154,20 +152,20 @@ class DeviceOverlay:
         chain: Chain,
         start: int,
         stop: int,
-        copy_into: Callable[[Sequence[tuple[int, torch.Tensor]]], None],
+        copy_into: Callable[[Rows], None],
         *,
         hint: Hint = NO_HINT,
     ) -> int:
         """Take in blocks `start` … `stop`, evicting as needed; returns how many are new here.
 
-        `copy_into(rows)` submits the copies that fill (position in the chain, memory) pairs; if it raises, none is
-        taken in. Blocks that are here already are passed over, and so are those that find no room or whose parent is
-        not here.
+        `copy_into(rows)` submits the copies that fill them; if it raises, none is taken in. Blocks that are here
+        already are passed over, and so are those that find no room or whose parent is not here.
         """
         reserved, _ = self._pool.reserve(chain.root.id, self.layout, chain.ids[start:stop], chain.metas, (0,), start)
         if reserved:
             try:
-                copy_into([(item.at, self._memory[item.slots[0]]) for item in reserved])
+                places = np.array([(item.at, item.slots[0]) for item in reserved], np.int64)
+                copy_into(Rows(self._memory, places[:, 0], places[:, 1]))
             except BaseException:
                 self._pool.abort(reserved)
                 raise

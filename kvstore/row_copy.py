@@ -13,34 +13,72 @@ Invariants
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 
 from kvstore.copy_pages import by_index, by_kernel, on_device
-from kvstore.copy_windows import Part, PartWork, Window
+from kvstore.copy_windows import Ints, Part, PartWork, Window
 from kvstore.device_copy import Copying, Way, best_way
 from kvstore.errors import ConfigError
 from kvstore.layout import BlockLayout
 from kvstore.streams import Moment, Stream, Streams, streams_of
 
-Rows = Sequence[tuple[int, torch.Tensor]]
-"""(position in the chain, `[layers, kv, tokens, heads, head_dim]`, contiguous) pairs."""
-
 _ROWS = "rows"
+_STEP_GROWTH = 2
+"""Each step of a promotion has so many times the layers of all before it. What crosses no link is there long before
+the forward pass wants it, and each launch costs the thread that is to order that pass some 60 µs: three do for 32
+layers, where even steps of four were eight."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """Blocks in rows of one tensor.
+
+    Hundreds in arrays, for a request's first token waits for what is done for each: a tensor for each of 512 took
+    2 ms. Iterating makes them: (position in the chain, `[layers, kv, tokens, heads, head_dim]`) pairs.
+
+    Attributes:
+        memory: `[rows, layers, kv, tokens, heads, head_dim]`, contiguous.
+        positions: of each block, in its chain.
+        numbers: of each block's row, in `memory`.
+    """
+
+    memory: torch.Tensor
+    positions: Ints
+    numbers: Ints
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __iter__(self) -> Iterator[tuple[int, torch.Tensor]]:
+        for position, number in zip(self.positions.tolist(), self.numbers.tolist(), strict=True):
+            yield position, self.memory[number]
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one row."""
+        return self.memory.stride(0) * self.memory.element_size()
+
+    def first(self, count: int) -> Rows:
+        """The first `count` of them, at most."""
+        return self if count >= len(self) else Rows(self.memory, self.positions[:count], self.numbers[:count])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Sent:
-    """Blocks of one call: tables of their pages and rows, one of each, once the stream has put them on the device."""
+    """Blocks of one call, and what the device is told of them once the stream has put it there."""
 
     rows: Rows
     work: PartWork
-    alignment: int
     offsets: list[torch.Tensor] = field(default_factory=list)
+    """One: of the blocks' pages."""
     starts: list[torch.Tensor] = field(default_factory=list)
+    """Of their rows: for each step, where the step's first layer begins in each. Where there is no kernel one, which
+    has the rows' numbers."""
 
 
 class RowCopier:
@@ -70,51 +108,67 @@ class RowCopier:
         self._part = Part(layout, cell, [list(layer) for layer in planes], layout.model.block_tokens)
 
     def start(self, rows: Rows, *, into_rows: bool, step_layers: int = 0) -> Copying:
-        """Begin. As `PageCopier.start_gather` where `into_rows`, else as `start_scatter`. Raises what the copy raises;
-        then nothing of it is still being copied."""
-        streams, num_layers = self._streams, len(self._part.planes)
+        """Begin. As `PageCopier.start_gather` where `into_rows`, else as `start_scatter`, but that `step_layers` are
+        those of the first step, and later ones have more. Raises what the copy raises; then nothing of it is still
+        being copied."""
+        streams, lows = self._streams, self._steps(step_layers)
+        highs = [*lows[1:], len(self._part.planes)]
         stream = streams.side(_ROWS)
         steps: list[tuple[int, Moment]] = []
         try:
             streams.wait(stream, streams.record(streams.engine()))
-            made = self._sent(rows, stream)
-            step = step_layers or num_layers
-            for low in range(0, num_layers, step):
-                window = Window(self._part, made.work, made.offsets, low, min(low + step, num_layers), 0, len(rows))
-                streams.submit(stream, lambda window=window: self._copy(window, made, into_rows))  # type: ignore[misc]
+            made = self._sent(rows, stream, lows)
+            for number, (low, high) in enumerate(zip(lows, highs, strict=True)):
+                window = Window(self._part, made.work, made.offsets, low, high, 0, len(rows))
+                streams.submit(stream, partial(self._copy, window, made, number, into_rows))
                 steps.append((low, streams.record(stream)))
         except BaseException:
             streams.finish(streams.record(stream))
             raise
-        num_bytes = sum(row.nbytes for _, row in rows)
+        num_bytes = len(rows) * rows.row_bytes
         return Copying(num_bytes, streams, steps, (self, rows), steps[-1][1] if into_rows else None)
 
-    def _sent(self, rows: Rows, stream: Stream) -> _Sent:
-        """What a launch is told of all the blocks, sent once."""
-        pages = np.array([[index] for index, _ in rows], np.int64)
+    def _steps(self, step_layers: int) -> list[int]:
+        """First layer of each step."""
+        lows, num_layers = [0], len(self._part.planes)
+        high = step_layers or num_layers
+        while high < num_layers:
+            lows.append(high)
+            high += _STEP_GROWTH * high
+        return lows
+
+    def _sent(self, rows: Rows, stream: Stream, lows: Sequence[int]) -> _Sent:
+        """What the launches are told of all the blocks, sent once."""
+        pages = rows.positions.reshape(-1, 1)
         work = PartWork(pages, np.zeros_like(pages), ())
-        starts = np.array([row.data_ptr() for _, row in rows], np.int64)
-        made = _Sent(rows, work, int(np.gcd.reduce(starts)))
-        numbers = self._part.offsets(work)
+        made = _Sent(rows, work)
+        # An even number in each line: the kernel is compiled anew for a table that does not begin at 16 bytes.
+        lines = np.zeros((1 + len(lows), len(rows) + len(rows) % 2), np.int64)
+        lines[0, : len(rows)] = self._part.offsets(work)
+        lines[1:, : len(rows)] = rows.numbers
+        if self._way is not Way.INDEX:
+            skipped = np.array(lows, np.int64)[:, None] * self._part.layer_bytes
+            lines[1:] = rows.memory.data_ptr() + lines[1:] * rows.row_bytes + skipped
 
         def send() -> None:
-            made.offsets.append(on_device(numbers, self._device))
-            made.starts.append(on_device(starts, self._device))
+            offsets, *starts = (line[: len(rows)] for line in on_device(lines, self._device).unbind(0))
+            made.offsets.append(offsets)
+            made.starts.extend(starts)
 
         self._streams.submit(stream, send)
         return made
 
-    def _copy(self, window: Window, made: _Sent, into_rows: bool) -> None:
+    def _copy(self, window: Window, made: _Sent, number: int, into_rows: bool) -> None:
         rows, low, high = made.rows, window.low, window.high
         if self._way is not Way.INDEX:
-            skipped = low * self._part.layer_bytes
-            by_kernel(window, made.starts[0] + skipped, (made.alignment, skipped), to_slots=into_rows)
+            alignments = (rows.memory.data_ptr(), rows.row_bytes, low * self._part.layer_bytes)
+            by_kernel(window, made.starts[number], alignments, to_slots=into_rows)
             return
+        # Bytes are bytes, and devices do not index by fp8.
+        held, chosen = rows.memory.view(torch.uint8)[:, low:high], made.starts[number]
         if into_rows:
-            values = torch.empty(len(rows) * window.exact_bytes, dtype=torch.uint8, device=self._device)
-            by_index(window, values, to_slots=True)
-            for (_, row), one in zip(rows, values.view(len(rows), -1), strict=True):
-                row[low:high].view(-1).view(torch.uint8).copy_(one)
+            values = torch.empty((len(rows), *held.shape[1:]), dtype=torch.uint8, device=self._device)
+            by_index(window, values.view(-1), to_slots=True)
+            held[chosen] = values
         else:
-            values = torch.stack([row[low:high].reshape(-1).view(torch.uint8) for _, row in rows])
-            by_index(window, values.view(-1), to_slots=False)
+            by_index(window, held[chosen].view(-1), to_slots=False)

@@ -56,7 +56,7 @@ def put(device: DeviceOverlay, chain: Chain, start: int, stop: int) -> int:
 def held(device: DeviceOverlay, chain: Chain) -> int:
     """Length of the run, after checking that each block is what it claims to be."""
     with device.match(chain) as run:
-        for index, tensor in run:
+        for index, tensor in run.rows:
             assert tuple(tensor.shape) == (2, 2, 4, 2, 4)
             assert (tensor == mark_of(chain.ids[index])).all()
         return run.num_blocks
@@ -109,7 +109,7 @@ def test_a_pinned_run_is_neither_evicted_nor_overwritten() -> None:
     put(device, old, 0, 3)
     with device.match(old) as run:
         assert put(device, new, 0, 4) == 1
-        for index, tensor in run:
+        for index, tensor in run.rows:
             assert (tensor == mark_of(old.ids[index])).all()
     assert put(device, new, 0, 4) == 3
     assert held(device, new) == 4

@@ -212,7 +212,7 @@ RULES: dict[str, Rule] = {
     "kvstore.pool": Rule(
         3, (*UP_TO_2, *(f"kvstore.{name}" for name in ("beliefs", "health", "residents", "survey", "victims")))
     ),
-    "kvstore.device": Rule(3, (*UP_TO_2, "kvstore.pool"), ("torch",)),
+    "kvstore.device": Rule(3, (*UP_TO_2, "kvstore.pool", "kvstore.row_copy"), ("torch",)),
     "kvstore.tiers": Rule(3, (*FOUNDATIONS, "kvstore.tiers.base")),
     "kvstore.tiers.base": Rule(3, UP_TO_2),
     "kvstore.tiers.host": Rule(3, (*UP_TO_2, "kvstore.tiers.base", "kvstore.pool")),

@@ -3,20 +3,23 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 pytest.importorskip("torch", reason="rows are torch tensors")
 
+import numpy as np
 import torch
 
 from kvstore import copy_kernel
 from kvstore.block import ModelId
 from kvstore.errors import ConfigError
 from kvstore.layout import BlockLayout, layout_of
-from kvstore.row_copy import RowCopier
+from kvstore.row_copy import RowCopier, Rows
 from kvstore.transfer import PagedKV, Way
 from tests.devices import DEVICES, test_all_of_this_module_ran_on_cuda_too  # noqa: F401
-from tests.lazy_streams import LazyStreams
+from tests.lazy_streams import LazyMoment, LazyStream, LazyStreams
 
 LAYERS, HEADS, DIM, TOKENS, BLOCKS = 3, 2, 8, 4, 5
 WAYS = [Way.INDEX, *([Way.STAGED] if copy_kernel.HAS_TRITON else [])]
@@ -46,6 +49,11 @@ def rows_of(count: int, device: str = "cpu", dtype: torch.dtype = torch.bfloat16
     return torch.zeros(count, LAYERS, 2, TOKENS, HEADS, DIM, dtype=torch.float32).to(dtype).to(device)
 
 
+def chosen(memory: torch.Tensor, places: dict[int, int]) -> Rows:
+    """Blocks at these positions, in these rows."""
+    return Rows(memory, np.array([*places]), np.array([*places.values()]))
+
+
 def uniform(tensor: torch.Tensor) -> float | None:
     """Its value, where it has one only."""
     values = tensor.float().unique().tolist()
@@ -61,11 +69,11 @@ def test_blocks_go_into_rows_and_back_bit_for_bit(dtype: str, step_layers: int, 
     cache, rows = Cache(device, kind), rows_of(3, device, kind)
     cache.storage.copy_(torch.randn(cache.storage.shape).to(kind))
     copier = RowCopier(layout(dtype), cache.kv.planes, way=way)
-    copier.start([(4, rows[2]), (0, rows[0]), (1, rows[1])], into_rows=True).finish()
+    copier.start(chosen(rows, {4: 2, 0: 0, 1: 1}), into_rows=True).finish()
     for row, index in ((2, 4), (0, 0), (1, 1)):
         assert torch.equal(rows[row].view(torch.uint8), cache.block(index).contiguous().view(torch.uint8))
     before = cache.storage.clone()
-    copier.start([(3, rows[2]), (2, rows[0])], into_rows=False, step_layers=step_layers).finish()
+    copier.start(chosen(rows, {3: 2, 2: 0}), into_rows=False, step_layers=step_layers).finish()
     after = cache.storage.clone()
     for index, row in ((3, 2), (2, 0)):
         assert torch.equal(cache.block(index).contiguous().view(torch.uint8), rows[row].view(torch.uint8))
@@ -86,7 +94,7 @@ def test_a_demotion_reads_what_the_forward_wrote_and_the_next_one_waits_until_it
     cache, rows, streams = Cache(), rows_of(1), LazyStreams(seed)
     copier = RowCopier(layout(), cache.kv.planes, way=way, streams=streams)
     streams.run_engine(lambda: cache.storage.fill_(1.0))
-    demoting = copier.start([(2, rows[0])], into_rows=True)
+    demoting = copier.start(chosen(rows, {2: 0}), into_rows=True)
     assert not demoting.is_done
     demoting.order()
     streams.run_engine(lambda: cache.storage.fill_(2.0))
@@ -103,7 +111,7 @@ def test_a_promotion_waits_for_the_last_reader_and_each_layer_for_its_own(way: W
     rows[0].fill_(7.0)
     seen: list[float | None] = []
     streams.run_engine(lambda: seen.append(uniform(cache.storage)))
-    promoting = copier.start([(2, rows[0])], into_rows=False, step_layers=1)
+    promoting = copier.start(chosen(rows, {2: 0}), into_rows=False, step_layers=1)
     for layer in range(LAYERS):
         promoting.order(layer)
         streams.run_engine(lambda layer=layer: seen.append(uniform(cache.block(2)[layer])))
@@ -116,7 +124,7 @@ def test_a_forward_begins_before_the_last_layers_are_promoted() -> None:
     for seed in range(20):
         cache, rows, streams = Cache(), rows_of(1), LazyStreams(seed)
         copier = RowCopier(layout(), cache.kv.planes, way=Way.INDEX, streams=streams)
-        promoting = copier.start([(2, rows[0])], into_rows=False, step_layers=1)
+        promoting = copier.start(chosen(rows, {2: 0}), into_rows=False, step_layers=1)
         promoting.order(0)
         seen: list[bool] = []
         streams.run_engine(lambda promoting=promoting, seen=seen: seen.append(promoting.is_done))
@@ -125,19 +133,62 @@ def test_a_forward_begins_before_the_last_layers_are_promoted() -> None:
     assert early > 0
 
 
+class CountedWaits(LazyStreams):
+    """Counts what an engine's streams are told to wait for."""
+
+    num_waits = 0
+
+    def wait(self, stream: LazyStream, moment: LazyMoment) -> None:
+        self.num_waits += stream.name.startswith("engine")
+        super().wait(stream, moment)
+
+
+def test_an_engine_is_told_to_wait_once_for_layers_that_end_together() -> None:
+    cache, rows, streams = Cache(), rows_of(1), CountedWaits(1)
+    copier = RowCopier(layout(), cache.kv.planes, way=Way.INDEX, streams=streams)
+    promoting = copier.start(chosen(rows, {2: 0}), into_rows=False, step_layers=1)
+    told = []
+    for layer in (0, 0, 1, 2, 0, 1, None):
+        promoting.order(layer)
+        told.append(streams.num_waits)
+    assert told == [1, 1, 2, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_another_thread_of_the_engine_waits_for_itself_and_so_does_the_first_one_afterwards(seed: int) -> None:
+    cache, rows, streams = Cache(), rows_of(1), LazyStreams(seed)
+    copier = RowCopier(layout(), cache.kv.planes, way=Way.INDEX, streams=streams)
+    rows[0].fill_(7.0)
+    seen: list[float | None] = []
+
+    def passes() -> None:
+        for layer in range(LAYERS):
+            promoting.order(layer)
+            streams.run_engine(lambda layer=layer: seen.append(uniform(cache.block(2)[layer])))  # type: ignore[misc]
+
+    promoting = copier.start(chosen(rows, {2: 0}), into_rows=False, step_layers=1)
+    promoting.order(0)
+    other = threading.Thread(target=passes)
+    other.start()
+    other.join(10)
+    passes()
+    streams.drain()
+    assert seen == [7.0] * (2 * LAYERS)
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("seed", range(12))
 def test_a_row_goes_from_hand_to_hand_without_anybody_waiting(way: Way, seed: int) -> None:
     """Filled, read, given to another block and read again, by two engines: each reader finds what it was promised."""
-    streams, row = LazyStreams(seed), rows_of(1)[0]
+    streams, rows = LazyStreams(seed), rows_of(1)
     one, other = Cache(), Cache()
     copiers = [RowCopier(layout(), cache.kv.planes, way=way, streams=streams) for cache in (one, other)]
     streams.run_engine(lambda: one.storage.fill_(1.0))
-    copiers[0].start([(0, row)], into_rows=True).order()
-    copiers[1].start([(3, row)], into_rows=False)
+    copiers[0].start(chosen(rows, {0: 0}), into_rows=True).order()
+    copiers[1].start(chosen(rows, {3: 0}), into_rows=False)
     streams.run_engine(lambda: one.storage.fill_(2.0))
-    copiers[0].start([(1, row)], into_rows=True)
-    copiers[1].start([(4, row)], into_rows=False)
+    copiers[0].start(chosen(rows, {1: 0}), into_rows=True)
+    copiers[1].start(chosen(rows, {4: 0}), into_rows=False)
     streams.drain()
     assert (uniform(other.block(3)), uniform(other.block(4))) == (1.0, 2.0)
 
@@ -154,5 +205,5 @@ def test_a_copy_that_fails_while_it_is_submitted_leaves_nothing_running() -> Non
 
     streams.submit = fails  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="no memory"):
-        copier.start([(0, rows[0])], into_rows=False, step_layers=1)
+        copier.start(chosen(rows, {0: 0}), into_rows=False, step_layers=1)
     assert not any(stream.queue for stream in streams._streams.values())
