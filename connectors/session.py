@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -286,25 +287,42 @@ class Session:
     def _bring(self, loading: _Loading, last: int) -> int:
         """Copy in the load's blocks as they come, or begin to; returns where they end."""
         load, memory, block_bytes = loading.load, self._memory, self._connection.cost.block_bytes
+        if isinstance(load, SaysWhole) and load.is_whole:
+            return self._bring_whole(loading)
         at = begun = loading.start
         then_s = time.monotonic()
-        whole = isinstance(load, SaysWhole) and load.is_whole
         for block in load:
             if block.index != at:
                 break
             memory.write_block(at, block.views)
             at += 1
-            stays = whole or (isinstance(load, KnowsWindows) and (at >= last or not load.comes_in_windows(at)))
+            stays = isinstance(load, KnowsWindows) and (at >= last or not load.comes_in_windows(at))
             if not stays:
                 memory.finish()  # the block may be gone as soon as the next one is asked for
-            elif not whole and (at - begun) * block_bytes >= _BATCH_BYTES:
-                # Where all are there, one call for all of them: their first layers then come first.
+            elif (at - begun) * block_bytes >= _BATCH_BYTES:
                 memory.begin()
                 begun = at
             now_s = time.monotonic()
             loading.num_blocks[block.tier] = loading.num_blocks.get(block.tier, 0) + 1
             loading.seconds[block.tier] = loading.seconds.get(block.tier, 0.0) + now_s - then_s
             then_s = now_s
+        memory.begin()
+        loading.begun_s = time.monotonic()
+        return at
+
+    def _bring_whole(self, loading: _Loading) -> int:
+        """`_bring` where all are there, in one call for all of them: their first layers then come first."""
+        memory, at, began_s = self._memory, loading.start, time.monotonic()
+        tiers: list[str] = []
+        for block in loading.load:
+            if block.index != at:
+                break
+            memory.write_block(at, block.views)
+            tiers.append(block.tier)
+            at += 1
+        loading.num_blocks.update(Counter(tiers))
+        took_s = time.monotonic() - began_s
+        loading.seconds.update((tier, took_s * count / len(tiers)) for tier, count in loading.num_blocks.items())
         memory.begin()
         loading.begun_s = time.monotonic()
         return at

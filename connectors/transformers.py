@@ -218,7 +218,7 @@ class TransformersConnector:
             "pad_token_id": pad_token_id,
             "streamer": streamer,
         }
-        chain = self._conversations.chain(conversation, prompt[0].cpu().numpy())
+        chain = self._conversations.chain(conversation, input_ids[0].cpu().numpy())
         cache = self._take_cache(num_tokens + max_new_tokens)
         hint = replace(hint, prompt_tokens=num_tokens, conversation=hint.conversation or conversation)
         session = Session(
@@ -276,7 +276,7 @@ class TransformersConnector:
 
         For forward passes of one's own: go on with `model(next_ids, past_key_values=cache)`.
         """
-        prompt = self._prompt(input_ids)
+        prompt = self._checked(input_ids)
         num_tokens = prompt.shape[1]
         tokens = prompt[0].cpu().numpy()
         chain = self._conversations.chain(conversation, tokens)
@@ -293,7 +293,9 @@ class TransformersConnector:
             computed = self._prefill_chunks(prompt, cache, session)
             beside, began_s = session.is_loading, time.perf_counter()
             with torch.no_grad():
-                made = self.model(prompt[:, computed:], past_key_values=cache, use_cache=True, **self._last_only)
+                made = self.model(
+                    self._there(prompt[:, computed:]), past_key_values=cache, use_cache=True, **self._last_only
+                )
                 if not session.settle():
                     made = self._again(prompt, cache, session)
                 logits = made.logits[:, -1]
@@ -330,7 +332,7 @@ class TransformersConnector:
             beside, began_s = session.is_loading, time.perf_counter()
             with torch.no_grad():
                 # Without the head: the logits of a chunk in the middle are of no use.
-                self.model.base_model(prompt[:, computed:stop], past_key_values=cache, use_cache=True)
+                self.model.base_model(self._there(prompt[:, computed:stop]), past_key_values=cache, use_cache=True)
             if not session.settle():
                 computed = session.num_tokens
                 cache.set_length(computed)
@@ -350,7 +352,7 @@ class TransformersConnector:
         cache.set_length(session.num_tokens)
         computed = self._compute_chunks(prompt, cache, session, session.num_tokens)
         made: CausalLMOutputWithPast = self.model.forward(
-            prompt[:, computed:], past_key_values=cache, use_cache=True, **self._last_only
+            self._there(prompt[:, computed:]), past_key_values=cache, use_cache=True, **self._last_only
         )
         return made
 
@@ -376,9 +378,17 @@ class TransformersConnector:
             hook.remove()
 
     def _prompt(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self._there(self._checked(input_ids))
+
+    def _there(self, ids: torch.Tensor) -> torch.Tensor:
+        """On the model's device. Of a prompt from the host what is computed alone, for what is reused is not read."""
+        return ids.to(self.model.device)
+
+    @staticmethod
+    def _checked(input_ids: torch.Tensor) -> torch.Tensor:
         if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] < 1:
             raise ConfigError(f"input_ids have shape {tuple(input_ids.shape)}: one sequence, [1, tokens], is served")
-        return input_ids.to(self.model.device)
+        return input_ids
 
     def _take_cache(self, num_tokens: int) -> BlockCache:
         try:

@@ -42,6 +42,7 @@ class BlockCache(Cache):
     ) -> None:
         self._block_layout = layout
         model = layout.model
+        self._block_tokens = model.block_tokens
         self._whole = layout_of(replace(model, part_layers=0, part_heads=0, kv_dtype=engine_dtype(model.kv_dtype)))
         self._shape = (model.num_layers, 2, model.num_kv_heads, model.head_dim)
         self._dtype: torch.dtype = getattr(torch, engine_dtype(model.kv_dtype))
@@ -168,7 +169,8 @@ class BlockCache(Cache):
             copying.order(layer)  # of those that wait for one another once does
 
     def _note(self, index: int, views: SlotViews, into: list[tuple[int, SlotViews]]) -> None:
-        self.reserve((index + 1) * self._block_layout.model.block_tokens)
+        if (index + 1) * self._block_tokens > self.capacity:
+            self.reserve((index + 1) * self._block_tokens)
         into.append((index, views))
 
     def write_block(self, index: int, views: Sequence[memoryview]) -> None:

@@ -50,6 +50,22 @@ class BlockLoad:
     # -- consumer ----------------------------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[ReadyBlock]:
+        return self._others() if self._plan.sources else self._residents()
+
+    def _residents(self) -> Iterator[ReadyBlock]:
+        """Blocks of a load that has them all: looked up at once, for 5 µs each were half of what 512 of them took."""
+        plan, lease, cells = self._plan, self._lease, self._delivery.cells
+        if not self.renew():
+            return
+        slots = self._host.pool.slots_at(lease.rows[plan.start : plan.num_host_blocks], plan.parts).tolist()
+        for index, each in enumerate(slots, plan.start):
+            # Asked after looking: rows of a lease that ran out meanwhile may hold another block by now.
+            fresh_s = lease.deadline_s - plan.lease_s * 7 / 8
+            if not (lease.alive if plan.now_s() < fresh_s else self.renew()):
+                return
+            yield ReadyBlock(index, HOST_TIER, each, cells)
+
+    def _others(self) -> Iterator[ReadyBlock]:
         index, delivery = self._plan.start, self._delivery
         while index < self._plan.stop:
             self.passed(index)  # asking for the next says that the ones before were copied

@@ -186,34 +186,38 @@ class PageCopier:
 
     def _check(self, work: Sequence[tuple[int, SlotViews]], to_slots: bool) -> int:
         """Refuse slots that do not fit; returns the bytes to copy."""
-        num_bytes = 0
+        num_bytes, sizes = 0, [cell.num_bytes for cell in self._cells]
         for index, views in work:
-            if len(views) != len(self.parts):
+            if len(views) != len(sizes):
                 raise ValueError(f"block {index} has {len(views)} slots for the {len(self.parts)} parts {self.parts}")
-            for cell, view in zip(self._cells, views, strict=True):
+            for size, view in zip(sizes, views, strict=True):
                 if view is None:
                     continue
-                if view.nbytes != cell.num_bytes:
-                    raise ValueError(f"block {index}: a slot of {view.nbytes} bytes for a part of {cell.num_bytes}")
+                if view.nbytes != size:
+                    raise ValueError(f"block {index}: a slot of {view.nbytes} bytes for a part of {size}")
                 if to_slots and view.readonly:
                     raise ValueError(f"block {index}: the slot is read-only")
-                num_bytes += cell.num_bytes
+                num_bytes += size
         return num_bytes
 
     def _places(self, page_ids: Sequence[int], indices: Sequence[int]) -> Places:
         """(page, piece within it) for each piece of each block, `[blocks, pieces, 2]`. Refuses what is outside."""
         page_tokens, num_pages = self.paged.page_tokens, self.paged.num_pages
-        places: list[tuple[int, int]] = []
-        for index in indices:
-            start = index * self._block_tokens
-            if index < 0 or start + self._block_tokens > len(page_ids) * page_tokens:
-                raise ValueError(f"block {index} is outside a page table of {len(page_ids)} × {page_tokens} tokens")
-            for token in range(start, start + self._block_tokens, self._piece_tokens):
-                page = page_ids[token // page_tokens]
-                if not 0 <= page < num_pages:
-                    raise ValueError(f"block {index}: page {page} is outside the engine's {num_pages} pages")
-                places.append((page, token % page_tokens // self._piece_tokens))
-        return np.array(places, np.int64).reshape(len(indices), self._pieces, 2)
+        numbers = np.array(indices, np.int64)
+        outside = (numbers < 0) | ((numbers + 1) * self._block_tokens > len(page_ids) * page_tokens)
+        if outside.any():
+            index = indices[int(outside.argmax())]
+            raise ValueError(f"block {index} is outside a page table of {len(page_ids)} × {page_tokens} tokens")
+        tokens = numbers[:, None] * self._block_tokens + np.arange(self._pieces) * self._piece_tokens
+        # One by one: the table may be much longer than what is copied.
+        chosen = [page_ids[at] for at in (tokens // page_tokens).ravel().tolist()]
+        pages = np.array(chosen, np.int64).reshape(tokens.shape)
+        outside = (pages < 0) | (pages >= num_pages)
+        if outside.any():
+            at, piece = divmod(int(outside.argmax()), self._pieces)
+            page = pages[at, piece]
+            raise ValueError(f"block {indices[at]}: page {page} is outside the engine's {num_pages} pages")
+        return np.stack((pages, tokens % page_tokens // self._piece_tokens), axis=-1)
 
     def _copy_part(self, at: int, found: Places, work: Sequence[tuple[int, SlotViews]], to_slots: bool) -> None:
         chosen = [number for number, (_, views) in enumerate(work) if views[at] is not None]
