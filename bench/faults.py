@@ -30,7 +30,7 @@ from bench.asked import print_figures
 from bench.env import stamp
 from bench.failover import measure_failover
 from bench.options import whole
-from bench.redis_proxy import ERRORS, KINDS, Fault, FaultProxy
+from bench.redis_proxy import ERRORS, KINDS, Fault, FaultProxy, SlowProxy
 from bench.report import print_table, write_json
 from kvstore.block import Chain, ModelId, Root
 from kvstore.config import StoreConfig
@@ -61,6 +61,12 @@ _FAILOVER_S = 0.25
 _SLACK_S = 0.1
 """For threads that wait for a core; not for the code."""
 _NUM_CHAINS = 24
+_HEAD_BLOCKS = 64
+_HITS = 40
+_UNTIMED_HITS = 5
+"""Before them: some arms follow a pause, from which caches come back cold, and others do not."""
+_NOTICED_S = 0.3
+"""In which the breaker has opened, where it opens."""
 
 
 def _config(lookup_s: float, read_s: float, write_s: float) -> StoreConfig:
@@ -91,43 +97,113 @@ def _save(store: KVStore, chain: Chain, content: Sequence[memoryview]) -> None:
 # ── host hits and the breaker ───────────────────────────────────────────────────────────────────────────────────
 
 
+class _Hits:
+    """A store on a server behind a proxy, which has the first blocks of all chains in its host, and one without Redis.
+
+    Every hit is of another chain, as of another prompt under one system prompt: what follows the host's blocks was
+    never asked for before.
+    """
+
+    def __init__(self, server: EmbeddedServer, proxy: SlowProxy) -> None:
+        self._server = server
+        self._proxy = proxy
+        self._rng = np.random.default_rng(0)
+        self._head = self._rng.integers(0, 1000, _HEAD_BLOCKS * LARGE.block_tokens)
+        self._tier = RedisTier(RedisTier.Options(url=proxy.url, capacity_bytes=1 << 30, sweep_every_s=0))
+        self._store = KVStore(_config(0.25, 5.0, 5.0), tiers=[self._tier])
+        self._alone = KVStore(_config(0.25, 5.0, 5.0), tiers=[])
+        num_bytes = layout_of(LARGE).block_bytes
+        chain = self._chain()
+        self._content = [_bytes_of(chain, index, num_bytes) for index in range(_HEAD_BLOCKS)]
+        self._into = [memoryview(bytearray(num_bytes)) for _ in range(_HEAD_BLOCKS)]
+        for store in (self._store, self._alone):
+            store.open(LARGE)
+            store.wait_ready()
+            _save(store, chain, self._content)
+            store.flush(10)
+
+    def _chain(self) -> Chain:
+        rest = self._rng.integers(0, 1000, 8 * LARGE.block_tokens)
+        return Chain(Root(LARGE), np.concatenate([self._head, rest]))
+
+    def alone_s(self) -> float:
+        """Seconds of a hit without Redis, the median of some."""
+        return self._hits_s(self._alone)
+
+    def healthy_s(self) -> float:
+        """The same with a Redis that works, and was noticed to."""
+        until = time.monotonic() + 10
+        while self._tier.refuses:
+            if time.monotonic() > until:
+                raise RuntimeError("Redis did not come back")
+            time.sleep(0.01)
+        self._settle()
+        return self._hits_s(self._store)
+
+    def slow_s(self) -> tuple[float, float]:
+        """The same just after every reply began to take 200 ms, and when that has been so for a while."""
+        self._proxy.delay(0.2)
+        try:
+            return self._before_and_after()
+        finally:
+            self._proxy.delay(0)
+            self._settle()
+
+    def stopped_s(self) -> tuple[float, float]:
+        """The same of a server that stands still."""
+        os.kill(self._server.pid, signal.SIGSTOP)
+        try:
+            return self._before_and_after()
+        finally:
+            os.kill(self._server.pid, signal.SIGCONT)
+
+    def _before_and_after(self) -> tuple[float, float]:
+        before = self._hits_s(self._store)
+        self._store.match(self._chain(), "noticed", wait_s=10)
+        self._store.forget("noticed")
+        time.sleep(_NOTICED_S)
+        return before, self._hits_s(self._store)
+
+    def _settle(self) -> None:
+        """What an arm left to be done is not the next one's."""
+        if not (self._store.flush(10) and self._tier.settle(10)):
+            raise RuntimeError("what hits left to do did not end")
+
+    def _hits_s(self, store: KVStore) -> float:
+        chains = [self._chain() for _ in range(_UNTIMED_HITS + _HITS)]
+        took_s = [_host_hit_s(store, chain, self._into) for chain in chains]
+        return statistics.median(took_s[_UNTIMED_HITS:])
+
+    def close(self) -> None:
+        if self._into[5] != self._content[5]:
+            raise RuntimeError("other bytes were served than were saved")
+        self._store.close()
+        self._alone.close()
+
+
 def measure_host_hits(rounds: int) -> dict[str, float]:
     """Match and copy of 64 host blocks, with 8 more that only Redis could have, by the state Redis is in."""
-    rng = np.random.default_rng(0)
-    with EmbeddedServer() as server, FaultProxy(server.unix_url.removeprefix("unix://")) as proxy:
-        tier = RedisTier(RedisTier.Options(url=proxy.url, capacity_bytes=1 << 30, sweep_every_s=0))
-        with KVStore(_config(0.25, 5.0, 5.0), tiers=[tier]) as store:
-            layout = store.open(LARGE)
-            store.wait_ready()
-            whole_chain = Chain(Root(LARGE), rng.integers(0, 1000, 72 * LARGE.block_tokens))
-            content = [_bytes_of(whole_chain, index, layout.block_bytes) for index in range(64)]
-            _save(store, whole_chain, content)
-            store.flush(10)
-            into = [memoryview(bytearray(layout.block_bytes)) for _ in range(64)]
-            seconds: dict[str, list[float]] = {"healthy": [], "slow": [], "stopped": []}
+    ratios: dict[str, list[float]] = {"slow": [], "slow_noticed": [], "stopped": [], "stopped_noticed": [], "alone": []}
+    healthy_s: list[float] = []
+    with EmbeddedServer() as server, SlowProxy(server.unix_url.removeprefix("unix://")) as proxy:
+        hits = _Hits(server, proxy)
+        try:
             for number in range(rounds + 1):
-                for state, times in seconds.items():
-                    proxy.delay_s = 0.2 if state == "slow" else 0.0
-                    if state == "stopped":
-                        os.kill(server.pid, signal.SIGSTOP)
-                    try:
-                        measured = [_host_hit_s(store, whole_chain, into) for _ in range(20)]
-                    finally:
-                        os.kill(server.pid, signal.SIGCONT)
-                    if number:
-                        times.append(statistics.median(measured))
-            if into[5] != content[5]:
-                raise RuntimeError("other bytes were served than were saved")
-    healthy = statistics.median(seconds["healthy"])
-    cost = {
-        state: statistics.median(each / base for each, base in zip(seconds[state], seconds["healthy"], strict=True))
-        for state in ("slow", "stopped")
-    }
+                healthy = hits.healthy_s()
+                took_s = (*hits.slow_s(), *hits.stopped_s(), hits.alone_s())
+                if number:
+                    healthy_s.append(healthy)
+                    for ratio, seconds in zip(ratios.values(), took_s, strict=True):
+                        ratio.append(seconds / healthy)
+        finally:
+            hits.close()
+    cost = {state: statistics.median(ratio) for state, ratio in ratios.items()}
+    alone = cost.pop("alone")
     return {
-        "host_hit_ms": 1e3 * healthy,
-        "host_hit_slow_pct": 100 * (cost["slow"] - 1),
-        "host_hit_stopped_pct": 100 * (cost["stopped"] - 1),
+        "host_hit_ms": 1e3 * statistics.median(healthy_s),
+        **{f"host_hit_{state}_pct": 100 * (ratio - 1) for state, ratio in cost.items()},
         "host_hit_unaffected_pct": greatest_change_pct(cost.values()),
+        "host_hit_over_no_redis_pct": 100 * (1 / alone - 1),
     }
 
 

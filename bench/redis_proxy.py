@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import random
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -169,6 +171,49 @@ class FaultProxy:
         self.close()
 
 
+class SlowProxy:
+    """A `FaultProxy` in a process of its own, which delays and does nothing else. A context manager.
+
+    In the process that is measured its threads would take the interpreter from what is measured, reply by reply.
+    """
+
+    def __init__(self, target: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __name__, target], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.url = self._heard()
+
+    def delay(self, seconds: float) -> None:
+        """Before every reply from now on."""
+        assert self._process.stdin is not None
+        print(seconds, file=self._process.stdin, flush=True)
+        self._heard()
+
+    def _heard(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError("the proxy's process ended")
+        return line.strip()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.communicate()  # its input ends, and so it does
+
+
+def _serve_delays(target: str) -> None:
+    """What the process of a `SlowProxy` does: says its address, then takes delays until there are no more."""
+    with FaultProxy(target) as proxy:
+        print(proxy.url, flush=True)
+        for line in sys.stdin:
+            proxy.delay_s = float(line)
+            print("so it is", flush=True)
+
+
 def _hang_up(*sockets: socket.socket) -> None:
     for each in sockets:
         with contextlib.suppress(OSError):
@@ -214,3 +259,7 @@ def spoiled(reply: bytes, fault: Fault) -> bytes:
         body = body[: rng.randrange(max(1, len(body)))]
         return b"$%d\r\n%b\r\n" % (len(body), body)
     return reply
+
+
+if __name__ == "__main__":
+    _serve_delays(sys.argv[1])

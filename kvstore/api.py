@@ -215,7 +215,9 @@ class Store(Protocol):
 
         Answers from the host at once. Lower tiers are asked in the background about what follows; a later call,
         or this one if `wait_s` allows, has their answer. With `wait_s` None they are not asked: what they hold would
-        not be worth loading. Repeating it replaces the request's hold.
+        not be worth loading. Repeating it replaces the request's hold. Where `wait_s` is 0 and the host has something,
+        they are asked some milliseconds later, or at the next call, and not at all once the request is loaded or
+        forgotten.
         """
 
     def load(self, request: str, num_blocks: int | None = None, *, start: int = 0, partial_tokens: int = 0) -> Load:

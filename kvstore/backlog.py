@@ -78,6 +78,16 @@ class Backlog:
         """Whether nothing waits."""
         return not (self._jobs or self._uses or self._risen)
 
+    @property
+    def has_uses_alone(self) -> bool:
+        """Whether nothing waits but uses, which may wait longer."""
+        return bool(self._uses) and not (self._jobs or self._risen)
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether uses would soon find no room."""
+        return len(self._uses) >= _MAX_CHAINS // 2
+
     def __contains__(self, block: object) -> bool:
         """Whether it waits to be written down, or is being written."""
         return block in self._queued or block in self._writing

@@ -52,6 +52,12 @@ class Beliefs:
         with self._lock:
             return [bool(bits >> tier & 1) for bits in self._table.below[rows].tolist()]
 
+    def all_hold(self, rows: Rows, tiers: Sequence[int]) -> bool:
+        """Whether each of the tiers is believed to hold all of the pinned rows."""
+        wanted = np.uint8(mask_of(tiers))
+        with self._lock:
+            return bool(np.bitwise_and.reduce(self._table.below[rows]) & wanted == wanted)
+
     def missing(self, blocks: Sequence[BlockId], tier: int) -> list[BlockId]:
         """What the tier is not believed to hold of `blocks` and all they hang from, parents first."""
         with self._lock:

@@ -30,6 +30,7 @@ from kvstore.delivery import LoadPlan
 from kvstore.errors import ConfigError, TierError, TierTimeout, UnknownLease
 from kvstore.events import EventLog
 from kvstore.fleet import FleetMarks
+from kvstore.index import Rows
 from kvstore.inspection import BlockInfo, inspect
 from kvstore.layout import BlockLayout, layout_of
 from kvstore.lease import Lease, LeaseBook
@@ -74,6 +75,11 @@ class _Hold:
     def sources(self, num_host_blocks: int) -> Sources:
         """What lower tiers hold after the host's run, as far as they have answered."""
         return () if self.lookup is None else self.lookup.sources(num_host_blocks)
+
+    def let_go(self) -> None:
+        """What lower tiers have not been asked yet, nobody wants to know any more."""
+        if self.lookup is not None:
+            self.lookup.unwanted = True
 
 
 class KVStore:
@@ -204,21 +210,28 @@ class KVStore:
             self._holds[request] = hold
         if before is not None:
             self._leases.release(before.lease)
+            if before.lookup is not None and before.lookup is not hold.lookup:
+                before.lookup.unwanted = True
         if hold.lookup is None and wait_s is not None and self._tiers and num_host < len(chain):
-            hold.lookup = self._lookups.begin(chain, num_host, cells, hold.hint)
+            # Whoever does not wait, and has something in the host, may go on with that alone.
+            at_once = bool(wait_s) or not num_host or not first_time
+            hold.lookup = self._lookups.begin(chain, num_host, cells, hold.hint, at_once=at_once)
+        elif hold.lookup is not None:
+            self._lookups.want(hold.lookup)
         if hold.lookup is not None:
             self._lookups.look_again(hold.lookup, now_s)
             if wait_s:
                 hold.lookup.wait(wait_s)
         if first_time:
-            self._note_match(hold, num_host)
+            self._note_match(hold, rows)
         return self._describe(hold, num_host)
 
-    def _note_match(self, hold: _Hold, num_host: int) -> None:
+    def _note_match(self, hold: _Hold, rows: Rows) -> None:
         """Keep the chain warm everywhere, and count."""
+        num_host = len(rows)
         self._host.pool.touch(hold.chain.ids, num_host, hold.hint)
         self._mover.touched(hold.chain, num_host, hold.parts, hold.hint)
-        self._mover.reused(hold.chain, num_host, hold.layout.block_bytes, hold.hint)
+        self._mover.reused(hold.chain, rows, hold.layout.block_bytes, hold.hint)
         self._stats.add_all(
             {
                 "match.requests": 1,
@@ -270,6 +283,7 @@ class KVStore:
         with self._lock:
             hold = self._holds.pop(request, None)
         if hold is not None:
+            hold.let_go()
             self._leases.release(hold.lease)
 
     def touch(self, chain: Chain, num_blocks: int, hint: Hint = NO_HINT) -> None:
@@ -290,6 +304,7 @@ class KVStore:
             hold = self._holds.pop(request, None)
         if hold is None:
             raise UnknownLease(f"request {request!r} has no hold: call match first")
+        hold.let_go()
         if start < 0:
             raise ConfigError(f"start is {start}: it is a chain index, 0 for the first block")
         settings = self.config.request

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -715,6 +716,98 @@ def test_one_use_that_cannot_be_passed_down_takes_no_other_along(make_store: Mak
     assert lost == chains[0].ids[:3]
     assert store.stats()["mover.failed_blocks"] == 3
     assert store.stats()["mover.errors"] == 2
+
+
+@pytest.mark.parametrize("end", ["load", "forget", "another chain"])
+def test_what_nobody_waits_for_is_not_asked_of_lower_tiers(make_store: MakeStore, root: Root, end: str) -> None:
+    tier = DictTier()
+    store = make_store(tiers=[tier])
+    save_all(store, chain_of(root, 3))
+    assert not store.match(chain_of(root, 8), "r").settled
+    if end == "load":
+        with store.load("r") as load:
+            assert [block.index for block in load] == [0, 1, 2]
+    elif end == "forget":
+        store.forget("r")
+    else:
+        store.match(chain_of(root, 3), "r")
+        store.forget("r")
+    # What is put off is asked in its order: had the first been asked, it would be seen before this one.
+    assert not store.match(chain_of(root, 5), "kept").settled
+    wait_until(lambda: bool(tier.asked))
+    assert tier.asked == [2]
+    store.forget("kept")
+
+
+def test_a_question_that_was_put_off_is_asked_once_and_answered_to_who_waits(make_store: MakeStore, root: Root) -> None:
+    tier = DictTier()
+    store = make_store(tiers=[tier], mover=THROUGH)
+    save_all(store, chain_of(root, 8))
+    store.flush()
+    store.drop_host()
+    save_all(store, chain_of(root, 3))
+    chain = chain_of(root, 8)
+    assert not store.match(chain, "r").settled
+    found = store.match(chain, "r", wait_s=5)
+    assert (found.settled, found.num_blocks) == (True, 8)
+    store.match(chain_of(root, 5), "last")
+    wait_until(lambda: 2 in tier.asked)
+    assert tier.asked == [5, 2]
+    store.forget("r")
+    store.forget("last")
+
+
+def test_uses_of_one_head_are_passed_down_together(make_store: MakeStore, root: Root) -> None:
+    tier = DictTier()
+    store = make_store(tiers=[tier], mover=THROUGH)
+    chain = chain_of(root, 5)
+    save_all(store, chain)
+    store.flush()
+    began_s = time.monotonic()
+    for _ in range(2000):
+        store.match(chain, "r")
+        store.forget("r")
+    store.flush()
+    assert 1 <= len(tier.touched) <= 2 + (time.monotonic() - began_s) / 0.5
+
+
+def test_a_use_is_passed_down_without_anybody_asking_for_it(make_store: MakeStore, root: Root) -> None:
+    tier = DictTier()
+    store = make_store(tiers=[tier], mover=THROUGH)
+    chain = chain_of(root, 5)
+    save_all(store, chain)
+    store.flush()
+    load_all(store, chain)
+    wait_until(lambda: chain.part_keys(0, 5, (0,)) in tier.touched)
+
+
+def test_a_use_of_blocks_that_lie_below_queues_nothing(make_store: MakeStore, root: Root) -> None:
+    class Gated(DictTier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.writing, self.gate = threading.Event(), threading.Event()
+
+        def write(self, *args: Any, **named: Any) -> set[PartKey]:
+            self.writing.set()
+            self.gate.wait(10)
+            return super().write(*args, **named)
+
+    tier = Gated()
+    store = make_store(tiers=[tier], mover={"write": "on_reuse"})
+    below, other = chain_of(root, 4), chain_of(root, 6, seed=1)
+    for chain in (below, other):
+        save_all(store, chain)
+    tier.gate.set()
+    load_all(store, below)
+    store.flush()
+    tier.gate.clear()
+    tier.writing.clear()
+    load_all(store, other, request="other")
+    assert tier.writing.wait(10)  # the thread is at it, and takes nothing else
+    queued_bytes = store.stats()["mover.queued_bytes"]
+    load_all(store, below, request="again")
+    assert store.stats()["mover.queued_bytes"] == queued_bytes > 0
+    tier.gate.set()
 
 
 def test_a_tier_that_refuses_is_not_asked_and_keeps_nobody_waiting(make_store: MakeStore, root: Root) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from kvstore.block import BlockId, PartKey, RootId
 from kvstore.tiers.redis_names import Names
 from kvstore.tiers.redis_nodes import Talk, many, sound
-from kvstore.tiers.redis_wire import ReplyError, command
+from kvstore.tiers.redis_wire import Reply, command
 
 _TAG_BYTES = 8
 _MAX_BLOCKS = 4096
@@ -59,13 +59,38 @@ class RedisMarks:
 
     def stop(self, talk: Talk, root: RootId, blocks: Sequence[BlockId], at: int, deadline: float) -> int:
         """Index in `blocks`, `at` or more, up to which other producers say that they compute the chain from `at` on."""
-        first = max(0, at - _LOOK_BACK)
-        asked = blocks[first : at + 1]
-        answers = talk.ask([command("GET", self._name(root, block)) for block in asked], deadline)
-        no_marks = [None if isinstance(each, ReplyError) and each.is_of_type else each for each in answers]
-        replies = sound(no_marks, partial=True)
+        commands, places = self.questions(root, blocks, at, by_stripe=talk.by_stripe)
+        return self.stop_of(sound(talk.ask(commands, deadline), partial=True), places, blocks, at)
+
+    def questions(
+        self, root: RootId, blocks: Sequence[BlockId], at: int, *, by_stripe: bool
+    ) -> tuple[list[bytes], list[Sequence[int]]]:
+        """The commands that ask for the marks that may tell of the chain from `at` on, and their blocks' places in it.
+
+        One command of them all, or one a stripe: a GET for each took five times as long to put together and to read.
+        """
+        near = range(max(0, at - _LOOK_BACK), min(at + 1, len(blocks)))
+        places: list[Sequence[int]] = [near] if near else []
+        if by_stripe:
+            stripes: dict[int, list[int]] = {}
+            for place in near:
+                stripes.setdefault(self._names.stripe(PartKey(root, blocks[place], 0)), []).append(place)
+            places = list(stripes.values())
+        return [self._names.ask_marks(root, [blocks[place] for place in some]) for some in places], places
+
+    def stop_of(
+        self, replies: Sequence[Reply], places: Sequence[Sequence[int]], blocks: Sequence[BlockId], at: int
+    ) -> int:
+        """What `stop` is, by the answers to `questions`. What is no string is no mark: MGET gives nothing for it."""
         best = at
-        for start, value in enumerate(replies, first):
+        for reply, some in zip(replies, places, strict=True):
+            if isinstance(reply, list) and any(reply):
+                best = max(best, self._stop_of(reply, some, blocks, at))
+        return best
+
+    def _stop_of(self, values: Sequence[Reply], places: Sequence[int], blocks: Sequence[BlockId], at: int) -> int:
+        best = at
+        for start, value in zip(places, values, strict=True):
             if isinstance(value, bytes) and value[:_PRODUCER_BYTES] != self._producer:
                 tags = value[_PRODUCER_BYTES:]
                 ours = b"".join(block[:_TAG_BYTES] for block in blocks[start : start + len(tags) // _TAG_BYTES])
@@ -73,7 +98,7 @@ class RedisMarks:
         return best
 
     def _name(self, root: RootId, block: BlockId) -> str:
-        return f"{self._names.bucket(PartKey(root, block, 0)).prefix}:m:{block.hex()}"
+        return self._names.mark(PartKey(root, block, 0))
 
 
 def _num_alike(ours: bytes, theirs: bytes) -> int:

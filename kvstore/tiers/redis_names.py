@@ -96,6 +96,11 @@ class Bucket(NamedTuple):
         return f"{self.prefix}:k"
 
     @property
+    def marks(self) -> str:
+        """What the name of every announcement begins with; a block follows."""
+        return f"{self.prefix}:m:"
+
+    @property
     def values(self) -> str:
         """What the name of every value begins with; a member follows."""
         return f"{self.prefix}:v:"
@@ -188,6 +193,17 @@ class Names:
 
     def value(self, key: PartKey) -> str:
         return self.bucket(key).values + self.member(key.block, key.part)
+
+    def mark(self, key: PartKey) -> str:
+        """What the announcement is called that begins with this block."""
+        return self.bucket(key).marks + key.block.hex()
+
+    def ask_marks(self, root: RootId, blocks: Sequence[BlockId]) -> bytes:
+        """`MGET` of the announcements that begin with these blocks."""
+        buckets, count = self._of(root), self._num_buckets
+        heads = [f"${len(bucket.marks) + 64}\r\n{bucket.marks}" for bucket in buckets]
+        words = [f"{heads[block[0] % count]}{block.hex()}\r\n" for block in blocks]
+        return f"*{1 + len(words)}\r\n$4\r\nMGET\r\n{''.join(words)}".encode()
 
     def _of(self, root: RootId) -> tuple[Bucket, ...]:
         buckets = self._buckets.get(root)

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 from urllib.parse import urlsplit, urlunsplit
 
 from redis.crc import key_slot
@@ -182,6 +183,9 @@ class Nodes:
 class Talk:
     """Commands to one server, over one wire."""
 
+    by_stripe: ClassVar[bool] = False
+    """A command's keys must be of one stripe."""
+
     def __init__(self, wire: Wire) -> None:
         self.wire = wire
 
@@ -208,6 +212,8 @@ class ClusterTalk(Talk):
 
     No wire is held between calls, nor two at once: conversations cannot wait for each other's.
     """
+
+    by_stripe: ClassVar[bool] = True
 
     def __init__(self, nodes: Nodes, num_stripes: int) -> None:
         self._nodes = nodes

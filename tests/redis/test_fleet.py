@@ -239,3 +239,18 @@ def test_death_of_the_producer_is_seen_within_the_ttl(
     compute(survivor, chain, 0, NUM_BLOCKS)
     mark.withdraw()
     wait_until(lambda: pending(other, chain) == (NUM_BLOCKS, 0))
+
+
+def test_one_command_asks_for_all_marks_that_may_tell_of_a_chain(server: EmbeddedServer, root: Root) -> None:
+    tier = RedisTier(RedisTier.Options(url=server.url, sweep_every_s=0))
+    chain = chain_of(root, NUM_BLOCKS)
+    with contextlib.closing(tier), redis.Redis.from_url(server.url) as client:
+        assert tier.settle(10)  # its first look at the server is over
+        before = client.info("commandstats")
+        assert tier.marked_to(root.id, chain.ids, NUM_BLOCKS, 5.0) == NUM_BLOCKS
+        after = client.info("commandstats")
+    asked = {
+        verb: after.get(f"cmdstat_{verb}", {"calls": 0})["calls"] - before.get(f"cmdstat_{verb}", {"calls": 0})["calls"]
+        for verb in ("get", "mget")
+    }
+    assert asked == {"get": 0, "mget": 1}

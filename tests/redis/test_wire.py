@@ -93,6 +93,27 @@ def test_bulk_values_land_in_their_buffer_however_they_are_cut(
     assert wire.in_step()
 
 
+@pytest.mark.parametrize("seed", [None, 0, 1, 2])
+def test_arrays_of_nothing_are_read_in_one_go_or_one_by_one(pair: tuple[Wire, socket.socket], seed: int | None) -> None:
+    wire, theirs = pair
+    data = b"*3\r\n" + b"$-1\r\n" * 3 + b"*3\r\n$-1\r\n$1\r\nx\r\n$-1\r\n" + b"*2\r\n$-1\r\n$-1\r\n:7\r\n"
+    thread = drip(theirs, data, random.Random(seed)) if seed is not None else None
+    if thread is None:
+        theirs.sendall(data)
+    assert [wire.reply(soon()) for _ in range(4)] == [[None] * 3, [None, b"x", None], [None] * 2, 7]
+    if thread is not None:
+        thread.join()
+    assert wire.in_step()
+
+
+def test_the_length_of_an_array_is_not_believed_before_it_has_come(pair: tuple[Wire, socket.socket]) -> None:
+    wire, theirs = pair
+    theirs.sendall(b"*1000000000000000\r\n$-1\r\n")
+    theirs.shutdown(socket.SHUT_WR)
+    with pytest.raises(ProtocolBroken):
+        wire.reply(soon())
+
+
 def test_flags_are_read_in_one_go_or_one_by_one(pair: tuple[Wire, socket.socket]) -> None:
     wire, theirs = pair
     expected = [index % 3 == 0 for index in range(4096)]
