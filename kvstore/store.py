@@ -557,7 +557,7 @@ class KVStore:
         num_rows = 0
         for _ in range(_LOOKS):
             num_rows = self._host.pool.survey.pinned_rows()
-            if not num_rows or len(self._leases) or not self._mover.flush(0):
+            if not num_rows or len(self._leases) or not self._mover.end_round(0):
                 return 0
             self._closing.wait(_BETWEEN_LOOKS_S)
         return num_rows
