@@ -3,7 +3,7 @@
 
 Its input: {"prompt": [...], "new": tokens to generate, "forget": empty the engine's own prefix cache first,
 "connected": false takes the connector off the engine for this request}. Its answer, after "ROW ": seconds to the first
-token and to the last, tokens that were cached, and the tokens.
+token and to the last, tokens that were cached, the tokens, and pages that the kernel had to give the process meanwhile.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import resource
 import sys
 import time
 from typing import Any
@@ -77,6 +78,7 @@ def main() -> None:
         if asked["forget"]:
             llm.reset_prefix_cache()
         params = SamplingParams(temperature=0, max_tokens=asked["new"], ignore_eos=True, detokenize=False)
+        began_faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         began_s = time.perf_counter()
         (out,) = llm.generate([{"prompt_token_ids": asked["prompt"]}], params, use_tqdm=False)
         assert out.metrics is not None
@@ -90,6 +92,7 @@ def main() -> None:
             "seconds": seconds,
             "hit_tokens": int(out.num_cached_tokens or 0),
             "tokens": list(out.outputs[0].token_ids),
+            "faults": resource.getrusage(resource.RUSAGE_SELF).ru_minflt - began_faults,
         }
         print("ROW " + json.dumps(row), flush=True)
 

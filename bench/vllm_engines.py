@@ -5,15 +5,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 import torch
@@ -76,13 +77,21 @@ def native_dtype() -> str:
 class Engine:
     """`bench.vllm_arms` in a process of its own; `wait` before the first request."""
 
-    def __init__(self, python: Path, options: dict[str, object], *, module: str = "bench.vllm_arms") -> None:
+    def __init__(
+        self,
+        python: Path,
+        options: dict[str, object],
+        *,
+        module: str = "bench.vllm_arms",
+        also: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """`also` is added to its environment."""
         environ = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the engine
         self._process = subprocess.Popen(
             [str(python), "-m", module, json.dumps(options)],
             cwd=ROOT,
-            env={**environ, "PYTHONPATH": str(ROOT)},
+            env={**environ, "PYTHONPATH": str(ROOT), **also},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -117,6 +126,14 @@ class Engine:
         self._log.seek(0)
         raise RuntimeError(f"the engine ended:\n{self._log.read().decode(errors='replace')[-3000:]}")
 
+    def rest(self) -> None:
+        """Stop all its threads until `wake`; it must not be serving."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def wake(self) -> None:
+        """Idempotent."""
+        self._process.send_signal(signal.SIGCONT)
+
     def __enter__(self) -> Self:
         return self
 
@@ -124,12 +141,15 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._process.stdin is not None
+        self.wake()
         self._process.stdin.close()
         try:
             self._process.wait(30)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
         self._log.close()
 
 

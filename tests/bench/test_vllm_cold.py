@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("torch", reason="the benchmark makes a model")
 
-from bench.vllm_cold import AGAIN, OFF, OFF_AGAIN, OURS, PLAIN, ColdRow, Start, summarise
+from bench.vllm_cold import AGAIN, IDLE, OFF, OFF_AGAIN, OURS, PLAIN, ColdRow, Start, summarise
 
 COSTS = {OURS: 1.01, OFF: 1.0, OFF_AGAIN: 1.0, PLAIN: 1.0, AGAIN: 1.0}
 
@@ -31,7 +31,9 @@ def rows(*, starts: int = 6, slow_engine: float = 1.0, stall: float = 1.0) -> li
             seconds *= slow_engine
         if start == pair == 0 and arm == OURS:
             seconds *= stall
-        made.append(ColdRow(arm=arm, start=start, pair=pair, ttft_s=seconds, seconds=2 * seconds, sidecar_s=0.001))
+        made.append(
+            ColdRow(arm=arm, start=start, pair=pair, ttft_s=seconds, seconds=2 * seconds, sidecar_s=0.001, faults=start)
+        )
     return made
 
 
@@ -71,6 +73,19 @@ def test_one_engine_is_compared_with_itself_alone() -> None:
     assert summary["same_engine_overhead_pct"] == pytest.approx(1.0)
 
 
+def test_what_vllm_takes_for_any_connector_is_told_apart_where_an_idle_one_was_there() -> None:
+    made = rows()
+    idle = [ColdRow(**{**row, "arm": IDLE, "ttft_s": 0.502}) for row in made if row["arm"] == PLAIN]  # type: ignore[typeddict-item]
+    assert summarise([*made, *idle])["any_connector_overhead_pct"] == pytest.approx(0.4)
+    assert "any_connector_overhead_pct" not in summarise(made)
+
+
+def test_pages_that_had_to_be_given_are_said_of_each_arm() -> None:
+    made = [ColdRow(**{**row, "faults": 9000 if row["arm"] == PLAIN else 3}) for row in rows()]  # type: ignore[typeddict-item]
+    summary = summarise(made)
+    assert (summary["faults_connector"], summary["faults_none"], summary["faults_taken_off"]) == (3, 9000, 3)
+
+
 # -- the order of requests -------------------------------------------------------------------------------------
 
 
@@ -79,6 +94,7 @@ class Served:
     """What engines were asked, in order: (engine, whether with its connector, its prompt)."""
 
     asked: list[tuple[str, bool, list[int]]] = field(default_factory=list)
+    awake: set[str] = field(default_factory=lambda: {"ours", "plain", "again"})
 
     def cpu_s(self) -> float:
         return float(len(self.asked))
@@ -95,9 +111,17 @@ class WarmsUp:
         self, prompt: Sequence[int], *, new: int = 1, forget: bool = True, connected: bool = True
     ) -> dict[str, Any]:
         assert not forget
+        assert self.served.awake == {self.name}, "while an engine serves the others are stopped"
         warm = bool(self.served.asked) and self.served.asked[-1][0] == self.name
         self.served.asked.append((self.name, connected, list(prompt)))
-        return {"ttft_s": 2.0 if warm else 1.0, "seconds": 2.0 if warm else 1.0, "hit_tokens": 0}
+        seconds = 2.0 if warm else 1.0
+        return {"ttft_s": seconds, "seconds": seconds, "hit_tokens": 0, "faults": 7}
+
+    def rest(self) -> None:
+        self.served.awake.discard(self.name)
+
+    def wake(self) -> None:
+        self.served.awake.add(self.name)
 
 
 def test_every_timed_request_follows_an_untimed_one_of_its_arm_in_an_order_drawn_anew() -> None:
@@ -108,6 +132,7 @@ def test_every_timed_request_follows_an_untimed_one_of_its_arm_in_an_order_drawn
     assert {row["ttft_s"] for row in made} == {2.0}, "no engine is timed when another has just run"
     assert {row["sidecar_s"] for row in made} == {1.0}, "the untimed one is not counted"
     assert Counter(row["arm"] for row in made) == dict.fromkeys(COSTS, 8)
+    assert {row["faults"] for row in made} == {7}
     first, rounds = served.asked[:12], served.asked[12:]
     assert Counter(name for name, _, _ in first) == {"ours": 4, "plain": 4, "again": 4}
     assert len(rounds) == 8 * 5 * 2
