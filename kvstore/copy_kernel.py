@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import gcd
@@ -113,8 +113,8 @@ def copy_pieces(tables: Tables, shape: PieceShape, *, plane_bytes: int, to_slots
     items = num_blocks * pieces * num_planes * chunks
     # Sixteen bytes a thread where everything divides by it: the compiler cannot know what a table holds.
     wide = gcd(16, tables.alignment, plane_bytes, shape.num_bytes, *shape.steps[:2], inner * word) == 16
-    grid = (min(items, _most_programs(device)),)
-    _launcher(device.type)[grid](
+    grid = (min(items, most_programs(device)),)
+    launcher(_copy, device.type, _NUMBERS)[grid](
         tables.planes,
         tables.pages,
         tables.slots,
@@ -140,22 +140,23 @@ def copy_pieces(tables: Tables, shape: PieceShape, *, plane_bytes: int, to_slots
 
 
 @functools.cache
-def _most_programs(device: torch.device) -> int:
+def most_programs(device: torch.device) -> int:
+    """What fills `device`."""
     if device.type != "cuda":
         return 4  # the interpreter runs them one after the other: more than one, so that sharing is exercised
     return 8 * int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @functools.cache
-def _launcher(device_type: str) -> Any:
-    """The kernel compiled, or interpreted on the CPU, whatever TRITON_INTERPRET says."""
+def launcher(kernel: Callable[..., None], device_type: str, numbers: tuple[str, ...]) -> Any:
+    """`kernel` compiled, or interpreted on the CPU, whatever TRITON_INTERPRET says. `numbers`: those it takes."""
     if device_type == "cpu":
         from triton.runtime.interpreter import InterpretedFunction
 
-        return InterpretedFunction(_copy)
+        return InterpretedFunction(kernel)
     # A number that divides by sixteen, or is one, would otherwise be a kernel of its own: a second of compiling in the
     # middle of serving, for some count of blocks that had not come up before.
-    return triton.JITFunction(_copy, do_not_specialize=list(_NUMBERS))
+    return triton.JITFunction(kernel, do_not_specialize=list(numbers))
 
 
 @functools.cache

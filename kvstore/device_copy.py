@@ -52,6 +52,7 @@ from kvstore.layout import BlockLayout, PartLayout
 from kvstore.lossy import FORMATS
 from kvstore.pinning import PINNED
 from kvstore.streams import Moment, Stream, Streams, streams_of
+from kvstore.unpack_kernel import Unpacking, unpackings
 
 _STAGE_BYTES = 64 << 20
 _SAVE_STAGES = 4
@@ -170,6 +171,8 @@ class DeviceCopier:
         self.way = way or best_way(self.device)
         self._parts = [Part(layout, cell, of, piece_tokens) for cell, of in zip(cells, planes, strict=True)]
         self._format = FORMATS[layout.packed] if layout.packed else None
+        unpacks = layout.packed == "fp8" and Way.STAGED in (self.way, _by_stage(self.device))
+        self._unpack: dict[Part, Unpacking] = unpackings(self._parts) if unpacks else {}
         self._dtype = planes[0][0][0].dtype
         self._engine = copy_engine or engine_of(self.device)
         self._registers = self.device.type == "cuda"
@@ -204,7 +207,7 @@ class DeviceCopier:
             try:
                 streams.wait(kernels, after)
                 number = 0
-                for first_layer, windows in self._steps(work, step_layers, kernels):
+                for first_layer, windows in self._steps(work, step_layers, kernels, unpacks=not to_slots):
                     engines = [window for way, window in windows if way is Way.PITCHED]
                     if engines and not pitched:
                         streams.wait(copies, after)
@@ -254,7 +257,7 @@ class DeviceCopier:
         return PINNED.holds_whole(blocks.addresses, part.cell.num_bytes)
 
     def _steps(
-        self, work: Sequence[tuple[int, PartWork]], step_layers: int, kernels: Stream
+        self, work: Sequence[tuple[int, PartWork]], step_layers: int, kernels: Stream, *, unpacks: bool
     ) -> list[tuple[int, list[tuple[Way, Window]]]]:
         """(first layer, windows) in the order of layers: all of a step's blocks before the next step's first."""
         steps: dict[int, list[tuple[Way, Window]]] = {}
@@ -267,7 +270,10 @@ class DeviceCopier:
             step = step_layers or num_layers
             for low in range(0, num_layers, step):
                 high = min(low + step, num_layers)
-                size = max(1, self._stage_bytes // ((high - low) * part.layer_bytes))
+                # Blocks that are unpacked into the pages take no room but their packed bytes.
+                packed = unpacks and way is Way.STAGED and part in self._unpack
+                layer_bytes = part.slot_layer_bytes if packed else part.layer_bytes
+                size = max(1, self._stage_bytes // ((high - low) * layer_bytes))
                 if way is Way.PITCHED:
                     size = num_blocks
                 steps.setdefault(part.cell.layers.start + low, []).extend(
@@ -291,7 +297,8 @@ class DeviceCopier:
         if way is Way.PITCHED:
             streams.submit(copies, lambda: self._boxes(window, to_slots))
             return
-        num_bytes = window.num_blocks * max(window.exact_bytes, window.slot_bytes)
+        # A load's stage holds what crossed the link; a save's, the values before they are packed.
+        num_bytes = window.num_blocks * (window.exact_bytes if to_slots else window.slot_bytes)
         stage = self._stage(direction, number, num_bytes, kernels, copies)
         first, second = (kernels, copies) if to_slots else (copies, kernels)
         before: Callable[[], None]
@@ -357,6 +364,9 @@ class DeviceCopier:
 
     def _empty(self, way: Way, stage: _Stage, window: Window) -> None:
         """Stage → pages."""
+        if way is Way.STAGED and (unpack := self._unpack.get(window.part)) is not None:
+            unpack.launch(window, stage.memory[0].data_ptr())
+            return
         values = stage.memory[0][: window.num_blocks * window.slot_bytes]
         if self._format is not None:
             blocks, *shape = window.part.shape_of(window.num_blocks, window.high - window.low)

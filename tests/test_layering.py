@@ -90,6 +90,7 @@ COPIES = tuple(
         "pinning",
         "row_copy",
         "streams",
+        "unpack_kernel",
     )
 )
 # config is the one schema for all settings, so it stands above the classes whose options it gathers.
@@ -202,6 +203,9 @@ RULES: dict[str, Rule] = {
     "kvstore.pinning": Rule(2, (*FOUNDATIONS, "kvstore.memory"), ("torch",)),
     "kvstore.row_copy": Rule(2, (*FOUNDATIONS, *COPIES), ("torch",)),
     "kvstore.streams": Rule(2, FOUNDATIONS, ("torch",)),
+    "kvstore.unpack_kernel": Rule(
+        2, (*FOUNDATIONS, "kvstore.copy_kernel", "kvstore.copy_windows"), ("torch", "triton")
+    ),
     # 3: places to keep blocks
     "kvstore.quota": Rule(3, FOUNDATIONS),
     "kvstore.residents": Rule(3, (*UP_TO_2, "kvstore.quota")),
