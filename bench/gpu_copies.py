@@ -96,9 +96,9 @@ def check_bytes(board: Board) -> None:
                 skipped += 1
                 continue
             for way in ways(board):
-                same, used = _same_bytes(board, axes, page_tokens, way)
+                same = _same_bytes(board, axes, page_tokens, way)
                 wrong += not same
-                board.row("check", axes=axes, page_tokens=page_tokens, way=way.value, used=used, equal=same)
+                board.row("check", axes=axes, page_tokens=page_tokens, way=way.value, equal=same)
             board.write()
     # What was not looked at is not known to be equal.
     board.figure("bytes_equal", None if skipped and not wrong else wrong == 0)
@@ -110,8 +110,7 @@ def check_bytes(board: Board) -> None:
         board.figure(f"{name}_relative_rms_normal", drift(values.to(board.device), name).relative_rms)
 
 
-def _same_bytes(board: Board, axes: str, page_tokens: int, way: Way) -> tuple[bool, str]:
-    """Whether they are, and the way that was taken: not every way takes every page."""
+def _same_bytes(board: Board, axes: str, page_tokens: int, way: Way) -> bool:
     heads, dim, layers, block_tokens = 4, 64, 3, 64 if board.on_cuda else 16
     layout = layout_of(
         replace(model_of(board), num_layers=layers, num_kv_heads=heads, head_dim=dim, block_tokens=block_tokens)
@@ -127,20 +126,18 @@ def _same_bytes(board: Board, axes: str, page_tokens: int, way: Way) -> tuple[bo
     PageCopier(layout, PagedKV.of(host, axes)).gather(table, wanted)
     copier = PageCopier(layout, PagedKV.of(there, axes), way=way)
     with _slots(board, layout, num_blocks) as slots:
-        parts = copier._parts_of(copier._places(table, [index for index, _ in slots]), slots)
-        used = "+".join(sorted({way.value for way, _, _ in copier._on_device().ways(parts)}))
         copier.copy_on_device(table, slots, to_slots=True)
         same = slots == wanted
         for tensor in (*host, *there):
             tensor.zero_()
         PageCopier(layout, PagedKV.of(host, axes)).scatter(table, wanted)
         copier.copy_on_device(table, slots, to_slots=False)
-    return same and all(torch.equal(a.cpu(), b) for a, b in zip(there, host, strict=True)), used
+    return same and all(torch.equal(a.cpu(), b) for a, b in zip(there, host, strict=True))
 
 
 @contextmanager
 def _slots(board: Board, layout: BlockLayout, num_blocks: int) -> Iterator[Blocks]:
-    """Slots in an arena, pinned where there is CUDA: some ways take no others."""
+    """Slots in an arena, pinned where there is CUDA."""
     arena = Arena(num_blocks * -(-layout.block_bytes // 4096) * 4096 + (1 << 20), prefault=False)
     found = arena.acquire_many(layout.block_bytes, num_blocks)
     pinning = Pinning(arena.view(0, arena.capacity_bytes)) if board.on_cuda else None

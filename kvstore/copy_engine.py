@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Many copies between addresses, done by a device's copy engines rather than by its processors.
 
-BatchCopies   one call for any number of copies: cuMemcpyBatchAsync and cuMemcpy3DBatchAsync, in drivers for CUDA 12.8
-              and later
+BatchCopies   one call for any number of copies: cuMemcpyBatchAsync, in drivers for CUDA 12.8 and later
 TorchCopies   one cudaMemcpyAsync each, through torch
 HostCopies    the CPU's, which says what the others must do
 """
@@ -11,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -22,19 +20,6 @@ Addresses = npt.NDArray[np.int64]
 
 # From cuda.h.
 _ORDER_STREAM = 1
-_OPERAND_POINTER = 1
-MAX_STEP_BYTES = (1 << 31) - 1
-"""Between two rows of a box: CU_DEVICE_ATTRIBUTE_MAX_PITCH."""
-
-
-@dataclass(frozen=True, slots=True)
-class Box:
-    """Rows at equal distances on either side. Steps are bytes from one row to the next."""
-
-    num_rows: int
-    row_bytes: int
-    into_step: int
-    source_step: int
 
 
 class CopyEngine(Protocol):
@@ -46,17 +31,6 @@ class CopyEngine(Protocol):
     def copy(self, into: Addresses, sources: Addresses, sizes: Addresses, *, to_host: bool) -> None:
         """So many bytes from each of `sources` to its place in `into`."""
 
-    def copy_boxes(self, into: Addresses, sources: Addresses, box: Box, *, to_host: bool) -> None:
-        """A box from each of `sources` to its place in `into`."""
-
-
-def _rows_of(into: Addresses, sources: Addresses, box: Box) -> tuple[Addresses, Addresses, Addresses]:
-    """The rows of all boxes, as `copy` takes them."""
-    rows = np.arange(box.num_rows, dtype=np.int64)
-    to = (into[:, None] + rows * box.into_step).reshape(-1)
-    source = (sources[:, None] + rows * box.source_step).reshape(-1)
-    return to, source, np.full(len(to), box.row_bytes, np.int64)
-
 
 class HostCopies:
     """See the module."""
@@ -64,9 +38,6 @@ class HostCopies:
     def copy(self, into: Addresses, sources: Addresses, sizes: Addresses, *, to_host: bool) -> None:
         for to, source, size in zip(into.tolist(), sources.tolist(), sizes.tolist(), strict=True):
             ctypes.memmove(to, source, size)
-
-    def copy_boxes(self, into: Addresses, sources: Addresses, box: Box, *, to_host: bool) -> None:
-        self.copy(*_rows_of(into, sources, box), to_host=to_host)
 
 
 class _Location(ctypes.Structure):
@@ -84,41 +55,21 @@ class _Attributes(ctypes.Structure):
     )
 
 
-_OPERAND = np.dtype(
-    {
-        "names": ["type", "pointer", "row_length"],
-        "formats": [np.uint32, np.uint64, np.uint64],
-        "offsets": [0, 8, 16],
-        "itemsize": 40,
-    }
-)
-_BOX = np.dtype(
-    {
-        "names": ["source", "into", "width", "height", "depth", "order"],
-        "formats": [_OPERAND, _OPERAND, np.uint64, np.uint64, np.uint64, np.uint32],
-        "offsets": [0, 40, 80, 88, 96, 104],
-        "itemsize": 112,
-    }
-)
-"""CUDA_MEMCPY3D_BATCH_OP with CUmemcpy3DOperand of pointers: what is not named stays 0."""
-
-
 class BatchCopies:
-    """See the module. Raises OSError without a driver, AttributeError where it lacks the calls.
+    """See the module. Raises OSError without a driver, AttributeError where it lacks the call.
 
-    The driver's own calls, which take arrays: cuda-python's take lists, and making those of 65,536 rows takes as long
+    The driver's own call, which takes arrays: cuda-python's takes lists, and making those of 65,536 rows takes as long
     as a good part of the 40 ms in which the link moves them. A driver takes 1 µs of the CPU for each copy of a batch,
-    on an H100 measured beside 6 µs through torch. The names without a suffix are the calls' first versions, which
-    say which copy failed; CUDA 13's headers mean `_v2` by them, the library keeps both.
+    on an H100 measured beside 6 µs through torch. The name without a suffix is the call's first version, which
+    says which copy failed; CUDA 13's headers mean `_v2` by it, the library keeps both.
     """
 
     def __init__(self, driver: Any = None, stream: Callable[[], int] | None = None) -> None:
         library = driver or ctypes.CDLL("libcuda.so.1")
         address, size = ctypes.c_void_p, ctypes.c_size_t
-        self._copies, self._boxes = library.cuMemcpyBatchAsync, library.cuMemcpy3DBatchAsync
+        self._copies = library.cuMemcpyBatchAsync
         self._copies.argtypes = (address, address, address, size, address, address, size, address, address)
-        self._boxes.argtypes = (size, address, address, ctypes.c_ulonglong, address)
-        self._copies.restype = self._boxes.restype = ctypes.c_uint
+        self._copies.restype = ctypes.c_uint
         self._stream = stream or _stream
         self._attributes = _Attributes(src_access_order=_ORDER_STREAM)
 
@@ -138,24 +89,10 @@ class BatchCopies:
             ctypes.addressof(failed),
             self._stream(),
         )
-        _check(error, f"cuMemcpyBatchAsync of {len(to)} copies", failed.value)
-
-    def copy_boxes(self, into: Addresses, sources: Addresses, box: Box, *, to_host: bool) -> None:
-        if not len(into):
-            return
-        boxes = np.zeros(len(into), _BOX)
-        for side, addresses, step in (("into", into, box.into_step), ("source", sources, box.source_step)):
-            boxes[side]["type"], boxes[side]["pointer"], boxes[side]["row_length"] = _OPERAND_POINTER, addresses, step
-        boxes["width"], boxes["height"], boxes["depth"] = box.row_bytes, box.num_rows, 1
-        boxes["order"] = _ORDER_STREAM
-        failed = ctypes.c_size_t(0)
-        error = self._boxes(len(boxes), boxes.ctypes.data, ctypes.addressof(failed), 0, self._stream())
-        _check(error, f"cuMemcpy3DBatchAsync of {len(boxes)} × {box}", failed.value)
-
-
-def _check(error: int, call: str, failed: int) -> None:
-    if error:
-        raise RuntimeError(f"{call} failed: CUDA error {error}, copy {failed}")
+        if error:
+            raise RuntimeError(
+                f"cuMemcpyBatchAsync of {len(to)} copies failed: CUDA error {error}, copy {failed.value}"
+            )
 
 
 def _stream() -> int:
@@ -170,9 +107,6 @@ class TorchCopies:
         make_into, make_source = (host_bytes, _device_bytes) if to_host else (_device_bytes, host_bytes)
         for to, source, size in zip(into.tolist(), sources.tolist(), sizes.tolist(), strict=True):
             make_into(to, size).copy_(make_source(source, size), non_blocking=True)
-
-    def copy_boxes(self, into: Addresses, sources: Addresses, box: Box, *, to_host: bool) -> None:
-        self.copy(*_rows_of(into, sources, box), to_host=to_host)
 
 
 def host_bytes(address: int, num_bytes: int) -> torch.Tensor:

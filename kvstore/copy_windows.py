@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvstore.copy_engine import MAX_STEP_BYTES
 from kvstore.copy_kernel import PieceShape
 from kvstore.layout import BlockLayout, PartLayout
 
@@ -34,43 +33,6 @@ class PartWork:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "addresses", np.array([address_of(view) for view in self.views], np.int64))
-
-    def only(self, chosen: npt.NDArray[np.bool_]) -> PartWork:
-        """These blocks of it."""
-        views = [view for view, one in zip(self.views, chosen.tolist(), strict=True) if one]
-        return PartWork(self.pages[chosen], self.pieces[chosen], views, self.tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Planes at equal distances on either side.
-
-    Attributes:
-        address: of the first plane's first page. slot_offset: where the first plane lies in the slots' layers.
-        step, slot_step: bytes from one plane to the next.
-    """
-
-    address: int
-    num_planes: int
-    step: int
-    slot_offset: int
-    slot_step: int
-
-
-def _evenly(addresses: Ints) -> list[tuple[int, int, int]]:
-    """(first, number, step) of stretches of ascending addresses that keep one distance, each as long as can be."""
-    found: list[tuple[int, int, int]] = []
-    steps = np.diff(addresses).tolist()
-    at = 0
-    while at < len(addresses):
-        stop = at + 1
-        if at < len(steps) and 0 < steps[at] <= MAX_STEP_BYTES:
-            stop += 1
-            while stop <= len(steps) and steps[stop - 1] == steps[at]:
-                stop += 1
-        found.append((at, stop - at, steps[at] if stop - at > 1 else 0))
-        at = stop
-    return found
 
 
 class Part:
@@ -101,24 +63,6 @@ class Part:
     def offsets(self, work: PartWork) -> Ints:
         """Bytes from a plane's first page to each piece, `[blocks × pieces]`."""
         return (work.pages * self.page_step + work.pieces * (self.piece_tokens * self.token_step)).reshape(-1)
-
-    def runs(self, low: int, high: int) -> list[Run]:
-        """Planes of these layers whose addresses keep one distance: all of them where the allocator was kind.
-
-        Keys and values one after the other, or, where they do not alternate at one distance, apart.
-        """
-        kv = self.num_kv
-        table = self.addresses[low * kv : high * kv]
-        whole = _evenly(table)
-        if len(whole) == 1 or kv == 1:
-            return [
-                Run(int(table[at]), number, step, at * self.plane_bytes, self.plane_bytes) for at, number, step in whole
-            ]
-        return [
-            Run(int(table[at * kv + one]), number, step, (at * kv + one) * self.plane_bytes, self.layer_bytes)
-            for one in range(kv)
-            for at, number, step in _evenly(table[one::kv])
-        ]
 
     def shape_of(self, num_blocks: int, num_layers: int) -> tuple[int, int, int, int, int, int]:
         _, kv, tokens, heads, dim = self.cell.shape

@@ -1,24 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Copies between a device's pages and slots on side streams: what `PageCopier` does where the engine is not on the CPU.
 
-Ways; all move the same bytes:
+Ways; both move the same bytes:
 
-    PITCHED  copy engines between pages and pinned slots, a box of all the planes for each piece of a page: no
-             processor is involved, and no byte is moved twice on the device
-    STAGED   the kernel of `copy_kernel` between pages and a stage on the device, large copies beyond it
+    STAGED   the kernel of `copy_kernel` between pages and a stage on the device, and one call a window for the large
+             copies between the stage and slots
     INDEX    the same with torch's indexing in place of the kernel: where there is no Triton, and on the CPU
 
-By `python -m bench gpu` on an H100 (PCIe 5), shares of large pinned copies for device to host, host to device, both at
-once, and what a decode step beside both loses, of which the link alone takes 5 %:
+What else was tried on an H100 (PCIe 5): shares of large pinned copies for device to host, host to device and both at
+once, 1 GiB a call, and what a decode step beside both loses, of which the link alone takes 5 to 6 %:
 
-    STAGED                                        0.93  0.97  0.85    9 %
-    STAGED, a copy through torch for each block   0.91  0.92  0.69    8 %   the caller's CPU is what it waits for
-    STAGED, stages of 16 MiB, of 8 MiB            0.6 … 0.8           6 %   as well: four and eight times the launches
-    copy engines, a row of 32 KiB at a time       0.61  0.55  0.34    2 %   1 µs of the CPU a row, in the driver
-    the kernel on pinned host memory, no stage    0.88  0.87  0.67  110 %   32 programs; 8: 0.84 and 29 %, 132: 500 %
-
-PITCHED needs pinned slots, and pages whose bytes lie together in planes at equal distances; blocks and pages that are
-not like that are done STAGED.
+    STAGED                                            0.93  0.94  0.87    8 … 10 %
+    a copy through torch for each block               0.91  0.92  0.69    8 %   the caller's CPU is what it waits for
+    stages of 32, 16, 8 MiB instead of 64             0.92  0.94  0.72   10 %   launches again; 8 MiB: 0.77, 0.6, 0.45
+    the kernel on pinned host memory, without stages  0.88  0.87  0.67  110 %   32 programs; 8: 0.84, 29 %; 132: 500 %
+    copy engines, a row of 32 KiB at a time           0.61  0.55  0.34    2 %   1 µs of the CPU a row, in the driver
+    copy engines, boxes of all planes of a page       0.93  0.94  0.83    8 %   cuMemcpy3DBatchAsync: no gain for its
+                                                                                conditions on pages and slots
+    the same by a cuMemcpy2DAsync each                0.90  0.93  0.79   10 %
 
 Order on a device, for windows that take turns with two stages, in a save up to four (arrows are events; nothing blocks
 the host until `finish`):
@@ -41,11 +40,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from kvstore import copy_kernel
-from kvstore.copy_engine import BatchCopies, Box, CopyEngine, engine_of, host_bytes
+from kvstore.copy_engine import CopyEngine, engine_of, host_bytes
 from kvstore.copy_pages import by_index, by_kernel, on_device
 from kvstore.copy_windows import Ints, Part, PartWork, Window
 from kvstore.layout import BlockLayout, PartLayout
@@ -59,15 +57,11 @@ _SAVE_STAGES = 4
 """A save's pages are free for the engine again when its last window is in a stage: so many windows need not wait for
 the link. 256 MiB are 2,048 tokens of an 8B model. A load has two: its pages are written at the other end."""
 _LEAST_STAGES = 2
-_MIN_ROW_BYTES = 4 << 10
-_MIN_BOX_BYTES = 128 << 10
-"""Less than this in a row or in a box is not worth a copy engine's attention: each box takes 1 µs of the CPU."""
 
 
 class Way(enum.Enum):
     """See the module."""
 
-    PITCHED = "pitched"
     STAGED = "staged"
     INDEX = "index"
 
@@ -171,13 +165,12 @@ class DeviceCopier:
         self.way = way or best_way(self.device)
         self._parts = [Part(layout, cell, of, piece_tokens) for cell, of in zip(cells, planes, strict=True)]
         self._format = FORMATS[layout.packed] if layout.packed else None
-        unpacks = layout.packed == "fp8" and Way.STAGED in (self.way, _by_stage(self.device))
+        unpacks = layout.packed == "fp8" and self.way is Way.STAGED
         self._unpack: dict[Part, Unpacking] = unpackings(self._parts) if unpacks else {}
         self._dtype = planes[0][0][0].dtype
         self._engine = copy_engine or engine_of(self.device)
         self._registers = self.device.type == "cuda"
         self._stage_bytes = stage_bytes
-        self._min_row_bytes, self._min_box_bytes = _MIN_ROW_BYTES, _MIN_BOX_BYTES
         self._save = _Direction("save", [_Stage() for _ in range(_SAVE_STAGES)])
         self._load = _Direction("load", [_Stage() for _ in range(_LEAST_STAGES)])
 
@@ -202,68 +195,32 @@ class DeviceCopier:
             after = streams.record(streams.engine())
         steps: list[tuple[int, Moment]] = []
         num_bytes = 0
-        pitched = False
         with direction.lock:
             try:
                 streams.wait(kernels, after)
                 number = 0
                 for first_layer, windows in self._steps(work, step_layers, kernels, unpacks=not to_slots):
-                    engines = [window for way, window in windows if way is Way.PITCHED]
-                    if engines and not pitched:
-                        streams.wait(copies, after)
-                        pitched = True
-                    for way, window in windows:
+                    for window in windows:
                         num_bytes += window.num_blocks * window.slot_bytes
-                        self._submit(way, direction, number, window, to_slots, kernels, copies)
-                        number += way is not Way.PITCHED
-                    if engines and len(engines) < len(windows) and not to_slots:
-                        streams.wait(copies, streams.record(kernels))
-                    steps.append((first_layer, streams.record(copies if engines or to_slots else kernels)))
+                        self._submit(direction, number, window, to_slots, kernels, copies)
+                        number += 1
+                    steps.append((first_layer, streams.record(copies if to_slots else kernels)))
             except BaseException:
                 for stream in (kernels, copies):
                     streams.finish(streams.record(stream))
                 raise
-            read = streams.record(kernels) if to_slots and not pitched and steps else None
+            read = streams.record(kernels) if to_slots and steps else None
         return Copying(num_bytes, streams, steps, (self, work), read)
-
-    def ways(self, work: Sequence[tuple[int, PartWork]], step_layers: int = 0) -> list[tuple[Way, int, PartWork]]:
-        """(way, part, blocks): the chosen way for what it can take, and the other for the rest."""
-        found: list[tuple[Way, int, PartWork]] = []
-        other = self.way if self.way is not Way.PITCHED else _by_stage(self.device)
-        for at, blocks in work:
-            if blocks.tokens is not None:
-                found.append((Way.INDEX, at, blocks))  # the others know whole pieces only
-                continue
-            fit = self._pitched(self._parts[at], blocks, step_layers)
-            if fit.all():
-                found.append((Way.PITCHED, at, blocks))
-            elif fit.any():
-                found += [(Way.PITCHED, at, blocks.only(fit)), (other, at, blocks.only(~fit))]
-            else:
-                found.append((other, at, blocks))
-        return found
-
-    def _pitched(self, part: Part, blocks: PartWork, step_layers: int) -> npt.NDArray[np.bool_]:
-        """Which blocks copy engines can take: those whose slots are each in one registration."""
-        num_blocks, piece = len(blocks.views), part.piece
-        if self.way is not Way.PITCHED or self._format is not None:
-            return np.zeros(num_blocks, np.bool_)
-        step = step_layers or len(part.planes)
-        least = min(run.num_planes for run in part.runs(0, min(step, len(part.planes)))) * piece.num_bytes
-        if piece.row_bytes < max(self._min_row_bytes, piece.num_bytes) or least < self._min_box_bytes:
-            return np.zeros(num_blocks, np.bool_)
-        if not self._registers:
-            return np.ones(num_blocks, np.bool_)
-        return PINNED.holds_whole(blocks.addresses, part.cell.num_bytes)
 
     def _steps(
         self, work: Sequence[tuple[int, PartWork]], step_layers: int, kernels: Stream, *, unpacks: bool
-    ) -> list[tuple[int, list[tuple[Way, Window]]]]:
+    ) -> list[tuple[int, list[Window]]]:
         """(first layer, windows) in the order of layers: all of a step's blocks before the next step's first."""
-        steps: dict[int, list[tuple[Way, Window]]] = {}
-        for way, at, blocks in self.ways(work, step_layers):
+        steps: dict[int, list[Window]] = {}
+        for at, blocks in work:
             part, num_blocks = self._parts[at], len(blocks.views)
             offsets: list[torch.Tensor] = []
+            way = self._way_of(blocks)
             if way is Way.STAGED:
                 self.streams.submit(kernels, _sent(part.offsets(blocks), self.device, offsets))
             num_layers = len(part.planes)
@@ -274,17 +231,17 @@ class DeviceCopier:
                 packed = unpacks and way is Way.STAGED and part in self._unpack
                 layer_bytes = part.slot_layer_bytes if packed else part.layer_bytes
                 size = max(1, self._stage_bytes // ((high - low) * layer_bytes))
-                if way is Way.PITCHED:
-                    size = num_blocks
                 steps.setdefault(part.cell.layers.start + low, []).extend(
-                    (way, Window(part, blocks, offsets, low, high, first, min(first + size, num_blocks)))
+                    Window(part, blocks, offsets, low, high, first, min(first + size, num_blocks))
                     for first in range(0, num_blocks, size)
                 )
         return sorted(steps.items())
 
+    def _way_of(self, blocks: PartWork) -> Way:
+        return self.way if blocks.tokens is None else Way.INDEX  # kernels know whole pieces only
+
     def _submit(
         self,
-        way: Way,
         direction: _Direction,
         number: int,
         window: Window,
@@ -293,10 +250,7 @@ class DeviceCopier:
         copies: Stream,
     ) -> None:
         """Submit one window. `number`: of its call, which says which stage it goes through."""
-        streams = self.streams
-        if way is Way.PITCHED:
-            streams.submit(copies, lambda: self._boxes(window, to_slots))
-            return
+        streams, way = self.streams, self._way_of(window.work)
         # A load's stage holds what crossed the link; a save's, the values before they are packed.
         num_bytes = window.num_blocks * (window.exact_bytes if to_slots else window.slot_bytes)
         stage = self._stage(direction, number, num_bytes, kernels, copies)
@@ -415,28 +369,9 @@ class DeviceCopier:
                 else:
                     piece.copy_(host, non_blocking=True)
 
-    def _boxes(self, window: Window, to_slots: bool) -> None:
-        """Each piece of a page with its planes as one box, in one call for all that have as many."""
-        part, chosen = window.part, slice(window.first, window.stop)
-        num_bytes, pieces = part.piece.num_bytes, window.work.pages.shape[1]
-        offsets = part.offsets(window.work).reshape(-1, pieces)[chosen]
-        slots = window.slots[:, None] + np.arange(pieces) * num_bytes
-        for run in part.runs(window.low, window.high):
-            engine, held = (run.address + offsets).reshape(-1), (run.slot_offset + slots).reshape(-1)
-            if to_slots:
-                box = Box(run.num_planes, num_bytes, run.slot_step, run.step)
-                self._engine.copy_boxes(held, engine, box, to_host=True)
-            else:
-                box = Box(run.num_planes, num_bytes, run.step, run.slot_step)
-                self._engine.copy_boxes(engine, held, box, to_host=False)
-
 
 def best_way(device: torch.device) -> Way:
     """What to take where nobody says otherwise. On the CPU the kernel is interpreted: good for tests, and slow."""
-    return Way.PITCHED if device.type == "cuda" and isinstance(engine_of(device), BatchCopies) else _by_stage(device)
-
-
-def _by_stage(device: torch.device) -> Way:
     return Way.STAGED if device.type == "cuda" and not copy_kernel.fault(device) else Way.INDEX
 
 

@@ -10,12 +10,11 @@ import pytest
 
 pytest.importorskip("torch", reason="transfer copies torch tensors")
 
-import numpy as np
 import torch
 
 from kvstore import copy_kernel, device_copy
-from kvstore.copy_engine import TorchCopies, host_bytes
-from kvstore.copy_windows import Run, address_of
+from kvstore.copy_engine import host_bytes
+from kvstore.copy_windows import address_of
 from kvstore.device_copy import Way, best_way
 from kvstore.layout import BlockLayout, layout_of
 from kvstore.lossy import FORMATS
@@ -35,7 +34,6 @@ from tests.test_transfer import (
     model,
     nhd,
     odd_strides,
-    separate,
     slots_of,
     strided_dim,
     table,
@@ -69,8 +67,6 @@ def logical(kv: PagedKV) -> torch.Tensor:
 def make_copier(layout: BlockLayout, kv: PagedKV, way: Way, streams: LazyStreams | None = None) -> PageCopier:
     copier = PageCopier(layout, kv, way=way, streams=streams)
     copier._by_address = False  # the CPU's own path has its tests
-    if way is Way.PITCHED:  # tests have small pages
-        copier._on_device()._min_row_bytes = copier._on_device()._min_box_bytes = 1
     return copier
 
 
@@ -184,74 +180,20 @@ def test_no_copy_over_the_link_spans_two_registrations(monkeypatch: pytest.Monke
     assert bytes(slots[0] or b"") == expected(layout, 0, logical(kv), [9, 3, 7, 30], 0)
 
 
-def long_pages(device: str, page: int, *, apart: bool) -> PagedKV:
-    """Pages of 64 KiB and more a plane, in one tensor or in one a layer."""
-    if apart:
-        tensors = [torch.randn(2, 6, page, 4, 64).bfloat16().to(device) for _ in range(LAYERS)]
-        return PagedKV.of(tensors, "kv page token head dim")
-    whole = torch.randn(LAYERS, 2, 6, page, 4, 64).bfloat16().to(device)
-    return PagedKV.of([whole], "layer kv page token head dim")
-
-
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("step_layers", [0, 1])
-@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("page", [64, 128, 256])
 @pytest.mark.parametrize("way", WAYS)
-def test_boxes_large_enough_for_copy_engines_are_moved_by_them(
-    way: Way, page: int, apart: bool, step_layers: int, device: str
-) -> None:
+def test_pages_smaller_and_larger_than_blocks_of_64_kib_a_plane_are_copied(way: Way, page: int, device: str) -> None:
     layout = layout_of(replace(model(), block_tokens=128, head_dim=64))
-    kv, other = (long_pages(device, page, apart=apart) for _ in range(2))
+    tensors = [torch.randn(2, 6, page, 4, 64).bfloat16().to(device) for _ in range(LAYERS)]
+    kv = PagedKV.of(tensors, "kv page token head dim")
     slots = slots_of(layout, (0,), 0)
-    pages, back = [4, 1, 0, 3], [2, 5, 1, 0]
-    copier = make_copier(layout, kv, way)
-    copier.gather(pages, [(1, slots)])
+    pages = [4, 1, 0, 3]
+    make_copier(layout, kv, way).gather(pages, [(1, slots)])
     assert bytes(slots[0] or b"") == expected(layout, 0, logical(kv), pages, 1)
-    make_copier(layout, other, way).start_scatter(back, [(1, slots)], step_layers=step_layers).finish()
-    assert expected(layout, 0, logical(other), back, 1) == bytes(slots[0] or b"")
-    if way is Way.PITCHED and not apart and device == "cpu":
-        parts = copier._parts_of(copier._places(pages, [1]), [(1, slots)])
-        assert [used for used, _, _ in copier._on_device().ways(parts)] == [Way.PITCHED]
-
-
-def test_planes_are_boxes_as_far_as_they_keep_one_distance() -> None:
-    layout = layout_of(replace(model(), block_tokens=128, head_dim=64))
-    part = make_copier(layout, long_pages("cpu", 128, apart=False), Way.PITCHED)._on_device()._parts[0]
-    plane = part.plane_bytes
-    part.addresses = np.array([0, 100, 200, 300, 1000, 1100], np.int64)
-    assert part.runs(0, 2) == [Run(0, 4, 100, 0, plane)]
-    assert part.runs(0, 3) == [
-        Run(0, 2, 200, 0, 2 * plane), Run(1000, 1, 0, 4 * plane, 2 * plane),
-        Run(100, 2, 200, plane, 2 * plane), Run(1100, 1, 0, 5 * plane, 2 * plane),
-    ]  # fmt: skip
-    part.addresses = np.array([500, 400, 300, 200], np.int64)  # a box has no rows that go back
-    assert [run.num_planes for run in part.runs(0, 2)] == [1, 1, 1, 1]
-
-
-def test_a_block_across_two_registrations_is_staged_and_the_others_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    layout = layout_of(replace(model(), block_tokens=128, head_dim=64))
-    kv = long_pages("cpu", 128, apart=False)
-    blocks = [(index, slots_of(layout, (0,), 0)) for index in range(3)]
-    pages = [4, 1, 0]
-    ranges = PinnedRanges()
-    for number, (_, (slot,)) in enumerate(blocks):
-        assert slot is not None
-        start = address_of(slot)
-        if number == 1:
-            ranges.add(start, 4096)
-            ranges.add(start + 4096, slot.nbytes - 4096)
-        else:
-            ranges.add(start, slot.nbytes)
-    monkeypatch.setattr(device_copy, "PINNED", ranges)
-    copier = make_copier(layout, kv, Way.PITCHED)
-    copier._on_device()._registers = True
-    parts = copier._parts_of(copier._places(pages, [0, 1, 2]), blocks)
-    used = copier._on_device().ways(parts)
-    assert [(way, len(work.views)) for way, _, work in used] == [(Way.PITCHED, 2), (Way.INDEX, 1)]
-    copier.gather(pages, blocks)
-    for index, (slot,) in blocks:
-        assert bytes(slot or b"") == expected(layout, 0, logical(kv), pages, index)
+    fresh = slots_of(layout, (0,))
+    make_copier(layout, kv, way).scatter(pages, [(1, fresh)])
+    assert bytes(fresh[0] or b"") == expected(layout, 0, logical(kv), pages, 1)
 
 
 # -- lossy formats ------------------------------------------------------------------------------------------------
@@ -361,40 +303,6 @@ def test_a_save_reads_what_the_forward_wrote_whatever_the_device_does_first(way:
     for number, (_, (slot,)) in enumerate(slots):
         assert set(torch.frombuffer(slot, dtype=torch.bfloat16).tolist()) == {2.0 + 10 * number}
     assert copying.is_done
-
-
-@pytest.mark.parametrize("pitched", [{0, 2}, {1}, {0, 1, 2}])
-@pytest.mark.parametrize("seed", range(12))
-def test_blocks_that_go_different_ways_keep_the_order_together(
-    seed: int, pitched: set[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    layout = layout_of(model())
-    kv = cross_layer(torch.bfloat16, 16).kv
-    streams = LazyStreams(seed)
-    copier = windowed(make_copier(layout, kv, Way.PITCHED, streams))
-    copier._on_device()._registers = True
-    ranges = PinnedRanges()
-    monkeypatch.setattr(device_copy, "PINNED", ranges)
-    slots = [(index, slots_of(layout, (0,), 0)) for index in range(3)]
-    for index in pitched:
-        slot = slots[index][1][0] or memoryview(b"")
-        ranges.add(address_of(slot), slot.nbytes)
-    pages = [5, 9, 2]
-    fill(kv, pages, 1.0)
-    streams.run_engine(lambda: fill(kv, pages, 2.0))
-    copier.start_gather(pages, slots).order()
-    streams.run_engine(lambda: fill(kv, pages, 3.0))
-    streams.drain()
-    held = [set(torch.frombuffer(views[0] or b"", dtype=torch.bfloat16).tolist()) for _, views in slots]
-    assert held == [{2.0}, {12.0}, {22.0}]
-    seen: list[list[set[float]]] = []
-    look = lambda: seen.append(found(kv, pages))
-    streams.run_engine(look)
-    loading = copier.start_scatter(pages, slots, step_layers=1)
-    loading.order()
-    streams.run_engine(look)
-    streams.drain()
-    assert seen == [[{3.0}, {13.0}, {23.0}], [{2.0}, {12.0}, {22.0}]]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -562,18 +470,7 @@ def test_a_copy_that_fails_while_it_is_submitted_leaves_nothing_running(to_slots
     start([5, 9, 2], slots).finish()
 
 
-def test_short_rows_and_lossy_blocks_are_not_given_to_copy_engines() -> None:
-    for layout, make in (
-        (layout_of(model()), separate),
-        (layout_of(replace(model("bfloat16+fp8"))), nhd),
-    ):
-        copier = PageCopier(layout, make(torch.bfloat16, 4).kv, way=Way.PITCHED)
-        parts = copier._parts_of(copier._places([1, 2, 3, 4], [0]), [(0, slots_of(layout, (0,), 0))])
-        assert [way for way, _, _ in copier._on_device().ways(parts)] == [Way.INDEX]
-
-
 def test_the_kernel_is_taken_on_a_device_where_it_works_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_copy, "engine_of", lambda device: TorchCopies())  # an old driver: no batches
     monkeypatch.setattr(copy_kernel, "fault", lambda device: "")
     assert best_way(torch.device("cuda")) is Way.STAGED
     assert best_way(torch.device("cpu")) is Way.INDEX

@@ -196,7 +196,7 @@ RULES: dict[str, Rule] = {
     "kvstore.copy_engine": Rule(2, FOUNDATIONS, ("torch",)),
     "kvstore.copy_kernel": Rule(2, FOUNDATIONS, ("torch", "triton")),
     "kvstore.copy_pages": Rule(2, (*FOUNDATIONS, "kvstore.copy_kernel", "kvstore.copy_windows"), ("torch",)),
-    "kvstore.copy_windows": Rule(2, (*FOUNDATIONS, "kvstore.copy_engine", "kvstore.copy_kernel"), ("torch",)),
+    "kvstore.copy_windows": Rule(2, (*FOUNDATIONS, "kvstore.copy_kernel"), ("torch",)),
     "kvstore.device_copy": Rule(2, (*FOUNDATIONS, *COPIES), ("torch",)),
     "kvstore.lossy": Rule(2, FOUNDATIONS, ("torch",)),
     "kvstore.paged": Rule(2, FOUNDATIONS, ("torch",)),
