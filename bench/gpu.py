@@ -263,6 +263,7 @@ def _run(board: Board, phase: Phase) -> bool:
         gc.freeze()
         run(board)
         board.sync()
+        gc.unfreeze()
         done = True
     except Exception as error:  # noqa: BLE001  # one phase's failure is not the others'
         traceback.print_exc()
