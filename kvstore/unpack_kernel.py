@@ -208,6 +208,8 @@ def _unpack(  # type: ignore[no-untyped-def]  # Triton's own types; the capitals
             # To the nearest, ties to even.
             word = value.to(tl.uint32, bitcast=True)
             word = (word + 32767 + ((word >> 16) & 1)) >> 16
+            # CUDA's NaN has all bits of its mantissa set, and would be rounded up to a zero.
+            word = tl.where(value == value, word, 32704)
             engine_at = tl.multiple_of(engine.to(tl.pointer_type(tl.uint16)), PAGE_ALIGN)
             tl.store(engine_at + row[:, None] + lanes * DIM_STEP, word.to(tl.uint16), mask=inside)
         else:

@@ -162,6 +162,22 @@ def test_every_code_was_tried_before_the_kernel_is_used(dtype: torch.dtype, devi
     assert unpack_kernel.fault(torch.device(device), dtype) == ""
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_nan_of_any_bits_stays_one(device: str) -> None:
+    """CUDA's own has all of them set: rounded like a number, it would become a zero."""
+    model = identity()
+    kv = pages_of(model, 16, "kv page token head dim", device)
+    copier = PageCopier(layout_of(model), kv, way=Way.STAGED)
+    copier._by_address = False
+    [[slot]] = packed_blocks(model, 1)
+    assert slot is not None
+    kv_bytes = 2 * 16 * 4 * 32
+    slot[kv_bytes : kv_bytes + 4] = (0x7FFFFFFF).to_bytes(4, "little")  # the scale of layer 0, keys, head 0
+    copier.scatter([3], [(0, [slot])])
+    assert kv.planes[0][0][3][:, 0].isnan().all()
+    assert not kv.planes[0][0][3][:, 1:].isnan().any()
+
+
 @pytest.mark.filterwarnings("ignore")  # Triton's own
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(("token_step", "head_step"), [(1024, 128), (128, 2048)])
