@@ -450,6 +450,7 @@ RESULTS_ASKED = (
             Asked("h2d_ratio", "host → device", ">= 0.92", "", "… host → device"),
             Asked("bidi_ratio", "both at once ÷ that pair's ceiling", ">= 0.85"),
             Asked("decode_slowdown_pct", "a decode step meanwhile", "<= 3", "%"),
+            Asked("decode_slowdown_pct_link", "… beside large pinned copies both ways alone", "", "%"),
             Asked("pin_delay_s", "pinning 32 GiB: delay of the first request", "<= 0.5", "s"),
             *(
                 Asked(f"ttft_vs_floor_{n}", f"TTFT from pinned host ÷ its floor, {n}", "<= 1.10", "×")
