@@ -19,13 +19,14 @@ is measured as if its engine did nothing else. All pages are used before the fir
 Two things made engines that are alike differ, and are kept from all of them:
 
 - *the others' threads*. An engine that waits still has 13 threads of Gloo's, each of which wakes 100 times a second.
-  With three others waiting, the two threads that compute stood in the queue for 84 ms a request of one second, both
-  together; with none for 31. So an engine is stopped while another serves.
+  With three others waiting, the two threads that compute stood in the queue for some 84 ms a request of one second,
+  both together; in another run, with the others stopped, for 31. So an engine is stopped while another serves.
 - *the top of the heap*. glibc hands it back to the kernel when a step's tensors are freed, and the next step faults it
-  in again: 0 to 42000 pages a request, at about 1.5 us each, depending on where something small lies. From start to
-  start an engine's mean was 8000 to 18000 with our connector, 11000 to 23000 with one that does nothing, and 9000 to
-  14000 with none, of four to six starts each. Kept heaps make a first token 4 % quicker in every engine. `--trim`
-  leaves them as they are; either way the result says how many faults a request of each arm had.
+  in again: 0 to 42000 pages a request, at 0.8 to 1.5 us each by two regressions, depending on where something small
+  lies. From start to start an engine's mean was 8000 to 18000 with our connector, 11000 to 23000 with one that does
+  nothing, and 9000 to 14000 with none, of four to six starts each: too few to say whether a connector makes it more,
+  which kept heaps would hide. `--trim` leaves them as they are; either way the result says how many faults a request of
+  each arm had.
 
 Both came after ten starts without them had given 2.2 %, and 2.2 % with the connector taken off.
 

@@ -99,6 +99,7 @@ class TransformersConnector:
         lossy: format of stored blocks, such as `fp8`: half the bytes, and answers that may differ. Empty for exact.
         device_budget_bytes: memory for blocks kept on the device, above the store; 0 for none.
         step_layers: on a device, layers of a load that a forward pass waits for together; 0 for all of them.
+            From the device tier this is the first step alone; those after it grow.
         max_wait_s: longest wait for an answer of lower tiers.
         load_rule: load where it is predicted to pay, or always.
         streams: the device's; a test brings its own, and then gets a device's path on the CPU too.

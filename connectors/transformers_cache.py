@@ -28,6 +28,7 @@ class BlockCache(Cache):
 
     Args:
         step_layers: layers whose copies end together, for which a forward pass then waits together; 0 for all.
+            Of rows, the first step alone: those after it grow.
         streams: the device's; a test brings its own, and then gets a device's path on the CPU too.
     """
 
