@@ -35,6 +35,7 @@ _MAX_ROUNDS = 1000
 _TARGET_SHARE = 0.99
 """How full it is after an eviction: each gives room to the writes of a while, and empty room holds no hits."""
 _TOTAL_GOOD_FOR_S = 0.25
+"""By what other stores write meanwhile, capacity may be exceeded; the next write evicts it."""
 _SPAN_S = 600.0
 """How long what nobody uses is taken to be kept while nothing ever had to go: then order does not matter yet."""
 

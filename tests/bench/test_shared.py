@@ -43,7 +43,8 @@ def test_no_resident_block_lacks_its_parent_after_a_replay_at_five_percent(polic
     assert outcome.faults == []
     assert outcome.out_of_reach_after_sweep == 0
     assert outcome.out_of_reach <= 0.01 * outcome.resident_blocks
-    assert 0.5 * distinct / 20 < outcome.resident_blocks <= distinct / 20
+    # A store takes the sum for good for a quarter of a second, in which the other may write a request's blocks.
+    assert 0.5 * distinct / 20 < outcome.resident_blocks <= distinct / 20 + max(map(len, requests))
     assert outcome.hit_blocks["redis"] > 0
     assert outcome.hit_blocks["host"] > 0
 
