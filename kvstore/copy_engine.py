@@ -59,9 +59,9 @@ class BatchCopies:
     """See the module. Raises OSError without a driver, AttributeError where it lacks the call.
 
     The driver's own call, which takes arrays: cuda-python's takes lists, and making those of 65,536 rows takes as long
-    as a good part of the 40 ms in which the link moves them. A driver takes 1 µs of the CPU for each copy of a batch,
-    on an H100 measured beside 6 µs through torch. The name without a suffix is the call's first version, which
-    says which copy failed; CUDA 13's headers mean `_v2` by it, the library keeps both.
+    as a good part of the 40 ms in which the link moves them. Beside an H100 a driver took 1 µs of the CPU for each copy
+    of a batch, and torch 10 for each of its own. The name without a suffix is the call's first version, which says
+    which copy failed; CUDA 13's headers mean `_v2` by it, the library keeps both.
     """
 
     def __init__(self, driver: Any = None, stream: Callable[[], int] | None = None) -> None:
@@ -96,7 +96,7 @@ class BatchCopies:
 
 
 def _stream() -> int:
-    """The current one; never the legacy default stream, which the calls refuse."""
+    """The current one; never the legacy default stream, which the call refuses."""
     return int(torch.cuda.current_stream().cuda_stream)
 
 

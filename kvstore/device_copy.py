@@ -8,7 +8,8 @@ Ways; both move the same bytes:
     INDEX    the same with torch's indexing in place of the kernel: where there is no Triton, and on the CPU
 
 What else was tried on an H100 (PCIe 5): shares of large pinned copies for device to host, host to device and both at
-once, 1 GiB a call, and what a decode step beside both loses, of which the link alone takes 5 to 6 %:
+once, 1 GiB a call (2 GiB are in `bench/results`), and what a decode step beside both loses, of which the link alone
+takes 5 to 6 %:
 
     STAGED                                            0.93  0.94  0.87    8 … 10 %
     a copy through torch for each block               0.91  0.92  0.69    8 %   the caller's CPU is what it waits for

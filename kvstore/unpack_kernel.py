@@ -19,7 +19,6 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from math import gcd
 
-import numpy as np
 import torch
 
 from kvstore.copy_kernel import HAS_TRITON, launcher, most_programs
@@ -76,7 +75,6 @@ class Unpacking:
         lanes = gcd(dim, _MAX_LANES)
         rows = part.piece_tokens * heads * (dim // lanes)
         at_once = triton.next_power_of_2(min(rows, max(1, _TILE // lanes)))
-        page_steps = part.page_step, part.piece_tokens * part.token_step
         self._device = plane.device
         self._planes = part.table.data_ptr()
         self._constants = _Constants(
@@ -93,7 +91,7 @@ class Unpacking:
             ROWS=at_once,
             CHUNKS=-(-rows // at_once),
             SLOT_ALIGN=gcd(16, lanes, part.slot_layer_bytes),
-            PAGE_ALIGN=gcd(16, *page_steps, int(np.gcd.reduce(part.addresses))),
+            PAGE_ALIGN=gcd(16, part.divisor),
             DTYPE=_DTYPES[plane.dtype],
         )
         self._keywords = {**asdict(self._constants), "num_warps": _NUM_WARPS}
