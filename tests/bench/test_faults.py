@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from bench.faults import greatest_change_pct
+from bench.host_hits import greatest_change_pct
 
 
 @pytest.mark.parametrize(("ratios", "percent"), [((0.9, 1.04), 10), ((0.98, 0.99), 2), ((1.0, 1.07), 7), ((1, 1), 0)])

@@ -9,7 +9,8 @@ from contextlib import suppress
 import pytest
 
 from bench.failover import WAYS, measure_failover
-from bench.faults import MODEL, Soak, _config, run_soak
+from bench.faults import MODEL, Soak, run_soak
+from bench.host_hits import store_config
 from bench.redis_proxy import ERRORS, KINDS, Fault, FaultProxy, reply_length, spoiled
 from kvstore.block import PartKey, Root
 from kvstore.errors import TierTimeout, TierUnavailable
@@ -38,7 +39,7 @@ def test_stores_under_random_faults_serve_right_bytes_on_time_and_recover() -> N
 @pytest.mark.slow
 def test_a_failover_is_measured_from_the_new_primary_to_the_last_block() -> None:
     content = [random.Random(at).randbytes(8192) for at in range(12)]
-    found = measure_failover(MODEL, _config(0.25, 5.0, 5.0), content, 0.25, 1)
+    found = measure_failover(MODEL, store_config(0.25, 5.0, 5.0), content, 0.25, 1)
     assert found["failover_wrong_blocks"] == 0
     assert found["failover_requests"] > 100
     for way in WAYS:

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Of `bench faults`: a hit that the host serves alone, while Redis is healthy, slow, stopped, or not there at all."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from bench.redis_proxy import SlowProxy
+from kvstore.block import Chain, ModelId, Root
+from kvstore.config import StoreConfig
+from kvstore.copying import copy_bytes
+from kvstore.layout import layout_of
+from kvstore.store import KVStore
+from kvstore.tiers.redis import RedisTier
+from kvstore.tiers.valkey import EmbeddedServer
+
+LARGE = ModelId(
+    model="hits", revision="1", kv_dtype="bfloat16", num_layers=4, num_kv_heads=2, head_dim=64, block_tokens=64
+)
+"""Blocks of 128 KiB."""
+_HEAD_BLOCKS = 64
+_HITS = 40
+_UNTIMED_HITS = 5
+"""Before them: some arms follow a pause, from which caches come back cold, and others do not."""
+_NOTICED_S = 0.3
+"""In which the breaker has opened, where it opens."""
+
+
+def store_config(lookup_s: float, read_s: float, write_s: float) -> StoreConfig:
+    return StoreConfig.load(
+        {
+            "host": {"capacity_bytes": 64 << 20, "prefault": True},
+            "mover": {"write": "through", "write_deadline_s": write_s, "flush_s": 1.0},
+            "request": {"lookup_deadline_s": lookup_s, "read_deadline_s": read_s},
+        },
+        environ={},
+    )
+
+
+def bytes_of(chain: Chain, index: int, num_bytes: int) -> memoryview:
+    """Bytes that follow from the block's id, as KV follows from its tokens."""
+    return memoryview(random.Random(chain.ids[index]).randbytes(num_bytes))
+
+
+def save_content(store: KVStore, chain: Chain, content: Sequence[memoryview]) -> None:
+    with store.save(chain, 0, len(content)) as save:
+        for index in save.indices:
+            view = save.views(index)[0]
+            assert view is not None
+            copy_bytes(view, content[index])
+        save.commit()
+
+
+class _Hits:
+    """A store on a server behind a proxy, which has the first blocks of all chains in its host, and one without Redis.
+
+    Every hit is of another chain, as of another prompt under one system prompt: what follows the host's blocks was
+    never asked for before.
+    """
+
+    def __init__(self, server: EmbeddedServer, proxy: SlowProxy) -> None:
+        self._server = server
+        self._proxy = proxy
+        self._rng = np.random.default_rng(0)
+        self._head = self._rng.integers(0, 1000, _HEAD_BLOCKS * LARGE.block_tokens)
+        self._tier = RedisTier(RedisTier.Options(url=proxy.url, capacity_bytes=1 << 30, sweep_every_s=0))
+        self._store = KVStore(store_config(0.25, 5.0, 5.0), tiers=[self._tier])
+        self._alone = KVStore(store_config(0.25, 5.0, 5.0), tiers=[])
+        num_bytes = layout_of(LARGE).block_bytes
+        chain = self._chain()
+        self._content = [bytes_of(chain, index, num_bytes) for index in range(_HEAD_BLOCKS)]
+        self._into = [memoryview(bytearray(num_bytes)) for _ in range(_HEAD_BLOCKS)]
+        for store in (self._store, self._alone):
+            store.open(LARGE)
+            store.wait_ready()
+            save_content(store, chain, self._content)
+            store.flush(10)
+
+    def _chain(self) -> Chain:
+        rest = self._rng.integers(0, 1000, 8 * LARGE.block_tokens)
+        return Chain(Root(LARGE), np.concatenate([self._head, rest]))
+
+    def alone_s(self) -> float:
+        """Seconds of a hit without Redis, the median of some."""
+        return self._hits_s(self._alone)
+
+    def healthy_s(self) -> float:
+        """The same with a Redis that works, and was noticed to."""
+        until = time.monotonic() + 10
+        while self._tier.refuses:
+            if time.monotonic() > until:
+                raise RuntimeError("Redis did not come back")
+            time.sleep(0.01)
+        self._settle()
+        return self._hits_s(self._store)
+
+    def slow_s(self) -> tuple[float, float]:
+        """The same just after every reply began to take 200 ms, and when that has been so for a while."""
+        self._proxy.delay(0.2)
+        try:
+            return self._before_and_after()
+        finally:
+            self._proxy.delay(0)
+            self._settle()
+
+    def stopped_s(self) -> tuple[float, float]:
+        """The same of a server that stands still."""
+        os.kill(self._server.pid, signal.SIGSTOP)
+        try:
+            return self._before_and_after()
+        finally:
+            os.kill(self._server.pid, signal.SIGCONT)
+
+    def _before_and_after(self) -> tuple[float, float]:
+        before = self._hits_s(self._store)
+        self._store.match(self._chain(), "noticed", wait_s=10)
+        self._store.forget("noticed")
+        time.sleep(_NOTICED_S)
+        return before, self._hits_s(self._store)
+
+    def _settle(self) -> None:
+        """What an arm left to be done is not the next one's."""
+        if not (self._store.flush(10) and self._tier.settle(10)):
+            raise RuntimeError("what hits left to do did not end")
+
+    def _hits_s(self, store: KVStore) -> float:
+        chains = [self._chain() for _ in range(_UNTIMED_HITS + _HITS)]
+        took_s = [_host_hit_s(store, chain, self._into) for chain in chains]
+        return statistics.median(took_s[_UNTIMED_HITS:])
+
+    def close(self) -> None:
+        if self._into[5] != self._content[5]:
+            raise RuntimeError("other bytes were served than were saved")
+        self._store.close()
+        self._alone.close()
+
+
+def measure_host_hits(rounds: int) -> dict[str, float]:
+    """Match and copy of 64 host blocks, with 8 more that only Redis could have, by the state Redis is in."""
+    ratios: dict[str, list[float]] = {"slow": [], "slow_noticed": [], "stopped": [], "stopped_noticed": [], "alone": []}
+    healthy_s: list[float] = []
+    with EmbeddedServer() as server, SlowProxy(server.unix_url.removeprefix("unix://")) as proxy:
+        hits = _Hits(server, proxy)
+        try:
+            for number in range(rounds + 1):
+                healthy = hits.healthy_s()
+                took_s = (*hits.slow_s(), *hits.stopped_s(), hits.alone_s())
+                if number:
+                    healthy_s.append(healthy)
+                    for ratio, seconds in zip(ratios.values(), took_s, strict=True):
+                        ratio.append(seconds / healthy)
+        finally:
+            hits.close()
+    cost = {state: statistics.median(ratio) for state, ratio in ratios.items()}
+    alone = cost.pop("alone")
+    return {
+        "host_hit_ms": 1e3 * statistics.median(healthy_s),
+        **{f"host_hit_{state}_pct": 100 * (ratio - 1) for state, ratio in cost.items()},
+        "host_hit_unaffected_pct": greatest_change_pct(cost.values()),
+        "host_hit_over_no_redis_pct": 100 * (1 / alone - 1),
+    }
+
+
+def greatest_change_pct(ratios: Iterable[float]) -> float:
+    """By how much the ratio that is furthest from 1 is off, either way: a quicker arm says what a healthy one costs."""
+    return 100 * max(abs(ratio - 1) for ratio in ratios)
+
+
+def _host_hit_s(store: KVStore, chain: Chain, into: Sequence[memoryview]) -> float:
+    began = time.perf_counter()
+    store.match(chain, "hit")
+    with store.load("hit", len(into)) as load:
+        for block in load:
+            copy_bytes(into[block.index], block.views[0])
+        if not load.intact():
+            raise RuntimeError("a lease ran out")
+    return time.perf_counter() - began
