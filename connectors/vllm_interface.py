@@ -50,9 +50,9 @@ def check_interface(*bases: type) -> None:
             )
 
 
-def not_importable(error: ImportError) -> ConfigError:
-    """What to raise where a name that the connector needs is not there."""
-    return ConfigError(f"vLLM {vllm_version()} lacks what the connector needs ({error}): {_tested()}")
+def not_importable(error: ImportError, who: str = "the connector") -> ConfigError:
+    """What to raise where a name that `who` needs is not there."""
+    return ConfigError(f"vLLM {vllm_version()} lacks what {who} needs ({error}): {_tested()}")
 
 
 def untested(version: str) -> str:

@@ -31,8 +31,14 @@ from platform import machine
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-from vllm.v1.kv_offload.base import LookupResult, Medium, ReqContext, RequestOffloadingContext
-from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
+
+from connectors.vllm_interface import not_importable
+
+try:
+    from vllm.v1.kv_offload.base import LookupResult, Medium, ReqContext, RequestOffloadingContext
+    from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
+except ImportError as error:
+    raise not_importable(error, "connectors.vllm_tiering") from error
 
 from connectors.vllm_identity import revision_of
 from kvstore.errors import ConfigError, KVStoreError

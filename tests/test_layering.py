@@ -306,7 +306,9 @@ RULES: dict[str, Rule] = {
     "connectors.vllm_pages": Rule(6, (*PUBLIC, "kvstore.copying"), ("torch",)),
     "connectors.vllm_opaque": Rule(6, (*PUBLIC, "kvstore.copying", "connectors.vllm_pages"), ("torch",)),
     # An engine that offloads by itself: no store, a tier for its own keys.
-    "connectors.vllm_tiering": Rule(6, (*PUBLIC, "kvstore.keyed", "connectors.vllm_identity"), ("torch", "vllm")),
+    "connectors.vllm_tiering": Rule(
+        6, (*PUBLIC, "kvstore.keyed", "connectors.vllm_identity", "connectors.vllm_interface"), ("torch", "vllm")
+    ),
     "connectors.vllm_*": Rule(
         6, (*PUBLIC, "connectors.base", "connectors.hints", "connectors.vllm_*"), ("torch", "vllm")
     ),

@@ -44,21 +44,36 @@ def test_methods_may_be_of_the_class_and_of_several_bases() -> None:
     check_interface(without, Other)
 
 
-def test_a_vllm_that_lacks_a_name_is_refused_in_words(tmp_path: Path) -> None:
-    package = tmp_path / "vllm" / "distributed" / "kv_transfer" / "kv_connector" / "v1"
-    package.mkdir(parents=True)
-    (package / "base.py").write_text("class KVConnectorBase_V1: ...\n")
-    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+def imported(module: str, vllm: Path) -> str:
+    """The last line of what Python says of an import under a vLLM of ours."""
+    path = os.pathsep.join([str(vllm), str(Path(__file__).parents[2])])
     ran = subprocess.run(
-        [sys.executable, "-c", "import connectors.vllm"],
+        [sys.executable, "-c", f"import {module}"],
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
         timeout=60,
     )
     assert ran.returncode == 1
-    assert "ConfigError: vLLM" in ran.stderr.splitlines()[-1]
-    assert "cannot import name 'KVConnectorHandshakeMetadata'" in ran.stderr.splitlines()[-1]
+    return ran.stderr.splitlines()[-1]
+
+
+def test_a_vllm_that_lacks_a_name_is_refused_in_words(tmp_path: Path) -> None:
+    package = tmp_path / "vllm" / "distributed" / "kv_transfer" / "kv_connector" / "v1"
+    package.mkdir(parents=True)
+    (package / "base.py").write_text("class KVConnectorBase_V1: ...\n")
+    said = imported("connectors.vllm", tmp_path)
+    assert "ConfigError: vLLM" in said
+    assert "cannot import name 'KVConnectorHandshakeMetadata'" in said
+
+
+def test_a_vllm_whose_own_offloading_is_another_is_refused_in_words(tmp_path: Path) -> None:
+    package = tmp_path / "vllm" / "v1" / "kv_offload"
+    package.mkdir(parents=True)
+    (package / "base.py").write_text("class LookupResult: ...\n")
+    said = imported("connectors.vllm_tiering", tmp_path)
+    assert "ConfigError: vLLM" in said
+    assert "lacks what connectors.vllm_tiering needs (cannot import name 'Medium'" in said
 
 
 def test_a_release_that_was_not_tried_is_said_to_be_so() -> None:
