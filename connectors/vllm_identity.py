@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -28,9 +26,8 @@ from kvstore.errors import ConfigError
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-log = logging.getLogger("kvstore.connector.vllm")
-
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+"""How the names of files end that hold weights."""
 _FP8 = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
 _ACCEPTED_SPECS = ("FullAttentionSpec",)
 
@@ -147,18 +144,18 @@ def revision_of(model: str, revision: str | None, config: Any = None) -> str:
 
 
 def directory_digest(directory: Path) -> str:
-    """SHA-256 over names and contents of the weight files, remembered by size and time of change."""
-    files = sorted(path for path in directory.iterdir() if path.suffix in _WEIGHTS)
+    """SHA-256 over names and contents of the weight files, remembered by their stamps."""
+    files = sorted(path for path in directory.iterdir() if path.suffix in WEIGHTS)
     if not files:
         raise ConfigError(f"{directory} has no weight files: set kv_connector_extra_config.revision")
     return contents_digest(directory, files)
 
 
 def contents_digest(directory: Path, files: Sequence[Path]) -> str:
-    """SHA-256 over names and contents of files in `directory`, remembered by size and time of change."""
+    """SHA-256 over names and contents of files in `directory`, remembered by their stamps."""
     names = [path.relative_to(directory).as_posix() for path in files]
     found = [path.stat() for path in files]
-    stamps = [[name, s.st_size, s.st_mtime_ns, s.st_ino] for name, s in zip(names, found, strict=True)]
+    stamps = [[name, *stamp_of(s)] for name, s in zip(names, found, strict=True)]
     key = hashlib.sha256(json.dumps([str(directory.resolve()), stamps]).encode()).hexdigest()
     base = os.environ.get("XDG_CACHE_HOME")
     remembered = (Path(base) if base else Path.home() / ".cache") / "kvstore" / "weights" / key
@@ -179,6 +176,11 @@ def contents_digest(directory: Path, files: Sequence[Path]) -> str:
     except OSError:
         pass  # a cache that cannot be written costs a digest at each start
     return text
+
+
+def stamp_of(found: os.stat_result) -> tuple[int, int, int, int]:
+    """What is another when a file's content is. Its time of change too: a copy may be given any time of writing."""
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
 
 # -- a rank ----------------------------------------------------------------------------------------------------
@@ -258,74 +260,6 @@ def media_of(request: EngineRequest) -> list[tuple[int, bytes]]:
         content = embeds.flatten().view(torch.uint8).numpy().tobytes()
         items.append((0, hashlib.sha256(b"embeds|" + head + content).digest()))
     return sorted(items)
-
-
-_Stamps = tuple[tuple[str, int, int, int], ...]
-_ADAPTER_SETTINGS = "adapter_config.json"
-
-
-def _stamps_of(directory: Path) -> _Stamps:
-    """Name, size, time of change and inode of an adapter's files; none where they cannot be seen."""
-    try:
-        names = sorted(n for n in os.listdir(directory) if n == _ADAPTER_SETTINGS or n.endswith(_WEIGHTS))
-        found = [os.stat(directory / name) for name in names]
-    except OSError:
-        return ()
-    return tuple((n, s.st_size, s.st_mtime_ns, s.st_ino) for n, s in zip(names, found, strict=True))
-
-
-class _Changed(Future[bytes]):
-    """Of an adapter whose files changed: it stays so though they change back."""
-
-
-class AdapterDigests:
-    """Content digests of LoRA adapters, computed on a thread of their own.
-
-    Never by name or path: two adapters may bear one name, and a path may be written again. vLLM reads an adapter's
-    files again whenever its cache of adapters has dropped it, and says nothing: once files have changed without
-    `load_inplace`, which weights it computes with is not known, so such an adapter's requests run without reuse until
-    it is loaded in place. Files that change between a request's arrival and its first step are not seen in time.
-    """
-
-    def __init__(self, digest: Callable[[Path], bytes] | None = None) -> None:
-        self._digest = digest or adapter_digest
-        self._known: dict[tuple[int, str], tuple[_Stamps, Future[bytes]]] = {}
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="kvstore-lora")
-
-    def of(self, lora: LoraRequest | None) -> Future[bytes]:
-        """The digest of a new request's adapter, empty for none; the future may take its time, or fail."""
-        if lora is None:
-            none: Future[bytes] = Future()
-            none.set_result(b"")
-            return none
-        key = (lora.lora_int_id, lora.lora_path)
-        stamps = _stamps_of(Path(lora.lora_path))
-        if lora.load_inplace or key not in self._known:
-            self._known[key] = stamps, self._pool.submit(self._read, Path(lora.lora_path), stamps)
-        known, future = self._known[key]
-        if stamps != known and not isinstance(future, _Changed):
-            log.warning("%s has changed, and not by load_inplace: its requests run without reuse", lora.lora_path)
-            future = _Changed()
-            future.set_exception(ConfigError(f"{lora.lora_path} has changed since the engine was given it"))
-            self._known[key] = known, future
-        return future
-
-    def _read(self, directory: Path, stamps: _Stamps) -> bytes:
-        digest = self._digest(directory)
-        if _stamps_of(directory) != stamps:
-            raise ConfigError(f"{directory} changed while it was read")
-        return digest
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-
-def adapter_digest(directory: Path) -> bytes:
-    """SHA-256 over an adapter's weights and its configuration (rank and scale are in there)."""
-    settings = directory / _ADAPTER_SETTINGS
-    digest = hashlib.sha256(directory_digest(directory).encode())
-    digest.update(settings.read_bytes() if settings.is_file() else b"")
-    return digest.hexdigest().encode()
 
 
 class Roots:

@@ -11,10 +11,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from connectors.base import LoadRule
 from kvstore.api import NO_HINT, Hint
 from kvstore.errors import ConfigError
+
+if TYPE_CHECKING:
+    from connectors.vllm_adapters import AdapterFiles
 
 
 class PageLayout(Enum):
@@ -190,7 +194,8 @@ class SaveOrder:
     """Copy blocks `start` … `stop` out of the engine's pages when the step has run.
 
     Attributes:
-        adapter, salt: what the chain's root is made of; known: tokens of the chain that the worker has already.
+        adapter, salt: what the chain's root is made of; files: what `adapter` is the digest of, None for no adapter.
+        known: tokens of the chain that the worker has already.
         tokens: the tokens that follow, u32 little-endian; media: (offset, digest) items among them.
         pages: the request's page table from token 0.
         holds: the request has ended and its pages wait for the report of this save.
@@ -208,6 +213,20 @@ class SaveOrder:
     pages: tuple[int, ...]
     holds: bool
     hint: Hint = NO_HINT
+    files: AdapterFiles | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """Of loaded KV when its request's first step has run, in which the engine read the adapter: are `files` the same?
+
+    Where not, tokens `first_token` … `stop_token` were loaded for another adapter than they are gone on with.
+    """
+
+    files: AdapterFiles
+    pages: tuple[int, ...]
+    first_token: int
+    stop_token: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +240,7 @@ class Orders:
     loads: tuple[LoadOrder, ...] = ()
     saves: tuple[SaveOrder, ...] = ()
     ended: tuple[str, ...] = ()
+    proofs: tuple[Proof, ...] = ()
     idle: bool = False
     reset: bool = False
 

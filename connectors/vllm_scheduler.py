@@ -16,12 +16,14 @@ from dataclasses import dataclass, field, replace
 
 from connectors.base import CostModel, FailOpen, LoadRule, plan_save
 from connectors.hints import hint_of
+from connectors.vllm_adapters import Adapter, AdapterDigests
 from connectors.vllm_announced import Announced, KeptMark
-from connectors.vllm_identity import AdapterDigests, EngineRequest, Roots, media_of
+from connectors.vllm_identity import EngineRequest, Roots, media_of
 from connectors.vllm_plan import (
     LoadOrder,
     LoadReport,
     Orders,
+    Proof,
     Report,
     SaveOrder,
     Scheduled,
@@ -54,7 +56,7 @@ class _Tracked:
     """One request from its arrival to its end."""
 
     request: EngineRequest
-    adapter: Future[bytes]
+    adapter: Future[Adapter]
     key: str
     media: list[tuple[int, bytes]]
     chain: Chain | None = None
@@ -83,7 +85,9 @@ class _Tracked:
     announced_to: int = 0
     """Blocks up to here are."""
     from_before: bool = False
-    """Its KV was computed before a reset, and is not saved until the engine computes it anew."""
+    """Its KV may be of before a reset, or of its adapter as it was: not saved until the engine computes it anew."""
+    to_prove: range | None = None
+    """Tokens loaded for an adapter that the engine has not read since."""
 
 
 @dataclass(slots=True)
@@ -201,9 +205,12 @@ class SchedulerSide:
         """
         self.arrived(request)
         tracked = self._tracked[request.request_id]
-        tracked.planned, tracked.from_before = 0, False  # asked only where the request has no KV
+        tracked.planned, tracked.to_prove = 0, None
+        # Asked only where the request has no KV but what the engine's own cache has.
+        tracked.from_before = local_tokens > 0 and self._adapters.was_rewritten(request.lora_request)
         if (
             not self._settings.load
+            or tracked.from_before
             or request.skip_reading_prefix_cache
             or tracked.gave_up
             or request.request_id in self._loading
@@ -304,7 +311,7 @@ class SchedulerSide:
             if not tracked.adapter.done() or tracked.adapter.exception() is not None:
                 return None
             salt = (request.cache_salt or "").encode()
-            tracked.chain = Chain(self._roots.root(tracked.adapter.result(), salt))
+            tracked.chain = Chain(self._roots.root(tracked.adapter.result().digest, salt))
         chain, known = tracked.chain, tracked.chain.num_tokens
         if request.num_tokens < known:
             # A streaming session took tokens back: what was hashed is no longer what the request says.
@@ -347,6 +354,7 @@ class SchedulerSide:
             timeout_s=self._settings.load_deadline_ms / 1e3 * _IN_TIME,
         )
         self.figures.add("loads")
+        tracked.to_prove = range(order.first_token, order.stop_token)
         self._announce(tracked)
         if load is None:
             self._loads.append(order)  # workers report it as failed
@@ -375,7 +383,7 @@ class SchedulerSide:
     def _announce(self, tracked: _Tracked) -> None:
         chain = tracked.chain
         start = max(tracked.in_store, tracked.num_saved)
-        if not self._settings.save or chain is None or not self._resets.allows(chain.root):
+        if not self._settings.save or tracked.from_before or chain is None or not self._resets.allows(chain.root):
             return
         if tracked.announcement is None and start < len(chain):
             mark = self.fail_open.call(lambda: self._store.announce(chain, start, len(chain)), None)
@@ -408,9 +416,21 @@ class SchedulerSide:
             time.sleep(_REST_S)
         self._num_waiting = 0
         loads, saves, ended = tuple(self._loads), tuple(self._saves), tuple(self._ended)
-        made = Orders(loads, saves, ended, idle=not step.num_scheduled, reset=self._reset)
+        made = Orders(loads, saves, ended, self._proofs(step), idle=not step.num_scheduled, reset=self._reset)
         self._loads, self._saves, self._ended, self._reset = [], [], [], False
         return made
+
+    def _proofs(self, step: Scheduled) -> tuple[Proof, ...]:
+        """What to look at again when the step has run, in which the engine reads adapters it does not have."""
+        proofs = []
+        for request_id in step.num_scheduled:
+            tracked = self._tracked.get(request_id)
+            if tracked is None or tracked.to_prove is None:
+                continue
+            loaded, tracked.to_prove = tracked.to_prove, None
+            if (files := tracked.adapter.result().files) is not None:
+                proofs.append(Proof(files, tuple(step.pages[request_id]), loaded.start, loaded.stop))
+        return tuple(proofs)
 
     def _save(self, tracked: _Tracked, stop: int, pages: Sequence[int], *, holds: bool) -> bool:
         """Order blocks up to `stop` to be saved; False where there is nothing to save."""
@@ -438,6 +458,7 @@ class SchedulerSide:
                 pages=tuple(pages),
                 holds=holds,
                 hint=self._hint(tracked),
+                files=tracked.adapter.result().files,
             )
         )
         tracked.num_saved = stop

@@ -4,7 +4,8 @@
 Invariants
 1. Every load that was ordered is reported, by its deadline at the latest, aborted requests' too.
 2. Once a load is reported, nothing of it writes to the engine's pages any more.
-3. Nothing is saved in a step in which a page it builds on failed to load.
+3. Nothing is saved in a step in which a page it builds on failed to load, or whose adapter may not be the one that its
+   blocks are named by.
 4. On a device a load that belongs to a step is settled, and its failure known, before the step's results are reported.
 5. Once a reset is reported, nothing that was ordered before it is published any more.
 """
@@ -24,6 +25,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from connectors.base import FailOpen
+from connectors.vllm_adapters import AdapterFiles
 from connectors.vllm_device import DeviceLoad, DeviceSave
 from connectors.vllm_identity import Roots
 from connectors.vllm_pages import DevicePages, EnginePages
@@ -136,6 +138,7 @@ class WorkerSide:
         self._sent: set[str] = set()
         self._in_step: list[_Job] = []
         self._saving: list[_Saving] = []
+        self._changed: set[AdapterFiles] = set()
         self._resets_due = 0
         """Resets to report when no void save is under way any more."""
         self._report = Report()
@@ -380,11 +383,18 @@ class WorkerSide:
         runs: copies then stood in the way of a pass that had begun.
         """
         self._settle()
+        for proof in orders.proofs:
+            if not self._is_unchanged(proof.files):
+                bad = failed_pages(proof.pages, self._pages.page_tokens, proof.first_token, proof.stop_token)
+                self._bad_pages.update(bad)
+                self._bad_now.update(bad)
         for order in orders.saves:
             begun = False
             try:
                 if order.start == order.stop:
                     pass  # a reset left nothing of it to save; its pages are let go of
+                elif order.files is not None and not self._is_unchanged(order.files):
+                    pass  # nor will anything that follows be saved
                 elif self._bad_now.intersection(order.pages):
                     # Computed on top of pages that did not load: the engine is about to compute it again.
                     self._report.unsaved[order.request] = order.start
@@ -399,6 +409,15 @@ class WorkerSide:
         self._bad_now.clear()
         for request in orders.ended:
             self._chains.pop(request, None)
+
+    def _is_unchanged(self, files: AdapterFiles) -> bool:
+        """Whether the engine, which has read an adapter by now, read what its blocks are named by."""
+        if files.are_unchanged:
+            return True
+        if files not in self._changed:
+            self._changed.add(files)
+            log.warning("%s changed under its requests: their KV is neither kept nor reused", files.directory)
+        return False
 
     def _grow(self, order: SaveOrder) -> bool:
         """Extend this worker's copy of the chain; False where it does not fit what the scheduler's side knows."""

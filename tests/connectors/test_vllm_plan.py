@@ -7,7 +7,6 @@ import hashlib
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +15,7 @@ from typing import Any, cast
 import pytest
 
 from connectors import vllm_worker
-from connectors.vllm_identity import AdapterDigests, adapter_digest, directory_digest, media_of
+from connectors.vllm_identity import directory_digest, media_of
 from connectors.vllm_plan import (
     LoadReport,
     Orders,
@@ -1308,130 +1307,6 @@ def test_a_secret_keys_the_blocks_of_both_sides_alike() -> None:
         bench.side.ended(request, [])
         bench.fill(tokens(100))
         bench.close()
-
-
-def test_an_adapter_is_a_miss_until_its_digest_is_known() -> None:
-    class Late(AdapterDigests):
-        def __init__(self) -> None:
-            super().__init__()
-            self.future: Future[bytes] = Future()
-
-        def of(self, lora: Any) -> Future[bytes]:
-            return self.future if lora is not None else super().of(lora)
-
-    bench = Bench()
-    bench.fill(tokens(100))
-    late = Late()
-    bench.side._adapters = late
-    request = FakeRequest("r", tokens(120), lora_request=SimpleNamespace(lora_path="x"))
-    assert bench.side.match(request, 0) == (0, False)
-    assert bench.step((request, 120)).saves == ()
-    late.future.set_result(b"digest")
-    request.num_computed_tokens = 0
-    assert [(order.adapter, order.stop) for order in bench.step((request, 120)).saves] == [(b"digest", 7)]
-    bench.side.ended(request, [])
-    again = FakeRequest("s", tokens(120), lora_request=SimpleNamespace(lora_path="x"))
-    assert bench.side.match(again, 0) == (112, False)
-    bench.side.ended(again, [])
-    bench.report()
-    bench.close()
-
-
-def test_digests_of_adapters_are_computed_on_another_thread_once_each(tmp_path: Path) -> None:
-    go, seen = threading.Event(), list[tuple[str, str]]()
-
-    def digest(directory: Path) -> bytes:
-        go.wait(10)
-        seen.append((directory.name, threading.current_thread().name))
-        if not directory.exists():
-            raise FileNotFoundError(directory)
-        return directory.name.encode()
-
-    (tmp_path / "one").mkdir()
-    digests = AdapterDigests(digest)
-    one = SimpleNamespace(lora_name="x", lora_int_id=1, lora_path=str(tmp_path / "one"), load_inplace=False)
-    gone = SimpleNamespace(lora_name="x", lora_int_id=1, lora_path=str(tmp_path / "gone"), load_inplace=False)
-    futures = [digests.of(one), digests.of(gone), digests.of(one)]
-    assert not any(future.done() for future in futures), "whoever asks does not wait"
-    go.set()
-    assert futures[0].result(10) == futures[2].result(10) == b"one"
-    assert isinstance(futures[1].exception(10), FileNotFoundError)
-    assert [name for name, _ in seen] == ["one", "gone"]
-    assert all(thread.startswith("kvstore-lora") for _, thread in seen)
-    one.load_inplace = True  # its files have changed under its name and number
-    assert digests.of(one).result(10) == b"one"
-    assert len(seen) == 3
-    digests.close()
-
-
-def adapter_of(directory: Path, *, load_inplace: bool = False) -> Any:
-    return SimpleNamespace(lora_name="x", lora_int_id=1, lora_path=str(directory), load_inplace=load_inplace)
-
-
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
-def test_an_adapter_whose_files_changed_is_not_known_until_the_engine_loads_it_anew(tmp_path: Path, name: str) -> None:
-    (tmp_path / "adapter_model.safetensors").write_bytes(b"old")
-    (tmp_path / "adapter_config.json").write_bytes(b"{}")
-    digests = AdapterDigests()
-    old = digests.of(adapter_of(tmp_path)).result(10)
-    assert digests.of(adapter_of(tmp_path)).result(10) == old
-    before = (tmp_path / name).read_bytes()
-    (tmp_path / name).write_bytes(before + b" ")
-    assert isinstance(digests.of(adapter_of(tmp_path)).exception(10), ConfigError), "which one the engine has"
-    new = digests.of(adapter_of(tmp_path, load_inplace=True)).result(10)
-    assert new != old
-    assert digests.of(adapter_of(tmp_path)).result(10) == new
-    digests.close()
-
-
-def test_an_adapter_that_changed_and_changed_back_stays_unknown(tmp_path: Path) -> None:
-    (tmp_path / "adapter_model.safetensors").write_bytes(b"old")
-    digests = AdapterDigests()
-    digests.of(adapter_of(tmp_path)).result(10)
-    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "aside")
-    assert digests.of(adapter_of(tmp_path)).exception(10) is not None
-    (tmp_path / "aside").rename(tmp_path / "adapter_model.safetensors")
-    assert digests.of(adapter_of(tmp_path)).exception(10) is not None, "the engine may have read it meanwhile"
-    digests.close()
-
-
-def test_an_adapter_whose_files_change_while_they_are_read_is_not_known(tmp_path: Path) -> None:
-    file = tmp_path / "adapter_model.safetensors"
-    file.write_bytes(b"old")
-
-    def digest(directory: Path) -> bytes:
-        found = adapter_digest(directory)
-        file.write_bytes(b"newer")
-        return found
-
-    digests = AdapterDigests(digest)
-    assert isinstance(digests.of(adapter_of(tmp_path)).exception(10), ConfigError)
-    digests.close()
-
-
-def test_a_request_whose_adapter_cannot_be_read_runs_without_reuse(tmp_path: Path) -> None:
-    bench = Bench()
-    bench.fill(tokens(100))
-    gone = SimpleNamespace(lora_name="x", lora_int_id=1, lora_path=str(tmp_path / "gone"), load_inplace=False)
-    request = FakeRequest("r", tokens(120), lora_request=gone)
-    bench.side.arrived(request)
-    assert bench.side._tracked["r"].adapter.exception(10) is not None
-    assert bench.side.match(request, 0) == (0, False)
-    bench.side.allocated(request, bench.pages_for(request), 0)
-    assert bench.step((request, 120)).saves == ()
-    assert not bench.side.ended(request, bench.pages_for(request))
-    bench.close()
-
-
-def test_an_adapter_is_known_by_its_weights_and_settings(tmp_path: Path) -> None:
-    digests = []
-    for name, weights, settings in (("a", b"w", b"{}"), ("b", b"w", b"{}"), ("c", b"v", b"{}"), ("d", b"w", b"{ }")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "adapter_model.safetensors").write_bytes(weights)
-        (tmp_path / name / "adapter_config.json").write_bytes(settings)
-        digests.append(adapter_digest(tmp_path / name))
-    assert digests[0] == digests[1]
-    assert len({*digests}) == 3
 
 
 def test_weights_are_known_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -214,6 +214,18 @@ def test_adapters_are_known_by_content(run: Run) -> None:
     assert healthy(facts)
 
 
+def test_an_adapter_rewritten_before_the_engine_reads_it_spoils_neither_the_store_nor_an_answer(run: Run) -> None:
+    for facts in run("adapters_rewritten").values():
+        assert facts["num_answers"] == 2
+        assert facts["stored"] == [0, 0], "it came as one adapter and was computed with another"
+        assert facts["hits"] == [0, 0, 299]
+        assert facts["equal"] == [True] * 5
+        assert facts["hits_before"] == 299, "vLLM counts what it then computed again"
+        assert facts["hits_kept"] == 288, "vLLM's own cache goes by name and path"
+        assert facts["stored_kept"] == [0, 0]
+        assert healthy(facts)
+
+
 @pytest.mark.parametrize(("scenario", "kv_dtype"), [("fp8", "float8_e4m3fn"), ("fp8_e5m2", "float8_e5m2")])
 def test_fp8_pages_are_stored_as_bytes(run: Run, scenario: str, kv_dtype: str) -> None:
     facts = run(scenario)

@@ -26,6 +26,7 @@ from connectors import vllm as connector_module
 from connectors import vllm_scheduler
 from kvstore.errors import ConfigError
 from tests.engines import (
+    vllm_adapters,
     vllm_early,
     vllm_hints,
     vllm_images,
@@ -343,64 +344,6 @@ def tenants(workdir: Path) -> Facts:
     return {**facts, "held": engine.close(), "check": store.check()}
 
 
-def adapters(workdir: Path) -> Facts:
-    """Two LoRA adapters, one of them under two names, and a third whose files change under its name."""
-    from safetensors.torch import save_file
-    from vllm.lora.request import LoRARequest
-
-    reference = Reference(workdir)
-    store = FaultyStore()
-
-    def write(name: str, seed: int) -> Path:
-        directory = workdir / name
-        directory.mkdir(exist_ok=True)
-        generator = torch.Generator().manual_seed(seed)
-        weights = {}
-        for layer in range(3):
-            for kind, size in (("q_proj", 128), ("v_proj", 64)):
-                at = f"base_model.model.model.layers.{layer}.self_attn.{kind}"
-                weights[f"{at}.lora_A.weight"] = torch.randn(8, 128, generator=generator) * 0.2
-                weights[f"{at}.lora_B.weight"] = torch.randn(size, 8, generator=generator) * 0.2
-        save_file(weights, directory / "adapter_model.safetensors")
-        settings = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "peft_type": "LORA"}
-        settings |= {"task_type": "CAUSAL_LM", "bias": "none", "base_model_name_or_path": "x"}
-        (directory / "adapter_config.json").write_text(json.dumps(settings))
-        return directory
-
-    one, two = write("lora-one", 1), write("lora-two", 2)
-    engine = Engine(reference.directory, store, enable_lora=True, max_lora_rank=8, max_loras=2, max_cpu_loras=4)
-    prompt = tokens_of(1)
-    facts: Facts = {"hits": [], "same": []}
-    firsts: dict[str, list[int]] = {}
-    asked = [("", 0), ("one", 1), ("two", 2), ("one", 1), ("two", 2), ("alias of one", 3), ("", 0)]
-    paths = {"one": one, "two": two, "alias of one": one}
-    for name, number in asked:
-        engine.forget()
-        lora = LoRARequest(name, number, str(paths[name])) if name else None
-        if lora is not None:  # known before it is asked for: until then it would be a miss
-            engine.connector._scheduler._adapters.of(lora).result()
-        outs, hits = engine.generate([prompt], lora_request=lora)
-        first = firsts.setdefault(str(paths.get(name, "")), outs[0])
-        facts["same"].append(outs[0] == first)
-        facts["hits"].append(hits[0])
-    facts["num_answers"] = len({tuple(first) for first in firsts.values()})
-    digest = engine.connector._scheduler._adapters.of(LoRARequest("one", 1, str(one))).result()
-    first_bytes = bytes_of(store, engine.model_id, prompt, adapter=digest)
-    store.clear()
-    engine.forget()
-    engine.generate([prompt], lora_request=LoRARequest("one", 1, str(one)))
-    again = bytes_of(store, engine.model_id, prompt, adapter=digest)
-    facts["same_bytes"] = first_bytes == again and len(again) == 9
-    engine.forget()
-    engine.generate([prompt])
-    poison(store, engine.model_id, prompt, adapter=digest)
-    engine.forget()
-    adapted, _ = engine.generate([prompt], lora_request=LoRARequest("one", 1, str(one)))
-    differs = adapted[0] != firsts[str(one)]
-    facts["control_differs"] = control(engine, store, prompt, firsts[""]) and differs
-    return {**facts, "held": engine.close(), "check": store.check()}
-
-
 def fp8(workdir: Path, kv_cache_dtype: str = "fp8") -> Facts:
     """Pages of fp8: the same answers from what was stored, byte for byte what the engine computes again."""
     reference = Reference(workdir)
@@ -533,7 +476,8 @@ SCENARIOS: dict[str, Callable[[Path], Facts]] = {
     "faults_beside_the_step": lambda workdir: faults(workdir, 0.0),
     "aborts": aborts,
     "tenants": tenants,
-    "adapters": adapters,
+    "adapters": vllm_adapters.adapters,
+    "adapters_rewritten": vllm_adapters.rewritten,
     "hints": vllm_hints.hints,
     "images": vllm_images.images,
     "fp8": fp8,
