@@ -238,7 +238,7 @@ class SchedulerSide:
         wait_s = tracked.lower_s
         if wait_s is not None:
             wait_s = min(wait_s, _ALONE_S) if self._may_be_alone and len(self._tracked) == 1 else 0.0
-        return self._store.match(chain, tracked.key, hint=self._hint(tracked), wait_s=wait_s)
+        return self._store.match(chain, tracked.key, hint=self._hint(tracked), wait_s=wait_s, soon=True)
 
     def _hint(self, tracked: _Tracked) -> Hint:
         request = tracked.request

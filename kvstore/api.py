@@ -210,14 +210,14 @@ class Store(Protocol):
         hint: Hint = NO_HINT,
         parts: Sequence[int] | None = None,
         wait_s: float | None = 0.0,
+        soon: bool = False,
     ) -> Match:
         """How much of `chain` is there, holding what the host has for a short while under `request`.
 
         Answers from the host at once. Lower tiers are asked in the background about what follows; a later call,
         or this one if `wait_s` allows, has their answer. With `wait_s` None they are not asked: what they hold would
         not be worth loading. Repeating it replaces the request's hold. Where `wait_s` is 0 and the host has something,
-        they are asked some milliseconds later, or at the next call, and not at all once the request is loaded or
-        forgotten.
+        the request may go on with that, and they are asked when it is matched again; `soon`: at once, since it will be.
         """
 
     def load(self, request: str, num_blocks: int | None = None, *, start: int = 0, partial_tokens: int = 0) -> Load:

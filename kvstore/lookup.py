@@ -5,12 +5,14 @@ Invariants
 1. Whoever asks never waits: a `Lookup` says what has been answered so far.
 2. A tier that fails or refuses holds nothing; the next one is asked all the same.
 3. An answer stands until a newer one is there.
-4. What nobody wants to know any more before it was asked, is not asked.
+
+Whether to ask at all is the store's to say. To ask each time, and to let the answer fall where a load came first, made
+a host hit of 1.3 ms one of 2.8 on two cores. To put the question off for 2 ms, and drop it then, still cost a hit of
+0.7 ms a tenth: every second one waited for the interpreter once, which the thread had that looked what was still wanted.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -32,11 +34,6 @@ Sources = tuple[tuple[Tier, int], ...]
 
 _ASK_AGAIN_S = 0.1
 """How often lower tiers are asked about blocks that another store is computing, while a request waits for them."""
-_PUT_OFF_S = 0.002
-"""How long a question waits, up to twice of it, that its request may not want answered. To ask at once, and to pass
-each use on, made a host hit of 1.3 ms one of 2.8 and more, on two cores: threads took the interpreter from the copy."""
-_NUM_IDLE_TICKS = 25
-"""Of `_PUT_OFF_S` each, after which the thread that asks later sleeps until it is woken."""
 
 
 class Answer(NamedTuple):
@@ -58,22 +55,19 @@ class Lookup:
     start: int
     stop: int
     hint: Hint
-    answer: Future[Answer] | None = None
-    """None while it has not been asked."""
-    unwanted: bool = False
-    """Nobody will look at the answer."""
+    answer: Future[Answer]
     again: Future[Answer] | None = None
     """The same asked once more, while the answer still counts."""
 
     @property
     def settled(self) -> bool:
         """Whether all tiers have answered, or failed to."""
-        return self.answer is not None and self.answer.done()
+        return self.answer.done()
 
     @property
     def said(self) -> Answer | None:
         """The answer, as far as there is one."""
-        return self.answer.result() if self.answer is not None and self.answer.done() else None
+        return self.answer.result() if self.answer.done() else None
 
     @property
     def pending_to(self) -> int:
@@ -100,10 +94,9 @@ class Lookup:
         return tuple(out)
 
     def wait(self, timeout_s: float) -> None:
-        """Wait until it is settled, or for as long; it has been asked."""
-        if self.answer is not None:
-            with suppress(FutureTimeout):
-                self.answer.result(timeout=timeout_s)
+        """Wait until it is settled, or for as long."""
+        with suppress(FutureTimeout):
+            self.answer.result(timeout=timeout_s)
 
 
 class Lookups:
@@ -119,65 +112,22 @@ class Lookups:
         self._stats = stats
         # Threads of its own: a load whose consumer is slow holds its thread, and matches must not wait for that.
         self._threads = ThreadPoolExecutor(settings.io_threads, thread_name_prefix="kvstore-ask")
-        self._later = threading.Condition()
-        self._put_off: list[Lookup] = []
-        self._ticking = self._closing = False
-        self._ticker: threading.Thread | None = None
 
-    def begin(self, chain: Chain, start: int, parts: tuple[int, ...], hint: Hint, *, at_once: bool) -> Lookup:
-        """Ask what the tiers hold of `chain` from `start` on; what they hold is touched there, with the hint.
+    @property
+    def refuse(self) -> bool:
+        """Whether no tier would answer: then nothing is to be had by asking."""
+        return all(tier.refuses for tier in self._tiers)
 
-        Unless `at_once`, some milliseconds later, or when it is `wanted`, and not at all where it is `unwanted` before.
-        """
-        if not all(tier.refuses for tier in self._tiers):
-            lookup = Lookup(chain, parts, start, len(chain), hint)
-            if at_once:
-                self.want(lookup)
-            else:
-                self._ask_later(lookup)
-            return lookup
+    def begin(self, chain: Chain, start: int, parts: tuple[int, ...], hint: Hint) -> Lookup:
+        """Ask what the tiers hold of `chain` from `start` on; what they hold is touched there, with the hint."""
+        if not self.refuse:
+            asked = self._threads.submit(self._ask, chain, start, parts, hint)
+            return Lookup(chain, parts, start, len(chain), hint, asked)
         # Said at once: two hand-overs between threads would cost a busy machine milliseconds, for nothing.
         self._stats.add_all({f"{tier.name}.lookup_failures": 1 for tier in self._tiers})
         refused: Future[Answer] = Future()
         refused.set_result(Answer((), start, self._clock.now_s()))
         return Lookup(chain, parts, start, len(chain), hint, refused)
-
-    def want(self, lookup: Lookup) -> None:
-        """Somebody waits for the answer: ask now, if that was put off."""
-        with self._later:
-            if lookup.answer is None and not self._closing:
-                lookup.answer = self._threads.submit(self._ask, lookup.chain, lookup.start, lookup.parts, lookup.hint)
-
-    def _ask_later(self, lookup: Lookup) -> None:
-        with self._later:
-            self._put_off.append(lookup)
-            if self._ticker is None and not self._closing:
-                self._ticker = threading.Thread(target=self._tick, name="kvstore-ask-later", daemon=True)
-                self._ticker.start()
-            elif not self._ticking:
-                self._later.notify_all()
-
-    def _tick(self) -> None:
-        """Ask what was put off and is still wanted. Not woken for each: while some come it looks by itself.
-
-        What came since it looked last may be unwanted in a moment, and is left for the next time.
-        """
-        num_idle = 0
-        due: list[Lookup] = []
-        while True:
-            with self._later:
-                self._ticking = bool(due or self._put_off) or num_idle < _NUM_IDLE_TICKS
-                if not self._ticking:
-                    self._later.wait_for(lambda: bool(self._put_off) or self._closing)
-                    self._ticking = True
-                self._later.wait_for(lambda: self._closing, _PUT_OFF_S)
-                if self._closing:
-                    return
-                asked, due, self._put_off = due, self._put_off, []
-            num_idle = 0 if due else num_idle + 1
-            for lookup in asked:
-                if not lookup.unwanted:
-                    self.want(lookup)
 
     def look_again(self, lookup: Lookup, now_s: float) -> None:
         """What another store computes arrives in a lower tier: look again now and then."""
@@ -205,11 +155,6 @@ class Lookups:
         return found
 
     def close(self) -> None:
-        with self._later:
-            self._closing = True
-            self._later.notify_all()
-        if self._ticker is not None:
-            self._ticker.join()
         self._threads.shutdown(wait=True)
 
     def _ask(self, chain: Chain, start: int, parts: tuple[int, ...], hint: Hint) -> Answer:

@@ -68,6 +68,8 @@ class _Hold:
     hint: Hint
     lookup: Lookup | None = None
     """What lower tiers hold of it; None where they were not asked."""
+    put_off: bool = False
+    """They are to be asked when it is matched again."""
     num_host: int = 0
     """Blocks of the chain among the lease's rows; one row after them is another chain's, which begins alike."""
     num_partial_tokens: int = 0
@@ -75,11 +77,6 @@ class _Hold:
     def sources(self, num_host_blocks: int) -> Sources:
         """What lower tiers hold after the host's run, as far as they have answered."""
         return () if self.lookup is None else self.lookup.sources(num_host_blocks)
-
-    def let_go(self) -> None:
-        """What lower tiers have not been asked yet, nobody wants to know any more."""
-        if self.lookup is not None:
-            self.lookup.unwanted = True
 
 
 class KVStore:
@@ -192,6 +189,7 @@ class KVStore:
         hint: Hint = NO_HINT,
         parts: Sequence[int] | None = None,
         wait_s: float | None = 0.0,
+        soon: bool = False,
     ) -> Match:
         """See `kvstore.api.Store.match`."""
         layout = self._layout(chain)
@@ -210,14 +208,11 @@ class KVStore:
             self._holds[request] = hold
         if before is not None:
             self._leases.release(before.lease)
-            if before.lookup is not None and before.lookup is not hold.lookup:
-                before.lookup.unwanted = True
         if hold.lookup is None and wait_s is not None and self._tiers and num_host < len(chain):
-            # Whoever does not wait, and has something in the host, may go on with that alone.
-            at_once = bool(wait_s) or not num_host or not first_time
-            hold.lookup = self._lookups.begin(chain, num_host, cells, hold.hint, at_once=at_once)
-        elif hold.lookup is not None:
-            self._lookups.want(hold.lookup)
+            if wait_s or soon or not num_host or not first_time:
+                hold.lookup = self._lookups.begin(chain, num_host, cells, hold.hint)
+            else:  # it may go on with what the host has: then nobody would look at the answer
+                hold.put_off = not self._lookups.refuse
         if hold.lookup is not None:
             self._lookups.look_again(hold.lookup, now_s)
             if wait_s:
@@ -252,7 +247,7 @@ class KVStore:
             num_blocks=num_blocks,
             num_host_blocks=num_host,
             num_pending_blocks=num_pending,
-            settled=hold.lookup is None or hold.lookup.settled,
+            settled=not hold.put_off if hold.lookup is None else hold.lookup.settled,
             tiers=tiers,
         )
 
@@ -283,7 +278,6 @@ class KVStore:
         with self._lock:
             hold = self._holds.pop(request, None)
         if hold is not None:
-            hold.let_go()
             self._leases.release(hold.lease)
 
     def touch(self, chain: Chain, num_blocks: int, hint: Hint = NO_HINT) -> None:
@@ -304,7 +298,6 @@ class KVStore:
             hold = self._holds.pop(request, None)
         if hold is None:
             raise UnknownLease(f"request {request!r} has no hold: call match first")
-        hold.let_go()
         if start < 0:
             raise ConfigError(f"start is {start}: it is a chain index, 0 for the first block")
         settings = self.config.request

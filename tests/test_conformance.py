@@ -477,6 +477,20 @@ def test_match_does_not_wait_for_a_slow_tier(make_any: MakeAnyStore, root: Root)
     store.forget("r")
 
 
+def test_lower_tiers_are_asked_soon_for_who_will_match_again(make_any: MakeAnyStore, root: Root) -> None:
+    tier = DictTier()
+    store = make_any(tiers=[tier])
+    chain = chain_of(root, 5)
+    save_all(store, chain, stop=3)
+    tier.asked.clear()  # of a greeting
+    assert not store.match(chain, "r").settled
+    store.forget("r")
+    store.match(chain, "r", soon=True)
+    wait_until(lambda: bool(tier.asked))
+    assert tier.asked == [2]
+    store.forget("r")
+
+
 def test_lower_tiers_that_are_not_worth_asking_are_not_asked(make_any: MakeAnyStore, root: Root) -> None:
     asked: list[int] = []
 

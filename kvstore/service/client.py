@@ -93,6 +93,7 @@ class SidecarStore:
         hint: Hint = NO_HINT,
         parts: Sequence[int] | None = None,
         wait_s: float | None = 0.0,
+        soon: bool = False,
     ) -> Match:
         """See `kvstore.api.Store.match`."""
         cells = _cells(chain, parts)
@@ -113,6 +114,7 @@ class SidecarStore:
                         parts=_packed(parts),
                         wait_ms=round((wait_s or 0.0) * 1000),
                         host_only=wait_s is None,
+                        soon=soon,
                     ),
                     timeout_s=self._link.options.call_deadline_s + (wait_s or 0.0),
                 ),

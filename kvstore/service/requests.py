@@ -72,6 +72,7 @@ class Requests:
                 hint=_hint(request),
                 parts=parts,
                 wait_s=None if request.host_only else wait_s if waits else 0.0,
+                soon=request.soon or wait_s > 0,
             )
         finally:
             if waits:

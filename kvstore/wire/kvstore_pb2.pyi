@@ -214,7 +214,7 @@ class Retention(_message.Message):
     def __init__(self, start: _Optional[int] = ..., stop: _Optional[int] = ..., priority: _Optional[int] = ..., duration_s: _Optional[float] = ...) -> None: ...
 
 class MatchRequest(_message.Message):
-    __slots__ = ("session", "request", "chain", "hint", "parts", "wait_ms", "host_only", "ended")
+    __slots__ = ("session", "request", "chain", "hint", "parts", "wait_ms", "host_only", "soon", "ended")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     CHAIN_FIELD_NUMBER: _ClassVar[int]
@@ -222,6 +222,7 @@ class MatchRequest(_message.Message):
     PARTS_FIELD_NUMBER: _ClassVar[int]
     WAIT_MS_FIELD_NUMBER: _ClassVar[int]
     HOST_ONLY_FIELD_NUMBER: _ClassVar[int]
+    SOON_FIELD_NUMBER: _ClassVar[int]
     ENDED_FIELD_NUMBER: _ClassVar[int]
     session: bytes
     request: str
@@ -230,8 +231,9 @@ class MatchRequest(_message.Message):
     parts: bytes
     wait_ms: int
     host_only: bool
+    soon: bool
     ended: Ended
-    def __init__(self, session: _Optional[bytes] = ..., request: _Optional[str] = ..., chain: _Optional[_Union[ChainDelta, _Mapping]] = ..., hint: _Optional[_Union[Hint, _Mapping]] = ..., parts: _Optional[bytes] = ..., wait_ms: _Optional[int] = ..., host_only: _Optional[bool] = ..., ended: _Optional[_Union[Ended, _Mapping]] = ...) -> None: ...
+    def __init__(self, session: _Optional[bytes] = ..., request: _Optional[str] = ..., chain: _Optional[_Union[ChainDelta, _Mapping]] = ..., hint: _Optional[_Union[Hint, _Mapping]] = ..., parts: _Optional[bytes] = ..., wait_ms: _Optional[int] = ..., host_only: _Optional[bool] = ..., soon: _Optional[bool] = ..., ended: _Optional[_Union[Ended, _Mapping]] = ...) -> None: ...
 
 class MatchReply(_message.Message):
     __slots__ = ("num_blocks", "num_host_blocks", "num_pending_blocks", "settled", "tiers")

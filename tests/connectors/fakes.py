@@ -157,6 +157,8 @@ class FakeStore:
         self.hints: list[Hint] = []
         self.waits: list[float | None] = []
         """What each match was told to wait."""
+        self.soon: list[bool] = []
+        """Whether it said that it would come back."""
         self.similar = 0
         """Tokens that `match_partial` finds."""
         self.open_loads: set[int] = set()
@@ -185,10 +187,12 @@ class FakeStore:
         hint: Hint = NO_HINT,
         parts: Sequence[int] | None = None,
         wait_s: float | None = 0.0,
+        soon: bool = False,
     ) -> Match:
         self.enter("match")
         self.hints.append(hint)
         self.waits.append(wait_s)
+        self.soon.append(soon)
         run = 0
         while run < len(chain) and chain.ids[run] in self.blocks:
             run += 1

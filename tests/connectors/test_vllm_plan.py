@@ -384,6 +384,7 @@ def test_a_match_waits_for_lower_tiers_only_while_its_request_is_the_only_one() 
     assert alone == alone_again
     assert 0 < (alone or 0) <= 0.01
     assert beside == 0
+    assert all(bench.store.soon), "it comes back for the answer"
     bench.close()
 
 
