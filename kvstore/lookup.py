@@ -8,7 +8,7 @@ Invariants
 
 Whether to ask at all is the store's to say. To ask each time, and to let the answer fall where a load came first, made
 a host hit of 1.3 ms one of 2.8 on two cores. To put the question off for 2 ms, and drop it then, still cost a hit of
-0.7 ms a tenth: every second one waited for the interpreter once, which the thread had that looked what was still wanted.
+0.7 ms a tenth: every second one waited for the interpreter, for the thread that looked what was still wanted.
 """
 
 from __future__ import annotations
