@@ -296,7 +296,7 @@ def run_soak(num_faults: int, seed: int, tick: Callable[[], None]) -> Soak:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench faults", description=__doc__)
     parser.add_argument("--faults", type=whole(1, 10_000_000), default=10_000, help="faults to strike (default: 10000)")
-    parser.add_argument("--rounds", type=whole(1, 1000), default=15, help="rounds of host hits (default: 15)")
+    parser.add_argument("--rounds", type=whole(1, 1000), default=80, help="rounds of host hits (default: 80)")
     parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=0)
     parser.add_argument("--json", metavar="FILE", help="write {name, env, rows, summary}")
     options = parser.parse_args(argv)
