@@ -40,22 +40,24 @@ class Fault:
 
 
 class FaultProxy:
-    """Listens on a Unix socket of its own, passes on to another. A context manager."""
+    """Listens on a Unix socket of its own, or a loopback port, and passes on to a Unix socket. A context manager."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, *, tcp: bool = False) -> None:
         self.target = target
         """Of connections to come; may be changed at any time."""
         self._directory = tempfile.TemporaryDirectory(prefix="kvstore-proxy-")
         path = Path(self._directory.name) / "s"
-        self.url = f"unix://{path}"
+        self._tcp = tcp
+        self._listener = socket.create_server(("127.0.0.1", 0)) if tcp else socket.socket(socket.AF_UNIX)
+        if not tcp:
+            self._listener.bind(str(path))
+        self.url = f"redis://127.0.0.1:{self._listener.getsockname()[1]}/0" if tcp else f"unix://{path}"
         self.delay_s = 0.0
         """Before every reply."""
         self._lock = threading.Lock()
         self._armed: Fault | None = None
         self.struck = False
         self._sessions: dict[threading.Thread, tuple[socket.socket, socket.socket]] = {}
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(str(path))
         self._listener.listen(64)
         self._closed = threading.Event()
         self._accepter = threading.Thread(target=self._accept, daemon=True)
@@ -73,6 +75,8 @@ class FaultProxy:
                 near, _ = self._listener.accept()
             except OSError:
                 return
+            if self._tcp:
+                near.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             far = socket.socket(socket.AF_UNIX)
             try:
                 far.connect(self.target)

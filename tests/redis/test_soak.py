@@ -9,7 +9,7 @@ from contextlib import suppress
 import pytest
 
 from bench.failover import WAYS, measure_failover
-from bench.faults import MODEL, Soak, run_soak
+from bench.faults import MODEL, Soak, run_soak, soak_servers
 from bench.host_hits import store_config
 from bench.redis_proxy import ERRORS, KINDS, Fault, FaultProxy, reply_length, spoiled
 from kvstore.block import PartKey, Root
@@ -22,10 +22,14 @@ from tests.waiting import wait_until
 
 @pytest.mark.alone
 @pytest.mark.slow
-def test_stores_under_random_faults_serve_right_bytes_on_time_and_recover() -> None:
+@pytest.mark.parametrize("server", ["valkey", "redis"])
+def test_stores_under_random_faults_serve_right_bytes_on_time_and_recover(server: str) -> None:
+    servers = soak_servers()
+    if server not in servers:
+        pytest.skip("NOT TESTED AGAINST REDIS: no redis-server here; apt-get install redis-server")
     # A machine that stands still for a moment makes calls late; a store that waits too long does so each time.
     for _ in range(3):
-        soak = run_soak(200, seed=random.SystemRandom().getrandbits(31), tick=lambda: None)
+        soak = run_soak(200, random.SystemRandom().getrandbits(31), lambda: None, servers[server])
         assert soak.errors == []
         assert (soak.wrong_bytes, soak.leaked_slots, soak.recovered) == (0, 0, True), soak.broken
         if not soak.late_calls:
