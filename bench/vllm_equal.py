@@ -3,8 +3,9 @@
 
 Each row is a scenario of ``tests.engines.vllm_runs``: greedy tokens in fp32 compared, every stored block compared
 with recomputed KV, and a control whose stored bytes are wrong and whose tokens must differ. The row without the save
-boundary is a control itself: it must store KV that is not the tokens'. Results are written after every row, so that
-a run that is cut short leaves what it had.
+boundary is a control itself: it must store KV that is not the tokens'. Where something is killed or damaged, how much
+longer requests took than the same one computed in that engine. Results are written after every row, so that a run that
+is cut short leaves what it had. All rows take some seven minutes on two cores.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from bench.asked import print_figures
@@ -23,10 +25,22 @@ from bench.report import print_table, write_json
 HELP = "does a real vLLM engine say the same with the store: one row a feature, each with a control"
 WITHOUT_CLAMP = "ngram_without_clamp"
 CROSS_ENGINE = "smollm2"
+DAMAGED = (
+    "sidecar killed",
+    "sidecar gone",
+    "sidecar stopped",
+    "redis killed",
+    "redis gone",
+    "part deleted",
+    "part damaged",
+)
+"""What scenarios damage, and time against the same request computed in the same engine."""
 SCENARIOS = (
     "base",
     "chunks_64",
     "chunks_256",
+    "chunks_2048",
+    "in_process",
     "without_prefix_cache",
     "beside_the_step",
     "pages_of_128",
@@ -37,11 +51,18 @@ SCENARIOS = (
     "draft_model",
     "medusa",
     "adapters",
+    "adapters_rewritten",
+    "images",
     "fp8",
     "fp8_e5m2",
     "preemption",
     "tenants",
     "aborts",
+    "resets",
+    "roles",
+    "hints",
+    "kept",
+    "kept_through_preemption",
     "tp2",
     "pp2",
     "tp2_replicas",
@@ -51,8 +72,10 @@ SCENARIOS = (
     "embeddings",
     "faults",
     "faults_beside_the_step",
+    "killed",
     "sidecar_killed",
     "redis_tier",
+    "tiering",
     "both_engines",
     CROSS_ENGINE,
 )
@@ -83,6 +106,7 @@ def main(argv: list[str]) -> int:
 def _row(runner: Any, scenario: str) -> dict[str, Any]:
     began_s = time.monotonic()
     row: dict[str, Any] = {"scenario": scenario, "equal": None, "error": None, "control_differs": None, "added_s": None}
+    row["added_ms"] = {}
     try:
         facts = runner.run(scenario)
     except RuntimeError as error:
@@ -90,28 +114,34 @@ def _row(runner: Any, scenario: str) -> dict[str, Any]:
     row |= {"seconds": round(time.monotonic() - began_s, 1)} | facts
     if "died" in facts or "not_run" in facts:
         return row
-    row["equal"] = _equal(facts)
+    row["equal"] = all(list(_compared(facts)))
     row["error"] = max(_values(facts, "error"), default=None)
     if "same_bytes" in facts:  # KV that transformers does not compute: compared with what the engine computes again
         row["error"] = 0.0 if facts["same_bytes"] else float("inf")
     controls = list(_values(facts, "control_differs"))
     row["control_differs"] = all(controls) if controls else None
+    row["added_s"] = max(_values(facts, "added_s"), default=None)
+    row["deadline_s"] = min(_values(facts, "deadline_s"), default=None)
+    row["added_ms"] = {what: 1e3 * seconds for one in _values(facts, "added", dict) for what, seconds in one.items()}
     return row
 
 
-def _values(facts: Mapping[str, Any], name: str) -> Iterator[Any]:
-    """A fact of the engine, or of every engine of a fleet."""
-    for one in (facts, *(value for value in facts.values() if isinstance(value, dict))):
-        if isinstance(one.get(name), int | float):
-            yield one[name]
+def _values(facts: Mapping[str, Any], name: str, kind: type | UnionType = int | float) -> Iterator[Any]:
+    """A fact of the engine, or of every engine that took part."""
+    for key, value in facts.items():
+        if key == name and isinstance(value, kind):
+            yield value
+        elif isinstance(value, dict):
+            yield from _values(value, name, kind)
 
 
-def _equal(facts: Mapping[str, Any]) -> bool:
-    """Whether every comparison of tokens held, in every engine of a fleet."""
-    found = facts.get("equal", facts.get("same"))
-    if found is None:
-        return all(_equal(one) for one in facts.values())
-    return all(found.values() if isinstance(found, dict) else found)
+def _compared(facts: Mapping[str, Any]) -> Iterator[bool]:
+    """Every comparison of tokens, in every engine that took part. Raises ValueError where there was none."""
+    found = [value for name in ("equal", "same") for value in _values(facts, name, bool | list | dict)]
+    if not found:
+        raise ValueError(f"nothing was compared: {', '.join(facts)}")
+    for value in found:
+        yield from [value] if isinstance(value, bool) else value.values() if isinstance(value, dict) else value
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -119,6 +149,9 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     by_name = {row["scenario"]: row for row in rows}
     clamp, cross = by_name.get(WITHOUT_CLAMP, {}), by_name.get(CROSS_ENGINE, {})
     late = [row["added_s"] / row["deadline_s"] for row in rows if row["added_s"] is not None]
+    added_ms: dict[str, float] = {}
+    for what, ms in [item for row in rows for item in row["added_ms"].items()]:
+        added_ms[what] = max(ms, added_ms.get(what, ms))
     return {
         "num_rows": len(rows),
         "num_equal": sum(row["equal"] is True for row in rows),
@@ -130,7 +163,9 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         ),
         "error_without_save_boundary": clamp.get("error"),
         "controls_that_did_not_differ": ", ".join(row["scenario"] for row in rows if row["control_differs"] is False),
+        "num_controls_missing": sum(row["control_differs"] is None and row is not clamp for row in rows),
         "controls_missing": ", ".join(row["scenario"] for row in rows if row["control_differs"] is None),
         "cross_engine_equal": cross.get("equal"),
         "worst_added_delay_vs_deadline": max(late, default=None),
+        **{f"added_ms_{what.replace(' ', '_')}": added_ms.get(what) for what in DAMAGED},
     }

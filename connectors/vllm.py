@@ -42,7 +42,7 @@ from connectors.vllm_device import goes_by_layers
 from connectors.vllm_identity import check_groups, model_id_of, rank_slice
 from connectors.vllm_layout import Worker, agreed_model, platform_of, stored_pages
 from connectors.vllm_plan import Orders, PageLayout, Report, Scheduled, VllmSettings
-from connectors.vllm_scheduler import SchedulerSide
+from connectors.vllm_scheduler import IN_TIME, SchedulerSide
 from connectors.vllm_worker import WorkerSide
 from kvstore.api import Load, Register, Store
 from kvstore.block import ModelId
@@ -141,9 +141,9 @@ def _sidecar(config: VllmConfig, settings: VllmSettings, role: KVConnectorRole) 
     the worker then copies what has come from lower tiers while the rest is on its way."""
 
     def connect() -> Store:
-        return kvstore.connect(
-            settings.address, mapped=True, name="vllm", call_deadline_s=settings.call_deadline_ms / 1e3
-        )
+        # What follows a call that was waited for takes time too: a sidecar that hangs would else cost 1.04 deadlines.
+        deadline_s = settings.call_deadline_ms / 1e3 * IN_TIME
+        return kvstore.connect(settings.address, mapped=True, name="vllm", call_deadline_s=deadline_s)
 
     name = f"{settings.address} {config.kv_transfer_config.engine_id}"
     if config.parallel_config.world_size == 1:

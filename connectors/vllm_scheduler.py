@@ -37,7 +37,7 @@ from kvstore.block import Chain, ModelId, as_u32
 
 log = logging.getLogger("kvstore.connector.vllm")
 
-_IN_TIME = 0.9
+IN_TIME = 0.9
 """Share of a deadline after which waiting ends: that it has is noticed between steps, and takes effect in the next."""
 _LOOK_S, _LOOK_SHARE = 0.002, 0.01
 """Between two looks at pending blocks: at least, and of what computing them is predicted to take. Asked in every step,
@@ -233,7 +233,7 @@ class SchedulerSide:
 
     def _ask(self, tracked: _Tracked, chain: Chain) -> Match:
         if tracked.asked_s is None:
-            most_s = self._settings.match_deadline_ms / 1e3 * _IN_TIME
+            most_s = self._settings.match_deadline_ms / 1e3 * IN_TIME
             tracked.lower_s = self.cost.plan_ask_s(tracked.request.num_tokens, most_s)
         wait_s = tracked.lower_s
         if wait_s is not None:
@@ -351,7 +351,7 @@ class SchedulerSide:
             pages=tuple(pages),
             lease=None,
             in_step=tracked.in_step,
-            timeout_s=self._settings.load_deadline_ms / 1e3 * _IN_TIME,
+            timeout_s=self._settings.load_deadline_ms / 1e3 * IN_TIME,
         )
         self.figures.add("loads")
         tracked.to_prove = range(order.first_token, order.stop_token)

@@ -29,8 +29,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 
 
 NOISE_S = 0.9
-"""How much longer a step may take by chance on a busy machine; less than a second of the deadlines
-of the scenarios, which are 1 s and more."""
+"""How much longer a step may take by chance on a busy machine; less than the deadlines of the scenarios, which are 1 s
+and more."""
+
+
+def within_the_deadline(facts: dict[str, Any], *damaged: str) -> bool:
+    """Whether no request took longer than the same one computed and the deadline, noise aside; all of `damaged` did
+    happen and were timed."""
+    assert set(facts["added"]) == set(damaged)
+    slowest_s = max(facts["added_s"], *facts["added"].values())
+    return bool(slowest_s < facts["deadline_s"] + NOISE_S)
 
 
 def healthy(facts: dict[str, Any]) -> bool:
@@ -45,6 +53,8 @@ def healthy(facts: dict[str, Any]) -> bool:
         ("base", [0, 299, 352]),
         ("chunks_64", [0, 299, 352]),
         ("chunks_256", [0, 299, 352]),
+        ("chunks_2048", [0, 2091, 2144]),
+        ("in_process", [0, 299, 352]),
         ("beside_the_step", [0, 299, 352]),
         ("without_prefix_cache", [0, 299, 352]),
         ("pages_of_128", [0, 299, 352]),
@@ -56,7 +66,9 @@ def test_a_second_turn_reuses_prompt_and_answer(run: Run, scenario: str, hits: l
     facts = run(scenario)
     assert facts["equal"] == [True, True, True]
     assert facts["hits"] == hits
-    assert facts["num_blocks"] == (5 if scenario == "blocks_of_64" else 11)  # the 384th token has no KV
+    assert facts["num_blocks"] == {"blocks_of_64": 5, "chunks_2048": 67}.get(scenario, 11)  # the last token has no KV
+    assert facts["is_real"] is (scenario == "in_process"), "the store that the flag makes, or one of the tests'"
+    assert facts["left_open"] == (0 if scenario == "in_process" else 1), "it ends with its engine"
     assert facts["error"] < 1e-4
     assert facts["num_distinct"] > 20
     assert facts["metrics"]["loads"] == 3
@@ -83,8 +95,8 @@ def test_one_text_under_two_images_shares_nothing_and_under_the_same_image_all(r
     assert min(facts["hits"][2:]) >= 288
     a_prompt = (facts["num_tokens"] - 1) // 32
     assert facts["num_blocks"] == [a_prompt, *[2 * a_prompt] * 4]
-    assert facts["held"] == []
-    assert facts["check"] == []
+    assert all(facts["equal"])
+    assert healthy(facts)
 
 
 @pytest.mark.parametrize("scenario", ["ngram", "draft_model", "medusa"])
@@ -198,6 +210,7 @@ def test_what_requests_say_of_themselves_decides_what_goes(run: Run) -> None:
     facts = run("hints")
     for how in ("silent", "said"):
         assert all(facts[how]["equal"].values())
+        assert facts[how]["control_differs"]
         assert facts[how]["held"] == []
     assert facts["silent"]["kept"]["1"] < 11
     assert facts["silent"]["kept"]["2"] == facts["silent"]["kept"]["3"] == 11
@@ -248,7 +261,7 @@ def test_a_sidecar_may_be_killed_at_any_time_and_come_back_under_a_running_engin
     for how in ("in the step", "beside the steps"):
         assert [hits[f"{when}, {how}"] for when in ("before", "gone", "back")] == [299, 0, 299]
     assert facts["failed"] == 2  # the loads that it was killed in
-    assert facts["added_s"] < facts["deadline_s"] + NOISE_S
+    assert within_the_deadline(facts, "sidecar killed", "sidecar gone", "sidecar stopped"), facts["added"]
     assert facts["num_blocks"] == 11
     assert facts["error"] < 1e-4
     assert facts["control_differs"]
@@ -263,7 +276,7 @@ def test_a_cold_replica_loads_from_redis_which_may_be_killed_in_the_middle(run: 
     assert facts["loaded"]["host"] == 0
     assert facts["loaded"]["redis"] > 0
     assert facts["killed"] == {"acted": True, "failed": 1}
-    assert facts["added_s"] < facts["deadline_s"] + NOISE_S
+    assert within_the_deadline(facts, "redis killed", "redis gone"), facts["added"]
     assert facts["num_blocks"] == 11
     assert facts["error"] < 1e-4
     assert facts["control_hits"] == 288
@@ -279,6 +292,7 @@ def test_what_parallel_engines_save_a_single_one_loads_and_the_reverse(run: Run,
     # From Redis, which gives whole blocks alone. The last two lack a part of one rank in block 4: one was deleted, the
     # other damaged, which is seen when it loads.
     assert facts["many loads"]["hits"][:3] == [288, 288, 128]
+    assert within_the_deadline(facts["many loads"], "part deleted", "part damaged"), facts["many loads"]["added"]
     for engine in facts.values():
         assert all(engine["equal"])
         assert engine["error"] < 1e-4
@@ -300,6 +314,21 @@ def test_of_ranks_that_hold_the_same_head_one_saves_and_all_load(run: Run) -> No
         assert engine["held"] == []
     assert facts["many loads"]["control_hits"] > 0
     assert facts["many loads"]["control_differs"]
+
+
+def test_a_producer_saves_and_does_not_load_and_a_consumer_the_reverse(run: Run) -> None:
+    facts = run("roles")
+    produces, consumes = facts["produces"], facts["consumes"]
+    assert produces["hits"] == [0, 0]
+    assert produces["num_blocks"] == [11, 11]
+    assert produces["loads"] == 0
+    assert consumes["hits"] == [299, 0, 0, 299], "what it computed itself is not there the second time"
+    assert consumes["num_blocks"] == [11] * 4
+    assert consumes["control_differs"]
+    for engine in (produces, consumes):
+        assert all(engine["equal"])
+        assert engine["error"] < 1e-4
+        assert engine["held"] == []
 
 
 def test_an_engine_that_cannot_be_served_does_not_start_and_says_why_in_one_sentence(run: Run) -> None:

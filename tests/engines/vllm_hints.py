@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kvstore.block import Chain, Root
 from tests.engines.vllm_shared import Sidecar, Watched
-from tests.engines.vllm_support import BLOCK, Facts, Reference, tokens_of
+from tests.engines.vllm_support import BLOCK, Facts, Reference, poison, tokens_of
 
 _ROOM = 25
 """Blocks of the host: two chats of eleven and a little of a third."""
@@ -38,6 +38,10 @@ def _chats(workdir: Path, said: Mapping[int, Mapping[str, object]]) -> Facts:
                 chain = Chain(Root(watched.engine.model_id), watched.full(seed))
                 kept[str(seed)] = client.match(chain, "look", wait_s=5).num_blocks
                 client.forget("look")  # one client may not hold all of the host
-        facts = {**watched.facts, "kept": kept, "held": watched.engine.close()}
+            poison(client, watched.engine.model_id, tokens_of(1))
+        equal = dict(watched.facts["equal"])
+        watched.run("control", says=said.get(1))
+        facts = {**watched.facts, "equal": equal, "control_differs": not watched.facts["equal"]["control"]}
+        facts |= {"kept": kept, "held": watched.engine.close()}
         sidecar.stop()
         return facts

@@ -22,12 +22,20 @@ def images(workdir: Path) -> Facts:
     engine = Engine(_model(workdir / "blip2"), store, skip_tokenizer_init=False, extra={"model": "b", "revision": "1"})
     red, blue = (Image.new("RGB", (_SIDE, _SIDE), colour) for colour in ((255, 0, 0), (0, 0, 255)))
     facts: Facts = {"hits": [], "answers": [], "num_blocks": []}
-    for image in (red, blue, red, blue, red.copy()):
+
+    def ask(image: Image.Image) -> tuple[list[list[int]], list[int]]:
         engine.forget()
-        answers, hits = engine.generate([tokens_of(1)], multi_modal_data={"image": image})
+        return engine.generate([tokens_of(1)], multi_modal_data={"image": image})
+
+    for image in (red, blue, red, blue, red.copy()):
+        answers, hits = ask(image)
         facts["hits"].append(hits[0])
         facts["answers"].append(answers[0])
         facts["num_blocks"].append(store.stats()["host.blocks"])
+    first, second, *again = facts["answers"]
+    facts["equal"] = [answer == want for answer, want in zip(again, (first, second, first), strict=True)]
+    store.spoils = True  # which chain an image's is only vLLM knows
+    facts["control_differs"] = ask(red)[0][0] != first
     return {**facts, "num_tokens": _QUERIES + len(tokens_of(1)) + NEW, "held": engine.close(), "check": store.check()}
 
 

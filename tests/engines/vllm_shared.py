@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from typing import Any
 
 import redis
 
+from connectors.vllm_plan import VllmSettings
 from kvstore.block import Chain, Root
 from kvstore.tiers.valkey import embedded_binary
 from tests import patient
@@ -262,9 +264,31 @@ class Watched:
     def failed(self) -> float:
         return float(self.engine.connector._scheduler.figures.counts.get("failed_loads", 0))
 
-    def added_s(self, baseline: str) -> float:
-        """The longest a request took beyond one that was computed."""
-        return max(self.facts["ttft_s"].values()) - float(self.facts["ttft_s"][baseline])
+    def note_added(self, deadline_s: float, damaged: Mapping[str, Sequence[str]]) -> None:
+        """How much longer requests took than the same one computed in this engine: by what was `damaged`, and at worst.
+
+        To be called while the store is sound: computing goes on saving, as it does in the requests compared.
+        """
+        computed_s = recomputed_s(self.engine, tokens_of(1))
+        took_s = self.facts["ttft_s"]
+        self.facts["added"] = {
+            what: max(took_s[name] for name in names) - computed_s for what, names in damaged.items()
+        }
+        self.facts |= {"computed_s": computed_s, "deadline_s": deadline_s}
+        self.facts["added_s"] = max(s for name, s in took_s.items() if name != "warm-up") - computed_s
+
+
+def recomputed_s(engine: Engine, prompt: Sequence[int]) -> float:
+    """Seconds to the first token where nothing is loaded, the median of three."""
+    scheduler = engine.connector._scheduler
+    before, took_s = scheduler._settings, []
+    scheduler._settings = replace(before, load=False)
+    for _ in range(3):
+        engine.forget()
+        engine.generate([prompt], 1)
+        took_s.append(engine.ttft_s)
+    scheduler._settings = before
+    return statistics.median(took_s)
 
 
 def sidecar_killed(workdir: Path) -> Facts:
@@ -273,7 +297,6 @@ def sidecar_killed(workdir: Path) -> Facts:
         sidecar = Sidecar(Path(name))
         watched = Watched(workdir, sidecar.address, load_deadline_ms=1000, call_deadline_ms=1000)
         watched.run("warm-up", 9)
-        watched.run("computed", 2)
         watched.run("cold")
         watched.run("sound")
         with sidecar.connect() as client:
@@ -291,10 +314,14 @@ def sidecar_killed(workdir: Path) -> Facts:
         watched.run("stopped")
         sidecar.signal(signal.SIGCONT)
         watched.run_until_hit("goes on")
+        damaged = {"sidecar stopped": ["stopped"]}
+        damaged["sidecar killed"] = [f"killed {how}" for how in ("in the step", "beside the steps")]
+        damaged["sidecar gone"] = [f"gone, {how}" for how in ("in the step", "beside the steps")]
+        watched.note_added(1.0, damaged)
         with sidecar.connect() as client:
             poison(client, watched.engine.model_id, tokens_of(1))
         facts = dict(watched.facts, equal=dict(watched.facts["equal"]), ttft_s=dict(watched.facts["ttft_s"]))
-        facts |= {"added_s": watched.added_s("computed"), "deadline_s": 1.0, "failed": watched.failed()}
+        facts["failed"] = watched.failed()
         watched.run("control")
         facts |= {"control_differs": not watched.facts["equal"]["control"], "error": error, "num_blocks": num_blocks}
         facts["held"] = watched.engine.close()
@@ -312,9 +339,8 @@ def redis_tier(workdir: Path) -> Facts:
         sidecar = Sidecar(directory, **settings)
         watched = Watched(workdir, sidecar.address, load_deadline_ms=2000, match_deadline_ms=2000)
         watched.run("warm-up", 9)
-        watched.run("computed", 2)
         watched.run("cold")
-        server.wait_for(33)
+        server.wait_for(22)
 
         def cold_replica() -> None:
             sidecar.kill()
@@ -347,12 +373,13 @@ def redis_tier(workdir: Path) -> Facts:
         server.wait_for(11)
         cold_replica()
         watched.run("from Redis again")
+        watched.note_added(2.0, {"redis killed": ["killed"], "redis gone": ["gone"]})
         with sidecar.connect() as client:
             poison(client, watched.engine.model_id, tokens_of(1))
         server.wait_for(9)
         cold_replica()
         facts = dict(watched.facts, equal=dict(watched.facts["equal"]), ttft_s=dict(watched.facts["ttft_s"]))
-        facts |= {"added_s": watched.added_s("computed"), "deadline_s": 2.0, "loaded": loaded, "killed": killed}
+        facts |= {"loaded": loaded, "killed": killed}
         watched.run("control")
         facts |= {"control_differs": not watched.facts["equal"]["control"], "error": error, "num_blocks": num_blocks}
         facts["control_hits"] = watched.facts["hits"]["control"]
@@ -374,22 +401,29 @@ def member(
     control: int | None = None,
     num_kv_heads: int = 2,
     reset: bool = False,
+    damaged: Mapping[str, int] | None = None,
 ) -> Facts:
     """One engine of a fleet: its answers to some prompts, what it found, and what is stored then.
 
+    `damaged`: of which of them something is, by what; how much longer these took than when they are computed.
     `reset`: all caches are emptied before; where steps are scheduled ahead, saves go on when all ranks have said so.
     """
     reference = Reference(workdir, num_kv_heads=num_kv_heads)
     engine = Engine(reference.directory, None, extra={"address": address, **_FINE}, **options)
     wants = {seed: reference.generate(tokens_of(seed), NEW) for seed in seeds}
     facts: Facts = {"equal": [], "hits": [], "blocks": {}}
+    took_s = {}
     if reset:
         assert engine.llm.reset_prefix_cache(reset_connector=True)
     for seed in seeds:
         outs, hits = engine.generate([tokens_of(seed)])
+        took_s[seed] = engine.ttft_s
         facts["equal"].append(outs[0] == wants[seed])
         facts["hits"].append(hits[0])
         facts["blocks"][str(seed)] = Chain(Root(engine.model_id), tokens_of(seed)).ids[_HOLE].hex()
+    if damaged:
+        facts["added"] = {what: took_s[seed] - recomputed_s(engine, tokens_of(seed)) for what, seed in damaged.items()}
+        facts |= {"added_s": max(facts["added"].values()), "deadline_s": VllmSettings().load_deadline_ms / 1e3}
     with patient.connect(address, mapped=True) as client:
         errors = [worst_error(client, engine.model_id, reference, [*tokens_of(seed), *wants[seed]]) for seed in seeds]
         facts |= {"error": max(error for error, _ in errors), "num_blocks": [count for _, count in errors]}
@@ -423,7 +457,8 @@ def fleet(workdir: Path, options: Mapping[str, Any]) -> Facts:
             client.set(damaged, bytes(value))
             sidecar.kill()
             sidecar.start()
-            loads = in_fork(lambda: member(workdir, sidecar.address, [2, 1, 3, 4], options, control=1))
+            damaged = {"part deleted": 3, "part damaged": 4}
+            loads = in_fork(lambda: member(workdir, sidecar.address, [2, 1, 3, 4], options, control=1, damaged=damaged))
             return {"many saves": saves, "one loads": single, "many loads": loads}
         finally:
             sidecar.stop()
@@ -454,6 +489,40 @@ def replicas(workdir: Path) -> Facts:
             sidecar.stop()
 
 
+def roles(workdir: Path) -> Facts:
+    """An engine that only saves, then one that only loads, of one sidecar, as vLLM's `kv_role` says."""
+    Reference(workdir)
+    with tempfile.TemporaryDirectory(prefix="kv", dir="/tmp") as name:
+        sidecar = Sidecar(Path(name))
+        try:
+            produces = in_fork(lambda: _role(workdir, sidecar, "kv_producer", [1, 1]))
+            consumes = in_fork(lambda: _role(workdir, sidecar, "kv_consumer", [1, 2, 2, 1], control=True))
+            return {"produces": produces, "consumes": consumes}
+        finally:
+            sidecar.stop()
+
+
+def _role(workdir: Path, sidecar: Sidecar, role: str, seeds: Sequence[int], *, control: bool = False) -> Facts:
+    reference = Reference(workdir)
+    engine = Engine(reference.directory, None, role=role, extra={"address": sidecar.address})
+    facts: Facts = {"equal": [], "hits": [], "num_blocks": []}
+    with sidecar.connect() as client:
+        for seed in seeds:
+            engine.forget()
+            outs, hits = engine.generate([tokens_of(seed)])
+            facts["equal"].append(outs[0] == reference.generate(tokens_of(seed), NEW))
+            facts["hits"].append(hits[0])
+            facts["num_blocks"].append(client.stats()["host.blocks"])
+        want = reference.generate(tokens_of(1), NEW)
+        facts["error"], _ = worst_error(client, engine.model_id, reference, [*tokens_of(1), *want])
+        if control:
+            poison(client, engine.model_id, tokens_of(1))
+            engine.forget()
+            facts["control_differs"] = engine.generate([tokens_of(1)])[0][0] != want
+    facts["loads"] = engine.connector._scheduler.figures.counts.get("loads", 0)
+    return {**facts, "held": engine.close()}
+
+
 TP2 = {"tensor_parallel_size": 2}
 PP2 = {
     "pipeline_parallel_size": 2,
@@ -464,6 +533,7 @@ PP2 = {
 SCENARIOS: dict[str, Callable[[Path], Facts]] = {
     "sidecar_killed": sidecar_killed,
     "redis_tier": redis_tier,
+    "roles": roles,
     "tp2": lambda workdir: fleet(workdir, TP2),
     "tp2_replicas": replicas,
     "pp2": lambda workdir: fleet(workdir, PP2),

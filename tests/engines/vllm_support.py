@@ -98,6 +98,7 @@ class FaultyStore(KVStore):
         unsettled: matches that say, so many times, that lower tiers were not heard yet.
         slow_s: how long each loaded block takes; ends_at: block at which loads end; breaks: loads raise.
         lies: loads say that their bytes may have changed.
+        spoils: loads bring numbers that are not the tokens', for controls where chains are not known.
     """
 
     def __init__(self) -> None:
@@ -107,6 +108,7 @@ class FaultyStore(KVStore):
         self.ends_at: int | None = None
         self.breaks = False
         self.lies = False
+        self.spoils = False
         self.num_matches = 0
 
     def match(self, *args: Any, **kwargs: Any) -> Match:
@@ -132,6 +134,11 @@ class _FaultyLoad:
             if block.index == self._store.ends_at:
                 return
             time.sleep(self._store.slow_s)
+            if self._store.spoils:
+                generator = torch.Generator().manual_seed(block.index)
+                for slot, view in zip(block.slots, block.views, strict=True):
+                    numbers = torch.randn(len(view) // 4, generator=generator)
+                    self._store.arena.view(slot, len(view))[:] = numbers.numpy().tobytes()
             yield block
 
     def intact(self) -> bool:
@@ -174,9 +181,10 @@ class Engine:
         *,
         extra: Mapping[str, Any] | None = None,
         transfer: Mapping[str, Any] | None = None,
+        role: str = "kv_both",
         **options: Any,
     ):
-        """`transfer` is vLLM's setting of another connector, instead of ours."""
+        """`transfer` is vLLM's setting of another connector, instead of ours. Without `store`, what `extra` says."""
         from vllm import LLM
 
         self.has_connector = store is not None or bool(extra)
@@ -187,7 +195,7 @@ class Engine:
         ours = {
             "kv_connector": "KVStoreConnector",
             "kv_connector_module_path": "connectors.vllm",
-            "kv_role": "kv_both",
+            "kv_role": role,
             "kv_load_failure_policy": "recompute",
             "kv_connector_extra_config": {
                 "block_tokens": BLOCK,
