@@ -17,9 +17,11 @@ from kvstore.api import (
     HOST_TIER,
     NO_HINT,
     Announcement,
+    GivesRun,
     Hint,
     KnowsWindows,
     Load,
+    LoadedRun,
     Match,
     Save,
     SaysWhole,
@@ -50,6 +52,9 @@ class EngineMemory(Protocol):
 
     def write_block(self, index: int, views: Sequence[memoryview]) -> None:
         """Copy a stored block in: one view a part, all parts of the layout; they are read until `finish`."""
+
+    def write_run(self, run: LoadedRun) -> None:
+        """`write_block` of all blocks of a run."""
 
     def read_block(self, index: int, views: Sequence[memoryview | None]) -> None:
         """Copy a block out into slots; None where the part is there already. They are written until `finish`."""
@@ -245,8 +250,10 @@ class Session:
     def _note_saved(self) -> None:
         """Tell the store what it was good for."""
         store = self._connection.store
+        if store is None or not self.loaded_bytes:
+            return
         saved_s = self._connection.cost.saved_s(self.num_tokens, self.load_s)
-        if store is not None and saved_s and self.loaded_bytes:
+        if saved_s:
             self._connection.fail_open.call(lambda: store.note_saved(saved_s), None)
 
     def _load_from_device(self) -> int:
@@ -312,17 +319,23 @@ class Session:
 
     def _bring_whole(self, loading: _Loading) -> int:
         """`_bring` where all are there, in one call for all of them: their first layers then come first."""
-        memory, at, began_s = self._memory, loading.start, time.monotonic()
-        tiers: list[str] = []
-        for block in loading.load:
-            if block.index != at:
-                break
-            memory.write_block(at, block.views)
-            tiers.append(block.tier)
-            at += 1
-        loading.num_blocks.update(Counter(tiers))
-        took_s = time.monotonic() - began_s
-        loading.seconds.update((tier, took_s * count / len(tiers)) for tier, count in loading.num_blocks.items())
+        memory, load, at, began_s = self._memory, loading.load, loading.start, time.monotonic()
+        run = load.run() if isinstance(load, GivesRun) else None
+        if run is not None and run.start == at and len(run.offsets):
+            memory.write_run(run)
+            at += len(run.offsets)
+            loading.num_blocks[run.tier] = len(run.offsets)
+        elif run is None:
+            tiers: list[str] = []
+            for block in load:
+                if block.index != at:
+                    break
+                memory.write_block(at, block.views)
+                tiers.append(block.tier)
+                at += 1
+            loading.num_blocks.update(Counter(tiers))
+        took_s, in_all = time.monotonic() - began_s, at - loading.start
+        loading.seconds.update((tier, took_s * count / in_all) for tier, count in loading.num_blocks.items())
         memory.begin()
         loading.begun_s = time.monotonic()
         return at

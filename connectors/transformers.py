@@ -134,6 +134,7 @@ class TransformersConnector:
         if getattr(model, "_hf_peft_config_loaded", False) and not adapter:
             raise ConfigError("the model has an adapter loaded: give its content digest as adapter=")
         self.model = model
+        self._device = model.device  # walks through modules each time it is asked
         self._generate: Callable[..., torch.Tensor] = model.generate  # type: ignore[assignment]
         # The head over a chunk of 4,096 tokens costs a gigabyte for one row that is used.
         takes_one = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -383,7 +384,7 @@ class TransformersConnector:
 
     def _there(self, ids: torch.Tensor) -> torch.Tensor:
         """On the model's device. Of a prompt from the host what is computed alone, for what is reused is not read."""
-        return ids.to(self.model.device)
+        return ids.to(self._device)
 
     @staticmethod
     def _checked(input_ids: torch.Tensor) -> torch.Tensor:
@@ -400,9 +401,7 @@ class TransformersConnector:
         return cache
 
     def _new_cache(self, num_tokens: int) -> BlockCache:
-        return BlockCache(
-            self.layout, self.model.device, num_tokens, step_layers=self._step_layers, streams=self._streams
-        )
+        return BlockCache(self.layout, self._device, num_tokens, step_layers=self._step_layers, streams=self._streams)
 
     def _give_back(self, cache: BlockCache) -> None:
         if len(self._idle_caches) < _MAX_IDLE_CACHES:

@@ -7,14 +7,18 @@ import copy
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from kvstore.api import LoadedRun
 from kvstore.errors import ConfigError
 from kvstore.layout import BlockLayout, engine_dtype, layout_of
 from kvstore.row_copy import RowCopier, Rows
 from kvstore.transfer import Copying, PageCopier, PagedKV, SlotViews, Streams, copy_rows, streams_of, to_tensor
+
+T = TypeVar("T")
 
 _CAPACITY_STEP = 256
 
@@ -56,6 +60,7 @@ class BlockCache(Cache):
         self._row_copier: RowCopier | None = None
         self._to_read: list[tuple[int, SlotViews]] = []
         self._to_write: list[tuple[int, SlotViews]] = []
+        self._runs: list[LoadedRun] = []
         self._reading: list[Copying] = []
         self._writing: list[Copying] = []
         self._storage = self._allocate(capacity)
@@ -107,8 +112,8 @@ class BlockCache(Cache):
     def set_length(self, num_tokens: int) -> None:
         """Say that the first `num_tokens` tokens are in place, and no others."""
         self.reserve(num_tokens)
-        for layer, (keys, values) in zip(self._planes, _by_layer(self._storage[:, :, :, :num_tokens]), strict=True):
-            layer.length, layer.keys, layer.values = num_tokens, keys, values
+        for layer in self._planes:
+            layer.length = num_tokens
 
     def _refresh(self) -> None:
         """Have the layers take up the storage as it is now."""
@@ -125,22 +130,23 @@ class BlockCache(Cache):
         self.reserve((index + 1) * tokens)
         return self._storage[:, :, :, index * tokens : (index + 1) * tokens].transpose(2, 3)
 
+    def _paged(self) -> PagedKV:
+        """Block i is page i."""
+        return PagedKV.of([self._storage], "layer kv head slot dim", page_tokens=self._block_tokens)
+
     def _pages(self) -> PageCopier:
         if self._page_copier is None:
-            paged = PagedKV.of([self._storage], "layer kv head slot dim", page_tokens=self._whole.model.block_tokens)
-            self._page_copier = PageCopier(self._block_layout, paged, streams=self._given)
+            self._page_copier = PageCopier(self._block_layout, self._paged(), streams=self._given)
         return self._page_copier
 
     def _rows(self) -> RowCopier:
         if self._row_copier is None:
-            pages = self._storage.unflatten(3, (-1, self._whole.model.block_tokens))  # type: ignore[no-untyped-call]
-            planes = [layer.unbind(0) for layer in pages.permute(0, 1, 3, 4, 2, 5).unbind(0)]
-            self._row_copier = RowCopier(self._whole, planes, streams=self._given)
+            self._row_copier = RowCopier(self._whole, self._paged(), streams=self._given)
         return self._row_copier
 
     def begin(self) -> None:
         """Begin the copies noted, all blocks in one call. The engine waits for them, for what it needs of them."""
-        if not self._to_read and not self._to_write:
+        if not self._to_read and not self._to_write and not self._runs:
             return
         copier = self._pages()
         table = range(copier.paged.num_pages)
@@ -149,9 +155,11 @@ class BlockCache(Cache):
             self._ordered(lambda: copier.start_gather(table, reads))
         if writes := self._taken(self._to_write):
             self._writing.append(copier.start_scatter(table, writes, step_layers=self._step_layers))
+        for run in self._taken(self._runs):
+            self._writing.append(copier.start_scatter_run(table, run, step_layers=self._step_layers))
 
     @staticmethod
-    def _taken(noted: list[tuple[int, SlotViews]]) -> list[tuple[int, SlotViews]]:
+    def _taken(noted: list[T]) -> list[T]:
         taken = noted[:]
         noted.clear()
         return taken
@@ -180,6 +188,15 @@ class BlockCache(Cache):
             return
         for cell, slot in self._cells(index, views):
             copy_rows(cell, slot)
+
+    def write_run(self, run: LoadedRun) -> None:
+        if self._in_pages:
+            self.reserve((run.start + len(run.offsets)) * self._block_tokens)
+            self._runs.append(run)
+            return
+        sizes = [part.num_bytes for part in self._block_layout.parts]
+        for index, offsets in enumerate(run.offsets.tolist(), run.start):
+            self.write_block(index, [run.memory[at : at + size] for at, size in zip(offsets, sizes, strict=True)])
 
     def read_block(self, index: int, views: Sequence[memoryview | None]) -> None:
         if self._in_pages:
@@ -219,7 +236,9 @@ class BlockCache(Cache):
 
     @property
     def is_done(self) -> bool:
-        return not (self._to_read or self._to_write) and all(one.is_done for one in (*self._reading, *self._writing))
+        return not (self._to_read or self._to_write or self._runs) and all(
+            one.is_done for one in (*self._reading, *self._writing)
+        )
 
     def finish(self) -> None:
         self.begin()
@@ -245,7 +264,7 @@ class _CacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     is_croppable = True
 
     def __init__(self, owner: BlockCache, layer: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        # Not the base's, which sets keys and values.
         self.length = 0
         self._layer = layer
         self.belong_to(owner)
@@ -265,12 +284,16 @@ class _CacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def take(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """From now on the layer's lie here, `[1, heads, capacity, dim]`."""
         self._keys, self._values = keys, values
-        self._cut(self.length)
 
-    def _cut(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        cut = self._keys.narrow(2, 0, length), self._values.narrow(2, 0, length)
-        self.length, (self.keys, self.values) = length, cut
-        return cut
+    # Cut when somebody looks: for 32 layers whose length was said, that was 0.3 ms before the first of them was needed.
+
+    @property
+    def keys(self) -> torch.Tensor:  # type: ignore[override]
+        return self._keys.narrow(2, 0, self.length)
+
+    @property
+    def values(self) -> torch.Tensor:  # type: ignore[override]
+        return self._values.narrow(2, 0, self.length)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to do: the storage is there."""
@@ -288,7 +311,8 @@ class _CacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         owner.wait_for(self._layer)
         self._keys.narrow(2, start, fresh).copy_(key_states)
         self._values.narrow(2, start, fresh).copy_(value_states)
-        return self._cut(start + fresh)
+        self.length = start + fresh
+        return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0
@@ -300,7 +324,7 @@ class _CacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return -1
 
     def reset(self) -> None:
-        self._cut(0)
+        self.length = 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        self._cut(self.length - min(abs(tokens_to_remove), self.length))
+        self.length -= min(abs(tokens_to_remove), self.length)

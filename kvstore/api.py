@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self, runtime_checkable
 
+import numpy as np
+import numpy.typing as npt
+
 from kvstore.block import Chain, ModelId, RootId
 from kvstore.errors import ConfigError
 from kvstore.layout import BlockLayout
@@ -128,6 +131,23 @@ class LoadedBlock(Protocol):
     @property
     def views(self) -> Sequence[memoryview]:
         """Read-only bytes of the asked parts, in the order asked; shapes as in `BlockLayout.parts`."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedRun:
+    """Blocks of a load that follow each other, all there, in one stretch of memory: thousands, and one object.
+
+    Attributes:
+        start: position in the chain of the first.
+        tier: where they came from.
+        memory: read-only, and as good as the load is.
+        offsets: where in it each of the asked parts begins, `[blocks, parts]`; shapes as in `BlockLayout.parts`.
+    """
+
+    start: int
+    tier: str
+    memory: memoryview
+    offsets: npt.NDArray[np.int64]
 
 
 class Load(Protocol):
@@ -318,3 +338,11 @@ class SaysWhole(Protocol):
     @property
     def is_whole(self) -> bool:
         """Whether all blocks are there already and stay valid until the load is closed."""
+
+
+@runtime_checkable
+class GivesRun(Protocol):
+    """A load that can hand out all its blocks as one run, in place of being iterated over."""
+
+    def run(self) -> LoadedRun | None:
+        """None where they are not all there, or not of one tier, or will not stay until the load is closed."""

@@ -27,7 +27,10 @@ if HAS_TRITON:
 _BLOCK_BYTES = 16 << 10
 _NUM_WARPS = 8
 _MAX_WORD_BYTES = 8
-_NUMBERS = ("items", "num_planes", "chunks", "plane_bytes", "piece_bytes")
+_NUMBERS = (
+    "planes", "pages", "slots", "slot_step", "items", "num_planes", "chunks", "plane_bytes", "piece_bytes", "step0",
+    "step1",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,67 +78,92 @@ class PieceShape:
 
 
 @dataclass(frozen=True, slots=True)
-class Tables:
-    """Where a launch finds its bytes: int64 tensors on the device.
+class Places:
+    """Where a launch finds its bytes. Addresses on the device, as numbers: a tensor costs a cut here, and a look by the
+    launcher at whose memory it is. Who launches keeps alive what they lead to.
 
     Attributes:
-        planes: address of each plane's first page, `[planes]`.
-        pages: bytes from there to each piece, `[blocks × pieces]`.
-        slots: address of each block's bytes of the first of these planes, `[blocks]`.
-        alignment: bytes that divide everything above.
+        planes: of a table, int64: address of each plane's first page, `[num_planes]`.
+        pages: of a table, int64: bytes from there to each piece, `[num_blocks × pieces]`.
+        slots: of the first block's bytes of the first of these planes; the others follow, `slot_step` bytes apart.
+            Where that is 0, of a table, int64, of where each begins, `[num_blocks]`.
+        alignment: bytes that divide all that the tables hold, and `slots` and `slot_step`.
     """
 
-    planes: torch.Tensor
-    pages: torch.Tensor
-    slots: torch.Tensor
+    planes: int
+    num_planes: int
+    pages: int
+    num_blocks: int
+    pieces: int
+    slots: int
+    slot_step: int
     alignment: int
 
 
-def copy_pieces(tables: Tables, shape: PieceShape, *, plane_bytes: int, to_slots: bool) -> None:
+@dataclass(frozen=True, slots=True)
+class _Launch:
+    """What a launch is told beside its places. `steps` in units of what everything is aligned to."""
+
+    chunks: int
+    steps: tuple[int, int]
+    constants: dict[str, int | bool]
+
+
+def copy_pieces(places: Places, shape: PieceShape, device: torch.device, *, plane_bytes: int, to_slots: bool) -> None:
     """Launch the copy of every piece of every plane on the current stream.
 
     Args:
         plane_bytes: what one plane of a block takes in a slot.
     """
-    device = tables.pages.device
-    num_blocks, num_planes = tables.slots.numel(), tables.planes.numel()
-    if not num_blocks or not num_planes:
+    if not places.num_blocks or not places.num_planes:
         return
-    pieces = tables.pages.numel() // num_blocks
-    word = shape.word_bytes(tables.alignment, plane_bytes, shape.num_bytes)
+    # Bytes beyond sixteen tell nothing, and would make each request's launch one of its own.
+    made = _launch(shape, gcd(16, places.alignment), plane_bytes, places.pieces, not places.slot_step, to_slots)
+    items = places.num_blocks * places.pieces * places.num_planes * made.chunks
+    launcher(_copy, device.type, _NUMBERS)[(min(items, most_programs(device)),)](
+        places.planes,
+        places.pages,
+        places.slots,
+        places.slot_step,
+        items,
+        places.num_planes,
+        made.chunks,
+        plane_bytes,
+        shape.num_bytes,
+        *made.steps,
+        **made.constants,
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _launch(shape: PieceShape, alignment: int, plane_bytes: int, pieces: int, tabled: bool, to_slots: bool) -> _Launch:
+    word = shape.word_bytes(alignment, plane_bytes, shape.num_bytes)
     inner = shape.sizes[2] * shape.item_bytes // word if shape.steps[2] == shape.item_bytes else shape.sizes[2]
     inner_step = 1 if shape.steps[2] == shape.item_bytes else shape.steps[2] // word
     if shape.steps[2] != shape.item_bytes and word < shape.item_bytes:
         raise ValueError(f"elements of {shape.item_bytes} bytes lie at multiples of {word}")
     words = shape.num_bytes // word
     block = min(triton.next_power_of_2(words), _BLOCK_BYTES // word)
-    chunks = -(-words // block)
-    items = num_blocks * pieces * num_planes * chunks
     # Sixteen bytes a thread where everything divides by it: the compiler cannot know what a table holds.
-    wide = gcd(16, tables.alignment, plane_bytes, shape.num_bytes, *shape.steps[:2], inner * word) == 16
-    grid = (min(items, most_programs(device)),)
-    launcher(_copy, device.type, _NUMBERS)[grid](
-        tables.planes,
-        tables.pages,
-        tables.slots,
-        items,
-        num_planes,
-        chunks,
-        plane_bytes,
-        shape.num_bytes,
-        PIECES=pieces,
-        SIZE0=shape.sizes[0],
-        SIZE1=shape.sizes[1],
-        SIZE2=inner,
-        STEP0=shape.steps[0] // word,
-        STEP1=shape.steps[1] // word,
-        STEP2=inner_step,
-        WORDS=words,
-        WORD_BYTES=word,
-        ALIGN=16 if wide and inner_step == 1 else word,
-        BLOCK=block,
-        TO_SLOTS=to_slots,
-        num_warps=_NUM_WARPS,
+    wide = gcd(16, alignment, plane_bytes, shape.num_bytes, *shape.steps[:2], inner * word) == 16
+    unit = 16 if wide and inner_step == 1 else word
+    return _Launch(
+        chunks=-(-words // block),
+        steps=(shape.steps[0] // unit, shape.steps[1] // unit),
+        constants={
+            "PIECES": pieces,
+            "SIZE0": shape.sizes[0],
+            "SIZE1": shape.sizes[1],
+            "SIZE2": inner,
+            "STEP2": inner_step,
+            "WORDS": words,
+            "WORD_BYTES": word,
+            "ALIGN": unit,
+            "BLOCK": block,
+            "TABLED": tabled,
+            "TO_SLOTS": to_slots,
+            "num_warps": _NUM_WARPS,
+        },
     )
 
 
@@ -173,10 +201,10 @@ def _fault(device: torch.device) -> str:
     source = torch.arange(64, dtype=torch.uint8, device=device)
     into = torch.zeros_like(source)
     whole = PieceShape.of((1, 1, 32), (0, 0, 1), 1)
-    place = [torch.tensor(at, dtype=torch.int64, device=device) for at in ([source.data_ptr()], [0, 32])]
-    slots = torch.tensor([into.data_ptr()], dtype=torch.int64, device=device)
+    table = torch.tensor([source.data_ptr(), 0, 32], dtype=torch.int64, device=device)
+    at = table.data_ptr()
     try:
-        copy_pieces(Tables(place[0], place[1], slots, 32), whole, plane_bytes=64, to_slots=True)
+        copy_pieces(Places(at, 1, at + 8, 1, 2, into.data_ptr(), 64, 32), whole, device, plane_bytes=64, to_slots=True)
         same = torch.equal(into, source)
     except Exception as error:  # noqa: BLE001  # a compiler, a linker, a driver: whatever it is, there is another way
         return f"{type(error).__name__}: {error}"
@@ -187,30 +215,43 @@ def _copy(  # type: ignore[no-untyped-def]  # Triton's own types; the capitals a
     planes,
     pages,
     slots,
+    slot_step,
     items,
     num_planes,
     chunks,
     plane_bytes,
     piece_bytes,
+    step0,
+    step1,
     PIECES: tl.constexpr,  # noqa: N803
     SIZE0: tl.constexpr,  # noqa: N803
     SIZE1: tl.constexpr,  # noqa: N803
     SIZE2: tl.constexpr,  # noqa: N803
-    STEP0: tl.constexpr,  # noqa: N803
-    STEP1: tl.constexpr,  # noqa: N803
     STEP2: tl.constexpr,  # noqa: N803
     WORDS: tl.constexpr,  # noqa: N803
     WORD_BYTES: tl.constexpr,  # noqa: N803
     ALIGN: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
+    TABLED: tl.constexpr,  # noqa: N803
     TO_SLOTS: tl.constexpr,  # noqa: N803
 ):
+    planes_at = planes.to(tl.int64).to(tl.pointer_type(tl.int64))
+    pages_at = pages.to(tl.int64).to(tl.pointer_type(tl.int64))
+    first_slot = slots.to(tl.int64)
+    # Times a constant, so that the compiler knows what divides a step. The steps themselves are none: those of a cache
+    # that grows are others each time, and would be a kernel each time.
+    far, near = step0 * (ALIGN // WORD_BYTES), step1 * (ALIGN // WORD_BYTES)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         chunk = item % chunks
         plane = item // chunks % num_planes
         piece = item // chunks // num_planes
-        engine = tl.load(planes + plane) + tl.load(pages + piece)
-        slot = tl.load(slots + piece // PIECES) + (piece % PIECES) * piece_bytes + plane.to(tl.int64) * plane_bytes
+        engine = tl.load(planes_at + plane) + tl.load(pages_at + piece)
+        block = piece // PIECES
+        if TABLED:
+            slot = tl.load(first_slot.to(tl.pointer_type(tl.int64)) + block)
+        else:
+            slot = first_slot + block.to(tl.int64) * slot_step
+        slot += (piece % PIECES) * piece_bytes + plane.to(tl.int64) * plane_bytes
         if WORD_BYTES == 8:
             engine_at = engine.to(tl.pointer_type(tl.int64))
             slot_at = slot.to(tl.pointer_type(tl.int64))
@@ -231,9 +272,9 @@ def _copy(  # type: ignore[no-untyped-def]  # Triton's own types; the capitals a
         if SIZE0 * SIZE1 == 1:
             at = words * STEP2
         elif SIZE0 == 1:
-            at = words % SIZE2 * STEP2 + words // SIZE2 * STEP1
+            at = words % SIZE2 * STEP2 + words // SIZE2 * near
         else:
-            at = words % SIZE2 * STEP2 + words // SIZE2 % SIZE1 * STEP1 + words // (SIZE1 * SIZE2) * STEP0
+            at = words % SIZE2 * STEP2 + words // SIZE2 % SIZE1 * near + words // (SIZE1 * SIZE2) * far
         if TO_SLOTS:
             tl.store(slot_at + words, tl.load(engine_at + at, mask=inside), mask=inside)
         else:

@@ -8,28 +8,23 @@ from math import gcd
 import numpy as np
 import torch
 
-from kvstore.copy_kernel import Tables, copy_pieces
+from kvstore.copy_kernel import Places, copy_pieces
 from kvstore.copy_windows import Ints, Window
 
 
-def by_kernel(window: Window, slots: torch.Tensor, alignments: tuple[int, ...], *, to_slots: bool) -> None:
+def by_kernel(window: Window, slots: int, slot_step: int, alignments: tuple[int, ...], *, to_slots: bool) -> None:
     """One launch of the kernel.
 
     Args:
-        slots: addresses of the blocks' bytes of the window's first layer, on the device.
-        alignments: numbers whose common divisor divides all of `slots`.
+        slots, slot_step: as in `copy_kernel.Places`, of the window's first layer.
+        alignments: numbers whose common divisor divides where each block's bytes begin.
     """
     part = window.part
+    num_planes = (window.high - window.low) * part.num_kv
     pieces = window.work.pages.shape[1]
-    planes = part.table[window.low * part.num_kv : window.high * part.num_kv]
-    pages = window.offsets[0][window.first * pieces : window.stop * pieces]
     alignment = gcd(part.divisor, *alignments)
-    copy_pieces(
-        Tables(planes, pages, slots, alignment),
-        part.piece,
-        plane_bytes=part.plane_bytes,
-        to_slots=to_slots,
-    )
+    places = Places(window.planes, num_planes, window.pages, window.num_blocks, pieces, slots, slot_step, alignment)
+    copy_pieces(places, part.piece, part.device, plane_bytes=part.plane_bytes, to_slots=to_slots)
 
 
 def by_index(window: Window, values: torch.Tensor, *, to_slots: bool) -> None:
@@ -37,7 +32,7 @@ def by_index(window: Window, values: torch.Tensor, *, to_slots: bool) -> None:
     part, chosen = window.part, slice(window.first, window.stop)
     device = values.device
     shape = part.shape_of(window.num_blocks, window.high - window.low)
-    shaped = values.view(part.planes[0][0].dtype).view(shape)
+    shaped = values.view(part.dtype).view(shape)
     within = np.arange(part.piece_tokens)
     pages = np.repeat(window.work.pages[chosen].reshape(-1), part.piece_tokens)
     tokens = (window.work.pieces[chosen].reshape(-1, 1) * part.piece_tokens + within).reshape(-1)

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import functools
+from dataclasses import dataclass
 from math import gcd
 
 import numpy as np
@@ -13,8 +13,12 @@ import torch
 
 from kvstore.copy_kernel import PieceShape
 from kvstore.layout import BlockLayout, PartLayout
+from kvstore.paged import Planes
 
 Ints = npt.NDArray[np.int64]
+
+_WORD_BYTES = 8
+"""Of a table."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,43 +30,50 @@ class PartWork:
 
     pages: Ints
     pieces: Ints
-    views: Sequence[memoryview]
+    addresses: Ints
+    """Where the slots begin; empty where the call has other places for the blocks."""
+    held: object = None
+    """What keeps the slots' memory."""
     tokens: slice | None = None
-    addresses: Ints = field(init=False)
-    """Where the slots begin."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "addresses", np.array([address_of(view) for view in self.views], np.int64))
 
 
 class Part:
     """One part: its planes, and the geometry of a piece."""
 
-    def __init__(
-        self, layout: BlockLayout, cell: PartLayout, planes: list[list[torch.Tensor]], piece_tokens: int
-    ) -> None:
+    def __init__(self, layout: BlockLayout, cell: PartLayout, planes: Planes, piece_tokens: int) -> None:
         self.cell = cell
-        plane = planes[0][0]
-        if plane.element_size() == 1:
-            # Bytes are bytes, and devices do not index by fp8.
-            planes = [[one.view(torch.uint8) for one in layer] for layer in planes]
-        self.planes = planes
+        self._planes = planes
+        plane = planes.first
+        self.device = plane.device
         item = plane.element_size()
-        self.page_step, self.token_step, head_step, dim_step = (step * item for step in plane.stride())
+        # Bytes are bytes, and devices do not index by fp8.
+        self.dtype = torch.uint8 if item == 1 else plane.dtype
+        self.item_bytes = item
+        self.steps: tuple[int, ...] = plane.stride()
+        """Between pages, tokens, heads and values, in these."""
+        self.page_step, self.token_step, head_step, dim_step = (step * item for step in self.steps)
         _, self.num_kv, tokens, heads, dim = cell.shape
         self.piece_tokens = piece_tokens
         self.piece = PieceShape.of((piece_tokens, heads, dim), (self.token_step, head_step, dim_step), item)
         self.plane_bytes = tokens * heads * dim * item
         self.layer_bytes = self.num_kv * self.plane_bytes
         self.slot_layer_bytes = layout.layer_bytes(heads)
-        self.addresses = np.array([one.data_ptr() for layer in planes for one in layer], np.int64)
-        self.divisor = gcd(*self.addresses.tolist(), self.page_step, piece_tokens * self.token_step)
+        self.addresses = planes.addresses
+        self.num_layers = len(self.addresses) // self.num_kv
+        self.divisor = gcd(int(np.gcd.reduce(self.addresses)), self.page_step, piece_tokens * self.token_step)
         """Divides every place of a piece in the engine."""
-        self.table = torch.from_numpy(self.addresses).to(plane.device)
 
-    def offsets(self, work: PartWork) -> Ints:
-        """Bytes from a plane's first page to each piece, `[blocks × pieces]`."""
-        return (work.pages * self.page_step + work.pieces * (self.piece_tokens * self.token_step)).reshape(-1)
+    @functools.cached_property
+    def planes(self) -> list[list[torch.Tensor]]:
+        """By layer, for who indexes them; a kernel needs their addresses alone."""
+        return [[one.view(self.dtype) for one in layer] for layer in self._planes.tensors()]
+
+    def table(self, work: PartWork) -> Ints:
+        """What a launch is told, for the device: where each plane begins, `[planes]`, then bytes from there to each
+        piece, `[blocks × pieces]`. Sent with each call: a table that stays there was a copy that the caller waits for.
+        """
+        pieces = (work.pages * self.page_step + work.pieces * (self.piece_tokens * self.token_step)).reshape(-1)
+        return np.concatenate((self.addresses, pieces))
 
     def shape_of(self, num_blocks: int, num_layers: int) -> tuple[int, int, int, int, int, int]:
         _, kv, tokens, heads, dim = self.cell.shape
@@ -75,16 +86,33 @@ class Window:
 
     part: Part
     work: PartWork
-    offsets: list[torch.Tensor]
-    """One: of all the work's pieces, on the device, once the kernels' stream has put it there."""
+    table: list[torch.Tensor]
+    """One: the work's, on the device, once the kernels' stream has put it there."""
     low: int
     high: int
     first: int
     stop: int
+    registered: bool = False
+    """Whether each of the work's slots lies in one registration."""
+
+    @property
+    def has_all_layers(self) -> bool:
+        return self.high - self.low >= self.part.num_layers
 
     @property
     def num_blocks(self) -> int:
         return self.stop - self.first
+
+    @property
+    def planes(self) -> int:
+        """Where the table of the window's planes lies."""
+        return int(self.table[0].data_ptr()) + self.low * self.part.num_kv * _WORD_BYTES
+
+    @property
+    def pages(self) -> int:
+        """And that of its pieces."""
+        before: int = len(self.part.addresses) + self.first * self.work.pages.shape[1]
+        return int(self.table[0].data_ptr()) + before * _WORD_BYTES
 
     @property
     def slots(self) -> Ints:

@@ -36,9 +36,7 @@ Invariants
 from __future__ import annotations
 
 import enum
-import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -49,7 +47,9 @@ from kvstore.copy_pages import by_index, by_kernel, on_device
 from kvstore.copy_windows import Ints, Part, PartWork, Window
 from kvstore.layout import BlockLayout, PartLayout
 from kvstore.lossy import FORMATS
+from kvstore.paged import Planes
 from kvstore.pinning import PINNED
+from kvstore.stages import LEAST_STAGES, Stage, Stages, stages_of
 from kvstore.streams import Moment, Stream, Streams, streams_of
 from kvstore.unpack_kernel import Unpacking, unpackings
 
@@ -57,7 +57,8 @@ _STAGE_BYTES = 64 << 20
 _SAVE_STAGES = 4
 """A save's pages are free for the engine again when its last window is in a stage: so many windows need not wait for
 the link. 256 MiB are 2,048 tokens of an 8B model. A load has two: its pages are written at the other end."""
-_LEAST_STAGES = 2
+_BY_LAYERS = 2
+"""Times as large may a window be of a load that goes by layers."""
 
 
 class Way(enum.Enum):
@@ -119,61 +120,44 @@ class Copying:
             self._told = engine, count
 
 
-@dataclass(slots=True, eq=False)
-class _Stage:
-    num_bytes: int = 0
-    memory: list[torch.Tensor] = field(default_factory=list)
-    """One, once the kernels' stream has allocated it."""
-    free: Moment = None
-    """When what it was last used for is done; meaningless while it `is_new`."""
-    is_new: bool = True
-    starts: tuple[int, torch.Tensor] | None = None
-    """Bytes of a block, and where each that fits begins: made once, since a launch is worth 25 µs of the CPU."""
-    packed: torch.Tensor | None = None
-    """Lossy bytes of a save under way. Replaced only on the kernels' stream after `free`: then nobody reads them."""
-
-
-@dataclass(slots=True, eq=False)
-class _Direction:
-    name: str
-    stages: list[_Stage]
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    """Held while a call is submitted: windows of two threads would meet in a stage."""
-
-
 class DeviceCopier:
     """See the module.
 
     Args:
-        planes: of each of `cells`, `[layer][kv]` tensors (page, token, head, dim) cut to the part's heads.
+        planes: of each of `cells`, cut to the part's heads.
         way: None for the best that works here.
+        stage_bytes: of a window; twice as many where a load goes by layers. num_stages: of each direction.
+        num_lanes: streams that the windows of a direction cross the link on in turns.
     """
 
     def __init__(
         self,
         layout: BlockLayout,
         cells: Sequence[PartLayout],
-        planes: Sequence[list[list[torch.Tensor]]],
+        planes: Sequence[Planes],
         piece_tokens: int,
         *,
         way: Way | None = None,
         streams: Streams | None = None,
         copy_engine: CopyEngine | None = None,
         stage_bytes: int = _STAGE_BYTES,
+        num_stages: tuple[int, int] = (_SAVE_STAGES, LEAST_STAGES),
+        num_lanes: int = 1,
     ) -> None:
-        self.device = planes[0][0][0].device
+        self.device = planes[0].first.device
         self.streams = streams or streams_of(self.device)
         self.way = way or best_way(self.device)
         self._parts = [Part(layout, cell, of, piece_tokens) for cell, of in zip(cells, planes, strict=True)]
         self._format = FORMATS[layout.packed] if layout.packed else None
         unpacks = layout.packed == "fp8" and self.way is Way.STAGED
         self._unpack: dict[Part, Unpacking] = unpackings(self._parts) if unpacks else {}
-        self._dtype = planes[0][0][0].dtype
+        self._dtype = planes[0].first.dtype
         self._engine = copy_engine or engine_of(self.device)
         self._registers = self.device.type == "cuda"
         self._stage_bytes = stage_bytes
-        self._save = _Direction("save", [_Stage() for _ in range(_SAVE_STAGES)])
-        self._load = _Direction("load", [_Stage() for _ in range(_LEAST_STAGES)])
+        self._lanes = range(num_lanes)
+        self._save = stages_of(self.streams, self.device, "save", num_stages[0])
+        self._load = stages_of(self.streams, self.device, "load", num_stages[1])
 
     def start(
         self,
@@ -190,24 +174,27 @@ class DeviceCopier:
             step_layers: layers whose copies end together, so that a forward pass can begin before the last are there;
                 0 for all.
         """
-        direction, streams = (self._save if to_slots else self._load), self.streams
-        kernels, copies = streams.side(f"{direction.name} kernels"), streams.side(f"{direction.name} copies")
+        stages, streams, name = (self._save if to_slots else self._load), self.streams, "save" if to_slots else "load"
+        kernels = streams.side(f"{name} kernels")
+        lanes = [streams.side(f"{name} copies {lane}") for lane in self._lanes]
         if after is None:
             after = streams.record(streams.engine())
         steps: list[tuple[int, Moment]] = []
         num_bytes = 0
-        with direction.lock:
+        with stages.lock:
             try:
                 streams.wait(kernels, after)
                 number = 0
                 for first_layer, windows in self._steps(work, step_layers, kernels, unpacks=not to_slots):
                     for window in windows:
                         num_bytes += window.num_blocks * window.slot_bytes
-                        self._submit(direction, number, window, to_slots, kernels, copies)
+                        self._submit(stages, number, window, to_slots, kernels, lanes[number % len(lanes)])
                         number += 1
-                    steps.append((first_layer, streams.record(copies if to_slots else kernels)))
+                    for lane in lanes[1:] if to_slots else ():
+                        streams.wait(lanes[0], streams.record(lane))
+                    steps.append((first_layer, streams.record(lanes[0] if to_slots else kernels)))
             except BaseException:
-                for stream in (kernels, copies):
+                for stream in (kernels, *lanes):
                     streams.finish(streams.record(stream))
                 raise
             read = streams.record(kernels) if to_slots and steps else None
@@ -219,31 +206,39 @@ class DeviceCopier:
         """(first layer, windows) in the order of layers: all of a step's blocks before the next step's first."""
         steps: dict[int, list[Window]] = {}
         for at, blocks in work:
-            part, num_blocks = self._parts[at], len(blocks.views)
-            offsets: list[torch.Tensor] = []
+            part, num_blocks = self._parts[at], len(blocks.addresses)
+            table: list[torch.Tensor] = []
             way = self._way_of(blocks)
             if way is Way.STAGED:
-                self.streams.submit(kernels, _sent(part.offsets(blocks), self.device, offsets))
-            num_layers = len(part.planes)
+                self.streams.submit(kernels, _sent(part.table(blocks), self.device, table))
+            num_layers = part.num_layers
+            registered = self._registers and PINNED.holds_whole(blocks.addresses, num_layers * part.slot_layer_bytes)
+            apart = bool(np.all(registered))
             step = step_layers or num_layers
             for low in range(0, num_layers, step):
                 high = min(low + step, num_layers)
                 # Blocks that are unpacked into the pages take no room but their packed bytes.
                 packed = unpacks and way is Way.STAGED and part in self._unpack
                 layer_bytes = part.slot_layer_bytes if packed else part.layer_bytes
-                size = max(1, self._stage_bytes // ((high - low) * layer_bytes))
+                size = max(1, self._window_bytes(by_layers=step < num_layers) // ((high - low) * layer_bytes))
                 steps.setdefault(part.cell.layers.start + low, []).extend(
-                    Window(part, blocks, offsets, low, high, first, min(first + size, num_blocks))
+                    Window(part, blocks, table, low, high, first, min(first + size, num_blocks), apart)
                     for first in range(0, num_blocks, size)
                 )
         return sorted(steps.items())
+
+    def _window_bytes(self, *, by_layers: bool) -> int:
+        """A step is waited for as a whole, so cutting it gains nothing, and each window is some 0.3 ms of the thread
+        that is to order the pass: 16 of 64 MiB were 5 ms on an H100. What half as many are is not measured.
+        """
+        return _BY_LAYERS * self._stage_bytes if by_layers else self._stage_bytes
 
     def _way_of(self, blocks: PartWork) -> Way:
         return self.way if blocks.tokens is None else Way.INDEX  # kernels know whole pieces only
 
     def _submit(
         self,
-        direction: _Direction,
+        stages: Stages,
         number: int,
         window: Window,
         to_slots: bool,
@@ -254,7 +249,8 @@ class DeviceCopier:
         streams, way = self.streams, self._way_of(window.work)
         # A load's stage holds what crossed the link; a save's, the values before they are packed.
         num_bytes = window.num_blocks * (window.exact_bytes if to_slots else window.slot_bytes)
-        stage = self._stage(direction, number, num_bytes, kernels, copies)
+        room_bytes = self._window_bytes(by_layers=not to_slots)
+        stage = stages.take(streams, kernels, number, num_bytes, room_bytes)
         first, second = (kernels, copies) if to_slots else (copies, kernels)
         before: Callable[[], None]
         then: Callable[[], None]
@@ -269,55 +265,28 @@ class DeviceCopier:
         streams.submit(second, then)
         stage.free, stage.is_new = streams.record(second), False
 
-    def _stage(self, direction: _Direction, number: int, num_bytes: int, kernels: Stream, copies: Stream) -> _Stage:
-        """The stage of a call's window `number`, with room for it. Where the device has no memory for more, two do."""
-        stages = direction.stages
-        stage = stages[number % len(stages)]
-        try:
-            self._make_room(stage, num_bytes, kernels, copies)
-        except torch.cuda.OutOfMemoryError:
-            if number % len(stages) < _LEAST_STAGES:
-                raise
-            for one in stages[_LEAST_STAGES:]:
-                if not one.is_new:  # copies of its bytes may be under way, on a stream that did not allocate them
-                    self.streams.finish(one.free)
-            del stages[_LEAST_STAGES:]
-            stage = stages[number % len(stages)]
-            self._make_room(stage, num_bytes, kernels, copies)
-        return stage
-
-    def _make_room(self, stage: _Stage, num_bytes: int, kernels: Stream, copies: Stream) -> None:
-        if num_bytes <= stage.num_bytes:
-            return
-        if not stage.is_new:
-            self.streams.finish(stage.free)
-        room_bytes = max(num_bytes, self._stage_bytes)
-        # On the kernels' stream, and the copies wait for it: memory that an allocator hands out on one stream may
-        # still be in use there by whoever gave it back.
-        self.streams.submit(kernels, lambda: _allocate(stage, room_bytes, self.device))
-        self.streams.wait(copies, self.streams.record(kernels))
-        stage.num_bytes = room_bytes
-
     # -- what runs on the streams ------------------------------------------------------------------------------
 
-    def _fill(self, way: Way, stage: _Stage, window: Window) -> None:
+    def _fill(self, way: Way, stage: Stage, window: Window) -> None:
         """Pages → stage, packed where the format is lossy."""
         values = stage.memory[0][: window.num_blocks * window.exact_bytes]
         self._between(way, stage, window, values, to_slots=True)
         if self._format is not None:
             shaped = values.view(self._dtype).view(window.part.shape_of(window.num_blocks, window.high - window.low))
             stage.packed = self._format.encode(shaped).view(-1)
+        else:
+            stage.packed = None  # of another copier's save
 
-    def _send(self, stage: _Stage, window: Window) -> None:
+    def _send(self, stage: Stage, window: Window) -> None:
         """Stage → slots."""
         held = stage.packed if stage.packed is not None else stage.memory[0]
         self._over_the_link(held, window, to_slots=True)
 
-    def _fetch(self, stage: _Stage, window: Window) -> None:
+    def _fetch(self, stage: Stage, window: Window) -> None:
         """Slots → stage."""
         self._over_the_link(stage.memory[0], window, to_slots=False)
 
-    def _empty(self, way: Way, stage: _Stage, window: Window) -> None:
+    def _empty(self, way: Way, stage: Stage, window: Window) -> None:
         """Stage → pages."""
         if way is Way.STAGED and (unpack := self._unpack.get(window.part)) is not None:
             unpack.launch(window, stage.memory[0].data_ptr())
@@ -331,27 +300,25 @@ class DeviceCopier:
             values = made.contiguous().view(-1).view(torch.uint8)
         self._between(way, stage, window, values, to_slots=False)
 
-    def _between(self, way: Way, stage: _Stage, window: Window, values: torch.Tensor, *, to_slots: bool) -> None:
+    def _between(self, way: Way, stage: Stage, window: Window, values: torch.Tensor, *, to_slots: bool) -> None:
         """Between pages and `values`, canonical bytes on the device."""
         if way is Way.INDEX:
             by_index(window, values, to_slots=to_slots)
             return
         size, begin = window.exact_bytes, values.data_ptr()
-        if begin == stage.memory[0].data_ptr():
-            if stage.starts is None or stage.starts[0] != size:
-                stage.starts = size, _starts(begin, size, stage.num_bytes // size, self.device)
-            starts = stage.starts[1][: window.num_blocks]
-        else:
-            starts = _starts(begin, size, window.num_blocks, self.device)
-        by_kernel(window, starts, (size, begin), to_slots=to_slots)
+        by_kernel(window, begin, size, (size, begin), to_slots=to_slots)
 
     def _over_the_link(self, held: torch.Tensor, window: Window, *, to_slots: bool) -> None:
         """Between `held`, the window's blocks one after the other, and their slots: as few copies as can be."""
-        slots, size = window.slots, window.slot_bytes
-        first = np.flatnonzero(np.diff(slots, prepend=-1) != size)  # neighbours go together
-        hosts, there = slots[first], held.data_ptr() + first * size
-        sizes = np.diff(first, append=len(slots)) * size
-        if self._registers:
+        hosts, size = window.slots, window.slot_bytes
+        if window.has_all_layers:
+            first = np.flatnonzero(np.diff(hosts, prepend=-1) != size)  # neighbours go together
+            hosts, sizes = hosts[first], np.diff(first, append=len(hosts)) * size
+        else:
+            first = np.arange(len(hosts))
+            sizes = np.full(len(hosts), size)
+        there = held.data_ptr() + first * size
+        if self._registers and (window.has_all_layers or not window.registered):
             whole = PINNED.holds_whole(hosts, sizes)
             if not whole.all():
                 self._in_pieces(held, hosts[~whole], first[~whole] * size, sizes[~whole], to_slots)
@@ -374,15 +341,6 @@ class DeviceCopier:
 def best_way(device: torch.device) -> Way:
     """What to take where nobody says otherwise. On the CPU the kernel is interpreted: good for tests, and slow."""
     return Way.STAGED if device.type == "cuda" and not copy_kernel.fault(device) else Way.INDEX
-
-
-def _allocate(stage: _Stage, num_bytes: int, device: torch.device) -> None:
-    stage.starts = None
-    stage.memory[:] = [torch.empty(num_bytes, dtype=torch.uint8, device=device)]
-
-
-def _starts(begin: int, size: int, number: int, device: torch.device) -> torch.Tensor:
-    return torch.arange(number, dtype=torch.int64, device=device) * size + begin
 
 
 def _sent(numbers: Ints, device: torch.device, into: list[torch.Tensor]) -> Callable[[], None]:

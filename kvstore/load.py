@@ -14,7 +14,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from kvstore.api import HOST_TIER
+from kvstore.api import HOST_TIER, LoadedRun
 from kvstore.arena import PAGE_BYTES
 from kvstore.delivery import Delivery, LoadPlan, ReadyBlock
 from kvstore.fetch import Fetch
@@ -134,6 +134,14 @@ class BlockLoad:
     def is_whole(self) -> bool:
         """Whether all blocks are there already and stay valid until the load is closed."""
         return not self._plan.sources
+
+    def run(self) -> LoadedRun | None:
+        """See `kvstore.api.GivesRun`. Without blocks where the lease has run out."""
+        if not self.is_whole:
+            return None
+        self.renew()
+        arena = self._host.arena
+        return LoadedRun(self._plan.start, HOST_TIER, arena.readable(0, arena.capacity_bytes), self.host_slots()[0])
 
     def comes_in_windows(self, index: int) -> bool:
         """Wait until it is known whether block `index` comes only when `passed` says that others were copied."""

@@ -25,9 +25,13 @@ from kvstore.copy_windows import Ints, Part, PartWork, Window
 from kvstore.device_copy import Copying, Way, best_way
 from kvstore.errors import ConfigError
 from kvstore.layout import BlockLayout
+from kvstore.paged import PagedKV
 from kvstore.streams import Moment, Stream, Streams, streams_of
 
 _ROWS = "rows"
+_NONE: Ints = np.empty(0, np.int64)
+_WORD_BYTES = 8
+"""Of a table."""
 _STEP_GROWTH = 2
 """Each step of a promotion has so many times the layers of all before it. What crosses no link is there long before
 the forward pass wants it, and each launch costs the thread that is to order that pass some 60 µs: three do for 32
@@ -74,11 +78,9 @@ class _Sent:
 
     rows: Rows
     work: PartWork
-    offsets: list[torch.Tensor] = field(default_factory=list)
-    """One: of the blocks' pages."""
-    starts: list[torch.Tensor] = field(default_factory=list)
-    """Of their rows: for each step, where the step's first layer begins in each. Where there is no kernel one, which
-    has the rows' numbers."""
+    table: list[torch.Tensor] = field(default_factory=list)
+    """One: the part's of the blocks' pages, then for each step where its first layer begins in each row. Where there is
+    no kernel, the rows' numbers."""
 
 
 class RowCopier:
@@ -86,7 +88,7 @@ class RowCopier:
 
     Args:
         layout: the model's, without a part grid, in the engine's dtype.
-        planes: for each layer, keys and values, each a view with axes (page, token, head, dim).
+        paged: the cache.
         way: STAGED for the kernel, INDEX for indexing; None for the better that works there.
         streams: the device's; a test brings its own.
     """
@@ -94,32 +96,32 @@ class RowCopier:
     def __init__(
         self,
         layout: BlockLayout,
-        planes: Sequence[Sequence[torch.Tensor]],
+        paged: PagedKV,
         *,
         way: Way | None = None,
         streams: Streams | None = None,
     ) -> None:
         (cell,) = layout.parts
-        if planes[0][0].shape[1] != layout.model.block_tokens:
-            raise ConfigError(f"pages have {planes[0][0].shape[1]} tokens, blocks {layout.model.block_tokens}")
-        self._device = planes[0][0].device
+        if paged.page_tokens != layout.model.block_tokens:
+            raise ConfigError(f"pages have {paged.page_tokens} tokens, blocks {layout.model.block_tokens}")
+        self._device = paged.device
         self._streams = streams or streams_of(self._device)
         self._way = way or best_way(self._device)
-        self._part = Part(layout, cell, [list(layer) for layer in planes], layout.model.block_tokens)
+        self._part = Part(layout, cell, paged.cut(slice(None), slice(None)), layout.model.block_tokens)
 
     def start(self, rows: Rows, *, into_rows: bool, step_layers: int = 0) -> Copying:
         """Begin. As `PageCopier.start_gather` where `into_rows`, else as `start_scatter`, but that `step_layers` are
         those of the first step, and later ones have more. Raises what the copy raises; then nothing of it is still
         being copied."""
         streams, lows = self._streams, self._steps(step_layers)
-        highs = [*lows[1:], len(self._part.planes)]
+        highs = [*lows[1:], self._part.num_layers]
         stream = streams.side(_ROWS)
         steps: list[tuple[int, Moment]] = []
         try:
             streams.wait(stream, streams.record(streams.engine()))
             made = self._sent(rows, stream, lows)
             for number, (low, high) in enumerate(zip(lows, highs, strict=True)):
-                window = Window(self._part, made.work, made.offsets, low, high, 0, len(rows))
+                window = Window(self._part, made.work, made.table, low, high, 0, len(rows))
                 streams.submit(stream, partial(self._copy, window, made, number, into_rows))
                 steps.append((low, streams.record(stream)))
         except BaseException:
@@ -130,7 +132,7 @@ class RowCopier:
 
     def _steps(self, step_layers: int) -> list[int]:
         """First layer of each step."""
-        lows, num_layers = [0], len(self._part.planes)
+        lows, num_layers = [0], self._part.num_layers
         high = step_layers or num_layers
         while high < num_layers:
             lows.append(high)
@@ -140,32 +142,25 @@ class RowCopier:
     def _sent(self, rows: Rows, stream: Stream, lows: Sequence[int]) -> _Sent:
         """What the launches are told of all the blocks, sent once."""
         pages = rows.positions.reshape(-1, 1)
-        work = PartWork(pages, np.zeros_like(pages), ())
+        work = PartWork(pages, np.zeros_like(pages), _NONE)
         made = _Sent(rows, work)
-        # An even number in each line: the kernel is compiled anew for a table that does not begin at 16 bytes.
-        lines = np.zeros((1 + len(lows), len(rows) + len(rows) % 2), np.int64)
-        lines[0, : len(rows)] = self._part.offsets(work)
-        lines[1:, : len(rows)] = rows.numbers
+        told = rows.numbers
         if self._way is not Way.INDEX:
+            starts = rows.memory.data_ptr() + rows.numbers * rows.row_bytes
             skipped = np.array(lows, np.int64)[:, None] * self._part.layer_bytes
-            lines[1:] = rows.memory.data_ptr() + lines[1:] * rows.row_bytes + skipped
-
-        def send() -> None:
-            offsets, *starts = (line[: len(rows)] for line in on_device(lines, self._device).unbind(0))
-            made.offsets.append(offsets)
-            made.starts.extend(starts)
-
-        self._streams.submit(stream, send)
+            told = np.concatenate((self._part.table(work), (starts + skipped).reshape(-1)))
+        self._streams.submit(stream, lambda: made.table.append(on_device(told, self._device)))
         return made
 
     def _copy(self, window: Window, made: _Sent, number: int, into_rows: bool) -> None:
         rows, low, high = made.rows, window.low, window.high
         if self._way is not Way.INDEX:
             alignments = (rows.memory.data_ptr(), rows.row_bytes, low * self._part.layer_bytes)
-            by_kernel(window, made.starts[number], alignments, to_slots=into_rows)
+            starts = window.pages + (1 + number) * len(rows) * _WORD_BYTES
+            by_kernel(window, starts, 0, alignments, to_slots=into_rows)
             return
         # Bytes are bytes, and devices do not index by fp8.
-        held, chosen = rows.memory.view(torch.uint8)[:, low:high], made.starts[number]
+        held, chosen = rows.memory.view(torch.uint8)[:, low:high], made.table[0]
         if into_rows:
             values = torch.empty((len(rows), *held.shape[1:]), dtype=torch.uint8, device=self._device)
             by_index(window, values.view(-1), to_slots=True)

@@ -40,14 +40,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvstore.copy_windows import PartWork
+from kvstore.api import LoadedRun
+from kvstore.copy_windows import PartWork, address_of
 from kvstore.copying import Shape, assign, copy_places
 from kvstore.device_copy import Copying as Copying
 from kvstore.device_copy import DeviceCopier
 from kvstore.device_copy import Way as Way
 from kvstore.layout import BlockLayout, PartLayout
 from kvstore.paged import PagedKV as PagedKV
-from kvstore.paged import check_fit, extent_of, kind_of
+from kvstore.paged import Planes, check_fit, extent_of, kind_of
 from kvstore.streams import InOrder
 from kvstore.streams import Moment as Moment
 from kvstore.streams import Streams as Streams
@@ -210,8 +211,11 @@ class PageCopier:
             raise ValueError(f"block {index} is outside a page table of {len(page_ids)} × {page_tokens} tokens")
         tokens = numbers[:, None] * self._block_tokens + np.arange(self._pieces) * self._piece_tokens
         # One by one: the table may be much longer than what is copied.
-        chosen = [page_ids[at] for at in (tokens // page_tokens).ravel().tolist()]
-        pages = np.array(chosen, np.int64).reshape(tokens.shape)
+        entries = tokens // page_tokens
+        if isinstance(page_ids, range):
+            pages = page_ids.start + page_ids.step * entries
+        else:
+            pages = np.array([page_ids[entry] for entry in entries.ravel().tolist()], np.int64).reshape(tokens.shape)
         outside = (pages < 0) | (pages >= num_pages)
         if outside.any():
             at, piece = divmod(int(outside.argmax()), self._pieces)
@@ -232,22 +236,22 @@ class PageCopier:
             else:
                 copy_places(engine, held, run.into_engine)
 
-    def _planes_of(self, cell: PartLayout) -> list[list[torch.Tensor]]:
-        """A part's planes by layer, cut to its heads."""
+    def _planes_of(self, cell: PartLayout) -> Planes:
+        """A part's planes, cut to its heads."""
         heads = slice(cell.heads.start - self._head_at, cell.heads.stop - self._head_at)
         layers = slice(cell.layers.start - self._layer_at, cell.layers.stop - self._layer_at)
-        return [[plane[:, :, heads] for plane in layer] for layer in self.paged.planes[layers]]
+        return self.paged.cut(layers, heads)
 
     def _plan(self, cell: PartLayout) -> None:
         """Strided copies between engine and slot for one part: as few runs, and as long rows, as can be."""
         planes = self._planes_of(cell)
-        plane = planes[0][0]
+        plane = planes.first
         item = plane.element_size()
         page_step, token_step, head_step, dim_step = (step * item for step in plane.stride())
         _, num_kv, tokens, heads, dim = cell.shape
         slot_token = heads * dim * item
         slot_kv = tokens * slot_token
-        addresses = np.array([[one.data_ptr() for one in layer] for layer in planes])
+        addresses = planes.addresses.reshape(-1, num_kv)
         runs: list[_Run] = []
         for layers, kv in _progressions(addresses, extent_of(plane)):
             starts = addresses[layers, kv]
@@ -310,6 +314,27 @@ class PageCopier:
             if not self._is_within(item[0], tokens):
                 parts += self._cut(page_ids, item, tokens)
         return self._on_device().start(parts, to_slots=False, after=after, step_layers=step_layers)
+
+    def start_scatter_run(self, page_ids: Sequence[int], run: LoadedRun, *, step_layers: int = 0) -> Copying:
+        """`start_scatter` of all blocks of a run, by arrays: what is done for each is what a first token waits for."""
+        numbers = range(run.start, run.start + len(run.offsets))
+        sizes = np.array([cell.num_bytes for cell in self._cells], np.int64)
+        if run.offsets.shape[1] != len(sizes):
+            raise ValueError(f"a run has {run.offsets.shape[1]} slots a block for the {len(sizes)} parts {self.parts}")
+        if ((run.offsets < 0) | (run.offsets > run.memory.nbytes - sizes)).any():
+            raise ValueError(f"a run has slots outside its memory of {run.memory.nbytes} bytes")
+        if self._by_address:
+            views = [
+                [run.memory[at : at + size] for at, size in zip(each, sizes.tolist(), strict=True)]
+                for each in run.offsets.tolist()
+            ]
+            return self._start(page_ids, list(zip(numbers, views, strict=True)), to_slots=False)
+        places = self._places(page_ids, numbers)
+        addresses = address_of(run.memory) + run.offsets
+        parts = [
+            (at, PartWork(places[..., 0], places[..., 1], addresses[:, at], run.memory)) for at in range(len(sizes))
+        ]
+        return self._on_device().start(parts if numbers else [], to_slots=False, step_layers=step_layers)
 
     def _is_within(self, index: int, tokens: range) -> bool:
         start = index * self._block_tokens
@@ -384,7 +409,8 @@ class PageCopier:
             chosen = [number for number, (_, views) in enumerate(work) if views[at] is not None]
             if chosen:
                 views = [view for _, views in work if (view := views[at]) is not None]
-                parts.append((at, PartWork(places[chosen, :, 0], places[chosen, :, 1], views, cut)))
+                addresses = np.array([address_of(view) for view in views], np.int64)
+                parts.append((at, PartWork(places[chosen, :, 0], places[chosen, :, 1], addresses, views, cut)))
         return parts
 
     def _on_device(self) -> DeviceCopier:

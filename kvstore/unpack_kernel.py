@@ -32,7 +32,7 @@ _MAX_LANES = 128
 _TILE = 8 << 10
 """Values a program has at a time: 32 a thread."""
 _NUM_WARPS = 8
-_NUMBERS = ("planes", "pages", "slots", "items", "num_planes")
+_NUMBERS = ("planes", "pages", "slots", "items", "num_planes", "token_step", "head_step")
 _SCALE_BYTES = 4
 _DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -49,9 +49,9 @@ class _Constants:
     DIM: int
     LANES: int
     KV: int
-    TOKEN_STEP: int
-    HEAD_STEP: int
     DIM_STEP: int
+    UNIT: int
+    """Of the steps between tokens and between heads, which are given in it: see `copy_kernel` for why they are."""
     LAYER_BYTES: int
     """Of a block's layer in its slot: codes of `KV` planes, then their scales."""
     ROWS: int
@@ -69,14 +69,12 @@ class Unpacking:
     """Loads of one part, made by `unpackings`."""
 
     def __init__(self, part: Part) -> None:
-        plane = part.planes[0][0]
-        _, token_step, head_step, dim_step = plane.stride()
+        _, token_step, head_step, dim_step = part.steps
         _, kv, block_tokens, heads, dim = part.cell.shape
         lanes = gcd(dim, _MAX_LANES)
         rows = part.piece_tokens * heads * (dim // lanes)
         at_once = triton.next_power_of_2(min(rows, max(1, _TILE // lanes)))
-        self._device = plane.device
-        self._planes = part.table.data_ptr()
+        self._device = part.device
         self._constants = _Constants(
             PIECES=block_tokens // part.piece_tokens,
             TOKENS=part.piece_tokens,
@@ -84,16 +82,16 @@ class Unpacking:
             DIM=dim,
             LANES=lanes,
             KV=kv,
-            TOKEN_STEP=token_step,
-            HEAD_STEP=head_step,
             DIM_STEP=dim_step,
+            UNIT=gcd(16 // part.item_bytes, token_step, head_step),
             LAYER_BYTES=part.slot_layer_bytes,
             ROWS=at_once,
             CHUNKS=-(-rows // at_once),
             SLOT_ALIGN=gcd(16, lanes, part.slot_layer_bytes),
             PAGE_ALIGN=gcd(16, part.divisor),
-            DTYPE=_DTYPES[plane.dtype],
+            DTYPE=_DTYPES[part.dtype],
         )
+        self._steps = token_step // self._constants.UNIT, head_step // self._constants.UNIT
         self._keywords = {**asdict(self._constants), "num_warps": _NUM_WARPS}
         self._launcher = launcher(_unpack, self._device.type, _NUMBERS)
 
@@ -108,11 +106,12 @@ class Unpacking:
         items = window.num_blocks * made.PIECES * num_planes * made.CHUNKS
         # Addresses as numbers: a tensor costs a cut here and a look by the launcher at whose memory it is.
         self._launcher[(min(items, most_programs(self._device)),)](
-            self._planes + window.low * made.KV * 8,
-            window.offsets[0].data_ptr() + window.first * made.PIECES * 8,
+            window.planes,
+            window.pages,
             slots,
             items,
             num_planes,
+            *self._steps,
             **self._keywords,
         )
 
@@ -122,7 +121,7 @@ def unpackings(parts: Sequence[Part]) -> dict[Part, Unpacking]:
     return {
         part: Unpacking(part)
         for part in parts
-        if part.slot_layer_bytes % _SCALE_BYTES == 0 and not fault(part.table.device, part.planes[0][0].dtype)
+        if part.slot_layer_bytes % _SCALE_BYTES == 0 and not fault(part.device, part.dtype)
     }
 
 
@@ -144,12 +143,12 @@ def _fault(device: torch.device, dtype: torch.dtype) -> str:
     into = torch.zeros(2, 128, dtype=dtype, device=device)
     place = torch.tensor([into.data_ptr(), 0], dtype=torch.int64, device=device)
     constants = _Constants(
-        PIECES=1, TOKENS=1, HEADS=2, DIM=128, LANES=128, KV=1, TOKEN_STEP=256, HEAD_STEP=128, DIM_STEP=1,
+        PIECES=1, TOKENS=1, HEADS=2, DIM=128, LANES=128, KV=1, DIM_STEP=1, UNIT=8,
         LAYER_BYTES=264, ROWS=2, CHUNKS=1, SLOT_ALIGN=8, PAGE_ALIGN=16, DTYPE=_DTYPES[dtype],
     )  # fmt: skip
     try:
         launcher(_unpack, device.type, _NUMBERS)[(1,)](
-            place.data_ptr(), place.data_ptr() + 8, packed.data_ptr(), 1, 1, **asdict(constants), num_warps=1
+            place.data_ptr(), place.data_ptr() + 8, packed.data_ptr(), 1, 1, 32, 16, **asdict(constants), num_warps=1
         )
         same = torch.allclose(into.cpu(), exact.to(dtype), rtol=0, atol=0, equal_nan=True)
     except Exception as error:  # noqa: BLE001  # a compiler, a linker, a driver: whatever it is, there is another way
@@ -163,15 +162,16 @@ def _unpack(  # type: ignore[no-untyped-def]  # Triton's own types; the capitals
     slots,
     items,
     num_planes,
+    token_step,
+    head_step,
     PIECES: tl.constexpr,  # noqa: N803
     TOKENS: tl.constexpr,  # noqa: N803
     HEADS: tl.constexpr,  # noqa: N803
     DIM: tl.constexpr,  # noqa: N803
     LANES: tl.constexpr,  # noqa: N803
     KV: tl.constexpr,  # noqa: N803
-    TOKEN_STEP: tl.constexpr,  # noqa: N803
-    HEAD_STEP: tl.constexpr,  # noqa: N803
     DIM_STEP: tl.constexpr,  # noqa: N803
+    UNIT: tl.constexpr,  # noqa: N803
     LAYER_BYTES: tl.constexpr,  # noqa: N803
     ROWS: tl.constexpr,  # noqa: N803
     CHUNKS: tl.constexpr,  # noqa: N803
@@ -182,6 +182,7 @@ def _unpack(  # type: ignore[no-untyped-def]  # Triton's own types; the capitals
     planes_at = planes.to(tl.int64).to(tl.pointer_type(tl.int64))
     pages_at = pages.to(tl.int64).to(tl.pointer_type(tl.int64))
     first_slot = slots.to(tl.int64)
+    token_far, head_far = token_step.to(tl.int64) * UNIT, head_step.to(tl.int64) * UNIT
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         plane = item // CHUNKS % num_planes
         piece = item // CHUNKS // num_planes
@@ -200,7 +201,7 @@ def _unpack(  # type: ignore[no-untyped-def]  # Triton's own types; the capitals
         half = ((bits & 127) << 7 | (bits & 128) << 8).to(tl.uint16).to(tl.float16, bitcast=True)
         value = tl.where((bits & 127) == 127, float("nan"), half.to(tl.float32) * 256.0) * scale
         # 64 bits: heads may lie as far apart as all the pages of one of them.
-        row = (rows // (DIM // LANES * HEADS)).to(tl.int64) * TOKEN_STEP + head.to(tl.int64) * HEAD_STEP
+        row = (rows // (DIM // LANES * HEADS)).to(tl.int64) * token_far + head.to(tl.int64) * head_far
         row += (rows % (DIM // LANES)).to(tl.int64) * (LANES * DIM_STEP)
         if DTYPE == "bfloat16":
             # To the nearest, ties to even.

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvstore.api import Hint, KnowsWindows, Load, LoadedBlock, Store
+from kvstore.api import GivesRun, Hint, KnowsWindows, Load, LoadedBlock, Store
 from kvstore.block import Chain, ModelId, PartKey, Root
 from kvstore.config import StoreConfig
 from kvstore.errors import ConfigError, LeaseError, UnknownLease
@@ -576,6 +576,38 @@ def test_a_load_that_fits_comes_in_no_windows(make_any: MakeAnyStore, root: Root
             content(chain, index, 0, blocks[0].views[0].nbytes) for index in range(12)
         ]
         assert load.intact()
+
+
+def test_a_run_has_the_bytes_of_the_blocks_it_stands_for(make_any: MakeAnyStore, model: ModelId) -> None:
+    chain = chain_of(Root(dataclasses.replace(model, part_layers=1)), 9)
+    store = make_any()
+    assert len(store.open(chain.root.model).parts) > 1
+    save_all(store, chain)
+    store.match(chain, "r")
+    with store.load("r", 8, start=3) as load:
+        if isinstance(load, RemoteLoad):  # its client has memory of its own
+            assert not isinstance(load, GivesRun)
+            return
+        assert isinstance(load, GivesRun)
+        run = load.run()
+        assert run is not None
+        assert (run.start, run.tier, len(run.offsets)) == (3, "host", 5)
+        assert run.memory.readonly
+        for offsets, block in zip(run.offsets.tolist(), load, strict=True):
+            sizes = [view.nbytes for view in block.views]
+            held = [run.memory[at : at + size] for at, size in zip(offsets, sizes, strict=True)]
+            assert held == list(block.views)
+            assert bytes(held[0]) == content(chain, block.index, 0, sizes[0])
+        assert load.intact()
+
+
+def test_what_is_still_to_come_is_no_run(make_any: MakeAnyStore, root: Root, model: ModelId) -> None:
+    chain = chain_of(root, 12)
+    store = make_any(tiers=[tier_with(chain, model=model)])
+    store.match(chain, "r", wait_s=5)
+    with store.load("r") as load:
+        assert not isinstance(load, GivesRun) or load.run() is None
+        assert len(list(load)) == 12
 
 
 def test_closing_a_load_early_stops_the_fetch(make_any: MakeAnyStore, root: Root, model: ModelId) -> None:

@@ -44,30 +44,44 @@ def test_words_are_as_wide_as_everything_they_must_divide() -> None:
 @NEEDS_TRITON
 @pytest.mark.filterwarnings("ignore")  # Triton's own
 @pytest.mark.parametrize("to_slots", [True, False])
+@pytest.mark.parametrize("tabled", [True, False])
 @pytest.mark.parametrize(("size0", "size1", "size2"), [(1, 1, 4096), (16, 8, 32)])
-def test_it_compiles_for_hopper_with_wide_accesses(to_slots: bool, size0: int, size1: int, size2: int) -> None:
+def test_it_compiles_for_hopper_with_wide_accesses(
+    tabled: bool, to_slots: bool, size0: int, size1: int, size2: int
+) -> None:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     kernel = triton.JITFunction(copy_kernel._copy)
-    names = ["planes", "pages", "slots", "items", "num_planes", "chunks", "plane_bytes", "piece_bytes"]
     constants = {
-        "PIECES": 4, "SIZE0": size0, "SIZE1": size1, "SIZE2": size2, "STEP0": 1024, "STEP1": 64, "STEP2": 1,
-        "WORDS": 4096, "WORD_BYTES": 8, "ALIGN": 16, "BLOCK": 2048, "TO_SLOTS": to_slots,
+        "PIECES": 4, "SIZE0": size0, "SIZE1": size1, "SIZE2": size2, "STEP2": 1, "WORDS": 4096, "WORD_BYTES": 8,
+        "ALIGN": 16, "BLOCK": 2048, "TABLED": tabled, "TO_SLOTS": to_slots,
     }  # fmt: skip
     source = ASTSource(
         fn=kernel,
         signature={
-            **{name: "*i64" if at < 3 else "i32" for at, name in enumerate(names)},
+            **{name: "i64" if name in ("planes", "pages", "slots") else "i32" for name in copy_kernel._NUMBERS},
             **dict.fromkeys(constants, "constexpr"),
         },
         constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
     )
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
     ptx = made.asm["ptx"]
-    # Three loads of the tables are one word each; all that moves KV is two words wide.
-    assert ptx.count("ld.global.b64") == 3
+    # Loads of the tables are one word each; all that moves KV is two words wide.
+    assert ptx.count("ld.global.b64") == 2 + tabled
     assert "ld.global.v2.b64" in ptx
     assert "st.global.v2.b64" in ptx
     assert "st.global.b64" not in ptx
+
+
+@NEEDS_TRITON
+@pytest.mark.parametrize("to_slots", [True, False])
+def test_a_cache_that_has_grown_needs_no_kernel_of_its_own(to_slots: bool) -> None:
+    """Each would be a second of compiling, in the middle of a request."""
+    launches = [
+        copy_kernel._launch(PieceShape.of((64, 8, 128), (256, 256 * capacity, 2), 2), 16, 131072, 1, False, to_slots)
+        for capacity in (256, 2048, 65792)
+    ]
+    assert launches[0].constants == launches[1].constants == launches[2].constants
+    assert [made.steps for made in launches] == [(16, 256 * capacity // 16) for capacity in (256, 2048, 65792)]

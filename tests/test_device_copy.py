@@ -10,9 +10,11 @@ import pytest
 
 pytest.importorskip("torch", reason="transfer copies torch tensors")
 
+import numpy as np
 import torch
 
-from kvstore import copy_kernel, device_copy
+from kvstore import copy_kernel, device_copy, stages
+from kvstore.api import LoadedRun
 from kvstore.copy_engine import host_bytes
 from kvstore.copy_windows import address_of
 from kvstore.device_copy import Way, best_way
@@ -262,6 +264,49 @@ def test_a_load_of_some_tokens_writes_these_and_nothing_else(
     assert torch.equal(logical(kv), before)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("by_address", [True, False])
+@pytest.mark.parametrize("step_layers", [0, 1])
+def test_a_run_is_scattered_as_its_blocks_are(step_layers: int, by_address: bool, device: str) -> None:
+    layout = layout_of(model(part_layers=2, part_heads=2))
+    engine, other = hnd(torch.bfloat16, 16), hnd(torch.bfloat16, 16)
+    for one, same in zip(engine.memory, other.memory, strict=True):
+        same.copy_(one)
+    sizes = [part.num_bytes for part in layout.parts]
+    memory = memoryview(bytearray(torch.randint(0, 256, (5 * 8192,), dtype=torch.uint8).numpy().tobytes()))
+    offsets = np.array([[8192 * at + sum(sizes[:part]) for part in range(len(sizes))] for at in (4, 0, 2)])
+    blocks: list[tuple[int, list[memoryview | None]]] = [
+        (index, [memory[at : at + size] for at, size in zip(each, sizes, strict=True)])
+        for index, each in enumerate(offsets.tolist(), 1)
+    ]
+    kv, pages = placed(engine, device), table(16, 64)
+    copier = PageCopier(layout, kv)
+    copier._by_address = by_address and device == "cpu"
+    run = LoadedRun(1, "host", memory.toreadonly(), offsets)
+    assert sum(sizes) < 8192
+    copying = copier.start_scatter_run(pages, run, step_layers=step_layers)
+    copying.order()
+    copying.finish()
+    assert copying.num_bytes == 3 * layout.block_bytes
+    PageCopier(layout, other.kv).scatter(pages, blocks)
+    assert torch.equal(logical(kv), other.logical())
+
+
+@pytest.mark.parametrize("by_address", [True, False])
+def test_a_run_that_reaches_beyond_its_memory_is_refused(by_address: bool) -> None:
+    layout = layout_of(model())
+    size = layout.block_bytes
+    copier = PageCopier(layout, hnd(torch.bfloat16, 16).kv)
+    copier._by_address = by_address
+    for at in (-1, 1):
+        with pytest.raises(ValueError, match=f"outside its memory of {size} bytes"):
+            copier.start_scatter_run([1], LoadedRun(0, "host", memoryview(bytes(size)), np.array([[at]])))
+    with pytest.raises(ValueError, match="2 slots a block for the 1 parts"):
+        copier.start_scatter_run([1], LoadedRun(0, "host", memoryview(bytes(size)), np.array([[0, 0]])))
+    with pytest.raises(ValueError, match="outside a page table"):
+        copier.start_scatter_run([1], LoadedRun(1, "host", memoryview(bytes(size)), np.array([[0]])))
+
+
 # -- order --------------------------------------------------------------------------------------------------------
 
 
@@ -269,6 +314,12 @@ def windowed(copier: PageCopier) -> PageCopier:
     """With stages so small that each block is a window."""
     copier._on_device()._stage_bytes = copier.layout.parts[0].num_bytes
     return copier
+
+
+def uniform(tensor: torch.Tensor) -> float | None:
+    """Its value, where it has one only."""
+    values = tensor.float().unique().tolist()
+    return float(values[0]) if len(values) == 1 else None
 
 
 def fill(kv: PagedKV, pages: Sequence[int], value: float) -> None:
@@ -355,6 +406,61 @@ def test_each_layer_of_a_forward_finds_its_own_layer_loaded(way: Way, seed: int)
     copying.finish()
 
 
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_copiers_of_one_device_share_its_stages_and_keep_each_other_s_bytes(lanes: int, seed: int) -> None:
+    """One of them packs what it saves: what that leaves in a stage is not taken for the other's."""
+    streams = LazyStreams(seed)
+    exact, packed = layout_of(replace(model(), head_dim=16)), layout_of(replace(model("bfloat16+fp8"), head_dim=16))
+    caches = [torch.zeros(LAYERS, 2, 6, 16, 4, 16).bfloat16() for _ in range(2)]
+    copiers = []
+    for layout, cache in zip((exact, packed), caches, strict=True):
+        copier = make_copier(layout, PagedKV.of([cache], "layer kv page token head dim"), Way.INDEX, streams)
+        copier._on_device()._lanes = range(lanes)
+        copiers.append(windowed(copier))
+    assert copiers[0]._on_device()._save is copiers[1]._on_device()._save
+    saved, fresh = [], [torch.zeros_like(cache) for cache in caches]
+    for turn in range(2):
+        for at, (copier, cache) in enumerate(zip(copiers, caches, strict=True)):
+            streams.run_engine(lambda cache=cache, value=1 + at + 2 * turn: cache.fill_(float(value)))  # type: ignore[misc]
+            blocks = [(index, slots_of(copier.layout, (0,), 0)) for index in range(6)]
+            copier.start_gather(range(6), blocks).order()
+            saved.append((at, float(1 + at + 2 * turn), blocks))
+    streams.drain()
+    for at, value, blocks in saved:
+        into = PagedKV.of([fresh[at]], "layer kv page token head dim")
+        copier = make_copier(copiers[at].layout, into, Way.INDEX, streams)
+        copier.start_scatter(range(6), blocks, step_layers=1).order()
+        streams.drain()
+        assert uniform(fresh[at]) == value
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_save_over_two_lanes_is_done_when_both_are(seed: int) -> None:
+    layout, streams = layout_of(model()), LazyStreams(seed)
+    kv = cross_layer(torch.bfloat16, 16).kv
+    fill(kv, [5, 9, 2], 2.0)
+    copier = windowed(make_copier(layout, kv, Way.INDEX, streams))
+    copier._on_device()._lanes = range(2)
+    slots = [(index, slots_of(layout, (0,), 0)) for index in range(3)]
+    copier.start_gather([5, 9, 2], slots).finish()
+    held = [set(torch.frombuffer(views[0] or b"", dtype=torch.bfloat16).tolist()) for _, views in slots]
+    assert held == [{2.0}, {12.0}, {22.0}]
+
+
+@pytest.mark.parametrize(("step_layers", "windows"), [(0, 4), (1, 3), (2, 3)])
+def test_a_step_of_a_load_goes_in_windows_of_twice_a_stage_s_size(step_layers: int, windows: int) -> None:
+    """What is waited for as a whole need not come in pieces, each of which costs the thread that submits it."""
+    layout = layout_of(model())
+    copier = windowed(make_copier(layout, cross_layer(torch.bfloat16, 16).kv, Way.INDEX))
+    device, count = copier._on_device(), []
+    send = device._over_the_link
+    device._over_the_link = lambda *args, **named: count.append(send(*args, **named))  # type: ignore[method-assign]
+    assert LAYERS == 3
+    copier.start_scatter([5, 9, 2, 0], [(at, slots_of(layout, (0,))) for at in range(4)], step_layers=step_layers)
+    assert len(count) == windows
+
+
 def test_a_forward_can_begin_before_the_last_layers_are_there() -> None:
     layout = layout_of(model())
     kv = cross_layer(torch.bfloat16, 16).kv
@@ -421,7 +527,7 @@ def test_a_save_of_four_windows_can_let_the_engine_go_on_before_a_byte_has_cross
 
 
 def test_a_device_without_memory_for_more_stages_does_with_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    allocate, made = device_copy._allocate, []
+    allocate, made = stages._allocate, []
 
     class Strict(LazyStreams):
         """Memory is asked for when the work is submitted, as on a device."""
@@ -437,7 +543,7 @@ def test_a_device_without_memory_for_more_stages_does_with_two(monkeypatch: pyte
             raise torch.OutOfMemoryError("no more")
         made.append(allocate(*args))  # type: ignore[arg-type]
 
-    monkeypatch.setattr(device_copy, "_allocate", scarce)
+    monkeypatch.setattr(stages, "_allocate", scarce)
     for seed in range(6):
         made.clear()
         kv, streams = cross_layer(torch.bfloat16, 16).kv, Strict(seed)

@@ -89,6 +89,7 @@ COPIES = tuple(
         "paged",
         "pinning",
         "row_copy",
+        "stages",
         "streams",
         "unpack_kernel",
     )
@@ -196,12 +197,13 @@ RULES: dict[str, Rule] = {
     "kvstore.copy_engine": Rule(2, FOUNDATIONS, ("torch",)),
     "kvstore.copy_kernel": Rule(2, FOUNDATIONS, ("torch", "triton")),
     "kvstore.copy_pages": Rule(2, (*FOUNDATIONS, "kvstore.copy_kernel", "kvstore.copy_windows"), ("torch",)),
-    "kvstore.copy_windows": Rule(2, (*FOUNDATIONS, "kvstore.copy_kernel"), ("torch",)),
+    "kvstore.copy_windows": Rule(2, (*FOUNDATIONS, "kvstore.copy_kernel", "kvstore.paged"), ("torch",)),
     "kvstore.device_copy": Rule(2, (*FOUNDATIONS, *COPIES), ("torch",)),
     "kvstore.lossy": Rule(2, FOUNDATIONS, ("torch",)),
     "kvstore.paged": Rule(2, FOUNDATIONS, ("torch",)),
     "kvstore.pinning": Rule(2, (*FOUNDATIONS, "kvstore.memory"), ("torch",)),
     "kvstore.row_copy": Rule(2, (*FOUNDATIONS, *COPIES), ("torch",)),
+    "kvstore.stages": Rule(2, (*FOUNDATIONS, "kvstore.streams"), ("torch",)),
     "kvstore.streams": Rule(2, FOUNDATIONS, ("torch",)),
     "kvstore.unpack_kernel": Rule(
         2, (*FOUNDATIONS, "kvstore.copy_kernel", "kvstore.copy_windows"), ("torch", "triton")

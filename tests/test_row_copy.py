@@ -68,7 +68,7 @@ def test_blocks_go_into_rows_and_back_bit_for_bit(dtype: str, step_layers: int, 
     kind = getattr(torch, dtype)
     cache, rows = Cache(device, kind), rows_of(3, device, kind)
     cache.storage.copy_(torch.randn(cache.storage.shape).to(kind))
-    copier = RowCopier(layout(dtype), cache.kv.planes, way=way)
+    copier = RowCopier(layout(dtype), cache.kv, way=way)
     copier.start(chosen(rows, {4: 2, 0: 0, 1: 1}), into_rows=True).finish()
     for row, index in ((2, 4), (0, 0), (1, 1)):
         assert torch.equal(rows[row].view(torch.uint8), cache.block(index).contiguous().view(torch.uint8))
@@ -85,14 +85,14 @@ def test_blocks_go_into_rows_and_back_bit_for_bit(dtype: str, step_layers: int, 
 def test_pages_that_are_no_blocks_are_refused() -> None:
     kv = PagedKV.of([torch.zeros(LAYERS, 2, HEADS, 8, DIM).bfloat16()], "layer kv head slot dim", page_tokens=2)
     with pytest.raises(ConfigError, match="pages have 2 tokens, blocks 4"):
-        RowCopier(layout(), kv.planes)
+        RowCopier(layout(), kv)
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("seed", range(12))
 def test_a_demotion_reads_what_the_forward_wrote_and_the_next_one_waits_until_it_has(way: Way, seed: int) -> None:
     cache, rows, streams = Cache(), rows_of(1), LazyStreams(seed)
-    copier = RowCopier(layout(), cache.kv.planes, way=way, streams=streams)
+    copier = RowCopier(layout(), cache.kv, way=way, streams=streams)
     streams.run_engine(lambda: cache.storage.fill_(1.0))
     demoting = copier.start(chosen(rows, {2: 0}), into_rows=True)
     assert not demoting.is_done
@@ -107,7 +107,7 @@ def test_a_demotion_reads_what_the_forward_wrote_and_the_next_one_waits_until_it
 @pytest.mark.parametrize("seed", range(12))
 def test_a_promotion_waits_for_the_last_reader_and_each_layer_for_its_own(way: Way, seed: int) -> None:
     cache, rows, streams = Cache(), rows_of(1), LazyStreams(seed)
-    copier = RowCopier(layout(), cache.kv.planes, way=way, streams=streams)
+    copier = RowCopier(layout(), cache.kv, way=way, streams=streams)
     rows[0].fill_(7.0)
     seen: list[float | None] = []
     streams.run_engine(lambda: seen.append(uniform(cache.storage)))
@@ -123,7 +123,7 @@ def test_a_forward_begins_before_the_last_layers_are_promoted() -> None:
     early = 0
     for seed in range(20):
         cache, rows, streams = Cache(), rows_of(1), LazyStreams(seed)
-        copier = RowCopier(layout(), cache.kv.planes, way=Way.INDEX, streams=streams)
+        copier = RowCopier(layout(), cache.kv, way=Way.INDEX, streams=streams)
         promoting = copier.start(chosen(rows, {2: 0}), into_rows=False, step_layers=1)
         promoting.order(0)
         seen: list[bool] = []
@@ -145,7 +145,7 @@ class CountedWaits(LazyStreams):
 
 def test_an_engine_is_told_to_wait_once_for_layers_that_end_together() -> None:
     cache, rows, streams = Cache(), rows_of(1), CountedWaits(1)
-    copier = RowCopier(layout(), cache.kv.planes, way=Way.INDEX, streams=streams)
+    copier = RowCopier(layout(), cache.kv, way=Way.INDEX, streams=streams)
     promoting = copier.start(chosen(rows, {2: 0}), into_rows=False, step_layers=1)
     told = []
     for layer in (0, 0, 1, 2, 0, 1, None):
@@ -157,7 +157,7 @@ def test_an_engine_is_told_to_wait_once_for_layers_that_end_together() -> None:
 @pytest.mark.parametrize("seed", range(12))
 def test_another_thread_of_the_engine_waits_for_itself_and_so_does_the_first_one_afterwards(seed: int) -> None:
     cache, rows, streams = Cache(), rows_of(1), LazyStreams(seed)
-    copier = RowCopier(layout(), cache.kv.planes, way=Way.INDEX, streams=streams)
+    copier = RowCopier(layout(), cache.kv, way=Way.INDEX, streams=streams)
     rows[0].fill_(7.0)
     seen: list[float | None] = []
 
@@ -182,7 +182,7 @@ def test_a_row_goes_from_hand_to_hand_without_anybody_waiting(way: Way, seed: in
     """Filled, read, given to another block and read again, by two engines: each reader finds what it was promised."""
     streams, rows = LazyStreams(seed), rows_of(1)
     one, other = Cache(), Cache()
-    copiers = [RowCopier(layout(), cache.kv.planes, way=way, streams=streams) for cache in (one, other)]
+    copiers = [RowCopier(layout(), cache.kv, way=way, streams=streams) for cache in (one, other)]
     streams.run_engine(lambda: one.storage.fill_(1.0))
     copiers[0].start(chosen(rows, {0: 0}), into_rows=True).order()
     copiers[1].start(chosen(rows, {3: 0}), into_rows=False)
@@ -195,7 +195,7 @@ def test_a_row_goes_from_hand_to_hand_without_anybody_waiting(way: Way, seed: in
 
 def test_a_copy_that_fails_while_it_is_submitted_leaves_nothing_running() -> None:
     cache, rows, streams = Cache(), rows_of(1), LazyStreams(1)
-    copier = RowCopier(layout(), cache.kv.planes, way=Way.INDEX, streams=streams)
+    copier = RowCopier(layout(), cache.kv, way=Way.INDEX, streams=streams)
     submit, given = streams.submit, []
 
     def fails(*args: object) -> None:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 import numpy.typing as npt
 
+from kvstore.api import LoadedRun
 from kvstore.errors import KVStoreError, LeaseError, MappingClosed, ProtocolError, ServiceUnavailable
 from kvstore.mapping import ArenaMapping
 from kvstore.service.handshake import REPLY_SLOTS
@@ -125,6 +126,22 @@ class _Blocks:
         )
         return MappedBlock(index, self.tiers[at], views)
 
+    def run(self, first: int) -> LoadedRun | None:
+        """All of them, where they are of one tier; the first is number `first` of its chain.
+
+        Raises MappingClosed, and ProtocolError where one is outside the arena.
+        """
+        if len(set(self.tiers)) != 1:
+            return None
+        offsets = np.stack(self.offsets).astype(np.int64)
+        sizes = np.array(self._sizes, np.int64)
+        if (offsets < 0).any() or (offsets > self._mapping.num_bytes - sizes).any():
+            raise ProtocolError(
+                f"a load reply names slots outside the arena, which has {self._mapping.num_bytes} bytes"
+            )
+        memory = self._mapping.view(0, self._mapping.num_bytes).toreadonly()
+        return LoadedRun(first, self.tiers[0], memory, offsets)
+
     def same(self, begin: int, end: int) -> bool:
         """Whether the slots of blocks `begin` … `end` have had no other owner since they were handed out."""
         if begin >= end:
@@ -196,6 +213,15 @@ class MappedLoad:
     @property
     def is_whole(self) -> bool:
         return not self._windowed and len(self._blocks.tiers) >= self.num_blocks
+
+    def run(self) -> LoadedRun | None:
+        """See `kvstore.api.GivesRun`."""
+        if self._closed or not self.is_whole:
+            return None
+        try:
+            return self._blocks.run(self._first)
+        except MappingClosed:
+            return None
 
     def comes_in_windows(self, index: int) -> bool:
         """See `kvstore.api.KnowsWindows`."""
