@@ -41,7 +41,7 @@ import kvstore
 from connectors.vllm_device import goes_by_layers
 from connectors.vllm_identity import check_groups, model_id_of, rank_slice
 from connectors.vllm_layout import Worker, agreed_model, platform_of, stored_pages
-from connectors.vllm_plan import Orders, PageLayout, Report, Scheduled, VllmSettings
+from connectors.vllm_plan import NO_ORDERS, Orders, PageLayout, Report, Scheduled, VllmSettings
 from connectors.vllm_scheduler import IN_TIME, SchedulerSide
 from connectors.vllm_worker import WorkerSide
 from kvstore.api import Load, Register, Store
@@ -172,10 +172,13 @@ class KVStoreHandshake(KVConnectorHandshakeMetadata):  # type: ignore[misc]  # v
 
 
 class KVStoreMetadata(KVConnectorMetadata):  # type: ignore[misc]
-    """Orders of one step, over blocks of `model`."""
+    """Orders of one step, over blocks of `model`; None where there are none."""
 
-    def __init__(self, orders: Orders, model: ModelId) -> None:
+    def __init__(self, orders: Orders, model: ModelId | None) -> None:
         self.orders, self.model = orders, model
+
+
+_NOTHING_TO_DO = KVStoreMetadata(NO_ORDERS, None)
 
 
 class KVStoreWorkerMetadata(KVConnectorWorkerMetadata):  # type: ignore[misc]
@@ -219,6 +222,8 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._worker: WorkerSide | None = None
         self._pages: dict[str, list[int]] = {}
         self._layers: dict[str, int] = {}
+        self._orders = NO_ORDERS
+        """Of the step at hand, to this worker."""
         self._why_opaque = ""
         self._said_foreign = False
 
@@ -291,7 +296,8 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             computed[request] = cached.num_computed_tokens[at]
         step = Scheduled(scheduler_output.num_scheduled_tokens, computed, self._pages)
         side = self._side()
-        return KVStoreMetadata(side.orders(step), side.model)
+        orders = side.orders(step)
+        return KVStoreMetadata(orders, side.model) if orders is not NO_ORDERS else _NOTHING_TO_DO
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         self._side().stepped()
@@ -370,8 +376,23 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """None of canonical bytes: of several connectors vLLM passes on only what the first one says."""
         return KVStoreHandshake(self._model, self._why_opaque) if self._model.is_opaque else None
 
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        super().bind_connector_metadata(connector_metadata)
+        self._orders = self._orders_in(connector_metadata)
+
+    def clear_connector_metadata(self) -> None:
+        super().clear_connector_metadata()
+        self._orders = NO_ORDERS
+
+    def has_connector_metadata(self) -> bool:
+        """Whether vLLM calls `wait_for_layer_load` and `save_kv_layer` for every layer of the step at hand.
+
+        It asks this before each; where no load goes by layers, as in any step that only decodes, both would do nothing.
+        """
+        return self._worker is not None and self._worker.goes_by_layers
+
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        orders = self._orders()
+        orders = self._orders
         if self._worker is not None and (orders.loads or orders.reset):
             self._worker.load(orders, layered=goes_by_layers(forward_context))
 
@@ -390,12 +411,12 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def wait_for_save(self) -> None:
         if self._worker is not None:
-            self._worker.save(self._orders())
+            self._worker.save(self._orders)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         if self._worker is None:
             return None, None
-        sent, received = self._worker.finished(idle=self._orders().idle)
+        sent, received = self._worker.finished(idle=self._orders.idle)
         return sent or None, received or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
@@ -414,11 +435,10 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         close, self._link = self._link.close, _CLOSED
         close()
 
-    def _orders(self) -> Orders:
-        found = self._get_connector_metadata()
+    def _orders_in(self, found: KVConnectorMetadata) -> Orders:
         if not isinstance(found, KVStoreMetadata):
-            return Orders()
-        if found.model == self._model:
+            return NO_ORDERS
+        if found.model is None or found.model == self._model:
             return found.orders
         if not self._said_foreign:
             self._said_foreign = True

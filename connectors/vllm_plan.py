@@ -253,6 +253,10 @@ class Orders:
         )
 
 
+NO_ORDERS = Orders()
+"""Of most steps: a decoded token ends no block."""
+
+
 # -- from workers ----------------------------------------------------------------------------------------------
 
 

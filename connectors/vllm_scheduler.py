@@ -20,6 +20,7 @@ from connectors.vllm_adapters import Adapter, AdapterDigests
 from connectors.vllm_announced import Announced, KeptMark
 from connectors.vllm_identity import EngineRequest, Roots, media_of
 from connectors.vllm_plan import (
+    NO_ORDERS,
     LoadOrder,
     LoadReport,
     Orders,
@@ -399,24 +400,31 @@ class SchedulerSide:
 
     def orders(self, step: Scheduled) -> Orders:
         """What workers must do in the step just scheduled."""
-        self._shared()
+        if self._sharing:
+            self._shared()
         self._note_step(step)
         self._resets.go_on()
         if self._settings.save:
             for request_id, num_scheduled in step.num_scheduled.items():
                 tracked = self._tracked.get(request_id)
-                if tracked is not None and not tracked.from_before:
-                    request = tracked.request
-                    stop = storable_running(
-                        step.computed[request_id], num_scheduled, request.num_tokens, self._block_tokens
-                    )
-                    if stop > tracked.num_saved:
-                        self._save(tracked, stop, step.pages[request_id], holds=False)
+                computed = step.computed[request_id]
+                if (
+                    tracked is None
+                    or tracked.from_before
+                    or computed + num_scheduled < (tracked.num_saved + 1) * self._block_tokens  # most steps
+                ):
+                    continue
+                stop = storable_running(computed, num_scheduled, tracked.request.num_tokens, self._block_tokens)
+                if stop > tracked.num_saved:
+                    self._save(tracked, stop, step.pages[request_id], holds=False)
         if not step.num_scheduled and self._num_waiting and not self._loads:
             time.sleep(_REST_S)
         self._num_waiting = 0
+        proofs, idle = self._proofs(step), not step.num_scheduled
+        if not (self._loads or self._saves or self._ended or proofs or self._reset or idle):
+            return NO_ORDERS
         loads, saves, ended = tuple(self._loads), tuple(self._saves), tuple(self._ended)
-        made = Orders(loads, saves, ended, self._proofs(step), idle=not step.num_scheduled, reset=self._reset)
+        made = Orders(loads, saves, ended, proofs, idle=idle, reset=self._reset)
         self._loads, self._saves, self._ended, self._reset = [], [], [], False
         return made
 
@@ -547,9 +555,9 @@ class SchedulerSide:
     def _note_step(self, step: Scheduled) -> None:
         """Remember a step of one request's prefill: its time tells what computing costs."""
         self._step = None
-        if len(step.num_scheduled) == 1 and not any(order.in_step for order in self._loads):
+        if len(step.num_scheduled) == 1:
             ((request_id, new_tokens),) = step.num_scheduled.items()
-            if new_tokens > 1:
+            if new_tokens > 1 and not any(order.in_step for order in self._loads):
                 self._step = _Step(self._now_s(), new_tokens, step.computed[request_id])
 
     def stepped(self) -> None:

@@ -225,6 +225,11 @@ class WorkerSide:
             copies.finish()
             raise
 
+    @property
+    def goes_by_layers(self) -> bool:
+        """Whether the forward pass of this step has to say before which layer it is."""
+        return any(job.copies is not None and job.copies.step_layers for job in self._in_step)
+
     def wait_for_layer(self, layer: int) -> None:
         """On the engine's thread, before what of the forward pass reads the KV of `layer` is ordered."""
         for job in self._in_step:
@@ -233,6 +238,8 @@ class WorkerSide:
 
     def _settle(self) -> None:
         """Wait for the copies of this step's loads, as the pass does, and see whether they count."""
+        if not self._in_step:
+            return
         jobs, self._in_step = self._in_step, []
         for job in jobs:
             assert job.copies is not None
@@ -458,6 +465,8 @@ class WorkerSide:
 
     def _collect(self, *, wait_for_held: bool) -> None:
         """Take in saves that ended beside the steps. With nothing to compute, pages are not held for longer either."""
+        if not (self._saving or self._resets_due):
+            return
         if wait_for_held:
             wait([saving.done for saving in self._saving if saving.order.holds])
         waiting = []
