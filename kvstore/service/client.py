@@ -54,6 +54,8 @@ class _Matched:
     chain: Chain
     cells: Cells
     match: Match
+    num_partial_tokens: int | None = None
+    """What `match_partial` finds, where the answer came with the match."""
 
 
 class SidecarStore:
@@ -115,6 +117,7 @@ class SidecarStore:
                         wait_ms=round((wait_s or 0.0) * 1000),
                         host_only=wait_s is None,
                         soon=soon,
+                        first_tokens=chain.tokens_after(0).astype("<u4", copy=False).tobytes(),
                     ),
                     timeout_s=self._link.options.call_deadline_s + (wait_s or 0.0),
                 ),
@@ -131,7 +134,8 @@ class SidecarStore:
             reply.settled,
             tuple((run.tier, run.num_blocks) for run in reply.tiers),
         )
-        self._remember(request, _Matched(connection, chain, cells, match))
+        num_partial = reply.num_partial_tokens if reply.HasField("num_partial_tokens") else None
+        self._remember(request, _Matched(connection, chain, cells, match, num_partial))
         return match
 
     def _remember(self, request: str, matched: _Matched) -> None:
@@ -173,6 +177,8 @@ class SidecarStore:
             matched = self._matches.get(request)
         if matched is None or matched.connection is None or matched.connection.lost.is_set():
             return 0
+        if matched.num_partial_tokens is not None:
+            return matched.num_partial_tokens
         found, connection = matched.match, matched.connection
         tokens = matched.chain.tokens_after(found.num_host_blocks)
         if found.num_blocks > found.num_host_blocks or not len(tokens):
@@ -367,29 +373,25 @@ class SentAnnouncement:
         self._chain = chain
         self._start = start
         self._stop = stop
+        self._sent: tuple[Connection, pb.Announced] | None = None
 
     def renew(self) -> None:
-        self._send(withdraw=False)
-
-    def withdraw(self) -> None:
-        self._send(withdraw=True)
-
-    def _send(self, *, withdraw: bool) -> None:
         try:
             connection = self._link.up()
-            self._link.about(
-                connection,
-                self._chain,
-                lambda delta, _: self._link.call(
-                    connection,
-                    connection.stub.Announce,
-                    pb.AnnounceRequest(
-                        session=connection.session, chain=delta, start=self._start, stop=self._stop, withdraw=withdraw
-                    ),
-                ),
-            )
+            self._link.about(connection, self._chain, lambda delta, _: self._announce(connection, delta))
         except Down:
             pass
+
+    def _announce(self, connection: Connection, delta: pb.ChainDelta) -> None:
+        self._sent = connection, pb.Announced(chain=delta.chain, start=self._start, stop=self._stop)
+        request = pb.AnnounceRequest(session=connection.session, chain=delta, start=self._start, stop=self._stop)
+        self._link.call(connection, connection.stub.Announce, request)
+
+    def withdraw(self) -> None:
+        """Goes with the next call, or soon by itself; what a session announced ends with it."""
+        sent, self._sent = self._sent, None
+        if sent is not None:
+            self._link.ended(sent[0], announced=sent[1])
 
 
 def connect(

@@ -83,11 +83,12 @@ class Done:
         self._loads: list[int] = []
         self._saves: list[int] = []
         self._requests: list[str] = []
+        self._announced: list[pb.Announced] = []
 
     def __bool__(self) -> bool:
-        return bool(self._loads or self._saves or self._requests)
+        return bool(self._loads or self._saves or self._requests or self._announced)
 
-    def add(self, *, load: int = 0, save: int = 0, request: str = "") -> None:
+    def add(self, *, load: int = 0, save: int = 0, request: str = "", announced: pb.Announced | None = None) -> None:
         with self._lock:
             if load:
                 self._loads.append(load)
@@ -95,6 +96,8 @@ class Done:
                 self._saves.append(save)
             if request:
                 self._requests.append(request)
+            if announced is not None:
+                self._announced.append(announced)
 
     def take(self) -> pb.Ended | None:
         """All of it, to be sent; None where there is nothing."""
@@ -105,8 +108,9 @@ class Done:
                 loads=np.array(self._loads, "<u8").tobytes(),
                 saves=np.array(self._saves, "<u8").tobytes(),
                 requests=self._requests,
+                announced=self._announced,
             )
-            self._loads, self._saves, self._requests = [], [], []
+            self._loads, self._saves, self._requests, self._announced = [], [], [], []
         return ended
 
     def put_back(self, ended: pb.Ended | None) -> None:
@@ -116,6 +120,7 @@ class Done:
                 self._loads += np.frombuffer(ended.loads, "<u8").tolist()
                 self._saves += np.frombuffer(ended.saves, "<u8").tolist()
                 self._requests += ended.requests
+                self._announced += ended.announced
 
 
 @dataclass(slots=True)

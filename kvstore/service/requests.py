@@ -89,12 +89,16 @@ class Requests:
         if not self._budget.allows(session, name):
             self._store.forget(session.key(name))
             return pb.MatchReply(settled=True)
+        num_similar = None
+        if request.first_tokens and match.settled and not (match.num_blocks or match.num_pending_blocks):
+            num_similar = self._hold_similar(session, name, held, 0, request.first_tokens)
         return pb.MatchReply(
             num_blocks=match.num_blocks,
             num_host_blocks=match.num_host_blocks,
             num_pending_blocks=match.num_pending_blocks,
             settled=match.settled,
             tiers=[pb.TierRun(tier=tier, num_blocks=count) for tier, count in match.tiers],
+            num_partial_tokens=num_similar,
         )
 
     def match_partial(self, session: Session, request: pb.MatchPartialRequest) -> pb.MatchPartialReply:
@@ -103,18 +107,23 @@ class Requests:
             held = session.holds.get(name)
         if held is None or held.num_blocks != request.num_host_blocks:
             return pb.MatchPartialReply()
+        num_tokens = self._hold_similar(session, name, held, request.num_host_blocks, request.tokens)
+        return pb.MatchPartialReply(num_tokens=num_tokens)
+
+    def _hold_similar(self, session: Session, name: str, held: Held, index: int, packed: bytes) -> int:
+        """Hold a block after the first `index` that begins with these tokens; how many it shares with them."""
         # The tokens are a claim, and only compared with those of blocks under the client's own root and parent.
-        tokens = np.frombuffer(request.tokens, "<u4") if len(request.tokens) % 4 == 0 else np.empty(0, np.uint32)
+        tokens = np.frombuffer(packed, "<u4") if len(packed) % 4 == 0 else np.empty(0, np.uint32)
         most = held.chain.root.model.block_tokens
-        num_tokens = self._store.hold_similar(session.key(name), request.num_host_blocks, tokens[:most])
+        num_tokens = self._store.hold_similar(session.key(name), index, tokens[:most])
         if num_tokens:
             with session.lock:
                 if session.holds.get(name) is held:
                     session.holds[name] = held._replace(num_similar=1)
             if not self._budget.allows(session, name):
                 self._store.forget(session.key(name))
-                return pb.MatchPartialReply()
-        return pb.MatchPartialReply(num_tokens=num_tokens)
+                return 0
+        return num_tokens
 
     def announce(self, session: Session, request: pb.AnnounceRequest) -> None:
         key = (request.chain.chain, request.start, request.stop)

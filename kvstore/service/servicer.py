@@ -250,7 +250,7 @@ class Servicer(KVStoreServicer):
     def _known(self, session_id: bytes, ended: pb.Ended) -> Session:
         """The session of a call, after what the client has ended before it."""
         session = self._sessions.get(session_id)
-        if ended.loads or ended.saves or ended.requests:
+        if ended.loads or ended.saves or ended.requests or ended.announced:
             self._sessions.end(
                 session, ended, numbers(ended.loads, "ended.loads", "<u8"), numbers(ended.saves, "ended.saves", "<u8")
             )

@@ -206,6 +206,11 @@ class SessionBook:
             with session.lock:
                 session.holds.pop(request, None)
             self._forget(session.key(request))
+        for one in ended.announced:
+            with session.lock:
+                mark = session.marks.pop((one.chain, one.start, one.stop), None)
+            if mark is not None:
+                mark.withdraw()
 
     def end_loads(self, session: Session, numbers: Iterable[int]) -> None:
         for number in numbers:

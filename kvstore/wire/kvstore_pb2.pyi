@@ -128,14 +128,26 @@ class Notice(_message.Message):
     def __init__(self, draining: _Optional[bool] = ..., prefaulted: _Optional[bool] = ..., lane_begun: _Optional[bool] = ...) -> None: ...
 
 class Ended(_message.Message):
-    __slots__ = ("loads", "saves", "requests")
+    __slots__ = ("loads", "saves", "requests", "announced")
     LOADS_FIELD_NUMBER: _ClassVar[int]
     SAVES_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    ANNOUNCED_FIELD_NUMBER: _ClassVar[int]
     loads: bytes
     saves: bytes
     requests: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, loads: _Optional[bytes] = ..., saves: _Optional[bytes] = ..., requests: _Optional[_Iterable[str]] = ...) -> None: ...
+    announced: _containers.RepeatedCompositeFieldContainer[Announced]
+    def __init__(self, loads: _Optional[bytes] = ..., saves: _Optional[bytes] = ..., requests: _Optional[_Iterable[str]] = ..., announced: _Optional[_Iterable[_Union[Announced, _Mapping]]] = ...) -> None: ...
+
+class Announced(_message.Message):
+    __slots__ = ("chain", "start", "stop")
+    CHAIN_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
+    chain: int
+    start: int
+    stop: int
+    def __init__(self, chain: _Optional[int] = ..., start: _Optional[int] = ..., stop: _Optional[int] = ...) -> None: ...
 
 class ChainDelta(_message.Message):
     __slots__ = ("chain", "num_known", "ids", "root", "known_tail")
@@ -214,7 +226,7 @@ class Retention(_message.Message):
     def __init__(self, start: _Optional[int] = ..., stop: _Optional[int] = ..., priority: _Optional[int] = ..., duration_s: _Optional[float] = ...) -> None: ...
 
 class MatchRequest(_message.Message):
-    __slots__ = ("session", "request", "chain", "hint", "parts", "wait_ms", "host_only", "soon", "ended")
+    __slots__ = ("session", "request", "chain", "hint", "parts", "wait_ms", "host_only", "soon", "first_tokens", "ended")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     CHAIN_FIELD_NUMBER: _ClassVar[int]
@@ -223,6 +235,7 @@ class MatchRequest(_message.Message):
     WAIT_MS_FIELD_NUMBER: _ClassVar[int]
     HOST_ONLY_FIELD_NUMBER: _ClassVar[int]
     SOON_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ENDED_FIELD_NUMBER: _ClassVar[int]
     session: bytes
     request: str
@@ -232,22 +245,25 @@ class MatchRequest(_message.Message):
     wait_ms: int
     host_only: bool
     soon: bool
+    first_tokens: bytes
     ended: Ended
-    def __init__(self, session: _Optional[bytes] = ..., request: _Optional[str] = ..., chain: _Optional[_Union[ChainDelta, _Mapping]] = ..., hint: _Optional[_Union[Hint, _Mapping]] = ..., parts: _Optional[bytes] = ..., wait_ms: _Optional[int] = ..., host_only: _Optional[bool] = ..., soon: _Optional[bool] = ..., ended: _Optional[_Union[Ended, _Mapping]] = ...) -> None: ...
+    def __init__(self, session: _Optional[bytes] = ..., request: _Optional[str] = ..., chain: _Optional[_Union[ChainDelta, _Mapping]] = ..., hint: _Optional[_Union[Hint, _Mapping]] = ..., parts: _Optional[bytes] = ..., wait_ms: _Optional[int] = ..., host_only: _Optional[bool] = ..., soon: _Optional[bool] = ..., first_tokens: _Optional[bytes] = ..., ended: _Optional[_Union[Ended, _Mapping]] = ...) -> None: ...
 
 class MatchReply(_message.Message):
-    __slots__ = ("num_blocks", "num_host_blocks", "num_pending_blocks", "settled", "tiers")
+    __slots__ = ("num_blocks", "num_host_blocks", "num_pending_blocks", "settled", "tiers", "num_partial_tokens")
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     NUM_HOST_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     NUM_PENDING_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     SETTLED_FIELD_NUMBER: _ClassVar[int]
     TIERS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PARTIAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     num_blocks: int
     num_host_blocks: int
     num_pending_blocks: int
     settled: bool
     tiers: _containers.RepeatedCompositeFieldContainer[TierRun]
-    def __init__(self, num_blocks: _Optional[int] = ..., num_host_blocks: _Optional[int] = ..., num_pending_blocks: _Optional[int] = ..., settled: _Optional[bool] = ..., tiers: _Optional[_Iterable[_Union[TierRun, _Mapping]]] = ...) -> None: ...
+    num_partial_tokens: int
+    def __init__(self, num_blocks: _Optional[int] = ..., num_host_blocks: _Optional[int] = ..., num_pending_blocks: _Optional[int] = ..., settled: _Optional[bool] = ..., tiers: _Optional[_Iterable[_Union[TierRun, _Mapping]]] = ..., num_partial_tokens: _Optional[int] = ...) -> None: ...
 
 class TierRun(_message.Message):
     __slots__ = ("tier", "num_blocks")

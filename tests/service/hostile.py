@@ -182,6 +182,7 @@ class Hostile:
         contents = pb.Contents(start=0, tokens=chain.contents(0, len(chain))[0])
         request = self.rng.choice(("r", "s", "t"))
         ended = pb.Ended(loads=self._packed("<u8"), saves=self._packed("<u8"), requests=[request])
+        ended.announced.add(chain=about["chain"].chain, start=start, stop=stop)
         load = {"session": session, "request": request, "lease": self._lease(new=True)}
         load["partial_tokens"] = self.rng.choice((0, 0, 0, 3))
         peek = {"session": session, "root": chain.root.id, "ids": b"".join(chain.ids), "parts": b"\x00"}

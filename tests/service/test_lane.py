@@ -326,8 +326,45 @@ def test_calls_of_a_requests_life_go_by_the_lane(server: Server, model: ModelId)
             assert len(list(load)) == 4
         store.touch(chain, 4)
         store.announce(chain, 0, 4).withdraw()
-        assert taken == [b"Save", b"Commit", b"Match", b"LoadHost", b"Touch", b"Announce", b"Announce"]
+        assert taken == [b"Save", b"Commit", b"Match", b"LoadHost", b"Touch", b"Announce"]
         assert set(taken) < {name.encode() for name in METHODS}
+    assert server.check() == []
+
+
+def test_what_a_miss_shares_with_another_block_comes_with_the_match(server: Server, model: ModelId) -> None:
+    with opened(server) as store:
+        store.open(model)
+        tokens = list(range(2 * model.block_tokens))
+        with store.save(made := Chain(Root(model), tokens), 0, 2) as save:
+            save.commit()
+        stub = store._link.up().stub
+        asked: list[str] = []
+        partial = stub.MatchPartial
+        stub.MatchPartial = lambda *call, **more: (asked.append("MatchPartial"), partial(*call, **more))[1]
+        for request, num_tokens in (("nothing alike", 0), ("five alike", 5)):
+            other = Chain(Root(model), [*tokens[:num_tokens], *range(60_000, 60_000 + model.block_tokens)])
+            assert store.match(other, request).num_blocks == 0
+            assert store.match_partial(request) == num_tokens
+            assert asked == []
+        half = Chain(Root(model), [*tokens[: model.block_tokens + 3], *range(60_000, 60_000 + model.block_tokens)])
+        assert store.match(half, "a block and three").num_blocks == 1
+        assert (store.match_partial("a block and three"), asked) == (3, ["MatchPartial"])
+        assert len(made) == 2
+
+
+def test_a_withdrawal_goes_with_the_next_call_or_soon_by_itself(server: Server, model: ModelId) -> None:
+    with opened(server) as store, opened(server) as other:
+        store.open(model)
+        other.open(model)
+        chain = Chain(Root(model), range(4 * model.block_tokens))
+        mark = store.announce(chain, 0, 4)
+        assert store.match(chain, "before").num_pending_blocks == 4
+        mark.withdraw()
+        assert store.match(chain, "after").num_pending_blocks == 0
+        mark = store.announce(chain, 0, 4)
+        assert other.match(chain, "r").num_pending_blocks == 4
+        mark.withdraw()
+        wait_until(lambda: not other.match(chain, "r").num_pending_blocks, 1.0)  # a mark lives for 2.5 s
     assert server.check() == []
 
 
