@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import threading
+import time
 
 from connectors.base import FailOpen
 from kvstore.api import Announcement
 
 _RENEW_S = 1.0
-"""Between renewals; a mark lives for 2.5 s."""
+"""Between two rounds of renewals; a mark lives for 2.5 s."""
+_FRESH = 0.8
+"""Share of that after which a mark is renewed in the next round, 1.8 s old at most: shorter steps need no renewal."""
 
 
 class KeptMark:
@@ -20,10 +23,12 @@ class KeptMark:
         self._owner = owner
         self._lock = threading.Lock()
         self._ended = False
+        self.told_s = time.monotonic()
 
     def renew(self) -> None:
         with self._lock:
             if not self._ended:
+                self.told_s = time.monotonic()
                 self._owner.fail_open.call(self._mark.renew, None)
 
     def withdraw(self) -> None:
@@ -62,8 +67,9 @@ class Announced:
 
     def _renew(self) -> None:
         while not self._closed.wait(self._every_s):
+            due_s = time.monotonic() - _FRESH * self._every_s
             with self._lock:
-                kept = list(self._kept.values())
+                kept = [each for each in self._kept.values() if each.told_s <= due_s]
             for each in kept:
                 each.renew()
 

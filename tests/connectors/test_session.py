@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 
@@ -67,3 +68,20 @@ def test_announcements_of_a_scheduler_are_renewed_by_one_thread_until_each_is_wi
     kept[1].withdraw()
     announced.close()
     assert len(marks[1].told) == 1 + marks[1].told.count("renew")
+
+
+def test_an_announcement_is_not_renewed_while_it_is_fresh_and_never_grows_old() -> None:
+    every_s = 0.05
+    announced = Announced(FailOpen(), every_s=every_s)
+    first = announced.keep(Mark())  # from now on there are rounds
+    ages = []
+    for at in range(8):
+        threading.Event().wait(every_s * at / 8)  # begin at another moment of a round
+        began_s = time.monotonic()
+        kept = announced.keep(mark := Mark())
+        wait_until(lambda mark=mark: "renew" in mark.told)  # type: ignore[misc]
+        ages.append(kept.told_s - began_s)
+        kept.withdraw()
+    first.withdraw()
+    announced.close()
+    assert min(ages) >= 0.8 * every_s - 0.001

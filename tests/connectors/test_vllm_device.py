@@ -16,7 +16,7 @@ import torch
 
 from connectors.vllm_device import goes_by_layers
 from connectors.vllm_pages import StridedPages
-from connectors.vllm_plan import Orders, Scheduled, VllmSettings
+from connectors.vllm_plan import NO_ORDERS, Orders, Scheduled, VllmSettings
 from connectors.vllm_scheduler import SchedulerSide
 from connectors.vllm_worker import WorkerSide
 from kvstore.api import Load, Register
@@ -319,6 +319,22 @@ def test_a_forward_begins_before_the_last_layers_are_there() -> None:
         device.side.ended(request, list(range(20, 30)))
         device.close()
     assert early > 0
+
+
+def test_layers_are_asked_about_only_in_a_step_whose_load_goes_by_them() -> None:
+    device = Device(1)
+    device.store_blocks(64, 2.0)
+    assert not device.worker.goes_by_layers
+    request, orders = device.matched(80, range(20, 30))
+    device.worker.load(orders, layered=True)
+    assert device.worker.goes_by_layers
+    for layer in range(LAYERS):
+        device.worker.wait_for_layer(layer)
+    device.report()
+    assert not device.worker.goes_by_layers
+    assert device.orders((request, 1, range(20, 30))) is NO_ORDERS, "a decoded token ends no block"
+    device.side.ended(request, list(range(20, 30)))
+    device.close()
 
 
 @pytest.mark.parametrize("fault", ["overwritten", "layers not waited for"])
