@@ -27,9 +27,10 @@ LARGE = ModelId(
 """Blocks of 128 KiB."""
 _HEAD_BLOCKS = 64
 _HITS = 40
-"""Of a block: 30 ms. The machine's own pace wanders by a tenth to a quarter within some 100 ms, so blocks that are held
-against each other have to be neighbours, and there have to be many. Fifteen rounds of all states in one order, with
-waits between them, had states in which nothing was changed differ by 6 to 19 %."""
+"""Of a block. A hit is mostly a copy, and memory's pace wanders by a tenth to a quarter within some 100 ms: so each hit
+counts in times of one bare copy of as many bytes just after it, which needs the interpreter but once, and a block is
+held against its neighbours. Fifteen rounds of all states in one order, in seconds, with waits between them, had states
+in which nothing was changed differ by 6 to 19 %."""
 _UNTIMED_S = 0.02
 """Of hits before a block, which take the place of waits: after a wait the same hits took a tenth longer."""
 _NOTICES_S = 0.12
@@ -83,7 +84,10 @@ class _Hits:
         num_bytes = layout_of(LARGE).block_bytes
         chain = self._chain()
         self._content = [bytes_of(chain, index, num_bytes) for index in range(_HEAD_BLOCKS)]
-        self._into = [memoryview(bytearray(num_bytes)) for _ in range(_HEAD_BLOCKS)]
+        self._all = np.ones(_HEAD_BLOCKS * num_bytes, np.uint8)
+        self._into = [self._all[at : at + num_bytes].data for at in range(0, self._all.nbytes, num_bytes)]
+        self.healthy_s: list[float] = []
+        """Seconds of a hit, the median of each block with a healthy Redis."""
         for store in (self._store, self._alone):
             store.open(LARGE)
             store.wait_ready()
@@ -94,23 +98,25 @@ class _Hits:
         rest = self._rng.integers(0, 1000, 8 * LARGE.block_tokens)
         return Chain(Root(LARGE), np.concatenate([self._head, rest]))
 
-    def alone_s(self) -> tuple[float]:
-        """Seconds of a hit without Redis, the median of a block."""
+    def alone(self) -> tuple[float]:
+        """A hit without Redis, in times of a bare copy, the median of a block."""
         self._untimed(self._alone, lambda: True)
-        return (self._block_s(self._alone),)
+        return (self._block(self._alone)[0],)
 
-    def healthy_s(self) -> float:
+    def healthy(self) -> float:
         """The same with a Redis that works, and was noticed to."""
         self._untimed(self._store, lambda: not self._tier.refuses)
-        return self._block_s(self._store)
+        copies, seconds = self._block(self._store)
+        self.healthy_s.append(seconds)
+        return copies
 
-    def unchanged_s(self) -> tuple[float, float]:
-        """What `slow_s` and `stopped_s` say where nothing changes."""
-        before = self._block_s(self._store)
+    def unchanged(self) -> tuple[float, float]:
+        """What `slow` and `stopped` say where nothing changes."""
+        before, _ = self._block(self._store)
         self._untimed(self._store, lambda: True, _NOTICES_S)
-        return before, self._block_s(self._store)
+        return before, self._block(self._store)[0]
 
-    def slow_s(self) -> tuple[float, float]:
+    def slow(self) -> tuple[float, float]:
         """The same just after every reply began to take 200 ms, and when that was noticed."""
         self._proxy.delay(0.2)
         try:
@@ -118,7 +124,7 @@ class _Hits:
         finally:
             self._proxy.delay(0)
 
-    def stopped_s(self) -> tuple[float, float]:
+    def stopped(self) -> tuple[float, float]:
         """The same of a server that stands still."""
         os.kill(self._server.pid, signal.SIGSTOP)
         try:
@@ -127,13 +133,13 @@ class _Hits:
             os.kill(self._server.pid, signal.SIGCONT)
 
     def _before_and_after(self) -> tuple[float, float]:
-        before = self._block_s(self._store)
+        before, _ = self._block(self._store)
         chain = self._chain()
         for _ in range(2):  # asked about when it is matched again: the breaker opens
             self._store.match(chain, "notices")
         self._store.forget("notices")
         self._untimed(self._store, lambda: self._tier.refuses)
-        return before, self._block_s(self._store)
+        return before, self._block(self._store)[0]
 
     def _untimed(self, store: KVStore, is_so: Callable[[], bool], seconds: float = _UNTIMED_S) -> None:
         """Hits until something is so, and for some time."""
@@ -146,15 +152,26 @@ class _Hits:
             if time.monotonic() - began > 10:
                 raise RuntimeError("Redis did not come back, or was not noticed to be gone")
 
-    def _block_s(self, store: KVStore) -> float:
+    def _block(self, store: KVStore) -> tuple[float, float]:
+        """Medians of some hits: in times of a bare copy, and in seconds."""
         chains = [self._chain() for _ in range(_HITS)]
-        return statistics.median(_host_hit_s(store, chain, self._into) for chain in chains)
+        source = np.frombuffer(store.arena.view(0, self._all.nbytes), np.uint8)
+        hits_s, copies_s = [], []
+        for chain in chains:
+            hits_s.append(_host_hit_s(store, chain, self._into))
+            began = time.perf_counter()
+            np.copyto(self._all, source)
+            copies_s.append(time.perf_counter() - began)
+        copies = statistics.median(hit_s / copy_s for hit_s, copy_s in zip(hits_s, copies_s, strict=True))
+        return copies, statistics.median(hits_s)
 
     def close(self) -> None:
-        if self._into[5] != self._content[5]:
-            raise RuntimeError("other bytes were served than were saved")
-        self._store.close()
-        self._alone.close()
+        for store in (self._store, self._alone):
+            self._all[:] = 0
+            _host_hit_s(store, self._chain(), self._into)
+            if self._into != self._content:
+                raise RuntimeError("other bytes were served than were saved")
+            store.close()
 
 
 def measure_host_hits(rounds: int, seed: int = 0) -> dict[str, float]:
@@ -163,33 +180,30 @@ def measure_host_hits(rounds: int, seed: int = 0) -> dict[str, float]:
     Each state, in an order drawn anew each round, against a healthy Redis just before and just after it.
     """
     order = random.Random(seed)
-    all_healthy_s: list[float] = []
     with EmbeddedServer() as server, SlowProxy(server.unix_url.removeprefix("unix://")) as proxy:
         hits = _Hits(server, proxy)
         states: dict[str, Callable[[], tuple[float, ...]]] = {
-            "slow": hits.slow_s,
-            "stopped": hits.stopped_s,
-            "null": hits.unchanged_s,
-            "alone": hits.alone_s,
+            "slow": hits.slow,
+            "stopped": hits.stopped,
+            "null": hits.unchanged,
+            "alone": hits.alone,
         }
         ratios: dict[str, list[float]] = {}
         try:
             for number in range(rounds + 1):
-                healthy_s = hits.healthy_s()
+                healthy = hits.healthy()
                 for state in order.sample(list(states), len(states)):
-                    took_s, before_s = states[state](), healthy_s
-                    healthy_s = hits.healthy_s()
-                    if not number:  # the first time of everything
-                        continue
-                    all_healthy_s.append(healthy_s)
-                    for name, seconds in zip((state, f"{state}_noticed"), took_s, strict=False):
-                        ratios.setdefault(name, []).append(2 * seconds / (before_s + healthy_s))
+                    took, before = states[state](), healthy
+                    healthy = hits.healthy()
+                    for name, copies in zip((state, f"{state}_noticed"), took, strict=False):
+                        if number:  # after the first time of everything
+                            ratios.setdefault(name, []).append(2 * copies / (before + healthy))
         finally:
             hits.close()
     cost = {state: statistics.median(ratio) for state, ratio in ratios.items()}
     changed = [cost[state] for state in ("slow", "slow_noticed", "stopped", "stopped_noticed")]
     return {
-        "host_hit_ms": 1e3 * statistics.median(all_healthy_s),
+        "host_hit_ms": 1e3 * statistics.median(hits.healthy_s),
         **{f"host_hit_{state}_pct": 100 * (ratio - 1) for state, ratio in cost.items() if state != "alone"},
         "host_hit_unaffected_pct": greatest_change_pct(changed),
         "host_hit_over_no_redis_pct": 100 * (1 / cost["alone"] - 1),
