@@ -13,6 +13,8 @@ prompt cached, `generate` returns wrong tokens without an error. One sequence at
 from __future__ import annotations
 
 import inspect
+import logging
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,7 +38,11 @@ from kvstore.layout import layout_of
 from kvstore.pinning import CudaPins, Pinned, pin
 from kvstore.transfer import Streams
 
+log = logging.getLogger("kvstore.transformers")
+
 _MAX_IDLE_CACHES = 2
+_MAX_WARM_UP_S = 20.0
+"""A start waits so long for kernels at most; Triton keeps on disk what it compiled, for the starts after it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,6 +177,29 @@ class TransformersConnector:
         self._conversations = Conversations(Root(self.model_id, adapter, salt, secret))
         # Kept between requests: memory fresh from the system faults at 1 GB/s, slower than many a prefill.
         self._idle_caches: list[BlockCache] = []
+        if model.device.type == "cuda":
+            self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Have the copies' kernels compiled before a request has to wait for them."""
+        began_s = time.perf_counter()
+        thread = threading.Thread(target=self._copy_once, name="kvstore-warm-up", daemon=True)
+        thread.start()
+        thread.join(_MAX_WARM_UP_S)
+        if thread.is_alive():
+            log.warning(
+                "the kernels of copies are not ready after %.0f s: going on, and a first request may wait for them",
+                _MAX_WARM_UP_S,
+            )
+        else:
+            log.info("the kernels of copies were made ready in %.1f s", time.perf_counter() - began_s)
+
+    def _copy_once(self) -> None:
+        try:
+            cache = self._new_cache(self.model_id.block_tokens)
+            cache.warm_up(rows=self.overlay is not None, slots=self._connection.store is not None)
+        except Exception:  # the top of a thread; a request that fails in the same way is served without reuse
+            log.exception("a first copy between the cache and the store's memory failed")
 
     def _register(self, store: object) -> Registration | None:
         return store.register_memory(self._pin) if isinstance(store, LendsMemory) else None

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
+import numpy as np
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -233,6 +234,25 @@ class BlockCache(Cache):
             return
         for index, row in rows:
             copy_rows(row, self.block(index))
+
+    def warm_up(self, *, rows: bool, slots: bool) -> None:
+        """Copy the first block, whose bytes are nobody's yet, out and in again: what a request would else wait for.
+
+        Kernels are compiled, for a second each, and tried; memory is allocated that later copies go through.
+        """
+        if not self._in_pages:
+            return
+        if slots:
+            views = [memoryview(bytearray(part.num_bytes)) for part in self._block_layout.parts]
+            self.read_block(0, views)
+            self.finish()
+            self.write_block(0, views)
+        if rows:
+            first = np.zeros(1, np.int64)
+            memory = torch.zeros((1, *self._whole.parts[0].shape), dtype=self._dtype, device=self._device)
+            self.read_rows(Rows(memory, first, first))
+            self.write_rows(Rows(memory, first, first))
+        self.finish()
 
     @property
     def is_done(self) -> bool:

@@ -317,3 +317,32 @@ def test_blocks_are_published_when_they_were_copied_out_and_not_before(seed: int
         torch.full((cache._block_layout.block_bytes // 4,), 5.0).numpy().tobytes()
     }
     assert store.check() == []
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_warming_up_goes_every_way_that_a_request_will_and_leaves_nothing_under_way(
+    llama: LlamaForCausalLM, seed: int
+) -> None:
+    streams = BesideEngine(seed)
+    connector = device(llama, whole(), streams, budget_blocks=4)
+    cache = connector._new_cache(BLOCK)
+    cache.warm_up(rows=False, slots=True)
+    assert {name.rstrip(" 0") for name in streams.log} == {"save kernels", "save copies", "load kernels", "load copies"}
+    streams.log.clear()
+    cache.warm_up(rows=True, slots=False)
+    assert set(streams.log) == {"rows"}
+    assert cache.is_done
+    assert not any(stream.queue for name, stream in streams._streams.items() if not name.startswith("engine"))
+
+
+def test_a_connector_whose_first_copy_fails_says_so_and_goes_on(
+    llama: LlamaForCausalLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(BesideEngine):
+        def record(self, stream: object) -> object:
+            raise RuntimeError("no such device")
+
+    connector = device(llama, None, Broken(0), budget_blocks=4)
+    connector._warm_up()
+    assert "no such device" in caplog.text
+    assert "a first copy between the cache and the store's memory failed" in caplog.text
