@@ -273,6 +273,32 @@ RESULTS_ASKED = (
         ),
     ),
     Result(
+        "vllm-down-cpu",
+        "vLLM where the sidecar is away",
+        (
+            Asked(
+                "store_down_overhead_pct",
+                "sidecar ended: TTFT over the same engine, connector taken off",
+                "<= 3",
+                "%",
+                "vLLM, sidecar gone: TTFT over no connector",
+            ),
+            Asked("store_down_overhead_pct_low", "95 % interval: from", "", "%"),
+            Asked("store_down_overhead_pct_high", "to", "", "%"),
+            Asked("store_down_vs_none_overhead_pct", "over an engine without connector", "", "%"),
+            Asked("store_down_vs_none_overhead_pct_low", "95 % interval: from", "", "%"),
+            Asked("store_down_vs_none_overhead_pct_high", "to", "", "%"),
+            Asked("store_down_no_difference_overhead_pct", "taken off twice: what noise gives", "", "%"),
+            Asked("store_down_no_difference_overhead_pct_low", "95 % interval: from", "", "%"),
+            Asked("store_down_no_difference_overhead_pct_high", "to", "", "%"),
+            Asked("hanging_worst_added_ms", "sidecar stopped: added to TTFT, the worst request", "", "ms"),
+            Asked("hanging_median_added_ms", "the middle one", "", "ms"),
+            Asked("hanging_worst_vs_deadline", "the worst ÷ the deadline of a call", "<= 1"),
+            Asked("num_pairs", "rounds with the sidecar ended", ">= 20"),
+        ),
+        "Nothing is reused; the connector has served a hit before its sidecar goes.",
+    ),
+    Result(
         "vllm-equal-cpu",
         "vLLM's features, outputs with and without the store",
         (

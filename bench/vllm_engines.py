@@ -179,9 +179,15 @@ class Sidecar:
         assert self._process is not None
         return time.clock_gettime(~self._process.pid << 3 | 2)  # clock_getcpuclockid(3), which Python lacks
 
+    def hang(self) -> None:
+        """Stop it: its sockets stay, and nothing answers, until it is ended."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
     def end(self) -> None:
         """Let it finish what it writes to Redis, and go."""
         if self._process is not None:
+            self._process.send_signal(signal.SIGCONT)
             self._process.terminate()
             self._process.wait(60)
             self._process = None
