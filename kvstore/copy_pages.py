@@ -12,19 +12,30 @@ from kvstore.copy_kernel import Places, copy_pieces
 from kvstore.copy_windows import Ints, Window
 
 
-def by_kernel(window: Window, slots: int, slot_step: int, alignments: tuple[int, ...], *, to_slots: bool) -> None:
+def by_kernel(
+    window: Window,
+    slots: int,
+    slot_step: int,
+    alignments: tuple[int, ...],
+    *,
+    to_slots: bool,
+    num_programs: int = 0,
+) -> None:
     """One launch of the kernel.
 
     Args:
         slots, slot_step: as in `copy_kernel.Places`, of the window's first layer.
         alignments: numbers whose common divisor divides where each block's bytes begin.
+        num_programs: as in `copy_kernel.copy_pieces`.
     """
     part = window.part
     num_planes = (window.high - window.low) * part.num_kv
     pieces = window.work.pages.shape[1]
     alignment = gcd(part.divisor, *alignments)
     places = Places(window.planes, num_planes, window.pages, window.num_blocks, pieces, slots, slot_step, alignment)
-    copy_pieces(places, part.piece, part.device, plane_bytes=part.plane_bytes, to_slots=to_slots)
+    copy_pieces(
+        places, part.piece, part.device, plane_bytes=part.plane_bytes, to_slots=to_slots, num_programs=num_programs
+    )
 
 
 def by_index(window: Window, values: torch.Tensor, *, to_slots: bool) -> None:

@@ -91,6 +91,8 @@ class RowCopier:
         paged: the cache.
         way: STAGED for the kernel, INDEX for indexing; None for the better that works there.
         streams: the device's; a test brings its own.
+        num_programs: of a launch of the kernel; 0 for what fills the device. With fewer, work beside it gets a share of
+            each processor, and the copy takes longer: what pays is not measured (`bench gpu --phases trials`).
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class RowCopier:
         *,
         way: Way | None = None,
         streams: Streams | None = None,
+        num_programs: int = 0,
     ) -> None:
         (cell,) = layout.parts
         if paged.page_tokens != layout.model.block_tokens:
@@ -107,6 +110,7 @@ class RowCopier:
         self._device = paged.device
         self._streams = streams or streams_of(self._device)
         self._way = way or best_way(self._device)
+        self._num_programs = num_programs
         self._part = Part(layout, cell, paged.cut(slice(None), slice(None)), layout.model.block_tokens)
 
     def start(self, rows: Rows, *, into_rows: bool, step_layers: int = 0) -> Copying:
@@ -157,7 +161,7 @@ class RowCopier:
         if self._way is not Way.INDEX:
             alignments = (rows.memory.data_ptr(), rows.row_bytes, low * self._part.layer_bytes)
             starts = window.pages + (1 + number) * len(rows) * _WORD_BYTES
-            by_kernel(window, starts, 0, alignments, to_slots=into_rows)
+            by_kernel(window, starts, 0, alignments, to_slots=into_rows, num_programs=self._num_programs)
             return
         # Bytes are bytes, and devices do not index by fp8.
         held, chosen = rows.memory.view(torch.uint8)[:, low:high], made.table[0]

@@ -78,14 +78,12 @@ def _allocate(stage: Stage, num_bytes: int, device: torch.device) -> None:
     stage.memory[:] = [torch.empty(num_bytes, dtype=torch.uint8, device=device)]
 
 
-_made: WeakKeyDictionary[Streams, dict[tuple[torch.device, str], Stages]] = WeakKeyDictionary()
+_made: WeakKeyDictionary[Streams, dict[tuple[torch.device, str, int], Stages]] = WeakKeyDictionary()
 _lock = threading.Lock()
 
 
 def stages_of(streams: Streams, device: torch.device, direction: str, number: int) -> Stages:
-    """Those of `direction`, `number` of them where they are yet to be made."""
+    """The `number` of them of `direction`; made when first asked for."""
     with _lock:
         made = _made.setdefault(streams, {})
-        if (device, direction) not in made:
-            made[device, direction] = Stages(device, number)
-        return made[device, direction]
+        return made.setdefault((device, direction, number), Stages(device, number))

@@ -106,3 +106,14 @@ def test_a_phase_nobody_knows_is_refused(capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit):
         gpu.main(["--device", "cpu", "--phases", "split,frob"])
     assert "no phase is called frob" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_trials_try_every_choice_and_publish_none(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+    assert gpu.main(["--device", "cpu", "--phases", "trials", "--json", str(path)]) == 0
+    found = json.loads(path.read_text())
+    windows = [row for row in found["rows"] if "bidi" in row]
+    assert len({row["arm"] for row in windows}) == len(windows) == 12
+    assert not set(found["summary"]) & set(gpu.TARGETS)
+    assert not any(phase in gpu.PHASES for phase in gpu.TRIALS)
