@@ -256,8 +256,8 @@ def rows_of(rounds: Rounds, where: str, total_bytes: int) -> list[Row]:
 
 
 def measure_calls(place: Place, repeats: int, seed: int) -> tuple[dict[str, float], list[Row]]:
-    """Presence of 2,048 keys, beside the bare protocol; touches of 2,048 members among a million; and what a touch
-    costs the caller."""
+    """Presence of 2,048 keys, where all are there and where the prefix ends inside, beside the bare protocol; touches
+    of 2,048 members among a million, also where their TTLs are looked at; and what a touch costs the caller."""
     num_keys = 2048
     parts = Parts(TINY, num_keys * layout_of(TINY).block_bytes, seed)
     rounds = Rounds()
@@ -268,11 +268,17 @@ def measure_calls(place: Place, repeats: int, seed: int) -> tuple[dict[str, floa
         if len(tier.write(parts.by_key(parts.values), parts.meta, _DEADLINE_S)) != num_keys:
             raise RuntimeError("not all blocks were written")
         _crowd(place, parts, options.num_buckets, seed)
+        absent = Parts(TINY, 900 * parts.layout.block_bytes, seed + 1).keys
+        ends_inside = [*parts.keys[: num_keys - len(absent)], *absent]
         for _ in range(max(30, repeats)):
             with rounds.arm("presence"):
                 present = tier.contains(parts.keys, _DEADLINE_S)
             if not all(present):
                 raise RuntimeError("a block that was written is said to be absent")
+            with rounds.arm("presence, 1,148 are there"):
+                present = tier.contains(ends_inside, _DEADLINE_S)
+            if present != [True] * (num_keys - len(absent)) + [False] * len(absent):
+                raise RuntimeError("presence is wrong where the prefix ends inside")
             rounds.add("raw presence", _raw_presence_s(place.url, num_keys, 256))
             rounds.add("raw presence, a command a key", _raw_presence_s(place.url, num_keys, 1))
             began = time.perf_counter()
@@ -281,12 +287,16 @@ def measure_calls(place: Place, repeats: int, seed: int) -> tuple[dict[str, floa
             if not tier.settle(_DEADLINE_S):
                 raise RuntimeError("a touch did not end")
             rounds.add("touch", time.perf_counter() - began)
+        for _ in range(10):
+            rounds.add("touch, TTLs looked at", _first_touch_s(place, parts))
     finally:
         tier.close()
     summary = {
         "presence_2048_ms": 1e3 * statistics.median(rounds.seconds["presence"]),
+        "presence_2048_inside_ms": 1e3 * statistics.median(rounds.seconds["presence, 1,148 are there"]),
         "presence_2048_raw_ms": 1e3 * statistics.median(rounds.seconds["raw presence"]),
         "touch_2048_ms": 1e3 * statistics.median(rounds.seconds["touch"]),
+        "touch_2048_ttl_ms": 1e3 * statistics.median(rounds.seconds["touch, TTLs looked at"]),
         "touch_2048_caller_ms": 1e3 * statistics.median(rounds.seconds["touch, caller"]),
     }
     rows: list[Row] = [
@@ -300,6 +310,22 @@ def measure_calls(place: Place, repeats: int, seed: int) -> tuple[dict[str, floa
         for arm, seconds in rounds.seconds.items()
     ]
     return summary, rows
+
+
+def _first_touch_s(place: Place, parts: Parts) -> float:
+    """A touch by a store with the default TTL: its first of a chain asks for the TTLs, others for hours do not."""
+    tier = RedisTier(RedisTier.Options(url=place.url, capacity_bytes=1 << 30, sweep_every_s=0))
+    try:
+        tier.touch(parts.keys[:1], NO_HINT)  # connects
+        if not tier.settle(_DEADLINE_S):
+            raise RuntimeError("a touch did not end")
+        began = time.perf_counter()
+        tier.touch(parts.keys, NO_HINT)
+        if not tier.settle(_DEADLINE_S):
+            raise RuntimeError("a touch did not end")
+        return time.perf_counter() - began
+    finally:
+        tier.close()
 
 
 def _crowd(place: Place, parts: Parts, num_buckets: int, seed: int) -> None:
