@@ -106,6 +106,8 @@ class TransformersConnector:
         device_budget_bytes: memory for blocks kept on the device, above the store; 0 for none.
         step_layers: on a device, layers of a load that a forward pass waits for together; 0 for all of them.
             From the device tier this is the first step alone; those after it grow.
+        step_bytes: of a load from the store, a step has more layers where these are fewer bytes. Each costs the thread
+            that is to order the pass some 0.3 ms: on an H100, 256 MiB by 16 layers were 3.7 ms sooner than by 4.
         max_wait_s: longest wait for an answer of lower tiers.
         load_rule: load where it is predicted to pay, or always.
         streams: the device's; a test brings its own, and then gets a device's path on the CPU too.
@@ -129,6 +131,7 @@ class TransformersConnector:
         lossy: str = "",
         device_budget_bytes: int = 0,
         step_layers: int = 4,
+        step_bytes: int = 128 << 20,
         max_wait_s: float = 0.25,
         load_rule: LoadRule = LoadRule.MEASURED,
         streams: Streams | None = None,
@@ -137,6 +140,8 @@ class TransformersConnector:
             raise ConfigError(f"chunk_tokens is {chunk_tokens}: it must be at least 1")
         if step_layers < 0:
             raise ConfigError(f"step_layers is {step_layers}: it must be 0 or more")
+        if step_bytes < 0:
+            raise ConfigError(f"step_bytes is {step_bytes}: it must be 0 or more")
         if getattr(model, "_hf_peft_config_loaded", False) and not adapter:
             raise ConfigError("the model has an adapter loaded: give its content digest as adapter=")
         self.model = model
@@ -165,7 +170,7 @@ class TransformersConnector:
         if model.device.type == "cuda":
             self._registration = self._register(store)
         self._chunk_tokens = chunk_tokens
-        self._step_layers = step_layers
+        self._step_layers, self._step_bytes = step_layers, step_bytes
         self._streams = streams
         self._connection = Connection(
             store=store,
@@ -430,7 +435,14 @@ class TransformersConnector:
         return cache
 
     def _new_cache(self, num_tokens: int) -> BlockCache:
-        return BlockCache(self.layout, self._device, num_tokens, step_layers=self._step_layers, streams=self._streams)
+        return BlockCache(
+            self.layout,
+            self._device,
+            num_tokens,
+            step_layers=self._step_layers,
+            step_bytes=self._step_bytes,
+            streams=self._streams,
+        )
 
     def _give_back(self, cache: BlockCache) -> None:
         if len(self._idle_caches) < _MAX_IDLE_CACHES:

@@ -34,6 +34,7 @@ class BlockCache(Cache):
     Args:
         step_layers: layers whose copies end together, for which a forward pass then waits together; 0 for all.
             Of rows, the first step alone: those after it grow.
+        step_bytes: of blocks from a store, a step has more layers where these are not so many bytes.
         streams: the device's; a test brings its own, and then gets a device's path on the CPU too.
     """
 
@@ -44,6 +45,7 @@ class BlockCache(Cache):
         capacity: int,
         *,
         step_layers: int = 0,
+        step_bytes: int = 0,
         streams: Streams | None = None,
     ) -> None:
         self._block_layout = layout
@@ -53,7 +55,7 @@ class BlockCache(Cache):
         self._shape = (model.num_layers, 2, model.num_kv_heads, model.head_dim)
         self._dtype: torch.dtype = getattr(torch, engine_dtype(model.kv_dtype))
         self._device = device
-        self._step_layers = step_layers
+        self._step_layers, self._step_bytes = step_layers, step_bytes
         self._given, self._streams = streams, streams or streams_of(device)
         self._beside = device.type != "cpu" or streams is not None
         self._in_pages = self._beside or bool(layout.packed)
@@ -92,7 +94,14 @@ class BlockCache(Cache):
 
         Good until this one grows.
         """
-        other = BlockCache(layout, self._device, 1, step_layers=self._step_layers, streams=self._given)
+        other = BlockCache(
+            layout,
+            self._device,
+            1,
+            step_layers=self._step_layers,
+            step_bytes=self._step_bytes,
+            streams=self._given,
+        )
         if other._shape != self._shape or other._dtype != self._dtype:
             raise ConfigError(f"a cache of {self._shape} in {self._dtype} cannot be seen as {layout.model!r}")
         other._storage = self._storage
@@ -155,9 +164,15 @@ class BlockCache(Cache):
         if reads := self._taken(self._to_read):
             self._ordered(lambda: copier.start_gather(table, reads))
         if writes := self._taken(self._to_write):
-            self._writing.append(copier.start_scatter(table, writes, step_layers=self._step_layers))
+            self._writing.append(copier.start_scatter(table, writes, step_layers=self._step_of(len(writes))))
         for run in self._taken(self._runs):
-            self._writing.append(copier.start_scatter_run(table, run, step_layers=self._step_layers))
+            step_layers = self._step_of(len(run.offsets))
+            self._writing.append(copier.start_scatter_run(table, run, step_layers=step_layers))
+
+    def _step_of(self, num_blocks: int) -> int:
+        """Layers of a step of so many blocks."""
+        layer_bytes = num_blocks * self._block_layout.block_bytes // self._block_layout.model.num_layers
+        return self._step_layers and max(self._step_layers, -(-self._step_bytes // max(1, layer_bytes)))
 
     @staticmethod
     def _taken(noted: list[T]) -> list[T]:

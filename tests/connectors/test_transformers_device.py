@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("torch", reason="the connector copies torch tensors")
 pytest.importorskip("transformers", reason="the connector serves transformers models")
 
+import numpy as np
 import torch
 from transformers import LlamaForCausalLM
 from transformers.generation.streamers import BaseStreamer
@@ -23,8 +24,10 @@ from connectors.base import CostModel, FailOpen, LoadRule
 from connectors.session import Connection, Session
 from connectors.transformers import TransformersConnector
 from connectors.transformers_cache import BlockCache
+from kvstore.api import LoadedRun
 from kvstore.block import Chain, ModelId, Root
 from kvstore.config import StoreConfig
+from kvstore.layout import layout_of
 from kvstore.store import KVStore
 from tests.connectors.fakes import FakeStore
 from tests.connectors.test_transformers import hits, plain, prompt
@@ -58,6 +61,7 @@ def device(
         chunk_tokens=CHUNK,
         device_budget_bytes=budget_blocks * probe.layout.block_bytes,
         step_layers=1,
+        step_bytes=0,
         load_rule=LoadRule.ALWAYS,
         streams=streams,
     )
@@ -346,3 +350,26 @@ def test_a_connector_whose_first_copy_fails_says_so_and_goes_on(
     connector._warm_up()
     assert "no such device" in caplog.text
     assert "a first copy between the cache and the store's memory failed" in caplog.text
+
+
+@pytest.mark.parametrize(("step_bytes", "steps"), [(0, 3), (1, 3), (7, 2), (8, 2), (12, 1), (1000, 1)])
+def test_a_step_of_a_load_has_at_least_so_many_bytes(step_bytes: int, steps: int) -> None:
+    """In layers of two blocks, of which there are three."""
+    model = ModelId(
+        model="m", revision="r", kv_dtype="bfloat16", num_layers=3, num_kv_heads=2, head_dim=4, block_tokens=BLOCK
+    )
+    layout = layout_of(model)
+    layer_bytes, streams = 2 * layout.block_bytes // 3, LazyStreams()
+    cache = BlockCache(
+        layout,
+        torch.device("cpu"),
+        64,
+        step_layers=1,
+        step_bytes=step_bytes * layer_bytes // 4,
+        streams=streams,
+    )
+    memory = memoryview(bytes(2 * layout.block_bytes))
+    cache.write_run(LoadedRun(0, "host", memory, np.array([[0], [layout.block_bytes]])))
+    cache.begin()
+    assert len(cache._writing[0]._steps) == steps
+    cache.finish()
