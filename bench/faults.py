@@ -227,7 +227,8 @@ class _Worker:
             self._soak.slowest_s = max(self._soak.slowest_s, seconds)
             if seconds > 1.1 * limit_s + _SLACK_S:
                 self._soak.late_calls += 1
-                self._soak.broken.append(f"{what} took {seconds:.3f} s, its limit is {limit_s:.3f} s")
+                where = f"{self.tier.options.url.partition(':')[0]}, breaker {self.tier.options.breaker_open_s} s"
+                self._soak.broken.append(f"{what} took {seconds:.3f} s, its limit is {limit_s:.3f} s ({where})")
 
     def _load(self, at: int, kind: str) -> bool:
         """Load what there is of a chain from Redis alone, and hold it against what was saved."""
