@@ -96,10 +96,6 @@ class Window:
     """Whether each of the work's slots lies in one registration."""
 
     @property
-    def has_all_layers(self) -> bool:
-        return self.high - self.low >= self.part.num_layers
-
-    @property
     def num_blocks(self) -> int:
         return self.stop - self.first
 

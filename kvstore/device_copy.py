@@ -311,14 +311,13 @@ class DeviceCopier:
     def _over_the_link(self, held: torch.Tensor, window: Window, *, to_slots: bool) -> None:
         """Between `held`, the window's blocks one after the other, and their slots: as few copies as can be."""
         hosts, size = window.slots, window.slot_bytes
-        if window.has_all_layers:
-            first = np.flatnonzero(np.diff(hosts, prepend=-1) != size)  # neighbours go together
+        first, sizes = np.arange(len(hosts)), np.full(len(hosts), size)
+        follows = hosts[1:] - hosts[:-1] == size
+        if joined := bool(follows.any()):  # neighbours go together
+            first = np.concatenate((first[:1], np.flatnonzero(~follows) + 1))
             hosts, sizes = hosts[first], np.diff(first, append=len(hosts)) * size
-        else:
-            first = np.arange(len(hosts))
-            sizes = np.full(len(hosts), size)
         there = held.data_ptr() + first * size
-        if self._registers and (window.has_all_layers or not window.registered):
+        if self._registers and (joined or not window.registered):
             whole = PINNED.holds_whole(hosts, sizes)
             if not whole.all():
                 self._in_pieces(held, hosts[~whole], first[~whole] * size, sizes[~whole], to_slots)

@@ -16,7 +16,7 @@ import torch
 from kvstore import copy_kernel, device_copy, stages
 from kvstore.api import LoadedRun
 from kvstore.copy_engine import host_bytes
-from kvstore.copy_windows import address_of
+from kvstore.copy_windows import Ints, address_of
 from kvstore.device_copy import Way, best_way
 from kvstore.layout import BlockLayout, layout_of
 from kvstore.lossy import FORMATS
@@ -180,6 +180,31 @@ def test_no_copy_over_the_link_spans_two_registrations(monkeypatch: pytest.Monke
     copier.gather([9, 3, 7, 30], [(0, slots)])
     assert seen == [(0, 36), (36, 1000), (1036, layout.block_bytes - 1036)]
     assert bytes(slots[0] or b"") == expected(layout, 0, logical(kv), [9, 3, 7, 30], 0)
+
+
+def test_neighbours_that_are_registered_apart_do_not_cross_the_link_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = layout_of(model())
+    size = layout.block_bytes
+    memory = memoryview(bytearray(2 * size))
+    start, ranges = address_of(memory), PinnedRanges()
+    ranges.add(start, size)
+    ranges.add(start + size, size)
+    monkeypatch.setattr(device_copy, "PINNED", ranges)
+    kv = hnd(torch.bfloat16, 16).kv
+    copier = make_copier(layout, kv, Way.INDEX)
+    device, sent = copier._on_device(), []
+    device._registers = True
+    copy = device._engine.copy
+
+    class Watched:
+        def copy(self, into: Ints, sources: Ints, sizes: Ints, *, to_host: bool) -> None:
+            sent.extend(zip(into.tolist(), sizes.tolist(), strict=True))
+            copy(into, sources, sizes, to_host=to_host)
+
+    device._engine = Watched()
+    copier.gather([9, 3], [(0, [memory[:size]]), (1, [memory[size:]])])
+    assert not any(at < start + size < at + length for at, length in sent)
+    assert bytes(memory) == b"".join(expected(layout, 0, logical(kv), [9, 3], index) for index in (0, 1))
 
 
 @pytest.mark.parametrize("device", DEVICES)
