@@ -236,6 +236,7 @@ class EngineRequest(Protocol):
     num_tokens: int
     num_prompt_tokens: int
     num_computed_tokens: int
+    max_tokens: int
     all_token_ids: Sequence[int]
     cache_salt: str | None
     lora_request: LoraRequest | None

@@ -140,6 +140,10 @@ class SchedulerSide:
 
     `may_be_alone` is False where other engines step together with this one, as under data parallelism: whatever waits
     here delays them. `may_trail`: what a step saves may still be on its way when others are scheduled.
+
+    Where it may not, as on a CPU, workers copy on the engine's thread, and a token waits for it. So what a step fills
+    is saved at the end of the next one, where one is to come: the first token does not wait. Nothing may have written
+    to the pages by then, hence only if the request is in that step too.
     """
 
     def __init__(
@@ -161,6 +165,7 @@ class SchedulerSide:
         self._share = share
         self._num_ranks = num_ranks
         self._may_be_alone = may_be_alone
+        self._saves_later = not may_trail
         self._now_s = now_s
         self._adapters = adapters or AdapterDigests()
         self._roots = Roots(model, settings.secret.encode())
@@ -414,7 +419,10 @@ class SchedulerSide:
                     or computed + num_scheduled < (tracked.num_saved + 1) * self._block_tokens  # most steps
                 ):
                     continue
-                stop = storable_running(computed, num_scheduled, tracked.request.num_tokens, self._block_tokens)
+                request = tracked.request
+                if self._saves_later and request.num_tokens + 1 < request.num_prompt_tokens + request.max_tokens:
+                    num_scheduled = 0  # a step follows, unless pages are taken back: what they held is lost then
+                stop = storable_running(computed, num_scheduled, request.num_tokens, self._block_tokens)
                 if stop > tracked.num_saved:
                     self._save(tracked, stop, step.pages[request_id], holds=False)
         if not step.num_scheduled and self._num_waiting and not self._loads:

@@ -56,6 +56,7 @@ class FakeRequest:
     all_token_ids: list[int]
     num_prompt_tokens: int = 0
     num_computed_tokens: int = 0
+    max_tokens: int = 1
     cache_salt: str | None = None
     lora_request: Any = None
     mm_features: Sequence[Any] = ()
@@ -435,6 +436,54 @@ def test_orders_that_are_refused_fail_their_loads_and_let_go_of_what_they_hold()
     assert bench.pages.written == bench.pages.read == []
     bench.side.reported(cast(Report, bench.worker.report()))
     bench.side.ended(one, [])
+    bench.close()
+
+
+def saved_blocks(orders: Orders) -> list[tuple[str, int, int]]:
+    return [(order.request, order.start, order.stop) for order in orders.saves]
+
+
+def test_the_first_token_does_not_wait_for_the_save_of_its_prompt() -> None:
+    bench = Bench()
+    request = FakeRequest("r", tokens(100), max_tokens=16)
+    bench.side.arrived(request)
+    assert saved_blocks(bench.step((request, 64))) == []
+    assert saved_blocks(bench.step((request, 36))) == [("r", 0, 4)], "what the step before has filled"
+    request.all_token_ids.append(1)
+    assert saved_blocks(bench.step((request, 1))) == [("r", 4, 6)]
+    request.all_token_ids += [1] * 14
+    request.num_computed_tokens += 10
+    assert saved_blocks(bench.step((request, 1))) == [("r", 6, 7)], "no step is certain to follow: at once"
+    bench.side.ended(request, bench.pages_for(request))
+    bench.report()
+    bench.close()
+
+
+def test_pages_that_a_request_has_lost_are_not_saved_though_it_had_filled_them() -> None:
+    bench = Bench()
+    request, other = (FakeRequest(name, tokens(64, seed), max_tokens=16) for seed, name in enumerate("ab"))
+    for one in (request, other):
+        bench.side.arrived(one)
+    bench.step((request, 64))
+    request.num_computed_tokens = 0  # preempted: its pages are the other's in this step
+    assert saved_blocks(bench.step((other, 64))) == []
+    assert saved_blocks(bench.step((other, 0), (request, 32))) == [("b", 0, 4)]
+    assert saved_blocks(bench.step((request, 32))) == [("a", 0, 2)]
+    for one in (request, other):
+        one.all_token_ids.append(1)
+        bench.side.ended(one, bench.pages_for(one))
+    assert saved_blocks(bench.step()) == [("a", 2, 4)], "a request that ended keeps its pages for that"
+    bench.report()
+    bench.close()
+
+
+def test_where_steps_trail_each_saves_what_it_fills() -> None:
+    bench = Bench(may_trail=True)
+    request = FakeRequest("r", tokens(64), max_tokens=16)
+    bench.side.arrived(request)
+    assert saved_blocks(bench.step((request, 64))) == [("r", 0, 4)]
+    bench.side.ended(request, bench.pages_for(request))
+    bench.report()
     bench.close()
 
 
