@@ -420,7 +420,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return sent or None, received or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
-        return self._worker.bad_pages() if self._worker is not None else set()
+        return self._worker.bad_pages(self._orders.proofs) if self._worker is not None else set()
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         report = self._worker.report() if self._worker is not None else None

@@ -7,8 +7,12 @@ only if the files have been the same ones from before they were digested until a
 a step has run, for by then vLLM has read what it needed: what differs is not saved, and what was loaded for it is
 computed again.
 
+vLLM knows weights by the adapter's number alone. Once a number has stood for two paths, which of them a step computes
+with is not known, and its requests run without reuse from then on.
+
 Not seen: an adapter that vLLM was told to load ahead (`--lora-modules`, `/v1/load_lora_adapter`) and whose files were
-then rewritten before its first request came.
+then rewritten before its first request came; and one that `load_inplace` took from another path while requests of the
+old one were under way, until the first request of the new one comes: the connector is told of requests, not of loads.
 """
 
 from __future__ import annotations
@@ -65,6 +69,12 @@ class _Changed(Future[Adapter]):
     """Of an adapter whose files changed: it stays so though they change back."""
 
 
+def _failed(why: str) -> _Changed:
+    failed = _Changed()
+    failed.set_exception(ConfigError(why))
+    return failed
+
+
 class AdapterDigests:
     """Adapters of requests, their files digested on a thread of their own.
 
@@ -77,6 +87,8 @@ class AdapterDigests:
         self._known: dict[tuple[int, str], tuple[AdapterFiles, Future[Adapter]]] = {}
         self._first: dict[str, AdapterFiles] = {}
         self._rewritten: set[str] = set()
+        self._paths: dict[int, str] = {}
+        self._mixed: set[int] = set()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="kvstore-lora")
 
     def of(self, lora: LoraRequest | None) -> Future[Adapter]:
@@ -85,19 +97,32 @@ class AdapterDigests:
             none: Future[Adapter] = Future()
             none.set_result(Adapter())
             return none
+        if lora.lora_path != self._paths.setdefault(lora.lora_int_id, lora.lora_path) and not self.is_mixed(lora):
+            self._mixed.add(lora.lora_int_id)
+            log.warning("adapter %r came from another path before: it runs without reuse from now on", lora.lora_name)
+        if self.is_mixed(lora):
+            return _failed(f"adapter {lora.lora_name!r} has come from several paths under one number")
         key = (lora.lora_int_id, lora.lora_path)
         files = AdapterFiles.at(lora.lora_path)
         if files != self._first.setdefault(lora.lora_path, files):
             self._rewritten.add(lora.lora_path)
-        if lora.load_inplace or key not in self._known:
+        if key not in self._known or (lora.load_inplace and not self._is_known(key, files)):
             self._known[key] = files, self._pool.submit(self._read, files)
         known, future = self._known[key]
         if files != known and not isinstance(future, _Changed):
             log.warning("%s has changed, and not by load_inplace: its requests run without reuse", lora.lora_path)
-            future = _Changed()
-            future.set_exception(ConfigError(f"{lora.lora_path} has changed since the engine was given it"))
+            future = _failed(f"{lora.lora_path} has changed since the engine was given it")
             self._known[key] = known, future
         return future
+
+    def _is_known(self, key: tuple[int, str], files: AdapterFiles) -> bool:
+        """Whether these files were digested, or are being: vLLM says `load_inplace` with each request ever after."""
+        known, future = self._known[key]
+        return files == known and bool(files.stamps) and not (future.done() and future.exception() is not None)
+
+    def is_mixed(self, lora: LoraRequest | None) -> bool:
+        """Whether it has come from several paths: requests of the first one too may be computed with the other's."""
+        return lora is not None and lora.lora_int_id in self._mixed
 
     def was_rewritten(self, lora: LoraRequest | None) -> bool:
         """Whether its path has led to other files before: vLLM's own prefix cache goes by name and path, and may have

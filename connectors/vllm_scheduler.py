@@ -214,9 +214,12 @@ class SchedulerSide:
         tracked.planned, tracked.to_prove = 0, None
         # Asked only where the request has no KV but what the engine's own cache has.
         tracked.from_before = local_tokens > 0 and self._adapters.was_rewritten(request.lora_request)
+        if tracked.from_before:
+            self._withdraw(tracked)
         if (
             not self._settings.load
             or tracked.from_before
+            or self._adapters.is_mixed(request.lora_request)
             or request.skip_reading_prefix_cache
             or tracked.gave_up
             or request.request_id in self._loading
@@ -453,6 +456,9 @@ class SchedulerSide:
         chain = self._chain(tracked)
         blocks = plan_save(stop * self._block_tokens, tracked.num_saved, self._block_tokens)
         if chain is None or not blocks or self.fail_open.resting or not self._resets.allows(chain.root):
+            return False
+        if self._adapters.is_mixed(tracked.request.lora_request):
+            self._withdraw(tracked)
             return False
         if tracked.num_saved >= tracked.announced_to:
             self._withdraw(tracked)  # the steps that saved what was announced have run

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from connectors.vllm_adapters import Adapter, AdapterDigests, AdapterFiles, adapter_digest
-from connectors.vllm_plan import Orders
+from connectors.vllm_plan import Orders, Scheduled
 from kvstore.block import Chain, Root
 from kvstore.errors import ConfigError
 from tests.connectors.test_vllm_plan import BLOCK, MODEL, PAGE, Bench, FakeRequest, tokens
@@ -37,14 +37,14 @@ def test_an_adapter_is_a_miss_until_its_digest_is_known() -> None:
     bench.fill(tokens(100))
     late = Late()
     bench.side._adapters = late
-    request = FakeRequest("r", tokens(120), lora_request=SimpleNamespace(lora_path="x"))
+    request = FakeRequest("r", tokens(120), lora_request=SimpleNamespace(lora_int_id=1, lora_path="x"))
     assert bench.side.match(request, 0) == (0, False)
     assert bench.step((request, 120)).saves == ()
     late.future.set_result(Adapter(b"digest"))
     request.num_computed_tokens = 0
     assert [(order.adapter, order.stop) for order in bench.step((request, 120)).saves] == [(b"digest", 7)]
     bench.side.ended(request, [])
-    again = FakeRequest("s", tokens(120), lora_request=SimpleNamespace(lora_path="x"))
+    again = FakeRequest("s", tokens(120), lora_request=SimpleNamespace(lora_int_id=1, lora_path="x"))
     assert bench.side.match(again, 0) == (112, False)
     bench.side.ended(again, [])
     bench.report()
@@ -65,7 +65,7 @@ def test_digests_of_adapters_are_computed_on_another_thread_once_each(tmp_path: 
     (tmp_path / "one" / "adapter_model.safetensors").write_bytes(b"one")
     digests = AdapterDigests(digest)
     one = SimpleNamespace(lora_name="x", lora_int_id=1, lora_path=str(tmp_path / "one"), load_inplace=False)
-    gone = SimpleNamespace(lora_name="x", lora_int_id=1, lora_path=str(tmp_path / "gone"), load_inplace=False)
+    gone = SimpleNamespace(lora_name="y", lora_int_id=2, lora_path=str(tmp_path / "gone"), load_inplace=False)
     futures = [digests.of(one), digests.of(gone), digests.of(one)]
     assert not any(future.done() for future in futures), "whoever asks does not wait"
     go.set()
@@ -73,7 +73,10 @@ def test_digests_of_adapters_are_computed_on_another_thread_once_each(tmp_path: 
     assert isinstance(futures[1].exception(10), FileNotFoundError)
     assert [name for name, _ in seen] == ["one", "gone"]
     assert all(thread.startswith("kvstore-lora") for _, thread in seen)
-    one.load_inplace = True  # its files have changed under its name and number
+    one.load_inplace = True  # as vLLM says of every request after it was loaded in place once
+    assert digests.of(one).result(0).digest == b"one", "known at once, so that the request can load"
+    assert len(seen) == 2
+    (tmp_path / "one" / "adapter_model.safetensors").write_bytes(b"other")
     assert digests.of(one).result(10).digest == b"one"
     assert len(seen) == 3
     digests.close()
@@ -187,7 +190,7 @@ class Adapted:
     def runs(self, request: FakeRequest) -> tuple[Orders, set[int]]:
         """Its step; what was ordered, and the pages that the engine is told to compute again."""
         orders = self.bench.step((request, request.num_tokens - request.num_computed_tokens))
-        bad = self.bench.worker.bad_pages()
+        bad = self.bench.worker.bad_pages(orders.proofs)
         self.bench.report()
         return orders, bad
 
@@ -270,4 +273,50 @@ def test_kv_that_the_engine_kept_of_an_adapter_as_it_was_is_not_stored_as_the_ne
     orders, _ = adapted.runs(anew)
     assert [(order.adapter, order.stop) for order in orders.saves] == [(adapter_digest(tmp_path), 7)]
     adapted.ends(anew)
+    adapted.bench.close()
+
+
+def test_pages_of_a_rewritten_adapter_are_told_with_the_step_though_it_is_saved_only_after(tmp_path: Path) -> None:
+    adapted = Adapted(tmp_path)
+    for name in ("first", "changed"):
+        request = adapted.arrives(name)
+        adapted.starts(request)
+        if name == "changed":
+            adapted.write(b"new")
+            step = Scheduled({name: 8}, {name: 112}, {name: adapted.bench.pages_for(request)})
+            orders = adapted.bench.side.orders(step)
+            adapted.bench.worker.load(orders)
+            want = set(adapted.bench.pages_for(request)[: 112 // PAGE])
+            assert adapted.bench.worker.bad_pages(orders.proofs) == want, "with drafts, vLLM asks before it saves"
+            adapted.bench.worker.save(orders)
+            assert adapted.bench.worker.bad_pages() == set()
+        else:
+            adapted.runs(request)
+        adapted.ends(request)
+    assert adapted.stored() == 7
+    adapted.bench.close()
+
+
+def test_a_number_that_has_stood_for_two_paths_neither_saves_nor_loads_under_either(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    adapted = Adapted(tmp_path / "a")
+    (tmp_path / "b" / "adapter_model.safetensors").write_bytes(b"new")
+    before = adapted.arrives("before")
+    adapted.starts(before)
+    adapted.bench.step((before, 64))
+    assert adapted.stored() == 64 // BLOCK
+    in_place = adapter_of(tmp_path / "b", load_inplace=True)
+    after = FakeRequest("after", tokens(120), lora_request=in_place)
+    adapted.bench.side.arrived(after)  # from the step that loaded it on, "before" is computed with its weights
+    assert adapted.runs(before)[0].saves == ()
+    adapted.ends(before)
+    assert adapted.starts(after) == 0
+    assert adapted.runs(after)[0].saves == ()
+    adapted.ends(after)
+    assert adapted.stored() == 64 // BLOCK
+    again = FakeRequest("again", tokens(120), lora_request=adapter_of(tmp_path / "a"))
+    assert adapted.bench.side.match(again, 0) == (0, False)
+    adapted.ends(again)
+    assert adapted.bench.store.live_announcements == 0
     adapted.bench.close()
