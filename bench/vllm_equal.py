@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any
@@ -114,7 +114,10 @@ def _row(runner: Any, scenario: str) -> dict[str, Any]:
     row |= {"seconds": round(time.monotonic() - began_s, 1)} | facts
     if "died" in facts or "not_run" in facts:
         return row
-    row["equal"] = all(list(_compared(facts)))
+    compared = list(_compared(facts))
+    if not compared:
+        raise ValueError(f"nothing was compared: {', '.join(facts)}")
+    row["equal"] = all(compared)
     row["error"] = max(_values(facts, "error"), default=None)
     if "same_bytes" in facts:  # KV that transformers does not compute: compared with what the engine computes again
         row["error"] = 0.0 if facts["same_bytes"] else float("inf")
@@ -122,8 +125,16 @@ def _row(runner: Any, scenario: str) -> dict[str, Any]:
     row["control_differs"] = all(controls) if controls else None
     row["added_s"] = max(_values(facts, "added_s"), default=None)
     row["deadline_s"] = min(_values(facts, "deadline_s"), default=None)
-    row["added_ms"] = {what: 1e3 * seconds for one in _values(facts, "added", dict) for what, seconds in one.items()}
+    row["added_ms"] = _worst((what, 1e3 * s) for one in _values(facts, "added", dict) for what, s in one.items())
     return row
+
+
+def _worst(values: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """The greatest value of each name."""
+    found: dict[str, float] = {}
+    for name, value in values:
+        found[name] = max(value, found.get(name, value))
+    return found
 
 
 def _values(facts: Mapping[str, Any], name: str, kind: type | UnionType = int | float) -> Iterator[Any]:
@@ -136,11 +147,8 @@ def _values(facts: Mapping[str, Any], name: str, kind: type | UnionType = int | 
 
 
 def _compared(facts: Mapping[str, Any]) -> Iterator[bool]:
-    """Every comparison of tokens, in every engine that took part. Raises ValueError where there was none."""
-    found = [value for name in ("equal", "same") for value in _values(facts, name, bool | list | dict)]
-    if not found:
-        raise ValueError(f"nothing was compared: {', '.join(facts)}")
-    for value in found:
+    """Every comparison of tokens, in every engine that took part."""
+    for value in [value for name in ("equal", "same") for value in _values(facts, name, bool | list | dict)]:
         yield from [value] if isinstance(value, bool) else value.values() if isinstance(value, dict) else value
 
 
@@ -149,9 +157,7 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     by_name = {row["scenario"]: row for row in rows}
     clamp, cross = by_name.get(WITHOUT_CLAMP, {}), by_name.get(CROSS_ENGINE, {})
     late = [row["added_s"] / row["deadline_s"] for row in rows if row["added_s"] is not None]
-    added_ms: dict[str, float] = {}
-    for what, ms in [item for row in rows for item in row["added_ms"].items()]:
-        added_ms[what] = max(ms, added_ms.get(what, ms))
+    added_ms = _worst(item for row in rows for item in row["added_ms"].items())
     return {
         "num_rows": len(rows),
         "num_equal": sum(row["equal"] is True for row in rows),

@@ -388,7 +388,10 @@ class SentAnnouncement:
         self._link.call(connection, connection.stub.Announce, request)
 
     def withdraw(self) -> None:
-        """Goes with the next call, or soon by itself; what a session announced ends with it."""
+        """Goes with the next call, or soon by itself; what a session announced ends with it.
+
+        Where another thread announces the same range meanwhile, that may be withdrawn too, until its next renewal.
+        """
         sent, self._sent = self._sent, None
         if sent is not None:
             self._link.ended(sent[0], announced=sent[1])

@@ -85,3 +85,4 @@ def test_an_announcement_is_not_renewed_while_it_is_fresh_and_never_grows_old() 
     first.withdraw()
     announced.close()
     assert min(ages) >= 0.8 * every_s - 0.001
+    assert sorted(ages)[len(ages) // 2] < 3 * every_s, "in the next round, or in one more where the machine is busy"
