@@ -28,7 +28,7 @@ PYTEST := $(BIN)/python -m pytest
 TOGETHER = OMP_NUM_THREADS=1 $(PYTEST) --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 ALONE = $(PYTEST) $$(grep -rl --include='test_*.py' mark.alone tests)
 # $(call tests,WHICH): an expression over markers.
-tests = $(if $(filter 1,$(JOBS)),$(PYTEST) -m "$(1)",$(TOGETHER) -m "($(1)) and not alone" && $(ALONE) -m "($(1)) and alone")
+tests = $(if $(filter 1,$(JOBS)),$(PYTEST) --durations=25 -m "$(1)",$(TOGETHER) -m "($(1)) and not alone" && $(ALONE) -m "($(1)) and alone")
 
 # Tests start hundreds of processes, and without it each would compile all that it imports anew.
 unexport PYTHONDONTWRITEBYTECODE
