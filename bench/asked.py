@@ -150,6 +150,8 @@ RESULTS_ASKED = (
                 "<= 5",
                 "%",
             ),
+            Asked("host_hit_null_pct", "the same where nothing changes: what noise gives", "", "%"),
+            Asked("host_hit_over_no_redis_pct", "a host hit with a healthy Redis over one without Redis", "", "%"),
             Asked("breaker_first_ms", "Redis stopped: first request, with a deadline of 250 ms", "<= 275", "ms"),
             Asked("breaker_open_ms", "later requests, p99", "<= 1", "ms"),
             Asked("breaker_open_max_ms", "later requests, the slowest", "", "ms"),
