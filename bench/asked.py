@@ -121,7 +121,9 @@ RESULTS_ASKED = (
             Asked("redis7_load_ratio", "Redis 7: load ÷ a bare GET loop", ">= 0.9"),
             Asked("redis7_save_ratio", "Redis 7: save ÷ a bare SET loop", ">= 0.9"),
             Asked("presence_2048_ms", "presence of 2,048 keys", "<= 2", "ms"),
+            Asked("presence_2048_inside_ms", "the same where the prefix ends inside: a second round trip", "", "ms"),
             Asked("touch_2048_ms", "a touch of 2,048 members of a million, in the background", "<= 3", "ms"),
+            Asked("touch_2048_ttl_ms", "the same where it looks at their TTLs, once in six hours", "", "ms"),
         ),
         "The ceiling of a share of memcpy is one thread of libc's, which reads the destination before it overwrites it:"
         " that is how a share can be above 1.",
