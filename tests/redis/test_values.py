@@ -42,7 +42,7 @@ def test_values_are_asked_for_before_those_after_them_have_their_buffers(
     before = num_gets()
 
     def more() -> dict[PartKey, memoryview]:
-        wait_until(lambda: num_gets() == before + len(first))
+        wait_until(lambda: num_gets() >= before + len(first))  # upkeep may read something meanwhile
         return {key: buffers[key] for key in rest}
 
     assert (
