@@ -127,7 +127,8 @@ def storable_running(num_computed: int, num_scheduled: int, num_tokens: int, blo
     """Blocks that will be final when the step now scheduled has run.
 
     Args:
-        num_computed: tokens with KV before the step; num_scheduled: tokens of the step, drafts among them.
+        num_computed: tokens with KV before the step; num_scheduled: tokens of the step, drafts among them; 0
+            where only what earlier steps have filled is meant.
         num_tokens: tokens the request has for certain, drafts not among them.
     """
     return min(num_computed + num_scheduled, num_tokens) // block_tokens

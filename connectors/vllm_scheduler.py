@@ -207,7 +207,7 @@ class SchedulerSide:
     def match(self, request: EngineRequest, local_tokens: int) -> tuple[int | None, bool]:
         """(tokens after the first `local_tokens` that can be loaded, whether beside the steps); None: ask again.
 
-        May be called any number of times before `allocated`; a miss allocates nothing.
+        May be called any number of times before `allocated`; a miss takes no pages, and lets go of what it held.
         """
         self.arrived(request)
         tracked = self._tracked[request.request_id]

@@ -213,7 +213,7 @@ class DeviceCopier:
                 self.streams.submit(kernels, _sent(part.table(blocks), self.device, table))
             num_layers = part.num_layers
             registered = self._registers and PINNED.holds_whole(blocks.addresses, num_layers * part.slot_layer_bytes)
-            apart = bool(np.all(registered))
+            all_registered = bool(np.all(registered))
             step = step_layers or num_layers
             for low in range(0, num_layers, step):
                 high = min(low + step, num_layers)
@@ -222,7 +222,7 @@ class DeviceCopier:
                 layer_bytes = part.slot_layer_bytes if packed else part.layer_bytes
                 size = max(1, self._window_bytes(by_layers=step < num_layers) // ((high - low) * layer_bytes))
                 steps.setdefault(part.cell.layers.start + low, []).extend(
-                    Window(part, blocks, table, low, high, first, min(first + size, num_blocks), apart)
+                    Window(part, blocks, table, low, high, first, min(first + size, num_blocks), all_registered)
                     for first in range(0, num_blocks, size)
                 )
         return sorted(steps.items())
