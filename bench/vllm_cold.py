@@ -59,7 +59,7 @@ from bench.asked import print_figures
 from bench.env import stamp
 from bench.paired import estimate
 from bench.report import write_json
-from bench.vllm_engines import PYTHON, VOCABULARY, Engine, Sidecar, model_options, native_dtype, transfer_to
+from bench.vllm_engines import VOCABULARY, Engine, Sidecar, add_flags, model_options, transfer_to
 from kvstore.tiers.valkey import EmbeddedServer
 
 HELP = "what the connector costs a vLLM engine where nothing is reused: engines started again and again"
@@ -234,7 +234,6 @@ def summarise(rows: Sequence[ColdRow]) -> dict[str, Any]:
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m bench vllm_cold", description=__doc__.split("\n")[0])
     add = made.add_argument
-    add("--model", choices=("random", "smollm2"), default="random", help="about 100 M parameters, or SmolLM2-135M")
     add("--starts", type=int, default=6, help="times that the engines are started (default 6)")
     add("--pairs", type=int, default=8, help="rounds of requests a start (default 8)")
     add("--prompt", type=int, default=1024, help="tokens of a prompt (default 1024)")
@@ -242,9 +241,7 @@ def parser() -> argparse.ArgumentParser:
     add("--one-engine", action="store_true", help="only compare within an engine")
     add("--idle", action="store_true", help="also an engine with a connector that does nothing")
     add("--trim", action="store_true", help="let glibc hand freed memory back after each step, as it does by itself")
-    add("--dtype", default=native_dtype(), help="of weights and KV (default here %(default)s)")
-    add("--python", type=Path, default=PYTHON, help="a Python that has vLLM")
-    add("--json", type=Path, help="write the result here")
+    add_flags(made)
     return made
 
 

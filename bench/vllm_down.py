@@ -29,7 +29,7 @@ from bench.env import stamp
 from bench.paired import estimate
 from bench.report import write_json
 from bench.vllm_cold import OFF, OFF_AGAIN, OURS, PLAIN, ColdRow, Compared, Start, log_ratios
-from bench.vllm_engines import PYTHON, VOCABULARY, Engine, Sidecar, model_options, native_dtype, transfer_to
+from bench.vllm_engines import VOCABULARY, Engine, Sidecar, add_flags, model_options, transfer_to
 from connectors.vllm_plan import VllmSettings
 
 HELP = "what the connector costs a vLLM engine whose sidecar is away: ended, and hanging"
@@ -103,14 +103,11 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m bench vllm_down", description=__doc__.split("\n")[0])
     add = made.add_argument
-    add("--model", choices=("random", "smollm2"), default="random", help="about 100 M parameters, or SmolLM2-135M")
     add("--starts", type=int, default=2, help="times that the engines are started (default 2)")
     add("--pairs", type=int, default=10, help="rounds of requests a start and state of the sidecar (default 10)")
     add("--prompt", type=int, default=1024, help="tokens of a prompt (default 1024)")
     add("--new", type=int, default=4, help="tokens of an answer (default 4)")
-    add("--dtype", default=native_dtype(), help="of weights and KV (default here %(default)s)")
-    add("--python", type=Path, default=PYTHON, help="a Python that has vLLM")
-    add("--json", type=Path, help="write the result here")
+    add_flags(made)
     return made
 
 

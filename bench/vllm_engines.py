@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -69,6 +70,15 @@ def native_dtype() -> str:
     except OSError:
         flags = ""
     return "bfloat16" if "avx512_bf16" in flags else "float32"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """What every benchmark of an engine against itself is told: the model, where vLLM is, where the result goes."""
+    add = parser.add_argument
+    add("--model", choices=("random", "smollm2"), default="random", help="about 100 M parameters, or SmolLM2-135M")
+    add("--dtype", default=native_dtype(), help="of weights and KV (default here %(default)s)")
+    add("--python", type=Path, default=PYTHON, help="a Python that has vLLM")
+    add("--json", type=Path, help="write the result here")
 
 
 # -- processes -------------------------------------------------------------------------------------------------

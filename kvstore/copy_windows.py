@@ -17,7 +17,7 @@ from kvstore.paged import Planes
 
 Ints = npt.NDArray[np.int64]
 
-_WORD_BYTES = 8
+WORD_BYTES = 8
 """Of a table."""
 
 
@@ -102,13 +102,13 @@ class Window:
     @property
     def planes(self) -> int:
         """Where the table of the window's planes lies."""
-        return int(self.table[0].data_ptr()) + self.low * self.part.num_kv * _WORD_BYTES
+        return int(self.table[0].data_ptr()) + self.low * self.part.num_kv * WORD_BYTES
 
     @property
     def pages(self) -> int:
         """And that of its pieces."""
         before: int = len(self.part.addresses) + self.first * self.work.pages.shape[1]
-        return int(self.table[0].data_ptr()) + before * _WORD_BYTES
+        return int(self.table[0].data_ptr()) + before * WORD_BYTES
 
     @property
     def slots(self) -> Ints:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from kvstore.copy_pages import by_index, by_kernel, on_device
-from kvstore.copy_windows import Ints, Part, PartWork, Window
+from kvstore.copy_windows import WORD_BYTES, Ints, Part, PartWork, Window
 from kvstore.device_copy import Copying, Way, best_way
 from kvstore.errors import ConfigError
 from kvstore.layout import BlockLayout
@@ -30,8 +30,6 @@ from kvstore.streams import Moment, Stream, Streams, streams_of
 
 _ROWS = "rows"
 _NONE: Ints = np.empty(0, np.int64)
-_WORD_BYTES = 8
-"""Of a table."""
 _STEP_GROWTH = 2
 """Each step of a promotion has so many times the layers of all before it. What crosses no link is there long before
 the forward pass wants it, and each launch costs the thread that is to order that pass some 60 µs: three do for 32
@@ -160,7 +158,7 @@ class RowCopier:
         rows, low, high = made.rows, window.low, window.high
         if self._way is not Way.INDEX:
             alignments = (rows.memory.data_ptr(), rows.row_bytes, low * self._part.layer_bytes)
-            starts = window.pages + (1 + number) * len(rows) * _WORD_BYTES
+            starts = window.pages + (1 + number) * len(rows) * WORD_BYTES
             by_kernel(window, starts, 0, alignments, to_slots=into_rows, num_programs=self._num_programs)
             return
         # Bytes are bytes, and devices do not index by fp8.
