@@ -311,5 +311,11 @@ class Report:
             counts[name] = counts.get(name, 0.0) + value
         return Report(loads, unsaved, counts, self.resets + other.resets, self.is_foreign or other.is_foreign)
 
+    def taken(self) -> Report:
+        """What it says; from here on it says nothing."""
+        taken = replace(self)
+        self.loads, self.unsaved, self.counts, self.resets, self.is_foreign = {}, {}, {}, 0, False
+        return taken
+
     def __bool__(self) -> bool:
         return bool(self.loads or self.unsaved or self.counts or self.resets or self.is_foreign)

@@ -53,6 +53,7 @@ class Watched:
 
     def __init__(self, load: Load, streams: LazyStreams, intact: bool) -> None:
         self._load, self._streams, self._intact = load, streams, intact
+        self.is_left = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._load, name)
@@ -78,6 +79,7 @@ class Watched:
     def __exit__(self, *error: Any) -> None:
         assert self._all_is_copied()
         self._load.__exit__(*error)
+        self.is_left = True
 
 
 class Device:
@@ -91,7 +93,12 @@ class Device:
         made = VllmSettings.of({"block_tokens": BLOCK, "load_rule": "always", "step_layers": 1, **settings})
         self.side = SchedulerSide(made, MODEL, self.store, lambda load: load, may_trail=True, now_s=self.clock.now_s)
         pages = StridedPages(layout_of(MODEL), self.tensors, range(LAYERS), range(HEADS), streams=self.streams)
-        adopt = lambda load: cast(Load, Watched(cast(Load, load), self.streams, intact))
+        self.adopted: list[Watched] = []
+
+        def adopt(shared: object) -> Load:
+            self.adopted.append(Watched(cast(Load, shared), self.streams, intact))
+            return cast(Load, self.adopted[-1])
+
         self.worker = WorkerSide(
             made,
             MODEL,
@@ -140,7 +147,7 @@ class Device:
         self.streams.run_engine(lambda: self.fill(pages, value))
         self.worker.save(orders)
         self.side.ended(request, list(pages))
-        assert eventually(lambda: not (self.report(), self.worker._saving)[1])
+        assert eventually(lambda: not (self.report(), self.worker._saves.beside)[1])
 
     def matched(self, num_tokens: int, pages: Pages) -> tuple[FakeRequest, Orders]:
         """The step of a request for which all but the last block are there."""
@@ -199,7 +206,7 @@ def test_a_save_reads_what_the_step_computed_and_the_next_owner_of_its_pages_wai
     assert device.report() == (set(), set())
     assert device.stored(64) == [], "nothing is published that was not copied"
     device.streams.may_finish.set()
-    assert eventually(lambda: not (device.report(), device.worker._saving)[1])
+    assert eventually(lambda: not (device.report(), device.worker._saves.beside)[1])
     device.streams.drain()
     assert device.stored(64) == [{2.0 + 10 * number} for number in range(8)]
     device.side.ended(request, list(pages))
@@ -234,7 +241,7 @@ def test_chunks_of_a_prompt_are_saved_though_the_one_before_is_still_being_copie
         device.worker.save(orders)
         device.report()
     device.streams.may_finish.set()
-    assert eventually(lambda: not (device.report(), device.worker._saving)[1])
+    assert eventually(lambda: not (device.report(), device.worker._saves.beside)[1])
     assert device.stored(64) == [{2.0 + 10 * number} for number in range(8)]
     device.side.ended(request, list(pages))
     device.close()
@@ -257,7 +264,7 @@ def test_a_save_that_a_reset_overtakes_is_not_published_and_the_reset_not_report
     other = FakeRequest("other", tokens(80))
     assert device.side.match(other, 0) == (0, False)
     device.streams.may_finish.set()
-    assert eventually(lambda: not (device.report(), device.worker._saving)[1])
+    assert eventually(lambda: not (device.report(), device.worker._saves.beside)[1])
     assert "saved_blocks" not in device.side.figures.counts
     assert eventually(lambda: (device.orders(), not device.side._resets._owed)[1])
     assert device.store.stats()["host.blocks"] == 0
@@ -308,7 +315,7 @@ def test_a_forward_begins_before_the_last_layers_are_there() -> None:
         device.worker.load(orders, layered=True)
         device.worker.wait_for_layer(0)
         seen: list[bool] = []
-        copies = device.worker._in_step[0].copies
+        copies = device.worker._loads.in_step[0].copies
         assert copies is not None
         device.streams.run_engine(lambda copies=copies, seen=seen: seen.append(copies.is_done))
         for layer in range(1, LAYERS):
@@ -349,7 +356,24 @@ def test_a_load_of_the_step_that_may_be_wrong_is_computed_again(fault: str) -> N
     device.worker.save(orders)
     assert device.worker.bad_pages() == set(range(20, 28))
     assert device.stored(80) == [{2.0 + 10 * number} for number in range(8)], "nothing is saved on top of it"
-    assert (device.worker._step_layers == 1) == (fault == "overwritten"), "an engine is trusted once"
+    assert (device.worker._loads._step_layers == 1) == (fault == "overwritten"), "an engine is trusted once"
+    device.report()
+    device.side.ended(request, list(pages))
+    device.close()
+
+
+def test_a_load_of_the_step_counts_and_is_let_go_of_though_the_store_failed_meanwhile() -> None:
+    device = Device(1)
+    device.store_blocks(64, 2.0)
+    pages = range(20, 30)
+    request, orders = device.matched(80, pages)
+    device.worker.load(orders, layered=True)
+    for layer in range(LAYERS):
+        device.worker.wait_for_layer(layer)
+    device.worker.fail_open.call(lambda: 1 // 0, None)  # another's call, on another thread
+    assert device.worker.fail_open.resting
+    assert device.worker.bad_pages() == set()
+    assert [load.is_left for load in device.adopted] == [True]
     device.report()
     device.side.ended(request, list(pages))
     device.close()
@@ -387,7 +411,7 @@ def test_after_a_load_is_given_up_its_copies_come_before_whatever_the_engine_doe
     device.streams.may_finish.clear()
     request, orders = device.matched(80, pages)
     device.worker.load(orders)
-    job = device.worker._jobs["r"]
+    job = device.worker._loads.beside["r"]
     assert eventually(lambda: job.stop == 4)  # begun, and not done
     device.clock.time_s += 1
     assert device.report() == (set(), {"r"})

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import pytest
 
-from connectors import vllm_worker
+from connectors import vllm_loads
 from connectors.vllm_identity import directory_digest, media_of
 from connectors.vllm_plan import (
     LoadReport,
@@ -525,6 +525,27 @@ def test_who_steps_together_with_other_engines_never_waits_as_if_alone() -> None
     bench.close()
 
 
+def test_of_several_saves_that_failed_before_a_report_all_are_made_again() -> None:
+    bench = Bench()
+    request = FakeRequest("r", tokens(120), max_tokens=20)
+    bench.side.match(request, 0)
+    bench.side.allocated(request, bench.pages_for(request), 0)
+    bench.store.faults.failing = {"save"}
+    for count in (40, 40, 20):
+        bench.step((request, count))  # a device reports later than the next step
+    bench.store.faults.failing = set()
+    bench.clock.time_s += 10
+    bench.report()
+    (order,) = bench.step((request, 20)).saves
+    assert order.start == 0
+    bench.report()
+    bench.side.ended(request, bench.pages_for(request))
+    bench.step()
+    assert len(bench.store.blocks) == 7
+    bench.report()
+    bench.close()
+
+
 def test_blocks_below_a_load_that_brought_nothing_are_saved_again() -> None:
     bench = Bench()
     prompt = tokens(120)
@@ -755,6 +776,33 @@ def test_a_load_past_its_deadline_is_given_up_and_writes_nothing_afterwards() ->
     assert bench.pages.written == []
 
 
+def test_a_load_given_up_before_a_thread_was_free_for_it_is_not_begun() -> None:
+    go = threading.Event()
+
+    class Stuck(FakeStore):
+        def load(self, *args: Any, **kwargs: Any) -> FakeLoad:
+            return StuckLoad(super().load(*args, **kwargs), go)
+
+    bench = Bench(Stuck(), sync_load_ms=0, load_deadline_ms=500, load_threads=1)
+    bench.fill(tokens(100))
+    adopted: list[object] = []
+    adopt = bench.worker._loads._adopt
+    bench.worker._loads._adopt = lambda shared: (adopted.append(shared), adopt(shared))[1]
+    requests = [FakeRequest(name, tokens(120)) for name in ("first", "second")]
+    for request in requests:
+        bench.side.match(request, 0)
+        bench.side.allocated(request, bench.pages_for(request), 96)
+    assert eventually(lambda: (bench.step(), len(bench.worker._loads.beside) == 2)[1])
+    bench.clock.time_s += 1
+    assert bench.report() == {"first", "second"}
+    go.set()
+    bench.worker._loads._pool.submit(lambda: None).result(10)  # the thread is done with both
+    assert len(adopted) == 1
+    for request in requests:
+        bench.side.ended(request, bench.pages_for(request))
+    bench.close()
+
+
 class WholeLoad(FakeLoad):
     """Blocks that are all there, and stay as they are."""
 
@@ -773,8 +821,8 @@ class WholeStore(FakeStore):
 
 @pytest.fixture
 def four_copiers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_worker, "_COPIERS", 4)
-    monkeypatch.setattr(vllm_worker, "_AT_ONCE", 1)
+    monkeypatch.setattr(vllm_loads, "_COPIERS", 4)
+    monkeypatch.setattr(vllm_loads, "_AT_ONCE", 1)
 
 
 def loading(bench: Bench, num_tokens: int = 120) -> FakeRequest:
@@ -834,9 +882,9 @@ def test_what_counts_ends_where_the_first_thread_stopped() -> None:
         bench.pages.written.append((index, tokens.start))
 
     bench.pages.scatter = scatter  # type: ignore[method-assign]
-    while "r" not in bench.worker._jobs:  # shared on another thread
+    while "r" not in bench.worker._loads.beside:  # shared on another thread
         bench.step()
-    job = bench.worker._jobs["r"]
+    job = bench.worker._loads.beside["r"]
     assert eventually(lambda: job.ended)
     assert bench.report() == {"r"}
     assert sorted(bench.pages.written) == [(index, 0) for index in (0, 2, 3, 4, 5)]
@@ -861,7 +909,7 @@ def test_a_load_in_a_step_is_copied_by_the_engines_own_threads_and_one_beside_it
 
 
 def test_a_load_in_a_step_that_is_late_ends_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_worker, "_AT_ONCE_IN_STEP", 4)
+    monkeypatch.setattr(vllm_loads, "_AT_ONCE_IN_STEP", 4)
     bench = Bench(WholeStore(), sync_load_ms=1000, load_deadline_ms=500)
     request = loading(bench)
 
@@ -1111,7 +1159,7 @@ def test_a_load_under_way_at_a_reset_fails_though_it_had_all(ended: bool) -> Non
     bench.side.allocated(request, bench.pages_for(request), 96)
     assert eventually(lambda: bool(bench.step().loads))
     assert eventually(lambda: len(bench.pages.written) == 6)
-    job = bench.worker._jobs["r"]
+    job = bench.worker._loads.beside["r"]
     assert not ended or eventually(lambda: job.ended)
     bench.side.clear()
     assert bench.step().reset

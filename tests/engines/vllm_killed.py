@@ -72,12 +72,12 @@ class Victim:
 
 
 def in_a_save(engine: Engine, arrived: Callable[[], None]) -> None:
-    engine.worker._host = HalfSaved(engine.worker._host, 2, arrived)
+    engine.worker._saves._host = HalfSaved(engine.worker._saves._host, 2, arrived)
 
 
 def in_a_load(engine: Engine, arrived: Callable[[], None]) -> None:
-    adopt = engine.worker._adopt
-    engine.worker._adopt = lambda shared: Cut(adopt(shared), 4, arrived)
+    adopt = engine.worker._loads._adopt
+    engine.worker._loads._adopt = lambda shared: Cut(adopt(shared), 4, arrived)
 
 
 def killed(workdir: Path) -> Facts:

@@ -107,8 +107,8 @@ def resets(workdir: Path) -> Facts:
     updated.step_until(lambda: updated.num_computed("prefills") > 100)
     updated.store.slow_s = 0.2
     updated.add("loads", prefills)
-    updated.step_until(lambda: bool(engine.worker._jobs))
-    assert eventually(lambda: any(2 <= job.stop < 9 for job in engine.worker._jobs.values())), "in its middle"
+    updated.step_until(lambda: bool(engine.worker._loads.beside))
+    assert eventually(lambda: any(2 <= job.stop < 9 for job in engine.worker._loads.beside.values())), "in its middle"
     failed = engine.connector._scheduler.figures.counts.get("failed_loads", 0)
     facts["as they are"] = {"stored_before": updated.num_stored(), "states": updated.states()}
     updated.reweigh(2)

@@ -244,14 +244,14 @@ class Watched:
 
     def cut(self, at: int, act: Callable[[], None]) -> None:
         """Do something at block `at` of the next load."""
-        worker = self.engine.worker
-        adopt = worker._adopt
+        loads = self.engine.worker._loads
+        adopt = loads._adopt
 
         def once(shared: object) -> Any:
-            worker._adopt = adopt
+            loads._adopt = adopt
             return Cut(adopt(shared), at, act)
 
-        worker._adopt = once
+        loads._adopt = once
 
     def kill(self, sidecar: Sidecar) -> None:
         """Returns when the engine's client has noticed: what it has mapped stays readable until then."""

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A worker's saves: copied out of the engine's pages in the step, published there or, on a device, beside the steps.
+
+Invariants
+1. Parents are published before children: one thread does it, in the order of the steps.
+2. Pages that wait for a save are let go of once, when it is done or was not begun.
+3. Once a reset is reported, nothing that was ordered before it is published any more.
+4. A worker's copy of a chain is the scheduler's side's, or nothing of it is saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+import numpy as np
+
+from connectors.base import FailOpen
+from connectors.vllm_adapters import AdapterFiles
+from connectors.vllm_device import DeviceSave
+from connectors.vllm_identity import Roots
+from connectors.vllm_pages import DevicePages, EnginePages
+from connectors.vllm_plan import Orders, Report, SaveOrder
+from kvstore.api import Save, Store
+from kvstore.block import Chain
+
+
+@dataclass(eq=False, slots=True)
+class _Saving:
+    """A save that goes on beside the steps."""
+
+    order: SaveOrder
+    began_s: float
+    begun: DeviceSave
+    done: Future[tuple[int, int] | None]
+
+
+class WorkerSaves:
+    """See the module. For the engine's thread. `saves`: False where another rank has the same and writes it.
+
+    Attributes:
+        beside: saves that go on beside the steps.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        roots: Roots,
+        pages: EnginePages | DevicePages,
+        fail_open: FailOpen,
+        report: Report,
+        *,
+        saves: bool,
+        now_s: Callable[[], float],
+    ) -> None:
+        self._store = store
+        self._roots = roots
+        self._pages = pages
+        self._device = pages if isinstance(pages, DevicePages) else None
+        self._host = None if isinstance(pages, DevicePages) else pages
+        self._fail_open = fail_open
+        self._report = report
+        self._saves = saves
+        self._now_s = now_s
+        self.beside: list[_Saving] = []
+        self._chains: dict[str, Chain] = {}
+        self._sent: set[str] = set()
+        self._resets_due = 0
+        """Resets to report when no void save is under way any more."""
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="kvstore-save")
+
+    def carry_out(self, orders: Orders, bad_pages: set[int], is_unchanged: Callable[[AdapterFiles], bool]) -> None:
+        """Save what the step, or the one before, has filled; from a device, begin to.
+
+        Nothing on top of `bad_pages`, which the engine is about to compute again, nor under the name of an adapter that
+        is not `is_unchanged`.
+        """
+        for order in orders.saves:
+            begun = False
+            try:
+                if order.start == order.stop:
+                    pass  # a reset left nothing of it to save; its pages are let go of
+                elif order.files is not None and not is_unchanged(order.files):
+                    pass  # nor will anything that follows be saved
+                elif bad_pages.intersection(order.pages):
+                    self._unsaved(order)
+                    self._grow(order)
+                elif self._grow(order) and self._saves:
+                    begun = self._publish(order)
+            finally:
+                if order.holds:
+                    if not begun:
+                        self._sent.add(order.request)
+                    self._chains.pop(order.request, None)
+        for request in orders.ended:
+            self._chains.pop(request, None)
+
+    def void(self) -> None:
+        """What is under way is of before a reset, which is to be reported when it has ended."""
+        for saving in self.beside:
+            saving.begun.void = True
+        self._resets_due += 1
+
+    def take_sent(self, *, idle: bool) -> set[str]:
+        """Requests whose pages waited for their last save, and do no more, each named once.
+
+        With nothing to compute, pages are not held for longer than it takes.
+        """
+        if not (self.beside or self._sent):
+            return set()
+        self.collect(wait_for_held=idle)
+        sent, self._sent = self._sent, set()
+        return sent
+
+    def _grow(self, order: SaveOrder) -> bool:
+        """Extend this worker's copy of the chain; False where it does not fit what the scheduler's side knows."""
+        if order.known == 0:
+            self._chains[order.request] = Chain(self._roots.root(order.adapter, order.salt))
+        chain = self._chains.get(order.request)
+        if chain is None or chain.num_tokens != order.known:
+            return False
+        chain.extend(np.frombuffer(order.tokens, "<u4").astype(np.uint32), media=order.media)
+        return True
+
+    def _publish(self, order: SaveOrder) -> bool:
+        """Save one order's blocks; True where that goes on beside the steps."""
+        began_s = self._now_s()
+        if (pages := self._device) is not None:
+            begun = self._fail_open.call(lambda: DeviceSave.begin(pages, order, self._reserve(order)), None)
+            if begun is None:
+                self._published(order, None, began_s)
+                return False
+            self.beside.append(_Saving(order, began_s, begun, self._threads.submit(self._finish_save, begun)))
+            return True
+        self._published(order, self._fail_open.call(lambda: self._copy_out(order), None), began_s)
+        return False
+
+    def _finish_save(self, begun: DeviceSave) -> tuple[int, int] | None:
+        done = self._fail_open.call(begun.publish, None)
+        begun.let_go()  # where the store rests it was not called
+        return done
+
+    def _published(self, order: SaveOrder, done: tuple[int, int] | None, began_s: float) -> None:
+        """Count what was saved; where the store failed, it is to be ordered again."""
+        if done is None:
+            self._unsaved(order)
+            return
+        self._count("saved_blocks", done[0])
+        self._count("refused_blocks", done[1])
+        self._count("save_s", self._now_s() - began_s)
+
+    def _unsaved(self, order: SaveOrder) -> None:
+        """Have it ordered again, from the first block on that was not saved."""
+        unsaved = self._report.unsaved
+        unsaved[order.request] = min(order.start, unsaved.get(order.request, order.start))
+
+    def collect(self, *, wait_for_held: bool = False) -> None:
+        """Take in saves that ended beside the steps."""
+        if not (self.beside or self._resets_due):
+            return
+        if wait_for_held:
+            wait([saving.done for saving in self.beside if saving.order.holds])
+        waiting = []
+        for saving in self.beside:
+            order, done = saving.order, saving.done
+            if not done.done():
+                waiting.append(saving)
+                continue
+            self._published(order, None if done.exception() else done.result(), saving.began_s)
+            if order.holds:
+                self._sent.add(order.request)
+        self.beside = waiting
+        if self._resets_due and not any(saving.begun.void for saving in waiting):
+            self._report.resets, self._resets_due = self._report.resets + self._resets_due, 0
+
+    def _reserve(self, order: SaveOrder) -> Save:
+        chain = self._chains[order.request]
+        return self._store.save(chain, order.start, order.stop, parts=self._pages.parts, hint=order.hint)
+
+    def _copy_out(self, order: SaveOrder) -> tuple[int, int]:
+        """(blocks published, blocks refused). Raises what the store raises."""
+        with self._reserve(order) as save:
+            if not save.indices:
+                return 0, save.num_refused
+            pages = self._host
+            assert pages is not None
+            pages.gather(order.pages, [(index, save.views(index)) for index in save.indices])
+            return save.commit(*save.indices), save.num_refused
+
+    def _count(self, name: str, value: float) -> None:
+        if value:
+            self._report.counts[name] = self._report.counts.get(name, 0.0) + value
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=True)
