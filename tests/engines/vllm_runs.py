@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gc
 import json
+import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -516,11 +517,14 @@ def _import_all() -> None:
     import vllm.v1.worker.cpu_worker
     from vllm import LLM, SamplingParams
     from vllm.model_executor.models import llama
+    from vllm.v1.executor import multiproc_executor
 
     import connectors.transformers
 
     for module in (LLM, SamplingParams, llama, vllm.v1.worker.cpu_worker, connectors.transformers):
         assert module
+    # On a CPU vLLM has workers of their own start anew, and each would import all of this again.
+    multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
     # Out of the collector's sight: each fork would touch, and so copy, all there is of it, and that five times as an
     # engine starts (2 s of its 2.5 s of CPU) and twice as it ends.
     gc.collect()

@@ -197,7 +197,7 @@ _STRANGERS: Sequence[_Member] = (
     ("scrambled otherwise", 2, "auto", {}),
     ("scrambled", 1, "auto", {}),
 )
-# Workers of their own are started anew, and know nothing of a backend that was registered here.
+# All as vLLM packs them: what differs is how many hold a part of each page.
 _RANKS: Sequence[_Member] = (("one", 0, "opaque", {}), ("two", 0, "opaque", {"tensor_parallel_size": 2}))
 
 
