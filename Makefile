@@ -24,8 +24,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 # that hold a time against a limit (marker `alone`). `make test`, which must not fail by what the machine does besides,
 # runs one test at a time. JOBS says another number of files for either.
 PYTEST := $(BIN)/python -m pytest
-# One thread of torch each: more spend their time waiting for each other where there are fewer cores than threads.
-TOGETHER = OMP_NUM_THREADS=1 $(PYTEST) --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
+TOGETHER = $(PYTEST) --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 ALONE = $(PYTEST) $$(grep -rl --include='test_*.py' mark.alone tests)
 # $(call tests,WHICH): an expression over markers.
 tests = $(if $(filter 1,$(JOBS)),$(PYTEST) --durations=25 -m "$(1)",$(TOGETHER) -m "($(1)) and not alone" && $(ALONE) -m "($(1)) and alone")

@@ -9,6 +9,10 @@ import resource
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
+# Of this process and of those that tests start, and before torch is loaded, which looks once. Two threads on tensors of
+# this size spend their time waiting for each other: twice the CPU time of one, and more where others want a core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 

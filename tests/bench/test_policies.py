@@ -142,11 +142,11 @@ def test_several_traces_have_rows_each_and_one_summary_of_the_worst(tmp_path: Pa
     small = tmp_path / "small.jsonl"
     lines = [{"timestamp": 1000 * at, "input_length": 512, "hash_ids": [at % 7, 100 + at]} for at in range(50)]
     small.write_text("\n".join(map(json.dumps, lines)))
-    command = ["--trace", str(small), "--trace", "generated:uniform", "--capacity", "10"]
+    command = ["--trace", str(small), "--trace", "generated:lull", "--capacity", "10", "--hits-only"]
     assert main([*command, "--policies", "returns", "--json", str(result)]) == 0
     made = json.loads(result.read_text())
-    assert {row["trace"] for row in made["rows"]} == {"small", "generated:uniform"}
-    of_each = [made["summary"][f"worst_vs_lru_pts_{name}"] for name in ("small", "generated:uniform")]
+    assert {row["trace"] for row in made["rows"]} == {"small", "generated:lull"}
+    of_each = [made["summary"][f"worst_vs_lru_pts_{name}"] for name in ("small", "generated:lull")]
     assert made["summary"]["worst_vs_lru_pts"] == min(of_each)
 
 
