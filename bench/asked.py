@@ -512,6 +512,7 @@ RESULTS_ASKED = (
             Asked("overlap_gain_32k", "copy + forward ÷ layer by layer, 32k", "> 1", "×"),
             Asked("fp8_gain_32k", "bf16 ÷ fp8, 32k", ">= 1.4", "×"),
             Asked("device_tier_overhead_pct", "device tier over the plain cached forward", "<= 5", "%"),
+            Asked("device_rows_overhead_pct", "… where its rows are copied into a cache", "", "%"),
             Asked("split_decode_equal", "split-KV decode over reloaded pages equals that over native ones", "yes"),
         ),
         "",

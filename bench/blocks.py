@@ -55,7 +55,12 @@ def serve(model: PreTrainedModel, work: Workload, block_tokens: int, way: str) -
     with kind(StoreConfig.load({"host": {"capacity_bytes": 1 << 30}})) as store:
         store.wait_ready()
         connector = TransformersConnector(
-            model, store, revision="seed 0", block_tokens=block_tokens, load_rule=LoadRule.ALWAYS
+            model,
+            store,
+            revision="seed 0",
+            block_tokens=block_tokens,
+            resident_conversations=0,  # what the store finds is what is counted
+            load_rule=LoadRule.ALWAYS,
         )
         for turn in work.turns:
             prompt = torch.from_numpy(turn.token_ids.astype(np.int64))[None]

@@ -126,6 +126,7 @@ class Grid:
             revision=_REVISION,
             load_rule=rule,
             chunk_tokens=2 * max(LENGTHS),
+            resident_conversations=0,  # each request loads or computes
         )
 
     def prompt(self, num_tokens: int) -> torch.Tensor:

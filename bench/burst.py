@@ -133,8 +133,8 @@ def _engine(pipe: Connection, address: str) -> None:
     chat = smollm2(torch.float32)
     with kvstore.connect(address, call_deadline_s=10) as store:
         arms = {
-            NO_REUSE: TransformersConnector(chat.model, None, revision=chat.revision),
-            KVSTORE: TransformersConnector(chat.model, store, revision=chat.revision),
+            NO_REUSE: TransformersConnector(chat.model, None, revision=chat.revision, resident_conversations=0),
+            KVSTORE: TransformersConnector(chat.model, store, revision=chat.revision, resident_conversations=0),
         }
 
         def serve(arm: str, token_ids: list[int]) -> tuple[float, int, tuple[int, ...]]:

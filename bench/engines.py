@@ -102,10 +102,20 @@ class Recompute:
         pass
 
 
-class Connected:
-    """The engine through our connector, over a store or over a device cache alone."""
+_ALL_CHATS = 64
+"""As many as the workload may have."""
 
-    def __init__(self, chat: ChatModel, store: KVStore | None, device_bytes: int, drop_host: bool) -> None:
+
+class Connected:
+    """The engine through our connector, over a store or over a device cache alone.
+
+    `residents` conversations go on in the cache that their last turn left. None do where an arm is about a tier below:
+    every turn is to take its prefix from there.
+    """
+
+    def __init__(
+        self, chat: ChatModel, store: KVStore | None, device_bytes: int, *, drop_host: bool = False, residents: int = 0
+    ) -> None:
         self._store = store
         self._drop_host = drop_host
         # Always load: an arm is about its tier, and the plan has a benchmark of its own.
@@ -114,6 +124,7 @@ class Connected:
             store,
             revision=chat.revision,
             device_budget_bytes=device_bytes,
+            resident_conversations=residents,
             load_rule=LoadRule.ALWAYS,
         )
         if store is not None:
@@ -151,13 +162,13 @@ class TransformersEngine:
         self._memory = memory
         self.arms: Mapping[str, Callable[[], Arm]] = {
             "recompute": lambda: Recompute(chat),
-            "device": lambda: Connected(chat, None, memory.device_bytes, drop_host=False),
-            "device+host": lambda: Connected(chat, self._store(), memory.device_bytes, drop_host=False),
-            "device, unlimited": lambda: Connected(chat, None, memory.host_bytes, drop_host=False),
-            "host": lambda: Connected(chat, self._store(), 0, drop_host=False),
+            "device": lambda: Connected(chat, None, memory.device_bytes),
+            "device+host": lambda: Connected(chat, self._store(), memory.device_bytes),
+            "device, unlimited": lambda: Connected(chat, None, memory.host_bytes, residents=_ALL_CHATS),
+            "host": lambda: Connected(chat, self._store(), 0),
             "redis": lambda: Connected(chat, self._store(_redis_tier(memory)), 0, drop_host=True),
-            "store": lambda: Connected(chat, self._store(_redis_tier(memory), write="on_reuse"), 0, drop_host=False),
-            "store, write-through": lambda: Connected(chat, self._store(_redis_tier(memory)), 0, drop_host=False),
+            "store": lambda: Connected(chat, self._store(_redis_tier(memory), write="on_reuse"), 0),
+            "store, write-through": lambda: Connected(chat, self._store(_redis_tier(memory)), 0),
             "store down": lambda: Connected(chat, self._store(_dead_tier()), 0, drop_host=True),
         }
 

@@ -32,11 +32,15 @@ class Record(TypedDict):
 
 
 def lines(result: Result, summary: Mapping[str, object], *, headlines: bool = False) -> Iterator[str]:
-    """The rows of a table. Raises KeyError where the result lacks a figure that it should have."""
+    """The rows of a table. Raises KeyError where the result lacks a figure of which something was asked.
+
+    Another may be newer than the run, and then was not measured.
+    """
     for figure in result.figures:
         if headlines and not figure.headline:
             continue
-        value, unit = summary[figure.key], f" {figure.unit}" if figure.unit else ""
+        value = summary[figure.key] if figure.asked else summary.get(figure.key)
+        unit = f" {figure.unit}" if figure.unit else ""
         met = figure.met(value)
         verdict = {None: "", True: "met", False: "**not met**"}[met]
         measured = number(value) + (unit if value is not None else "")

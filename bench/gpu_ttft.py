@@ -60,14 +60,18 @@ def make_model(board: Board) -> LlamaForCausalLM:
     return model
 
 
+_CHAT = "chat"
+
+
 @dataclass
 class Arm:
-    """One place for prefixes to come from."""
+    """One place for prefixes to come from; `in_place`, the cache that the chat's last turn ended with."""
 
     name: str
     connector: TransformersConnector
     store: KVStore | None
     drop_host: bool = False
+    in_place: bool = False
 
     def keep(self, native: BlockCache, prefix: torch.Tensor) -> None:
         """Save the prefix's blocks from `native`, as if this arm had computed them."""
@@ -88,6 +92,8 @@ class Arm:
     @property
     def hit_blocks(self) -> float:
         """Blocks found so far where this arm is to find them."""
+        if self.in_place:
+            return self.connector.kept.num_hit_blocks
         if self.connector.overlay is not None:
             return self.connector.overlay.stats()["device.hit_blocks"]
         assert self.store is not None
@@ -103,8 +109,12 @@ class Arm:
             board.sync()
             took_s.append(time.perf_counter() - began_s)
 
-        logits, _ = self.connector.prefill(ids, on_logits=note)
+        logits, _ = self.connector.prefill(ids, on_logits=note, conversation=_CHAT if self.in_place else "")
         return logits[0].float(), took_s[0]
+
+    def chat(self, ids: torch.Tensor) -> torch.Tensor:
+        """Serve the turn before the one that is measured; the token that it says."""
+        return self.connector.generate(ids, max_new_tokens=1, conversation=_CHAT).sequences[:, -1:]
 
     def prepare(self) -> None:
         if self.store is not None:
@@ -115,7 +125,7 @@ class Arm:
 
 @contextmanager
 def arms_for(board: Board, model: LlamaForCausalLM, longest: int) -> Iterator[list[Arm]]:
-    """Device, pinned host, host fp8, and Redis where its server can be started."""
+    """Device in place and by rows, pinned host, host fp8, and Redis where its server can be started."""
     block_bytes = 4 * board.sizes.layers * board.sizes.heads * board.sizes.dim * board.sizes.block_tokens
     need = (longest // board.sizes.block_tokens + 64) * block_bytes
     stores: list[KVStore] = []
@@ -128,7 +138,7 @@ def arms_for(board: Board, model: LlamaForCausalLM, longest: int) -> Iterator[li
         stores.append(KVStore(StoreConfig.load(values, environ={}), tiers=tiers))
         return stores[-1]
 
-    def connect(over: KVStore | None, **settings: object) -> TransformersConnector:
+    def connect(over: KVStore | None, *, residents: int = 0, **settings: object) -> TransformersConnector:
         return TransformersConnector(
             model,
             over,
@@ -136,10 +146,12 @@ def arms_for(board: Board, model: LlamaForCausalLM, longest: int) -> Iterator[li
             block_tokens=board.sizes.block_tokens,
             load_rule=LoadRule.ALWAYS,
             max_wait_s=30.0,
+            resident_conversations=residents,
             **settings,  # type: ignore[arg-type]
         )
 
-    made = [Arm("device", connect(None, device_budget_bytes=need), None)]
+    made = [Arm("device", connect(None, residents=1, device_budget_bytes=need), None, in_place=True)]
+    made.append(Arm("device_rows", connect(None, device_budget_bytes=need), None))
     host, packed = store([]), store([])
     made.append(Arm("host", connect(host), host))
     made.append(Arm("host_fp8", connect(packed, lossy="fp8"), packed))
@@ -229,6 +241,9 @@ def _one_length(board: Board, model: LlamaForCausalLM, arms: list[Arm], length: 
         for arm in arms:  # what the last turn left to be saved would compute beside the floor
             if arm.store is not None:
                 arm.store.flush(60)
+        for arm in arms:
+            if arm.in_place:  # what is measured is what follows
+                suffix[:, 1:2] = arm.chat(torch.cat((prefix, suffix[:, :1].cpu()), 1))
         native.set_length(length)
         wanted: list[torch.Tensor] = []
         forward = lambda into=wanted, more=suffix: into.append(
@@ -305,11 +320,12 @@ def _figures(
         board.figure(f"fp8_logit_drift_{name}", median(drifts["host_fp8"]))
     if "redis" in at:
         board.figure(f"ttft_speedup_redis_{name}", at["recompute"] / at["redis"])
-    if "device" in at:
-        overhead_pct = 100 * (at["device"] / at["resident"] - 1)
-        board.figure(f"device_tier_overhead_pct_{name}", overhead_pct)
-        if name == "32k":
-            board.figure("device_tier_overhead_pct", overhead_pct)
+    for arm, figure in (("device", "device_tier_overhead_pct"), ("device_rows", "device_rows_overhead_pct")):
+        if arm in at:
+            overhead_pct = 100 * (at[arm] / at["resident"] - 1)
+            board.figure(f"{figure}_{name}", overhead_pct)
+            if name == "32k":
+                board.figure(figure, overhead_pct)
 
 
 def _overlapped(

@@ -51,6 +51,7 @@ def _arms(board: Board, model: LlamaForCausalLM, total_bytes: int) -> Iterator[l
             load_rule=LoadRule.ALWAYS,
             max_wait_s=30.0,
             device_budget_bytes=budget_bytes,
+            resident_conversations=0,  # an arm is about its tiers
             lossy=lossy,
         )
         return Arm(name, connector, over)

@@ -76,6 +76,7 @@ class Rig:
                 revision=revision,
                 block_tokens=block_tokens,
                 lossy="" if arm == EXACT else arm,
+                resident_conversations=0,
                 load_rule=LoadRule.ALWAYS,
             )
             for arm in STORED

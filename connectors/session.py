@@ -151,9 +151,14 @@ class Session:
     load → announce → (a forward pass is ordered → settle → computed) … → close. None of them raises for anything the
     store does.
 
+    Args:
+        in_place: leading blocks of the chain that are in `memory` from the start, fewer than the whole prompt.
+
     Attributes:
-        num_tokens: in place, by what was loaded.
-        hit_tokens: tokens reused, by tier; loaded_bytes: their bytes.
+        num_tokens: in place, from the start or by what was loaded.
+        sound_tokens: leading tokens of the chain whose KV is in `memory` for certain: there from the start, computed,
+            or loaded and found intact.
+        hit_tokens: tokens reused, by tier, those in place as the device's; loaded_bytes: what was copied for them.
         saved_blocks: blocks that the store did not have and now has.
     """
 
@@ -165,9 +170,10 @@ class Session:
         request: str,
         *,
         prompt_tokens: int,
+        in_place: int = 0,
         hint: Hint = NO_HINT,
     ) -> None:
-        self.num_tokens = 0
+        self.num_tokens = self.sound_tokens = in_place * chain.block_tokens
         self.hit_tokens: dict[str, int] = {}
         self.loaded_bytes = 0
         self.load_s = 0.0
@@ -177,6 +183,7 @@ class Session:
         self._chain = chain
         self._request = request
         self._prompt_tokens = prompt_tokens
+        self._in_place = in_place
         self._hint = hint
         self._announcement: KeptAnnouncement | None = None
         self._loading: _Loading | None = None
@@ -195,7 +202,7 @@ class Session:
         began_s = time.monotonic()
         block_tokens = self._chain.block_tokens
         num_blocks = self._load_from_device()
-        self.num_tokens = num_blocks * block_tokens
+        self.num_tokens = self.sound_tokens = num_blocks * block_tokens
         if self._connection.store is not None:
             self._loading = self._connection.fail_open.call(lambda: self._load_from_store(num_blocks), None)
         self.load_s = time.monotonic() - began_s
@@ -241,6 +248,7 @@ class Session:
         if loading.partial_tokens:
             # What came with the block beyond its beginning is not this prompt's, and counts for nothing.
             self.hit_tokens[HOST_TIER] -= self._chain.block_tokens - loading.partial_tokens
+        self.sound_tokens = self.num_tokens
         self._in_store = max(self._in_store, loading.stop)
         if loading.stop > loading.start:
             self._save_to_device(loading.stop)
@@ -250,22 +258,24 @@ class Session:
     def _note_saved(self) -> None:
         """Tell the store what it was good for."""
         store = self._connection.store
-        if store is None or not self.loaded_bytes:
+        if store is None or not self.hit_tokens:
             return
         saved_s = self._connection.cost.saved_s(self.num_tokens, self.load_s)
         if saved_s:
             self._connection.fail_open.call(lambda: store.note_saved(saved_s), None)
 
     def _load_from_device(self) -> int:
-        overlay, cost = self._connection.overlay, self._connection.cost
-        if overlay is None:
-            return 0
-        cap = cost.max_blocks(self._prompt_tokens)
-        with overlay.match(self._chain, hint=self._hint) as run:
-            self._on_device = run.num_blocks
-            self._memory.write_rows(run.rows.first(cap))
-        num_blocks = min(self._on_device, cap)
-        self._count(DEVICE_TIER, num_blocks)
+        """Begin to copy in what the overlay has beyond the blocks in place; returns how many there are then."""
+        overlay, num_blocks = self._connection.overlay, self._in_place
+        if overlay is not None:
+            # All of the chain, though much of it may be in place: its head would go cold, and be saved again.
+            with overlay.match(self._chain, hint=self._hint) as run:
+                self._on_device = run.num_blocks
+                cap = self._connection.cost.max_blocks(self._prompt_tokens)
+                rows = run.rows.cut(num_blocks, cap)
+                self._memory.write_rows(rows)
+                num_blocks += len(rows)
+        self._count(DEVICE_TIER, num_blocks, in_place=self._in_place)
         return num_blocks
 
     def _load_from_store(self, on_device: int) -> _Loading | None:
@@ -364,10 +374,10 @@ class Session:
                 since_s, num_blocks = time.monotonic(), match.num_blocks
         return match
 
-    def _count(self, tier: str, num_blocks: int) -> None:
+    def _count(self, tier: str, num_blocks: int, *, in_place: int = 0) -> None:
         if num_blocks:
             self.hit_tokens[tier] = num_blocks * self._chain.block_tokens
-            self.loaded_bytes += num_blocks * self._connection.cost.block_bytes
+            self.loaded_bytes += (num_blocks - in_place) * self._connection.cost.block_bytes
 
     # -- saving ----------------------------------------------------------------------------------------------
 
@@ -387,6 +397,7 @@ class Session:
         On a device it begins to: they are published by the next call that finds them copied, `settle` or `close`.
         """
         block_tokens = self._chain.block_tokens
+        self.sound_tokens = max(self.sound_tokens, num_tokens)
         if self._connection.overlay is not None and plan_save(num_tokens, self._on_device, block_tokens):
             self._save_to_device(num_tokens // block_tokens)
         if self._saving is not None and self._memory.is_done:

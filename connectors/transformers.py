@@ -6,8 +6,9 @@
     done.sequences, done.ttft_s, done.hit_tokens
 
 Stored blocks are copied straight into a preallocated cache, the rest of the prompt runs in chunks, and blocks
-are saved as they fill, decoded ones included. At most all but the last prompt token is reused: with the whole
-prompt cached, `generate` returns wrong tokens without an error. One sequence at a time.
+are saved as they fill, decoded ones included. A conversation's next turn goes on in the cache that its last one
+ended with, where that is still there (`connectors.transformers_kept`). At most all but the last prompt token is
+reused: with the whole prompt cached, `generate` returns wrong tokens without an error. One sequence at a time.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from connectors.base import Conversations, CostModel, FailOpen, LoadRule
 from connectors.session import Connection, Session
 from connectors.transformers_cache import BlockCache
 from connectors.transformers_identity import model_id_of
+from connectors.transformers_kept import KeptCaches
 from kvstore.api import NO_HINT, Hint, LendsMemory, Registration, Store
 from kvstore.block import Chain, Root
 from kvstore.device import DeviceOverlay
@@ -40,7 +42,6 @@ from kvstore.transfer import Streams
 
 log = logging.getLogger("kvstore.transformers")
 
-_MAX_IDLE_CACHES = 2
 _MAX_WARM_UP_S = 20.0
 """A start waits so long for kernels at most; Triton keeps on disk what it compiled, for the starts after it."""
 
@@ -53,7 +54,8 @@ class Generation:
         sequences: `[1, prompt + new]` token ids, as from `model.generate`.
         ttft_s: from the call to the first new token, matching and loading included; load_s: that part of it.
         hit_tokens: prompt tokens reused, by tier; their sum is at most prompt_tokens − 1.
-        loaded_bytes: bytes those took; saved_blocks: blocks added to the store.
+        in_place_tokens: those of the device's that were there already, in the cache that an earlier turn ended with.
+        loaded_bytes: bytes that the others took; saved_blocks: blocks added to the store.
     """
 
     sequences: torch.Tensor
@@ -63,6 +65,7 @@ class Generation:
     prompt_tokens: int
     new_tokens: int
     hit_tokens: Mapping[str, int]
+    in_place_tokens: int
     loaded_bytes: int
     saved_blocks: int
 
@@ -104,6 +107,11 @@ class TransformersConnector:
         part_layers, part_heads: the part grid; 0 means all, and fits engines without parallelism.
         lossy: format of stored blocks, such as `fp8`: half the bytes, and answers that may differ. Empty for exact.
         device_budget_bytes: memory for blocks kept on the device, above the store; 0 for none.
+        resident_conversations: so many requests leave their cache as it is, and the one that goes on from there is
+            computed in it, with nothing copied: a conversation's next turn, or any prompt that begins like most of it.
+            This is device memory beyond the budget, for each connector: a cache has the size of the longest request
+            that it served, and a quarter. With 0 caches are kept for their memory alone, as many as requests overlap,
+            two at most.
         step_layers: on a device, layers of a load that a forward pass waits for together; 0 for all of them.
             From the device tier this is the first step alone; those after it grow.
         step_bytes: of a load from the store, a step has more layers where these are fewer bytes. Each costs the thread
@@ -130,6 +138,7 @@ class TransformersConnector:
         part_heads: int = 0,
         lossy: str = "",
         device_budget_bytes: int = 0,
+        resident_conversations: int = 2,
         step_layers: int = 4,
         step_bytes: int = 128 << 20,
         max_wait_s: float = 0.25,
@@ -138,6 +147,8 @@ class TransformersConnector:
     ) -> None:
         if chunk_tokens < 1:
             raise ConfigError(f"chunk_tokens is {chunk_tokens}: it must be at least 1")
+        if resident_conversations < 0:
+            raise ConfigError(f"resident_conversations is {resident_conversations}: it must be 0 or more")
         if step_layers < 0:
             raise ConfigError(f"step_layers is {step_layers}: it must be 0 or more")
         if step_bytes < 0:
@@ -180,8 +191,7 @@ class TransformersConnector:
             max_wait_s=max_wait_s,
         )
         self._conversations = Conversations(Root(self.model_id, adapter, salt, secret))
-        # Kept between requests: memory fresh from the system faults at 1 GB/s, slower than many a prefill.
-        self._idle_caches: list[BlockCache] = []
+        self.kept = KeptCaches(resident_conversations, self._new_cache)
         if model.device.type == "cuda":
             self._warm_up()
 
@@ -255,10 +265,16 @@ class TransformersConnector:
             "streamer": streamer,
         }
         chain = self._conversations.chain(conversation, input_ids[0].cpu().numpy())
-        cache = self._take_cache(num_tokens + max_new_tokens)
-        hint = replace(hint, prompt_tokens=num_tokens, conversation=hint.conversation or conversation)
+        most_blocks = self.cost.max_blocks(num_tokens)
+        cache, in_place = self.kept.take(chain, num_tokens + max_new_tokens, most_blocks, conversation)
         session = Session(
-            self._connection, cache, chain, request or uuid.uuid4().hex, prompt_tokens=num_tokens, hint=hint
+            self._connection,
+            cache,
+            chain,
+            request or uuid.uuid4().hex,
+            prompt_tokens=num_tokens,
+            in_place=in_place,
+            hint=replace(hint, prompt_tokens=num_tokens, conversation=hint.conversation or conversation),
         )
         try:
             computed = self._prefill_chunks(prompt, cache, session)
@@ -281,9 +297,13 @@ class TransformersConnector:
                 )
             if not beside:
                 self.cost.seen_prefill(num_tokens - computed, computed, on_token.first_s - last_s)
+        except torch.OutOfMemoryError:
+            self.kept.shrink()
+            raise
         finally:
             session.close()
-            self._give_back(cache)
+            cache.wait_for_engine()  # of a request that failed something may be under way
+            self.kept.give_back(cache, chain, session.sound_tokens, conversation)
         self._conversations.keep(conversation, chain, sequences[0].cpu().numpy())
         return Generation(
             sequences=sequences,
@@ -293,6 +313,7 @@ class TransformersConnector:
             prompt_tokens=num_tokens,
             new_tokens=int(sequences.shape[1]) - num_tokens,
             hit_tokens=dict(session.hit_tokens),
+            in_place_tokens=in_place * chain.block_tokens,
             loaded_bytes=session.loaded_bytes,
             saved_blocks=session.saved_blocks,
         )
@@ -308,6 +329,8 @@ class TransformersConnector:
     ) -> tuple[torch.Tensor, BlockCache]:
         """Logits of the last prompt token, `[1, vocabulary]`, and the prompt's cache, which is the caller's.
 
+        It may be the one that the conversation's last `generate` left here, which is then kept no more.
+
         `on_logits` gets the logits as soon as they are there; new blocks are saved after that.
 
         For forward passes of one's own: go on with `model(next_ids, past_key_values=cache)`.
@@ -316,13 +339,15 @@ class TransformersConnector:
         num_tokens = prompt.shape[1]
         tokens = prompt[0].cpu().numpy()
         chain = self._conversations.chain(conversation, tokens)
-        cache = self._new_cache(num_tokens + self.model_id.block_tokens)
+        room, most_blocks = num_tokens + self.model_id.block_tokens, self.cost.max_blocks(num_tokens)
+        cache, in_place = self.kept.part_with(chain, room, most_blocks, conversation)
         session = Session(
             self._connection,
             cache,
             chain,
             request or uuid.uuid4().hex,
             prompt_tokens=num_tokens,
+            in_place=in_place,
             hint=replace(hint, prompt_tokens=num_tokens, conversation=hint.conversation or conversation),
         )
         try:
@@ -341,6 +366,9 @@ class TransformersConnector:
             if on_logits is not None:
                 on_logits(logits)
             session.computed(num_tokens)
+        except torch.OutOfMemoryError:
+            self.kept.shrink()
+            raise
         finally:
             session.close()
         self._conversations.keep(conversation, chain, tokens)
@@ -426,14 +454,6 @@ class TransformersConnector:
             raise ConfigError(f"input_ids have shape {tuple(input_ids.shape)}: one sequence, [1, tokens], is served")
         return input_ids
 
-    def _take_cache(self, num_tokens: int) -> BlockCache:
-        try:
-            cache = self._idle_caches.pop()
-        except IndexError:
-            return self._new_cache(num_tokens)
-        cache.reserve(num_tokens)
-        return cache
-
     def _new_cache(self, num_tokens: int) -> BlockCache:
         return BlockCache(
             self.layout,
@@ -443,7 +463,3 @@ class TransformersConnector:
             step_bytes=self._step_bytes,
             streams=self._streams,
         )
-
-    def _give_back(self, cache: BlockCache) -> None:
-        if len(self._idle_caches) < _MAX_IDLE_CACHES:
-            self._idle_caches.append(cache)

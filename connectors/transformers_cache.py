@@ -79,7 +79,10 @@ class BlockCache(Cache):
             layer.belong_to(other)
         return other
 
+    @torch.inference_mode(False)
     def _allocate(self, capacity: int) -> torch.Tensor:
+        # An ordinary tensor wherever it is made: one of inference mode could not be written to outside it, where the
+        # next request may be, and has no version.
         layers, kv, heads, dim = self._shape
         rounded = -(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP
         return torch.empty(layers, kv, heads, rounded, dim, dtype=self._dtype, device=self._device)
@@ -88,6 +91,14 @@ class BlockCache(Cache):
     def capacity(self) -> int:
         """Tokens there is room for without growing."""
         return int(self._storage.shape[3])
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """Changes with whatever torch writes to the cache, be it through `update`, a view or in place of the storage.
+
+        Kernels of our own and copies by address may leave it as it is.
+        """
+        return self._storage.data_ptr(), self._storage._version
 
     def seen_as(self, layout: BlockLayout) -> BlockCache:
         """This cache's tensors as blocks of another namespace of the same model, such as a lossy one.
@@ -110,12 +121,15 @@ class BlockCache(Cache):
         return other
 
     def reserve(self, num_tokens: int) -> None:
-        """Make room for `num_tokens`, at least doubling, so that growing costs a constant a token."""
+        """Make room for `num_tokens`, and a quarter more, so that growing costs a constant a token.
+
+        Doubling costs half of that constant, and of a device with half its memory in one cache more than there is.
+        """
         if num_tokens > self.capacity:
             self.finish()
             self._page_copier = self._row_copier = None
             old = self._storage
-            self._storage = self._allocate(max(num_tokens, 2 * self.capacity))
+            self._storage = self._allocate(num_tokens + num_tokens // 4)
             self._storage[:, :, :, : old.shape[3]].copy_(old)
             self._refresh()
 

@@ -83,7 +83,7 @@ class DeviceRun:
     def release(self) -> None:
         """Unpin. What is submitted after that must not read the rows. Idempotent."""
         pinned, self._pinned = self._pinned, self._pinned[:0]
-        self.rows = self.rows.first(0)
+        self.rows = self.rows.cut(0, 0)
         self._pool.unpin(pinned)
 
     def __enter__(self) -> Self:

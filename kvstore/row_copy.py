@@ -65,9 +65,9 @@ class Rows:
         """Of one row."""
         return self.memory.stride(0) * self.memory.element_size()
 
-    def first(self, count: int) -> Rows:
-        """The first `count` of them, at most."""
-        return self if count >= len(self) else Rows(self.memory, self.positions[:count], self.numbers[:count])
+    def cut(self, start: int, stop: int) -> Rows:
+        """The `start`th to before the `stop`th of them."""
+        return Rows(self.memory, self.positions[start:stop], self.numbers[start:stop])
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -302,6 +302,7 @@ RULES: dict[str, Rule] = {
     ),
     "connectors.transformers_cache": Rule(6, PUBLIC, ("torch", "transformers")),
     "connectors.transformers_identity": Rule(6, (*PUBLIC, "connectors.base"), ("transformers",)),
+    "connectors.transformers_kept": Rule(6, (*PUBLIC, "connectors.transformers_cache"), ("torch",)),
     "connectors.trtllm": Rule(6, (*PUBLIC, "connectors.base"), ("torch", "tensorrt_llm")),
     # The store and its configuration are loaded where it is kept in the engine's own process.
     "connectors.vllm": Rule(6, (*PUBLIC, "connectors.vllm_*", "kvstore.config", "kvstore.store"), ("torch", "vllm")),

@@ -68,6 +68,11 @@ def test_a_result_that_lost_a_figure_is_an_error() -> None:
         list(figures.lines(RESULTS_ASKED[0], {}))
 
 
+def test_a_figure_of_which_nothing_was_asked_may_be_newer_than_the_run() -> None:
+    result = Result("x", "X", (Asked("old", "an old one", "<= 5", "%"), Asked("new", "a new one", "", "%")))
+    assert [line.split(" | ")[2] for line in figures.lines(result, {"old": 8.8})] == ["8.80 %", "not measured"]
+
+
 def test_a_readme_without_a_place_for_the_table_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no place"):
         figures.with_table("# kvstore\n")

@@ -21,7 +21,7 @@ OWN = "tests.bench.gpu_phases"
 FIGURES = (
     "d2h_ratio", "h2d_ratio", "bidi_ratio", "decode_slowdown_pct", "ttft_vs_floor_8k", "ttft_vs_floor_32k",
     "ttft_vs_floor_64k", "ttft_speedup_8k", "ttft_speedup_32k", "ttft_speedup_64k", "overlap_gain_32k",
-    "fp8_gain_32k", "device_tier_overhead_pct", "pin_delay_s",
+    "fp8_gain_32k", "device_tier_overhead_pct", "device_rows_overhead_pct", "pin_delay_s",
 )  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def test_on_the_cpu_the_script_runs_and_judges_no_rate(tmp_path: Path, capsys: p
     assert summary["ttft_64_outputs_equal"] is True
     assert summary["ttft_128_outputs_equal"] is True
     arms = {"recompute", "device", "host", "host_fp8"}
-    assert {row["arm"] for row in found["rows"] if row["phase"] == "ttft"} >= arms
+    assert {row["arm"] for row in found["rows"] if row["phase"] == "ttft"} >= {*arms, "device_rows"}
     turns = {row["arm"]: row for row in found["rows"] if row["phase"] == "turns" and "hit_blocks" in row}
     assert set(turns) >= arms
     # Users overflow the device: there alone most is recomputed, with the host below it nothing is.

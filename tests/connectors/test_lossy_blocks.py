@@ -52,6 +52,7 @@ def connect(
         block_tokens=BLOCK,
         lossy=lossy,
         device_budget_bytes=device_budget_bytes,
+        resident_conversations=0,
         load_rule=LoadRule.ALWAYS,
     )
 

@@ -66,6 +66,7 @@ def connect(model: PreTrainedModel, store: FakeStore | KVStore | None, **setting
         part_layers=settings.get("part_layers", 0),
         part_heads=settings.get("part_heads", 0),
         device_budget_bytes=settings.get("device_budget_bytes", 0),
+        resident_conversations=settings.get("resident_conversations", 0),  # what tiers serve is what is tested here
         load_rule=LoadRule.ALWAYS,
     )
 

@@ -50,7 +50,12 @@ def llama() -> LlamaForCausalLM:
 
 
 def device(
-    model: LlamaForCausalLM, store: FakeStore | KVStore | None, streams: BesideEngine, *, budget_blocks: int = 0
+    model: LlamaForCausalLM,
+    store: FakeStore | KVStore | None,
+    streams: BesideEngine,
+    *,
+    budget_blocks: int = 0,
+    residents: int = 0,
 ) -> TransformersConnector:
     probe = TransformersConnector(model, None, revision="seed-11", block_tokens=BLOCK)
     return TransformersConnector(
@@ -60,6 +65,7 @@ def device(
         block_tokens=BLOCK,
         chunk_tokens=CHUNK,
         device_budget_bytes=budget_blocks * probe.layout.block_bytes,
+        resident_conversations=residents,
         step_layers=1,
         step_bytes=0,
         load_rule=LoadRule.ALWAYS,
@@ -76,8 +82,8 @@ def whole() -> FakeStore:
 
 def garbage(connector: TransformersConnector) -> None:
     """What idle caches hold is never what a request left there: a load that does not come is seen."""
-    for cache in connector._idle_caches:
-        cache._storage.fill_(float("nan"))
+    for kept in connector.kept._kept:
+        kept.cache._storage.fill_(float("nan"))
 
 
 class Heard(BaseStreamer):

@@ -402,7 +402,14 @@ def both_engines(
     reference = Reference(workdir, directory)
     store = FaultyStore()
     engine = Engine(reference.directory, store, extra={"revision": "r1"}, max_model_len=512)
-    other = TransformersConnector(reference.model, store, revision="r1", block_tokens=BLOCK, load_rule=LoadRule.ALWAYS)
+    other = TransformersConnector(
+        reference.model,
+        store,
+        revision="r1",
+        block_tokens=BLOCK,
+        resident_conversations=0,  # from the store, whatever it served before
+        load_rule=LoadRule.ALWAYS,
+    )
     facts: Facts = {"same_id": engine.model_id == other.model_id}
     if not facts["same_id"]:
         return {**facts, "ids": [str(engine.model_id), str(other.model_id)]}
