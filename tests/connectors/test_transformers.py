@@ -604,7 +604,12 @@ def test_real_weights_say_the_same_with_and_without_reuse(dtype: torch.dtype) ->
 
     chat = smollm2(dtype)
     connector = TransformersConnector(
-        chat.model, FakeStore(), revision=chat.revision, chunk_tokens=256, load_rule=LoadRule.ALWAYS
+        chat.model,
+        FakeStore(),
+        revision=chat.revision,
+        chunk_tokens=256,
+        resident_conversations=0,
+        load_rule=LoadRule.ALWAYS,
     )
     text = "".join(f"Note {n}: the {n * 7 % 13}th box holds {n * n % 97} marbles.\n" for n in range(40))
     ids = torch.tensor([chat.encode(text + "How many marbles does the last box hold?")])
