@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loops that are written in C, where they were built: strided copies, the hash chain, many values off a socket.
+"""The loops that are written in C, where they were built: strided copies, the hash chain, names of thousands of parts,
+many values off a socket.
 
-`_copy.c`, `_frame.c`, `_hash.c`, `_receive.c`, `_xxh3.c` are built at installation if there is a C compiler. Without,
-all works: copies run at about half the rate, hashing takes three times as long, values come one by one. Loaded with
-ctypes, which releases the GIL.
+`_copy.c`, `_frame.c`, `_hash.c`, `_names.c`, `_receive.c`, `_xxh3.c` are built at installation if there is a compiler.
+Without, all works: copies run at about half the rate, hashing takes three times as long, names five times, values come
+one by one. Loaded with ctypes, which releases the GIL.
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 MAX_AXES = 8
+MEMBER_BYTES = len(64 * "0" + ":000\r\n")
+"""Of a row of `_names.c`, what says which part of which block."""
 Steps = ctypes.c_int64 * MAX_AXES
 
 
@@ -75,6 +81,14 @@ def _load() -> Any:
             *(pointer, size, size, pointer, byte, chars, chars, chars, size, pointer),
         ]
         library.kvstore_sound_frames.restype = None
+    if hasattr(library, "kvstore_touch_rows"):
+        number = ctypes.c_int64
+        library.kvstore_name_rows.argtypes = [size, chars, chars, pointer, size, chars, size, pointer]
+        library.kvstore_name_rows.restype = None
+        library.kvstore_touch_rows.argtypes = [
+            *(size, chars, chars, chars, number, number, pointer, size, pointer, pointer),
+        ]
+        library.kvstore_touch_rows.restype = number
     return library
 
 
@@ -100,6 +114,64 @@ def hash_chain(parent: bytes, head: bytes, tokens: bytes, block_bytes: int) -> l
         return None
     digests = out.raw
     return [digests[at : at + 32] for at in range(0, len(digests), 32)]
+
+
+names = _library is not None and hasattr(_library, "kvstore_touch_rows")
+"""Whether names can be put together in C."""
+
+
+class Named(NamedTuple):
+    """Parts whose names are wanted."""
+
+    blocks: bytes
+    """Block ids, end to end."""
+    parts: bytes
+    """Cells, a byte each."""
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+
+def name_rows(
+    named: Named, roots: NDArray[np.uint32] | None, num_buckets: int, heads: bytes, rows: NDArray[np.uint8]
+) -> None:
+    """Fill `rows` [parts, bytes]: of `heads`, which lie by root, then by bucket, each part's, and its member as a word.
+
+    `roots` says which root is each one's; None where all have the first.
+    """
+    head_bytes = rows.shape[1] - MEMBER_BYTES
+    where = None if roots is None else roots.ctypes.data
+    _library.kvstore_name_rows(
+        len(named), named.blocks, named.parts, where, num_buckets, heads, head_bytes, rows.ctypes.data
+    )
+
+
+def touch_rows(
+    named: Named,
+    skip: bytes | None,
+    micros: int,
+    depth: int,
+    later: NDArray[np.int64] | None,
+    counts: NDArray[np.uintp],
+    rows: NDArray[np.uint8],
+) -> int:
+    """Fill `rows` [parts but skipped ones, bytes] with score and member of each as words, by bucket.
+
+    Args:
+        skip: a byte each, 0 or 1.
+        micros: the score of depth 0. That of the first part is `depth`, one more for each block that follows.
+        later: by how much the scores of parts are above that of a use now.
+        counts: [buckets], filled with how many rows each has.
+
+    Returns the depth of the last.
+    """
+    where = None if later is None else later.ctypes.data
+    return int(
+        _library.kvstore_touch_rows(
+            *(len(named), named.blocks, named.parts, skip, micros, depth, where),
+            *(len(counts), counts.ctypes.data, rows.ctypes.data),
+        )
+    )
 
 
 class Asked(NamedTuple):

@@ -26,35 +26,33 @@ parent's score is above its children's, and taking the lowest scores takes tails
 
 from __future__ import annotations
 
-from binascii import hexlify
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvstore.block import BlockId, PartKey, RootId
+from kvstore import native
+from kvstore.block import DIGEST_BYTES, BlockId, PartKey, RootId
 from kvstore.layout import MAX_PARTS
+from kvstore.native import MEMBER_BYTES, Named
 
 EPOCH_S = 1_735_689_600.0
 STEP_S = 1e-6
 MAX_BUCKETS = 256
-TOUCH_STEPS = (256, 512, 1280)
-"""Keys of the first steps of a touch, and of all after them. The server puts one in order, at 0.4 us a key, while the
-next is put together, at 0.2: so it begins early, and never waits."""
+TOUCH_STEPS = (128, 640, 1280)
+"""Keys of the first steps of a touch, and of all after them. The server takes one in and puts it in order, at 0.8 us a
+key, while the next is put together, at 0.3: so it begins early, and never waits."""
 _MAX_ROOTS = 4096
 """Roots whose bucket names are kept at hand."""
 _PARTS = tuple(f":{part:03d}" for part in range(MAX_PARTS))
 _ROOT, _BLOCK, _PART = map(itemgetter, range(3))
-_MEMBER_BYTES = 64 + len(":000\r\n")
-_PART_ROWS = np.frombuffer("".join(f"{part}\r\n" for part in _PARTS).encode(), np.uint8).reshape(MAX_PARTS, -1)
-_THREE_DIGITS = np.frombuffer(b"".join(b"%03d" % number for number in range(1000)), np.uint8).reshape(1000, 3)
 _NUM_DIGITS = 18
-_SCORE_ROW = np.frombuffer(b"$21\r\n" + bytes(_NUM_DIGITS) + b"e-6\r\n$68\r\n", np.uint8)
-_DIGITS_AT = 5
-_MEMBER_AT = len(_SCORE_ROW) - len("$68\r\n")
-"""Where the word of a member begins in a row."""
+_MEMBER_AT = len("$21\r\n") + _NUM_DIGITS + len("e-6\r\n")
+"""Where the word of a member begins in a row of a touch."""
+_ROW_BYTES = _MEMBER_AT + len("$68\r\n") + MEMBER_BYTES
 
 
 class Bucket(NamedTuple):
@@ -123,7 +121,7 @@ class Touch(NamedTuple):
 
     def block(self, at: int) -> BlockId:
         """The block of member `at`."""
-        return BlockId(bytes.fromhex(self.rows[at, len(_SCORE_ROW) :][:64].tobytes().decode()))
+        return BlockId(bytes.fromhex(self.rows[at, -MEMBER_BYTES:][:64].tobytes().decode()))
 
 
 class Use(NamedTuple):
@@ -180,6 +178,7 @@ class Names:
         self._num_buckets = num_buckets
         self.stripes = range(num_buckets)
         self._buckets: dict[RootId, tuple[Bucket, ...]] = {}
+        self._heads: dict[tuple[RootId, str], bytes] = {}
 
     def bucket(self, key: PartKey) -> Bucket:
         return self._of(key.root)[key.block[0] % self._num_buckets]
@@ -210,6 +209,7 @@ class Names:
         if buckets is None:
             if len(self._buckets) > _MAX_ROOTS:
                 self._buckets.clear()
+                self._heads.clear()
             tag = root_tag(root)
             buckets = tuple(Bucket(stripe, tag) for stripe in range(self._num_buckets))
             self._buckets[root] = buckets
@@ -226,58 +226,44 @@ class Names:
         micros = round(now_s * 1e6)  # whole ones, so that no two depths round to one score
         seen: set[PartKey] = set()
         alike = not any(later for _, later in uses)
-        for chain, later in uses:
-            places = None if alike else _above_children(chain, later)
-            orders = [bucket.order for bucket in self._of(chain[0].root)]
+        for keys, later in uses:
+            places = None if alike else _above_children(keys, later)
+            orders = [bucket.order for bucket in self._of(keys[0].root)]
             depth, last = -1, None
-            for at, stop in _steps(len(chain)):
-                some = chain[at:stop]
-                blocks = list(map(_BLOCK, some))
-                ids = _ids(blocks)
-                depths = np.full(len(some), depth)
-                quads = ids.view(np.uint64)  # a quarter as much to compare
-                depths[1:] += (quads[1:] != quads[:-1]).any(axis=1).cumsum()
-                depths += blocks[0] != last
-                depth, last = int(depths[-1]), blocks[-1]
-                rows = np.empty((len(some), len(_SCORE_ROW) + _MEMBER_BYTES), np.uint8)
-                _put_scores(rows, micros - depths if places is None else micros - depths + places[at:stop])
-                _put_members(rows[:, len(_SCORE_ROW) :], some, blocks)
-                stripes = ids[:, 0] % self._num_buckets
-                if seen:
-                    fresh = [key not in seen for key in some]
-                    rows, stripes = rows[fresh], stripes[fresh]
-                if commands := _touches(orders, rows, stripes):
-                    yield commands
+            for at, stop in _steps(len(keys)):
+                some = keys[at:stop]
+                depth += some[0].block != last
+                skip = bytes(map(seen.__contains__, some)) if seen else None
+                own = None if places is None else places[at:stop]
+                rows, counts, depth = _touch_rows(_named(some), skip, micros, depth, own, self._num_buckets)
+                last = some[-1].block
+                if len(rows):
+                    yield _touches(orders, rows, counts)
             if alike and len(uses) > 1:
-                seen.update(chain)
+                seen.update(keys)
 
-    def rows(self, keys: Sequence[PartKey]) -> NDArray[np.uint8]:
-        """[keys, bytes]: each key's value name as a word of RESP."""
+    def rows(self, keys: Sequence[PartKey], before: str = "") -> NDArray[np.uint8]:
+        """[keys, bytes]: what comes `before` each, and its value's name as a word of RESP."""
         numbers = {root: number for number, root in enumerate(set(map(_ROOT, keys)))}
-        heads = [f"${VALUE_NAME_BYTES}\r\n{bucket.values}" for root in numbers for bucket in self._of(root)]
-        table = np.frombuffer("".join(heads).encode(), np.uint8).reshape(len(heads), -1)
-        blocks = list(map(_BLOCK, keys))
-        which = (_ids(blocks)[:, 0] % self._num_buckets).astype(np.intp)
+        heads = b"".join(self._heads_of(root, before) for root in numbers)
+        roots = None
         if len(numbers) > 1:
-            which += self._num_buckets * np.fromiter((numbers[key.root] for key in keys), np.intp, len(keys))
-        rows = np.empty((len(keys), table.shape[1] + _MEMBER_BYTES), np.uint8)
-        rows[:, : table.shape[1]] = table.take(which, axis=0)
-        _put_members(rows[:, table.shape[1] :], keys, blocks)
-        return rows
+            roots = np.fromiter((numbers[key.root] for key in keys), np.uint32, len(keys))
+        head_bytes = len(heads) // (len(numbers) * self._num_buckets)
+        return _name_rows(_named(keys), roots, self._num_buckets, heads, head_bytes)
 
-    def pipeline(self, verb: str, keys: Iterable[PartKey]) -> bytes:
-        """`verb <value name>` for each key, as RESP: a quarter of a microsecond a key, few or many."""
-        num_buckets, parts = self._num_buckets, _PARTS
-        commands: list[str] = []
-        heads: tuple[str, ...] = ()
-        current: RootId | None = None
-        for root, block, part in keys:
-            if root != current:
-                current = root
-                start = f"*2\r\n${len(verb)}\r\n{verb}\r\n${VALUE_NAME_BYTES}\r\n"
-                heads = tuple(start + bucket.values for bucket in self._of(root))
-            commands.append(f"{heads[block[0] % num_buckets]}{block.hex()}{parts[part]}\r\n")
-        return "".join(commands).encode()
+    def _heads_of(self, root: RootId, before: str) -> bytes:
+        """What comes before the member in the words of a value's name, by bucket."""
+        heads = self._heads.get((root, before))
+        if heads is None:
+            buckets = self._of(root)
+            heads = "".join(f"{before}${VALUE_NAME_BYTES}\r\n{bucket.values}" for bucket in buckets).encode()
+            self._heads[root, before] = heads
+        return heads
+
+    def pipeline(self, verb: str, keys: Sequence[PartKey]) -> bytes:
+        """`verb <value name>` for each key, as RESP."""
+        return self.rows(keys, f"*2\r\n${len(verb)}\r\n{verb}\r\n").tobytes() if keys else b""
 
     def commands(self, verb: str, keys: Sequence[PartKey]) -> list[bytes]:
         """As `pipeline`, each command by itself."""
@@ -295,31 +281,55 @@ class Names:
         return found
 
 
-# Names of thousands of keys at once, as rows of one length: string formatting took three times as long.
+# Rows of names, by C where that was built.
 
 
-def _ids(blocks: Sequence[BlockId]) -> NDArray[np.uint8]:
-    """[blocks, 32]"""
-    return np.frombuffer(b"".join(blocks), np.uint8).reshape(len(blocks), -1)
+def _named(keys: Sequence[PartKey]) -> Named:
+    return Named(b"".join(map(_BLOCK, keys)), bytes(map(_PART, keys)))
 
 
-def _put_members(rows: NDArray[np.uint8], keys: Sequence[PartKey], blocks: Sequence[BlockId]) -> None:
-    """Fill [keys, 70] with the members that keys are, and the end of a word."""
-    hexed = hexlify(b"".join(blocks))
-    rows[:, :-6] = np.frombuffer(hexed, np.uint8).reshape(len(blocks), -1)
-    rows[:, -6:] = _PART_ROWS.take(np.frombuffer(bytes(map(_PART, keys)), np.uint8), axis=0)
+def _name_rows(
+    named: Named, roots: NDArray[np.uint32] | None, num_buckets: int, heads: bytes, head_bytes: int
+) -> NDArray[np.uint8]:
+    """As `native.name_rows`."""
+    if native.names:
+        rows = np.empty((len(named), head_bytes + MEMBER_BYTES), np.uint8)
+        native.name_rows(named, roots, num_buckets, heads, rows)
+        return rows
+    first = [0] * len(named) if roots is None else (roots * num_buckets).tolist()
+    cut = [heads[at : at + head_bytes] for at in range(0, len(heads), head_bytes)]
+    each = zip(first, _members(named), strict=True)
+    words = [cut[at + block[0] % num_buckets] + word for at, (block, word) in each]
+    return np.frombuffer(b"".join(words), np.uint8).reshape(len(named), -1)
 
 
-def _put_scores(rows: NDArray[np.uint8], micros: NDArray[np.int64]) -> None:
-    """Fill the first bytes of [keys, bytes] with scores as words, and the length of the word that follows."""
-    rows[:, : len(_SCORE_ROW)] = _SCORE_ROW
-    for at in range(_DIGITS_AT + _NUM_DIGITS, _DIGITS_AT, -3):
-        above = micros // 1000
-        rows[:, at - 3 : at] = _THREE_DIGITS.take(micros - 1000 * above, axis=0)
-        micros = above
-        if micros.min() == micros.max():  # one chain, one time: they differ in few digits
-            rows[:, _DIGITS_AT : at - 3] = np.frombuffer(b"%0*d" % (at - 3 - _DIGITS_AT, micros[0]), np.uint8)
-            return
+def _touch_rows(
+    named: Named, skip: bytes | None, micros: int, depth: int, later: NDArray[np.int64] | None, num_buckets: int
+) -> tuple[NDArray[np.uint8], NDArray[np.uintp], int]:
+    """Rows, how many each bucket has, and the depth of the last: as `native.touch_rows`."""
+    counts = np.zeros(num_buckets, np.uintp)
+    if native.names:
+        rows = np.empty((len(named) - sum(skip or b""), _ROW_BYTES), np.uint8)
+        return rows, counts, native.touch_rows(named, skip, micros, depth, later, counts, rows)
+    places = [0] * len(named) if later is None else later.tolist()
+    sorted_rows: list[list[bytes]] = [[] for _ in range(num_buckets)]
+    last = None
+    for place, skipped, (block, word) in zip(places, skip or bytes(len(named)), _members(named), strict=True):
+        depth += last is not None and block != last
+        last = block
+        if not skipped:
+            score = b"$%d\r\n%0*de-6\r\n" % (_NUM_DIGITS + 3, _NUM_DIGITS, micros - depth + place)
+            sorted_rows[block[0] % num_buckets].append(b"%b$68\r\n%b" % (score, word))
+    counts[:] = list(map(len, sorted_rows))
+    made = b"".join(chain.from_iterable(sorted_rows))
+    return np.frombuffer(made, np.uint8).reshape(-1, _ROW_BYTES), counts, depth
+
+
+def _members(named: Named) -> Iterator[tuple[bytes, bytes]]:
+    """Block, and member without its length as the end of a word, of each."""
+    for at, part in enumerate(named.parts):
+        block = named.blocks[DIGEST_BYTES * at : DIGEST_BYTES * (at + 1)]
+        yield block, f"{block.hex()}{_PARTS[part]}\r\n".encode()
 
 
 def _steps(num_keys: int) -> Iterator[tuple[int, int]]:
@@ -331,10 +341,9 @@ def _steps(num_keys: int) -> Iterator[tuple[int, int]]:
         at = stop
 
 
-def _touches(orders: Sequence[str], rows: NDArray[np.uint8], stripes: NDArray[np.uint8]) -> list[Touch]:
-    """`ZADD` for each sorted set that has rows."""
-    rows = rows.take(np.argsort(stripes, kind="stable"), axis=0)
-    ends = np.bincount(stripes, minlength=len(orders)).cumsum().tolist()
+def _touches(orders: Sequence[str], rows: NDArray[np.uint8], counts: NDArray[np.uintp]) -> list[Touch]:
+    """`ZADD` for each sorted set that has rows, which lie in the order of sets."""
+    ends = counts.cumsum().tolist()
     return [
         Touch(_touch_head(order, end - start) + rows[start:end].tobytes(), order, rows[start:end])
         for order, start, end in zip(orders, [0, *ends[:-1]], ends, strict=True)
