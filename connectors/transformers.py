@@ -114,8 +114,9 @@ class TransformersConnector:
             two at most.
         step_layers: on a device, layers of a load that a forward pass waits for together; 0 for all of them.
             From the device tier this is the first step alone; those after it grow.
-        step_bytes: of a load from the store, a step has more layers where these are fewer bytes. Each costs the thread
-            that is to order the pass some 0.3 ms: on an H100, 256 MiB by 16 layers were 3.7 ms sooner than by 4.
+        step_bytes: of a load from the store, a step has as many layers more as are no more than so many bytes: the
+            default is what a window of the copies takes, and each window costs the thread that is to order the pass
+            some 0.3 ms: on an H100, 256 MiB by 16 layers were 3.7 ms sooner than by 4.
         max_wait_s: longest wait for an answer of lower tiers.
         load_rule: load where it is predicted to pay, or always.
         streams: the device's; a test brings its own, and then gets a device's path on the CPU too.

@@ -34,7 +34,7 @@ class BlockCache(Cache):
     Args:
         step_layers: layers whose copies end together, for which a forward pass then waits together; 0 for all.
             Of rows, the first step alone: those after it grow.
-        step_bytes: of blocks from a store, a step has more layers where these are not so many bytes.
+        step_bytes: of blocks from a store, a step has as many layers more as are no more than so many bytes.
         streams: the device's; a test brings its own, and then gets a device's path on the CPU too.
     """
 
@@ -184,9 +184,9 @@ class BlockCache(Cache):
             self._writing.append(copier.start_scatter_run(table, run, step_layers=step_layers))
 
     def _step_of(self, num_blocks: int) -> int:
-        """Layers of a step of so many blocks."""
+        """Layers of a step of so many blocks. One more than fit would send a small window after each full one."""
         layer_bytes = num_blocks * self._block_layout.block_bytes // self._block_layout.model.num_layers
-        return self._step_layers and max(self._step_layers, -(-self._step_bytes // max(1, layer_bytes)))
+        return self._step_layers and max(self._step_layers, self._step_bytes // max(1, layer_bytes))
 
     @staticmethod
     def _taken(noted: list[T]) -> list[T]:

@@ -358,24 +358,32 @@ def test_a_connector_whose_first_copy_fails_says_so_and_goes_on(
     assert "a first copy between the cache and the store's memory failed" in caplog.text
 
 
-@pytest.mark.parametrize(("step_bytes", "steps"), [(0, 3), (1, 3), (7, 2), (8, 2), (12, 1), (1000, 1)])
-def test_a_step_of_a_load_has_at_least_so_many_bytes(step_bytes: int, steps: int) -> None:
-    """In layers of two blocks, of which there are three."""
+@pytest.mark.parametrize(
+    ("step_bytes", "steps"), [(0, 8), (4, 8), (7, 8), (8, 4), (11, 4), (12, 3), (32, 1), (1000, 1)]
+)
+def test_a_step_of_a_load_has_as_many_layers_as_fit_and_goes_as_one_window(step_bytes: int, steps: int) -> None:
+    """`step_bytes` in quarters of a layer of eight blocks, and windows of so many bytes, or of one such layer."""
     model = ModelId(
-        model="m", revision="r", kv_dtype="bfloat16", num_layers=3, num_kv_heads=2, head_dim=4, block_tokens=BLOCK
+        model="m", revision="r", kv_dtype="bfloat16", num_layers=8, num_kv_heads=2, head_dim=4, block_tokens=BLOCK
     )
     layout = layout_of(model)
-    layer_bytes, streams = 2 * layout.block_bytes // 3, LazyStreams()
+    layer_bytes, streams = layout.block_bytes, LazyStreams()  # of eight blocks
     cache = BlockCache(
         layout,
         torch.device("cpu"),
-        64,
+        8 * BLOCK,
         step_layers=1,
         step_bytes=step_bytes * layer_bytes // 4,
         streams=streams,
     )
-    memory = memoryview(bytes(2 * layout.block_bytes))
-    cache.write_run(LoadedRun(0, "host", memory, np.array([[0], [layout.block_bytes]])))
+    copier, windows = cache._pages()._on_device(), []
+    copier._window_bytes = lambda *, by_layers: max(4, step_bytes) * layer_bytes // 4  # type: ignore[method-assign]
+    send = copier._over_the_link
+    copier._over_the_link = lambda *args, **named: windows.append(send(*args, **named))  # type: ignore[method-assign]
+    memory = memoryview(bytes(8 * layout.block_bytes))
+    offsets = np.arange(8, dtype=np.int64)[:, None] * layout.block_bytes
+    cache.write_run(LoadedRun(0, "host", memory, offsets))
     cache.begin()
     assert len(cache._writing[0]._steps) == steps
     cache.finish()
+    assert len(windows) == steps
