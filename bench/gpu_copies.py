@@ -125,13 +125,14 @@ def _same_bytes(board: Board, axes: str, page_tokens: int, way: Way) -> bool:
     there = [tensor.to(board.device) for tensor in host]
     PageCopier(layout, PagedKV.of(host, axes)).gather(table, wanted)
     copier = PageCopier(layout, PagedKV.of(there, axes), way=way)
+    copier._by_address = False
     with _slots(board, layout, num_blocks) as slots:
-        copier.copy_on_device(table, slots, to_slots=True)
+        copier.gather(table, slots)
         same = slots == wanted
         for tensor in (*host, *there):
             tensor.zero_()
         PageCopier(layout, PagedKV.of(host, axes)).scatter(table, wanted)
-        copier.copy_on_device(table, slots, to_slots=False)
+        copier.scatter(table, slots)
     return same and all(torch.equal(a.cpu(), b) for a, b in zip(there, host, strict=True))
 
 

@@ -181,7 +181,7 @@ class BlockCache(Cache):
             self._writing.append(copier.start_scatter(table, writes, step_layers=self._step_of(len(writes))))
         for run in self._taken(self._runs):
             step_layers = self._step_of(len(run.offsets))
-            self._writing.append(copier.start_scatter_run(table, run, step_layers=step_layers))
+            self._writing.append(copier.start_scatter(table, run, step_layers=step_layers))
 
     def _step_of(self, num_blocks: int) -> int:
         """Layers of a step of so many blocks. One more than fit would send a small window after each full one."""

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 
 from connectors.vllm_pages import DevicePages
 from connectors.vllm_plan import LoadOrder, SaveOrder
-from kvstore.api import KnowsWindows, Load, LoadedBlock, Save, SaysWhole
-from kvstore.transfer import Copying, Moment
+from kvstore.api import GivesOpenRun, GivesRun, KnowsWindows, Load, LoadedBlock, LoadedRun, OpenRun, Save, SaysWhole
+from kvstore.transfer import Blocks, Copying, Moment
 
 _BATCH_BYTES = 64 << 20
 """Blocks that come one by one are begun when there are so many: a window's worth of a device's copies."""
@@ -46,18 +46,39 @@ class DeviceLoad:
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _given_up: bool = False
 
-    def bring(self, load: Load, note: Callable[[str], bool]) -> int:
+    def bring(self, load: Load, note: Callable[[str, int], bool]) -> int:
         """Begin to copy the load's blocks as they come; returns where those end.
 
-        `note` is called with the tier of each, and says whether there is time for it. A block that may be gone when
-        the next one is asked for is waited for.
+        `note` is called with the tier and number of what came, and says whether there is time for it. A block that may
+        be gone when the next one is asked for is waited for.
         """
+        run = load.run() if isinstance(load, GivesRun) else None
+        return self._bring_blocks(load, note) if run is None else self._bring_run(run, note)
+
+    def _bring_run(self, run: LoadedRun, note: Callable[[str, int], bool]) -> int:
+        """Of blocks that are all there, by arrays: what is done for each is what a first token waits for."""
+        order = self.order
+        at, num_blocks = order.start, min(len(run.offsets), order.stop - order.start)
+        if run.start != at:
+            return at
+        # In a step nobody can give it up meanwhile. Layer by layer the first layers of the last block come first.
+        size = num_blocks if order.in_step else max(1, _BATCH_BYTES // self.block_bytes)
+        # A match is over all parts, so that a hit is one on every rank; this rank copies its own.
+        offsets = run.offsets[:num_blocks, list(self.pages.parts)]
+        for first in range(0, num_blocks, max(1, size)):
+            some = LoadedRun(at, run.tier, run.memory, offsets[first : first + size])
+            if not note(run.tier, len(some.offsets)) or not self._begin(some):
+                return at
+            at += len(some.offsets)
+        return at
+
+    def _bring_blocks(self, load: Load, note: Callable[[str, int], bool]) -> int:
         order = self.order
         at = order.start
         noted: list[LoadedBlock] = []
         whole = isinstance(load, SaysWhole) and load.is_whole
         for block in load:
-            if block.index != at or at >= order.stop or not note(block.tier):
+            if block.index != at or at >= order.stop or not note(block.tier, 1):
                 break
             noted.append(block)
             at += 1
@@ -65,26 +86,26 @@ class DeviceLoad:
             # Layer by layer, and all there: one call for all of them, or the first layers of the last would come late.
             full = len(noted) * self.block_bytes >= _BATCH_BYTES and not (whole and self.step_layers)
             if not stays or full:
-                if not self._begin(noted):
+                if not self._begin(self._own(noted)):
                     return at - len(noted)
                 noted = []
             if not stays:
                 self.finish()
-        return at if self._begin(noted) else at - len(noted)
+        return at if not noted or self._begin(self._own(noted)) else at - len(noted)
 
-    def _begin(self, blocks: Sequence[LoadedBlock]) -> bool:
+    def _own(self, blocks: Sequence[LoadedBlock]) -> Blocks:
+        """This rank's parts of them."""
+        return [(block.index, [block.views[part] for part in self.pages.parts]) for block in blocks]
+
+    def _begin(self, blocks: Blocks | LoadedRun) -> bool:
         """False where the load was given up."""
-        tokens = range(self.order.first_token, self.order.stop_token)
+        order = self.order
+        tokens = range(order.first_token, order.stop_token)
         with self._lock:
             if self._given_up:
                 return False
-            if blocks:
-                # A match is over all parts, so that a hit is one on every rank; this rank copies its own.
-                work = [(block.index, [block.views[part] for part in self.pages.parts]) for block in blocks]
-                begun = self.pages.start_load(
-                    self.order.pages, work, tokens, after=self.after, step_layers=self.step_layers
-                )
-                self._under_way.append(begun)
+            begun = self.pages.start_load(order.pages, blocks, tokens, after=self.after, step_layers=self.step_layers)
+            self._under_way.append(begun)
         return True
 
     def wait_for(self, layer: int | None = None) -> None:
@@ -136,7 +157,7 @@ class DeviceSave:
             held.enter_context(save)
             copying = None
             if save.indices:
-                copying = pages.start_save(order.pages, [(index, save.views(index)) for index in save.indices])
+                copying = pages.start_save(order.pages, _to_fill(save))
                 copying.order()  # the pages may be another's with the next step
             return cls(order, save, copying, held.pop_all())
 
@@ -155,6 +176,13 @@ class DeviceSave:
         with self.held:
             if self.copying is not None:
                 self.copying.finish()
+
+
+def _to_fill(save: Save) -> Blocks | OpenRun:
+    """Where the save's blocks go, by arrays where it can say so: views of each are 10 µs of the engine's thread."""
+    if isinstance(save, GivesOpenRun):
+        return save.open_run()
+    return [(index, save.views(index)) for index in save.indices]
 
 
 def goes_by_layers(forward_context: object) -> bool:

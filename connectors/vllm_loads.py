@@ -191,12 +191,12 @@ class WorkerLoads:
         """Begin copies, and finish those of blocks that do not stay."""
         then_s = self._now_s()
 
-        def note(tier: str) -> bool:
+        def note(tier: str, num_blocks: int) -> bool:
             nonlocal then_s
             before_s, then_s = then_s, self._now_s()
             if job.cancelled or then_s > job.deadline_s:
                 return False
-            job.note(tier, 1, then_s - before_s)
+            job.note(tier, num_blocks, then_s - before_s)
             return True
 
         try:

@@ -21,11 +21,12 @@ import numpy.typing as npt
 import torch
 
 from connectors.vllm_pages import StridedPages, WriteKernel
+from kvstore.api import LoadedRun
 from kvstore.block import ModelId
 from kvstore.copying import ALONE, Shape, Team, compute_team, copy_places
 from kvstore.errors import ConfigError
 from kvstore.layout import BlockLayout
-from kvstore.transfer import Copying, Moment, SlotViews, Streams
+from kvstore.transfer import Blocks, Copying, Moment, SlotViews, Streams
 
 _BASE = 4
 """Numbers that are written lie below it: exact in every dtype, the fp8 ones included."""
@@ -234,7 +235,7 @@ class OpaqueDevicePages(StridedPages):
     def start_load(
         self,
         pages: Sequence[int],
-        blocks: Sequence[tuple[int, SlotViews]],
+        blocks: Blocks | LoadedRun,
         tokens: range,
         *,
         after: Moment,

@@ -23,10 +23,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvstore.api import LoadedRun, OpenRun
 from kvstore.copying import ALONE, Shape, Team, compute_team, copy_places
 from kvstore.errors import ConfigError
 from kvstore.layout import BlockLayout, PartLayout
-from kvstore.transfer import Copying, Moment, PageCopier, PagedKV, SlotViews, Streams, to_tensor
+from kvstore.transfer import Blocks, Copying, Moment, PageCopier, PagedKV, SlotViews, Streams, to_tensor
 
 Axes = tuple[tuple[int, int], ...]
 """(size, step in elements) of each axis that an index splits into, outermost first."""
@@ -81,13 +82,13 @@ class DevicePages(Protocol):
     def now(self) -> Moment:
         """What the engine's thread, which calls this, has ordered so far."""
 
-    def start_save(self, pages: Sequence[int], blocks: Sequence[tuple[int, SlotViews]]) -> Copying:
+    def start_save(self, pages: Sequence[int], blocks: Blocks | OpenRun) -> Copying:
         """Begin to copy blocks out, after what the calling thread has ordered so far."""
 
     def start_load(
         self,
         pages: Sequence[int],
-        blocks: Sequence[tuple[int, SlotViews]],
+        blocks: Blocks | LoadedRun,
         tokens: range,
         *,
         after: Moment,
@@ -125,13 +126,13 @@ class StridedPages:
     def now(self) -> Moment:
         return self._copier.now()
 
-    def start_save(self, pages: Sequence[int], blocks: Sequence[tuple[int, SlotViews]]) -> Copying:
+    def start_save(self, pages: Sequence[int], blocks: Blocks | OpenRun) -> Copying:
         return self._copier.start_gather(pages, blocks)
 
     def start_load(
         self,
         pages: Sequence[int],
-        blocks: Sequence[tuple[int, SlotViews]],
+        blocks: Blocks | LoadedRun,
         tokens: range,
         *,
         after: Moment,

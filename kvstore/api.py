@@ -150,6 +150,25 @@ class LoadedRun:
     offsets: npt.NDArray[np.int64]
 
 
+ABSENT = -1
+"""In the place of an offset, for a part that has none."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OpenRun:
+    """Blocks of a save that are to be filled, in one stretch of memory.
+
+    Attributes:
+        indices: positions in the chain, head to tail, `[blocks]`.
+        memory: writable, and as good as the save is; no more than the slots is to be written.
+        offsets: where in it each of the asked parts begins, `[blocks, parts]`; ABSENT where the part is there already.
+    """
+
+    indices: npt.NDArray[np.int64]
+    memory: memoryview
+    offsets: npt.NDArray[np.int64]
+
+
 class Load(Protocol):
     """Blocks of a chain arriving in order. A context manager; leaving it releases the blocks.
 
@@ -346,3 +365,11 @@ class GivesRun(Protocol):
 
     def run(self) -> LoadedRun | None:
         """None where they are not all there, or not of one tier, or will not stay until the load is closed."""
+
+
+@runtime_checkable
+class GivesOpenRun(Protocol):
+    """A save that can hand out the slots of all its open blocks as one run, in place of views of each."""
+
+    def open_run(self) -> OpenRun:
+        """Raises what `Save.views` raises."""

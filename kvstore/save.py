@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from kvstore.api import Hint
+import numpy as np
+
+from kvstore.api import ABSENT, Hint, OpenRun
 from kvstore.arena import Arena
 from kvstore.block import Chain
 from kvstore.layout import BlockLayout
@@ -52,6 +54,19 @@ class BlockSave:
         return tuple(
             self._arena.view(slots[part], self._plan.layout.parts[part].num_bytes) if part in slots else None
             for part in self._plan.parts
+        )
+
+    def open_run(self) -> OpenRun:
+        """See `kvstore.api.GivesOpenRun`."""
+        parts = self._plan.parts
+        offsets = [
+            item.slots if item.parts == parts else [ABSENT if at is None else at for at in self.slots(index)]
+            for index, item in self._open.items()
+        ]
+        return OpenRun(
+            np.array([*self._open], np.int64),
+            self._arena.view(0, self._arena.capacity_bytes),
+            np.array(offsets, np.int64).reshape(-1, len(parts)),
         )
 
     @property

@@ -40,8 +40,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvstore.api import LoadedRun
-from kvstore.copy_windows import PartWork, address_of
+from kvstore.api import ABSENT, LoadedRun, OpenRun
+from kvstore.copy_windows import Ints, PartWork, address_of
 from kvstore.copying import Shape, assign, copy_places
 from kvstore.device_copy import Copying as Copying
 from kvstore.device_copy import DeviceCopier
@@ -57,7 +57,8 @@ from kvstore.streams import streams_of as streams_of
 SlotViews = Sequence[memoryview | None]
 """Bytes of a block, one entry for each part of the copier; None where the part is not to be copied."""
 
-Places = npt.NDArray[np.int64]
+Blocks = Iterable[tuple[int, SlotViews]]
+"""(position in the chain, slots) pairs."""
 
 
 def to_tensor(view: memoryview, part: PartLayout, dtype: torch.dtype) -> torch.Tensor:
@@ -116,6 +117,24 @@ class _Run:
     into_engine: Shape
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Slots:
+    """Blocks of one call.
+
+    Attributes:
+        numbers: positions in the chain, `[blocks]`.
+        addresses: where the slot of each part begins, `[blocks, parts]`; 0 for one that is not to be copied.
+        held: what keeps their memory.
+    """
+
+    numbers: Ints
+    addresses: Ints
+    held: object
+
+    def of(self, chosen: Ints | npt.NDArray[np.bool_]) -> _Slots:
+        return _Slots(self.numbers[chosen], self.addresses[chosen], self.held)
+
+
 class PageCopier:
     """Copies blocks between `paged` and slots of the parts that are exactly its layers × heads.
 
@@ -148,6 +167,7 @@ class PageCopier:
         self.paged = paged
         self.parts = layout.parts_covering(layers, heads)
         self._cells = [layout.parts[part] for part in self.parts]
+        self._sizes: Ints = np.array([cell.num_bytes for cell in self._cells], np.int64)
         self._block_tokens = model.block_tokens
         self._piece_tokens = min(paged.page_tokens, model.block_tokens)
         self._pieces = model.block_tokens // self._piece_tokens
@@ -172,60 +192,72 @@ class PageCopier:
         """Strided copies that a piece of a page costs, over all parts."""
         return sum(map(len, self._runs))
 
-    def gather(self, page_ids: Sequence[int], blocks: Iterable[tuple[int, SlotViews]]) -> int:
+    def gather(self, page_ids: Sequence[int], blocks: Blocks | OpenRun) -> int:
         """Copy blocks from the engine into slots; returns the bytes copied.
 
         Args:
             page_ids: the sequence's page table; entry i holds its tokens from i × page tokens on.
-            blocks: (position in the chain, writable slots for `parts`) pairs.
+            blocks: with writable slots for `parts`. A run of them costs the caller's thread a tenth.
         """
         return _finished(self.start_gather(page_ids, blocks))
 
-    def scatter(self, page_ids: Sequence[int], blocks: Iterable[tuple[int, SlotViews]]) -> int:
+    def scatter(self, page_ids: Sequence[int], blocks: Blocks | LoadedRun) -> int:
         """Copy blocks from slots into the engine's pages; arguments and result as in `gather`."""
         return _finished(self.start_scatter(page_ids, blocks))
 
-    def _check(self, work: Sequence[tuple[int, SlotViews]], to_slots: bool) -> int:
-        """Refuse slots that do not fit; returns the bytes to copy."""
-        num_bytes, sizes = 0, [cell.num_bytes for cell in self._cells]
+    def _slots_of(self, blocks: Blocks | LoadedRun | OpenRun, *, to_slots: bool) -> _Slots:
+        """Refuses slots that do not fit."""
+        if not isinstance(blocks, LoadedRun | OpenRun):
+            return self._slots_of_views(list(blocks), to_slots)
+        memory, offsets, least = blocks.memory, blocks.offsets, 0
+        if offsets.shape[1] != len(self._sizes):
+            raise ValueError(f"a run has {offsets.shape[1]} slots a block for the {len(self.parts)} parts {self.parts}")
+        if isinstance(blocks, OpenRun):
+            numbers, least = blocks.indices, ABSENT
+        else:
+            numbers = np.arange(blocks.start, blocks.start + len(offsets))
+        if ((offsets < least) | (offsets > memory.nbytes - self._sizes)).any():
+            raise ValueError(f"a run has slots outside its memory of {memory.nbytes} bytes")
+        if to_slots and memory.readonly:
+            raise ValueError("the slots of a run are read-only")
+        return _Slots(numbers, np.where(offsets < 0, 0, address_of(memory) + offsets), memory)
+
+    def _slots_of_views(self, work: Sequence[tuple[int, SlotViews]], to_slots: bool) -> _Slots:
+        addresses, sizes = [], self._sizes.tolist()
         for index, views in work:
             if len(views) != len(sizes):
                 raise ValueError(f"block {index} has {len(views)} slots for the {len(self.parts)} parts {self.parts}")
             for size, view in zip(sizes, views, strict=True):
                 if view is None:
+                    addresses.append(0)
                     continue
                 if view.nbytes != size:
                     raise ValueError(f"block {index}: a slot of {view.nbytes} bytes for a part of {size}")
                 if to_slots and view.readonly:
                     raise ValueError(f"block {index}: the slot is read-only")
-                num_bytes += size
-        return num_bytes
+                addresses.append(address_of(view))
+        numbers = np.array([index for index, _ in work], np.int64)
+        return _Slots(numbers, np.array(addresses, np.int64).reshape(len(work), len(sizes)), work)
 
-    def _places(self, page_ids: Sequence[int], indices: Sequence[int]) -> Places:
+    def _places(self, page_ids: Sequence[int], numbers: Ints) -> Ints:
         """(page, piece within it) for each piece of each block, `[blocks, pieces, 2]`. Refuses what is outside."""
         page_tokens, num_pages = self.paged.page_tokens, self.paged.num_pages
-        numbers = np.array(indices, np.int64)
         outside = (numbers < 0) | ((numbers + 1) * self._block_tokens > len(page_ids) * page_tokens)
         if outside.any():
-            index = indices[int(outside.argmax())]
+            index = numbers[int(outside.argmax())]
             raise ValueError(f"block {index} is outside a page table of {len(page_ids)} × {page_tokens} tokens")
         tokens = numbers[:, None] * self._block_tokens + np.arange(self._pieces) * self._piece_tokens
-        # One by one: the table may be much longer than what is copied.
-        entries = tokens // page_tokens
-        if isinstance(page_ids, range):
-            pages = page_ids.start + page_ids.step * entries
-        else:
-            pages = np.array([page_ids[entry] for entry in entries.ravel().tolist()], np.int64).reshape(tokens.shape)
+        pages = _chosen(page_ids, tokens // page_tokens)
         outside = (pages < 0) | (pages >= num_pages)
         if outside.any():
             at, piece = divmod(int(outside.argmax()), self._pieces)
             page = pages[at, piece]
-            raise ValueError(f"block {indices[at]}: page {page} is outside the engine's {num_pages} pages")
+            raise ValueError(f"block {numbers[at]}: page {page} is outside the engine's {num_pages} pages")
         return np.stack((pages, tokens % page_tokens // self._piece_tokens), axis=-1)
 
-    def _copy_part(self, at: int, found: Places, work: Sequence[tuple[int, SlotViews]], to_slots: bool) -> None:
-        chosen = [number for number, (_, views) in enumerate(work) if views[at] is not None]
-        slots = [np.frombuffer(view, np.uint8).ctypes.data for _, views in work if (view := views[at]) is not None]
+    def _copy_part(self, at: int, found: Ints, addresses: Ints, to_slots: bool) -> None:
+        chosen = addresses != 0
+        slots = addresses[chosen].tolist()
         places = found[chosen].reshape(-1, 2).tolist()
         for run in self._runs[at]:
             engine = [run.address + page * run.page_step + piece * run.piece_step for page, piece in places]
@@ -277,20 +309,18 @@ class PageCopier:
             )
         self._runs.append(runs)
 
-    def start_gather(
-        self, page_ids: Sequence[int], blocks: Iterable[tuple[int, SlotViews]], *, after: Moment = None
-    ) -> Copying:
+    def start_gather(self, page_ids: Sequence[int], blocks: Blocks | OpenRun, *, after: Moment = None) -> Copying:
         """`gather`, begun: on a device it returns at once, on the CPU when it is done. See `Copying`.
 
         Args:
             after: the moment, from `now`, at which the engine's work on these pages is done; None for now.
         """
-        return self._start(page_ids, list(blocks), to_slots=True, after=after)
+        return self._start(page_ids, self._slots_of(blocks, to_slots=True), to_slots=True, after=after)
 
     def start_scatter(
         self,
         page_ids: Sequence[int],
-        blocks: Iterable[tuple[int, SlotViews]],
+        blocks: Blocks | LoadedRun,
         *,
         after: Moment = None,
         step_layers: int = 0,
@@ -304,45 +334,21 @@ class PageCopier:
             tokens: of the sequence; of blocks that reach beyond them only these are written, whatever else the page
                 holds: a forward pass may be writing it. The page table may end with them.
         """
-        work = list(blocks)
-        if tokens is None or all(self._is_within(index, tokens) for index, _ in work):
-            return self._start(page_ids, work, to_slots=False, after=after, step_layers=step_layers)
-        self._check(work, False)
-        whole = [item for item in work if self._is_within(item[0], tokens)]
-        parts = self._parts_of(self._places(page_ids, [index for index, _ in whole]), whole)
-        for item in work:
-            if not self._is_within(item[0], tokens):
-                parts += self._cut(page_ids, item, tokens)
-        return self._on_device().start(parts, to_slots=False, after=after, step_layers=step_layers)
+        slots = self._slots_of(blocks, to_slots=False)
+        if tokens is not None:
+            first = slots.numbers * self._block_tokens
+            whole = (first >= tokens.start) & (first + self._block_tokens <= tokens.stop)
+            if not whole.all():
+                inside = slots.of(whole)
+                parts = self._parts_of(self._places(page_ids, inside.numbers), inside)
+                for at in np.flatnonzero(~whole).tolist():
+                    parts += self._cut(page_ids, slots.of(np.array([at])), tokens)
+                return self._on_device().start(parts, to_slots=False, after=after, step_layers=step_layers)
+        return self._start(page_ids, slots, to_slots=False, after=after, step_layers=step_layers)
 
-    def start_scatter_run(self, page_ids: Sequence[int], run: LoadedRun, *, step_layers: int = 0) -> Copying:
-        """`start_scatter` of all blocks of a run, by arrays: what is done for each is what a first token waits for."""
-        numbers = range(run.start, run.start + len(run.offsets))
-        sizes = np.array([cell.num_bytes for cell in self._cells], np.int64)
-        if run.offsets.shape[1] != len(sizes):
-            raise ValueError(f"a run has {run.offsets.shape[1]} slots a block for the {len(sizes)} parts {self.parts}")
-        if ((run.offsets < 0) | (run.offsets > run.memory.nbytes - sizes)).any():
-            raise ValueError(f"a run has slots outside its memory of {run.memory.nbytes} bytes")
-        if self._by_address:
-            views = [
-                [run.memory[at : at + size] for at, size in zip(each, sizes.tolist(), strict=True)]
-                for each in run.offsets.tolist()
-            ]
-            return self._start(page_ids, list(zip(numbers, views, strict=True)), to_slots=False)
-        places = self._places(page_ids, numbers)
-        addresses = address_of(run.memory) + run.offsets
-        parts = [
-            (at, PartWork(places[..., 0], places[..., 1], addresses[:, at], run.memory)) for at in range(len(sizes))
-        ]
-        return self._on_device().start(parts if numbers else [], to_slots=False, step_layers=step_layers)
-
-    def _is_within(self, index: int, tokens: range) -> bool:
-        start = index * self._block_tokens
-        return tokens.start <= start and start + self._block_tokens <= tokens.stop
-
-    def _cut(self, page_ids: Sequence[int], item: tuple[int, SlotViews], tokens: range) -> list[tuple[int, PartWork]]:
-        """Work for those of a block's tokens that are among `tokens`."""
-        index, views = item
+    def _cut(self, page_ids: Sequence[int], block: _Slots, tokens: range) -> list[tuple[int, PartWork]]:
+        """Work for those of one block's tokens that are among `tokens`."""
+        index = int(block.numbers[0])
         first = index * self._block_tokens
         low, high = max(first, tokens.start), min(first + self._block_tokens, tokens.stop)
         if low >= high:
@@ -357,8 +363,7 @@ class PageCopier:
             if not 0 <= page < self.paged.num_pages:
                 raise ValueError(f"block {index}: page {page} is outside the engine's {self.paged.num_pages} pages")
             places[0, piece] = page, token % page_tokens // self._piece_tokens
-        cut = slice(low - first, high - first)
-        return self._parts_of(places, [(index, views)], cut)
+        return self._parts_of(places, block, slice(low - first, high - first))
 
     def now(self) -> Moment:
         """The moment at which all that this thread's stream of the engine has by now is done: for `after`.
@@ -368,49 +373,24 @@ class PageCopier:
         streams = self._on_device().streams
         return streams.record(streams.engine())
 
-    def copy_on_device(self, page_ids: Sequence[int], work: Sequence[tuple[int, SlotViews]], *, to_slots: bool) -> None:
-        """The path for device tensors and for lossy formats, to its end; it runs on any torch device."""
-        places = self._places(page_ids, [index for index, _ in work])
-        self._start_on_device(places, work, to_slots, None, 0).finish()
-
     def _start(
-        self,
-        page_ids: Sequence[int],
-        work: list[tuple[int, SlotViews]],
-        *,
-        to_slots: bool,
-        after: Moment = None,
-        step_layers: int = 0,
+        self, page_ids: Sequence[int], slots: _Slots, *, to_slots: bool, after: Moment = None, step_layers: int = 0
     ) -> Copying:
-        num_bytes = self._check(work, to_slots)
-        places = self._places(page_ids, [index for index, _ in work])
+        places = self._places(page_ids, slots.numbers)
         if not self._by_address:
-            return self._start_on_device(places, work, to_slots, after, step_layers)
+            parts = self._parts_of(places, slots)
+            return self._on_device().start(parts, to_slots=to_slots, after=after, step_layers=step_layers)
         for at in range(len(self._cells)):
-            self._copy_part(at, places, work, to_slots)
-        return Copying(num_bytes, InOrder())
+            self._copy_part(at, places, slots.addresses[:, at], to_slots)
+        return Copying(int(((slots.addresses != 0) * self._sizes).sum()), InOrder())
 
-    def _start_on_device(
-        self,
-        places: Places,
-        work: Sequence[tuple[int, SlotViews]],
-        to_slots: bool,
-        after: Moment,
-        step_layers: int,
-    ) -> Copying:
-        parts = self._parts_of(places, work)
-        return self._on_device().start(parts, to_slots=to_slots, after=after, step_layers=step_layers)
-
-    def _parts_of(
-        self, places: Places, work: Sequence[tuple[int, SlotViews]], cut: slice | None = None
-    ) -> list[tuple[int, PartWork]]:
+    def _parts_of(self, places: Ints, slots: _Slots, cut: slice | None = None) -> list[tuple[int, PartWork]]:
         parts: list[tuple[int, PartWork]] = []
         for at in range(len(self._cells)):
-            chosen = [number for number, (_, views) in enumerate(work) if views[at] is not None]
-            if chosen:
-                views = [view for _, views in work if (view := views[at]) is not None]
-                addresses = np.array([address_of(view) for view in views], np.int64)
-                parts.append((at, PartWork(places[chosen, :, 0], places[chosen, :, 1], addresses, views, cut)))
+            addresses = slots.addresses[:, at]
+            if (chosen := addresses != 0).any():
+                pages, pieces = places[chosen, :, 0], places[chosen, :, 1]
+                parts.append((at, PartWork(pages, pieces, addresses[chosen], slots.held, cut)))
         return parts
 
     def _on_device(self) -> DeviceCopier:
@@ -426,6 +406,17 @@ class PageCopier:
 def _finished(copying: Copying) -> int:
     copying.finish()
     return copying.num_bytes
+
+
+def _chosen(page_ids: Sequence[int], entries: Ints) -> Ints:
+    """These entries of a page table, which may be much longer than what is copied."""
+    if isinstance(page_ids, range):
+        return page_ids.start + page_ids.step * entries
+    if entries.size:
+        low, high = int(entries.min()), int(entries.max())
+        if high - low < 2 * entries.size:
+            return np.array(page_ids[low : high + 1], np.int64)[entries - low]
+    return np.array([page_ids[entry] for entry in entries.ravel().tolist()], np.int64).reshape(entries.shape)
 
 
 def _memory(address: int, num_bytes: int) -> memoryview:

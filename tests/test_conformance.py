@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvstore.api import GivesRun, Hint, KnowsWindows, Load, LoadedBlock, Store
+from kvstore.api import ABSENT, GivesOpenRun, GivesRun, Hint, KnowsWindows, Load, LoadedBlock, Store
 from kvstore.block import Chain, ModelId, PartKey, Root
 from kvstore.config import StoreConfig
 from kvstore.errors import ConfigError, LeaseError, UnknownLease
 from kvstore.service.remote import RemoteLoad
 from kvstore.service.rights import Gate
 from kvstore.service.server import Server
+from kvstore.service.uploads import RemoteSave
 from kvstore.store import KVStore
 from kvstore.tiers.base import Tier
 from tests.conftest import chain_of, content, load_all, save_all
@@ -293,6 +294,35 @@ def test_a_part_that_is_there_already_is_not_wanted(store: Store, model: ModelId
         first[:] = content(chain, 0, 0, len(first))
         assert save.commit() == 1
     assert load_all(store, chain) == ["host"]
+
+
+def test_a_save_s_run_says_where_the_views_of_its_open_blocks_are(store: Store, model: ModelId) -> None:
+    chain = chain_of(Root(dataclasses.replace(model, part_heads=1)), 5)
+    sizes = [part.num_bytes for part in store.open(chain.root.model).parts]
+    with store.save(chain, 0, 2, parts=(1,)) as save:
+        for index in save.indices:
+            (view,) = save.views(index)
+            assert view is not None
+            view[:] = content(chain, index, 1, len(view))
+        save.commit()
+    with store.save(chain, 0, 5) as save:
+        if isinstance(save, RemoteSave):  # its client has memory of its own, a buffer for each block
+            assert not isinstance(save, GivesOpenRun)
+            return
+        assert isinstance(save, GivesOpenRun)
+        for wanted in (range(5), range(1, 5)):
+            run = save.open_run()
+            assert run.indices.tolist() == list(wanted)
+            assert (run.offsets == ABSENT).tolist() == [[False, index < 2] for index in wanted]
+            for index, offsets in zip(run.indices.tolist(), run.offsets.tolist(), strict=True):
+                for part, (at, size) in enumerate(zip(offsets, sizes, strict=True)):
+                    if at != ABSENT:
+                        run.memory[at : at + size] = content(chain, index, part, size)
+                assert [view is None for view in save.views(index)] == [at == ABSENT for at in offsets]
+            save.commit(wanted[0])
+        save.commit()
+        assert len(save.open_run().indices) == 0
+    assert load_all(store, chain) == ["host"] * 5
 
 
 # -- holds, leases, announcements ------------------------------------------------------------------------------

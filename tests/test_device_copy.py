@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from kvstore import copy_kernel, device_copy, stages
-from kvstore.api import LoadedRun
+from kvstore.api import ABSENT, LoadedRun, OpenRun
 from kvstore.copy_engine import host_bytes
 from kvstore.copy_windows import Ints, address_of
 from kvstore.device_copy import Way, best_way
@@ -28,6 +28,7 @@ from tests.lazy_streams import LazyStream, LazyStreams
 from tests.test_transfer import (
     ENGINES,
     LAYERS,
+    PAGES,
     Engine,
     cross_layer,
     expected,
@@ -309,12 +310,52 @@ def test_a_run_is_scattered_as_its_blocks_are(step_layers: int, by_address: bool
     copier._by_address = by_address and device == "cpu"
     run = LoadedRun(1, "host", memory.toreadonly(), offsets)
     assert sum(sizes) < 8192
-    copying = copier.start_scatter_run(pages, run, step_layers=step_layers)
+    copying = copier.start_scatter(pages, run, step_layers=step_layers)
     copying.order()
     copying.finish()
     assert copying.num_bytes == 3 * layout.block_bytes
     PageCopier(layout, other.kv).scatter(pages, blocks)
     assert torch.equal(logical(kv), other.logical())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("by_address", [True, False])
+def test_a_save_s_run_is_filled_as_its_blocks_are_and_what_is_there_already_is_left_alone(
+    by_address: bool, device: str
+) -> None:
+    layout = layout_of(model(part_layers=2, part_heads=2))
+    engine, pages = hnd(torch.bfloat16, 16), table(16, 80)
+    copier = PageCopier(layout, placed(engine, device))
+    copier._by_address = by_address and device == "cpu"
+    sizes = [part.num_bytes for part in layout.parts]
+    offsets = np.array([[8192 * at + sum(sizes[:part]) for part in range(len(sizes))] for at in (4, 0, 2)])
+    offsets[1, 2] = offsets[2, 0] = ABSENT
+    memory = memoryview(bytearray(5 * 8192))
+    wanted = bytearray(5 * 8192)
+    indices = [1, 3, 4]
+    for index, each in zip(indices, offsets.tolist(), strict=True):
+        for part, (at, size) in enumerate(zip(each, sizes, strict=True)):
+            if at != ABSENT:
+                wanted[at : at + size] = expected(layout, part, engine.logical(), pages, index)
+    num_bytes = copier.gather(pages, OpenRun(np.array(indices), memory, offsets))
+    assert num_bytes == 3 * layout.block_bytes - sizes[2] - sizes[0]
+    assert bytes(memory) == bytes(wanted)
+    for part in (0, 1):  # all of one part
+        offsets[:, part] = ABSENT
+    assert copier.gather(pages, OpenRun(np.array(indices), memory, offsets)) == 3 * (sizes[2] + sizes[3]) - sizes[2]
+    with pytest.raises(ValueError, match="read-only"):
+        copier.gather(pages, OpenRun(np.array(indices), memory.toreadonly(), offsets))
+
+
+def test_few_entries_of_a_long_page_table_are_looked_up_alone() -> None:
+    layout = layout_of(model())
+    copier = PageCopier(layout, hnd(torch.bfloat16, 4).kv)
+    for table_of in (list, tuple):
+        pages = table_of(number % PAGES for number in range(0, 7 * 4000, 7))
+        for numbers in ([0, 1, 2], [2, 1, 0], [999, 3], [5]):
+            found = copier._places(pages, np.array(numbers))
+            wanted = [[[pages[4 * number + at], 0] for at in range(4)] for number in numbers]
+            assert found.tolist() == wanted
 
 
 @pytest.mark.parametrize("by_address", [True, False])
@@ -325,11 +366,14 @@ def test_a_run_that_reaches_beyond_its_memory_is_refused(by_address: bool) -> No
     copier._by_address = by_address
     for at in (-1, 1):
         with pytest.raises(ValueError, match=f"outside its memory of {size} bytes"):
-            copier.start_scatter_run([1], LoadedRun(0, "host", memoryview(bytes(size)), np.array([[at]])))
+            copier.start_scatter([1], LoadedRun(0, "host", memoryview(bytes(size)), np.array([[at]])))
     with pytest.raises(ValueError, match="2 slots a block for the 1 parts"):
-        copier.start_scatter_run([1], LoadedRun(0, "host", memoryview(bytes(size)), np.array([[0, 0]])))
+        copier.start_scatter([1], LoadedRun(0, "host", memoryview(bytes(size)), np.array([[0, 0]])))
+    for at in (-2, 1):
+        with pytest.raises(ValueError, match=f"outside its memory of {size} bytes"):
+            copier.gather([1], OpenRun(np.array([0]), memoryview(bytearray(size)), np.array([[at]])))
     with pytest.raises(ValueError, match="outside a page table"):
-        copier.start_scatter_run([1], LoadedRun(1, "host", memoryview(bytes(size)), np.array([[0]])))
+        copier.start_scatter([1], LoadedRun(1, "host", memoryview(bytes(size)), np.array([[0]])))
 
 
 # -- order --------------------------------------------------------------------------------------------------------

@@ -334,6 +334,13 @@ class AdoptedLoad:
     def is_whole(self) -> bool:
         return True
 
+    def run(self) -> LoadedRun | None:
+        """See `kvstore.api.GivesRun`."""
+        try:
+            return None if self._closed else self._blocks.run(self._first)
+        except MappingClosed:
+            return None
+
     def intact(self) -> bool:
         return not self._closed and self._blocks.same(0, self.num_blocks)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
+from kvstore.api import OpenRun
 from kvstore.errors import KVStoreError, LeaseError, LeaseExpired, MappingClosed, ProtocolError
 from kvstore.mapping import ArenaMapping
 from kvstore.open_blocks import OpenBlocks
@@ -20,6 +21,9 @@ from kvstore.wire import kvstore_pb2 as pb
 if TYPE_CHECKING:
     from kvstore.service.connection import Connection
     from kvstore.service.link import Link
+
+
+_GONE = "the server that this save was for is gone: nothing of it can be committed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +100,21 @@ class MappedSave:
                 for offset, size in zip(offsets.tolist(), self._sizes, strict=True)
             )
         except MappingClosed as error:
-            raise LeaseExpired("the server that this save was for is gone: nothing of it can be committed") from error
+            raise LeaseExpired(_GONE) from error
+
+    def open_run(self) -> OpenRun:
+        """See `kvstore.api.GivesOpenRun`. Raises LeaseExpired as `views` does, ProtocolError for slots elsewhere."""
+        mapping = self._mapping
+        offsets = np.array([*self._open.values()], np.uint64).reshape(-1, len(self._sizes))
+        outside = offsets > mapping.num_bytes - np.array(self._sizes, np.uint64)
+        if (outside & (offsets != ABSENT)).any():
+            raise ProtocolError(f"a save reply names slots outside the arena, which has {mapping.num_bytes} bytes")
+        try:
+            memory = mapping.view(0, mapping.num_bytes)
+        except MappingClosed as error:
+            raise LeaseExpired(_GONE) from error
+        # The one number that is no offset becomes `kvstore.api.ABSENT` in a signed word.
+        return OpenRun(np.array([*self._open], np.int64), memory, offsets.astype(np.int64))
 
     def commit(self, *indices: int) -> int:
         chosen = self._open.chosen(indices or self._open)

@@ -19,7 +19,7 @@ from connectors.vllm_pages import StridedPages
 from connectors.vllm_plan import NO_ORDERS, Orders, Scheduled, VllmSettings
 from connectors.vllm_scheduler import SchedulerSide
 from connectors.vllm_worker import WorkerSide
-from kvstore.api import Load, Register
+from kvstore.api import Load, LoadedRun, Register
 from kvstore.block import Chain, ModelId, Root
 from kvstore.config import StoreConfig
 from kvstore.copy_windows import address_of
@@ -61,6 +61,9 @@ class Watched:
     @property
     def is_whole(self) -> bool:
         return cast(Any, self._load).is_whole  # type: ignore[no-any-return]
+
+    def run(self) -> LoadedRun | None:
+        return cast(Any, self._load).run()  # type: ignore[no-any-return]
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._load)

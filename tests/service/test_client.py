@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import kvstore
-from kvstore.api import Store
+from kvstore.api import GivesRun, Store
 from kvstore.block import Chain, Root
 from kvstore.errors import AccessDenied, ConfigError, LeaseError, ProtocolError, ServiceUnavailable
 from kvstore.service import handshake
@@ -129,7 +129,13 @@ def test_the_next_turn_sends_new_hashes_only(start_server: StartServer, root: Ro
 def copy_shared(address: str, shared: bytes, pipe: Pipe) -> None:
     """A worker: copies under its scheduler's lease."""
     with connect(address) as store, store.adopt(shared) as load:
-        pipe.send([bytes(view) for block in load for view in block.views])
+        held = [bytes(view) for block in load for view in block.views]
+        assert isinstance(load, GivesRun)
+        run = load.run()
+        assert run is not None
+        assert held == [bytes(run.memory[at : at + 4096]) for (at,) in run.offsets.tolist()]
+        assert (run.start, run.tier, run.memory.readonly) == (0, "host", True)
+        pipe.send(held)
         pipe.send(load.intact())
         pipe.recv()
         pipe.send(load.intact())
