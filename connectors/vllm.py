@@ -41,8 +41,8 @@ import kvstore
 from connectors.vllm_device import goes_by_layers
 from connectors.vllm_identity import check_groups, model_id_of, rank_slice
 from connectors.vllm_layout import Worker, agreed_model, platform_of, stored_pages
-from connectors.vllm_plan import NO_ORDERS, Orders, PageLayout, Report, Scheduled, VllmSettings
-from connectors.vllm_scheduler import IN_TIME, SchedulerSide
+from connectors.vllm_plan import IN_TIME, NO_ORDERS, Orders, PageLayout, Report, Scheduled, VllmSettings
+from connectors.vllm_scheduler import SchedulerSide
 from connectors.vllm_worker import WorkerSide
 from kvstore.api import Load, Register, Store
 from kvstore.block import ModelId
@@ -264,6 +264,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 self._model,
                 self._link.store,
                 self._link.share,
+                page_tokens=self._page.block_size,
                 num_ranks=parallel.world_size,
                 may_be_alone=parallel.data_parallel_size == 1,
                 may_trail=bool(scheduling.async_scheduling)

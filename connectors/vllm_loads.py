@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from connectors.base import FailOpen
 from connectors.vllm_device import DeviceLoad
 from connectors.vllm_pages import DevicePages, EnginePages
-from connectors.vllm_plan import LoadOrder, LoadReport, Report, VllmSettings, failed_pages
+from connectors.vllm_plan import LoadOrder, LoadReport, Report, VllmSettings, pages_of
 from kvstore.api import Load, LoadedBlock, SaysWhole
 from kvstore.layout import BlockLayout
 
@@ -110,7 +110,6 @@ class WorkerLoads:
         self.beside: dict[str, _Job] = {}
         self.in_step: list[_Job] = []
         self._bad_pages: set[int] = set()
-        self._bad_now: set[int] = set()
         self._ended = threading.Condition()
         self._pool = ThreadPoolExecutor(settings.load_threads, thread_name_prefix="kvstore-load")
         self._helpers = ThreadPoolExecutor(max(1, _COPIERS - 1), thread_name_prefix="kvstore-copy")
@@ -157,11 +156,6 @@ class WorkerLoads:
     def take_bad(self) -> set[int]:
         """Pages of loads reported since the last call that the engine must compute."""
         bad, self._bad_pages = self._bad_pages, set()
-        return bad
-
-    def take_bad_now(self) -> set[int]:
-        """Those of them that belong to the step at hand: what it computes on top of them is computed again."""
-        bad, self._bad_now = self._bad_now, set()
         return bad
 
     def _run(self, job: _Job) -> None:
@@ -331,10 +325,7 @@ class WorkerLoads:
         stop = job.stop if job.ended and not job.void else order.start
         if stop < order.stop:
             first = max(stop * self._block_tokens, order.first_token)
-            failed = failed_pages(order.pages, self._pages.page_tokens, first, order.stop_token)
-            self._bad_pages.update(failed)
-            if order.in_step:  # a request whose load ran beside the steps was not in this one
-                self._bad_now.update(failed)
+            self._bad_pages.update(pages_of(order.pages, self._pages.page_tokens, first, order.stop_token))
         self._report.loads[order.request] = LoadReport(
             stop,
             seconds=dict(job.seconds),

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from connectors.vllm_adapters import AdapterFiles
 
 
+IN_TIME = 0.9
+"""Share of a deadline after which waiting ends: that it has is noticed between steps, and takes effect in the next."""
+
+
 class PageLayout(Enum):
     """In which form pages are stored."""
 
@@ -143,9 +147,9 @@ def storable_finished(num_computed: int, num_prompt: int, num_tokens: int, block
     return min(num_computed, max(num_prompt, num_tokens - 1)) // block_tokens
 
 
-def failed_pages(pages: tuple[int, ...], page_tokens: int, first_missing: int, stop_token: int) -> tuple[int, ...]:
-    """Pages that hold tokens from `first_missing` up to `stop_token`: what the engine must compute again."""
-    return pages[first_missing // page_tokens : -(-stop_token // page_tokens)]
+def pages_of(pages: tuple[int, ...], page_tokens: int, first_token: int, stop_token: int) -> tuple[int, ...]:
+    """Of a page table, the pages that hold tokens from `first_token` up to `stop_token`."""
+    return pages[first_token // page_tokens : -(-stop_token // page_tokens)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +219,11 @@ class SaveOrder:
     holds: bool
     hint: Hint = NO_HINT
     files: AdapterFiles | None = None
+
+    @classmethod
+    def of_nothing(cls, request: str, pages: tuple[int, ...]) -> SaveOrder:
+        """Only to let go of pages that a request which has ended holds."""
+        return cls(request, 0, 0, adapter=b"", salt=b"", known=0, tokens=b"", media=(), pages=pages, holds=True)
 
 
 @dataclass(frozen=True, slots=True)

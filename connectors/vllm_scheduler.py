@@ -11,18 +11,19 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from connectors.base import CostModel, FailOpen, LoadRule, plan_save
-from connectors.hints import hint_of
-from connectors.vllm_adapters import Adapter, AdapterDigests
-from connectors.vllm_announced import Announced, KeptMark
-from connectors.vllm_identity import EngineRequest, Roots, media_of
+from connectors.vllm_adapters import AdapterDigests
+from connectors.vllm_announced import Announced
+from connectors.vllm_identity import EngineRequest, Roots
+from connectors.vllm_learning import Learning
+from connectors.vllm_leases import EndedLoad, LoadLeases
+from connectors.vllm_match import Matching
 from connectors.vllm_plan import (
+    IN_TIME,
     NO_ORDERS,
     LoadOrder,
-    LoadReport,
     Orders,
     Proof,
     Report,
@@ -33,106 +34,23 @@ from connectors.vllm_plan import (
     storable_running,
 )
 from connectors.vllm_resets import Resets
-from kvstore.api import HOST_TIER, Hint, Load, Match, Store
-from kvstore.block import Chain, ModelId, as_u32
+from connectors.vllm_tracked import Tracked
+from kvstore.api import Load, Store
+from kvstore.block import ModelId, as_u32
 
 log = logging.getLogger("kvstore.connector.vllm")
 
-IN_TIME = 0.9
-"""Share of a deadline after which waiting ends: that it has is noticed between steps, and takes effect in the next."""
-_LOOK_S, _LOOK_SHARE = 0.002, 0.01
-"""Between two looks at pending blocks: at least, and of what computing them is predicted to take. Asked in every step,
-waiting requests would keep taking time from an engine beside them that is computing (how much was not measured)."""
 _REST_S = 0.005
 """A step of an engine whose requests all wait. Longer would delay a new one, shorter only spins."""
-_ALONE_S = 0.005
-"""How long a match waits for lower tiers where the engine has no other request: most answer sooner, and steps that
-compute nothing and ask again would take all of a core meanwhile. Longer would delay a request that comes now."""
-_UNSEEN_BYTES_PER_S = 2e9
-"""What the first load is taken to run at, when it is decided whether the step can wait for it."""
 
 
 @dataclass(slots=True)
-class _Tracked:
-    """One request from its arrival to its end."""
+class _LateSave:
+    """What is to be saved of a request that ended when a load that it stands on was not reported: up to `stop`."""
 
-    request: EngineRequest
-    adapter: Future[Adapter]
-    key: str
-    media: list[tuple[int, bytes]]
-    chain: Chain | None = None
-    num_saved: int = 0
-    """Blocks that a worker was told to save, or that a match has found: to offer those again took 1 ms of a hit."""
-    told: int = 0
-    """Tokens that workers' copies of the chain have."""
-    asked_s: float | None = None
-    lower_s: float | None = 0.0
-    """How long lower tiers are worth waiting for, from `asked_s` on; None: they are not asked."""
-    found_blocks: int = 0
-    """Of the longest match since `asked_s`; it was first seen at `found_s`."""
-    found_s: float = 0.0
-    look_s: float = 0.0
-    """No look at pending blocks before."""
-    local_tokens: int = 0
-    planned: int = 0
-    """Blocks the plan ends at; 0 for no plan."""
-    partial_tokens: int = 0
-    """Tokens of the plan's last block, where that is another chain's which begins alike; 0 where it is whole."""
-    in_step: bool = False
-    in_store: int = 0
-    gave_up: bool = False
-    """A load failed: what is computed once is not asked for again."""
-    announcement: KeptMark | None = None
-    announced_to: int = 0
-    """Blocks up to here are."""
-    from_before: bool = False
-    """Its KV may be of before a reset, or of its adapter as it was: not saved until the engine computes it anew."""
-    to_prove: range | None = None
-    """Tokens loaded for an adapter that the engine has not read since."""
-
-
-@dataclass(slots=True)
-class _Loading:
-    """A load that workers were told of; kept until each of them reported, though the request may be gone."""
-
-    load: Load
-    start: int
+    tracked: Tracked
     stop: int
-    report: LoadReport | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Sharing:
-    """A load that workers hear of when they can take part in it."""
-
-    order: LoadOrder
-    lease: Future[object]
-    deadline_s: float
-
-
-@dataclass(slots=True)
-class _Step:
-    """What was scheduled, to learn from how long it took."""
-
-    began_s: float
-    new_tokens: int
-    past_tokens: int
-
-
-@dataclass(slots=True)
-class Figures:
-    """What happened: since the start, and since it was last taken."""
-
-    counts: dict[str, float] = field(default_factory=dict)
-    fresh: dict[str, float] = field(default_factory=dict)
-
-    def add(self, name: str, value: float = 1.0) -> None:
-        self.counts[name] = self.counts.get(name, 0.0) + value
-        self.fresh[name] = self.fresh.get(name, 0.0) + value
-
-    def take(self) -> dict[str, float]:
-        taken, self.fresh = self.fresh, {}
-        return taken
+    pages: tuple[int, ...]
 
 
 class SchedulerSide:
@@ -153,6 +71,7 @@ class SchedulerSide:
         store: Store,
         share: Callable[[Load], object],
         *,
+        page_tokens: int,
         num_ranks: int = 1,
         may_be_alone: bool = True,
         may_trail: bool = False,
@@ -162,32 +81,41 @@ class SchedulerSide:
         self.model = model
         self._settings = settings
         self._store = store
-        self._share = share
         self._num_ranks = num_ranks
-        self._may_be_alone = may_be_alone
         self._saves_later = not may_trail
         self._now_s = now_s
         self._adapters = adapters or AdapterDigests()
         self._roots = Roots(model, settings.secret.encode())
         self._block_tokens = model.block_tokens
-        self._is_opaque = model.is_opaque
         self.fail_open = FailOpen(now_s=now_s)
         self.layout = store.open(model)
         block_bytes = -(-self.layout.block_bytes // num_ranks)
         self.cost = CostModel(model.block_tokens, block_bytes, rule=LoadRule(settings.load_rule))
-        self.figures = Figures()
-        self._tracked: dict[str, _Tracked] = {}
-        self._loading: dict[str, _Loading] = {}
-        self._loads: list[LoadOrder] = []
-        self._sharing: list[_Sharing] = []
-        self._pool = ThreadPoolExecutor(settings.load_threads, thread_name_prefix="kvstore-share")
+        self._matching = Matching(
+            settings,
+            store,
+            self.cost,
+            self.fail_open,
+            may_be_alone=may_be_alone,
+            brings_parts=not model.is_opaque,
+            now_s=now_s,
+        )
+        self._learning = Learning(store, self.cost, self.fail_open, num_ranks=num_ranks, now_s=now_s)
+        self.figures = self._learning.figures
+        self._tracked: dict[str, Tracked] = {}
+        self._leases = LoadLeases(
+            share,
+            self.fail_open,
+            num_ranks=num_ranks,
+            num_threads=settings.load_threads,
+            page_tokens=page_tokens,
+            now_s=now_s,
+        )
         self._saves: list[SaveOrder] = []
+        self._late: list[_LateSave] = []
         self._ended: list[str] = []
         self._reset = False
         self._resets = Resets(store, num_reports=num_ranks if may_trail else 0, now_s=now_s)
-        self._step: _Step | None = None
-        self._num_waiting = 0
-        """Requests that wait for pending blocks, of the step being scheduled."""
         self._announced = Announced(self.fail_open)
         self._next = 0
 
@@ -197,11 +125,10 @@ class SchedulerSide:
         """Begin to track; the digest of an adapter is computed from now on."""
         if request.request_id not in self._tracked:
             self._next += 1
-            self._tracked[request.request_id] = _Tracked(
+            self._tracked[request.request_id] = Tracked(
                 request,
                 self._adapters.of(request.lora_request),
                 f"{request.request_id}#{self._next}",
-                media_of(request),
             )
 
     def match(self, request: EngineRequest, local_tokens: int) -> tuple[int | None, bool]:
@@ -215,133 +142,33 @@ class SchedulerSide:
         # Asked only where the request has no KV but what the engine's own cache has.
         tracked.from_before = local_tokens > 0 and self._adapters.was_rewritten(request.lora_request)
         if tracked.from_before:
-            self._withdraw(tracked)
+            tracked.withdraw()
         if (
             not self._settings.load
             or tracked.from_before
             or self._adapters.is_mixed(request.lora_request)
             or request.skip_reading_prefix_cache
             or tracked.gave_up
-            or request.request_id in self._loading
+            or request.request_id in self._leases
         ):
             return 0, False
-        chain = self._chain(tracked)
+        chain = tracked.grow(self._roots)
         if chain is None or len(chain) * self._block_tokens <= local_tokens or not self._resets.allows(chain.root):
             return 0, False
-        self._withdraw(tracked)
-        if tracked.asked_s is not None and self._now_s() < tracked.look_s:
-            self._num_waiting += 1
-            return None, False
-        found = self.fail_open.call(lambda: self._ask(tracked, chain), None)
-        if found is None:
-            return 0, False
-        waited_s = self._waited_s(tracked)
-        if self._worth_waiting(tracked, found, waited_s):
-            return None, False
-        return self._plan(tracked, found, local_tokens)
-
-    def _ask(self, tracked: _Tracked, chain: Chain) -> Match:
-        if tracked.asked_s is None:
-            most_s = self._settings.match_deadline_ms / 1e3 * IN_TIME
-            tracked.lower_s = self.cost.plan_ask_s(tracked.request.num_tokens, most_s)
-        wait_s = tracked.lower_s
-        if wait_s is not None:
-            wait_s = min(wait_s, _ALONE_S) if self._may_be_alone and len(self._tracked) == 1 else 0.0
-        return self._store.match(chain, tracked.key, hint=self._hint(tracked), wait_s=wait_s, soon=True)
-
-    def _hint(self, tracked: _Tracked) -> Hint:
-        request = tracked.request
-        return hint_of(request.kv_transfer_params, prompt_tokens=request.num_prompt_tokens)
-
-    def _waited_s(self, tracked: _Tracked) -> float:
-        now_s = self._now_s()
-        if tracked.asked_s is None:
-            tracked.asked_s = tracked.found_s = now_s
-            tracked.found_blocks, tracked.look_s = 0, 0.0
-        return now_s - tracked.asked_s
-
-    def _worth_waiting(self, tracked: _Tracked, match: Match, waited_s: float) -> bool:
-        """Whether lower tiers may still answer in time, or somebody else finishes sooner than we would."""
-        if not match.settled and waited_s < (tracked.lower_s or 0.0):
-            return True
-        left_s = self._settings.pending_deadline_ms / 1e3 - waited_s
-        if match.num_pending_blocks and left_s > 0:
-            now_s, limit_s = self._now_s(), self.cost.plan_wait_s(match, tracked.request.num_tokens)
-            if match.num_blocks > tracked.found_blocks:
-                tracked.found_blocks, tracked.found_s = match.num_blocks, now_s
-            if now_s - tracked.found_s < limit_s:
-                tracked.look_s = now_s + min(left_s, max(_LOOK_S, _LOOK_SHARE * limit_s))
-                self._num_waiting += 1
-                return True
-        return False
-
-    def _plan(self, tracked: _Tracked, match: Match, local_tokens: int) -> tuple[int, bool]:
-        tracked.asked_s = None
-        start = local_tokens // self._block_tokens
-        stop = self.cost.plan_load(match, tracked.request.num_tokens, start=start)
-        tracked.in_store = match.num_host_blocks
-        tracked.num_saved = max(tracked.num_saved, match.num_host_blocks)
-        partial_tokens = 0
-        if (stop + 1) * self._block_tokens > local_tokens:
-            have = max(0, local_tokens - stop * self._block_tokens)
-            partial_tokens = self._match_partial(tracked, match, stop, have)
-        tokens = stop * self._block_tokens + partial_tokens - local_tokens
-        stop += bool(partial_tokens)
-        if stop <= start or tokens <= 0:
-            self._forget(tracked)
-            return 0, False
-        tracked.planned, tracked.partial_tokens, tracked.local_tokens = stop, partial_tokens, local_tokens
-        seconds = self.cost.load_s(HOST_TIER, stop - start)
-        seconds = seconds or (stop - start) * self.cost.block_bytes / _UNSEEN_BYTES_PER_S
-        tracked.in_step = (
-            stop - bool(partial_tokens) <= match.num_host_blocks and seconds * 1e3 <= self._settings.sync_load_ms
-        )
-        return tokens, not tracked.in_step
-
-    def _match_partial(self, tracked: _Tracked, match: Match, stop: int, have: int) -> int:
-        """Tokens after `stop` blocks that the beginning of another chain's block brings; the engine has `have`.
-
-        None of opaque pages: what of a page is the first tokens' is not known.
-        """
-        num_tokens = tracked.request.num_tokens
-        if self._is_opaque or not self.cost.plan_partial(match, stop, num_tokens, have=have):
-            return 0
-        found: int = self.fail_open.call(lambda: self._store.match_partial(tracked.key), 0)
-        found = min(found, num_tokens - 1 - stop * self._block_tokens)
-        return found if self.cost.is_worth_block(stop, num_tokens, found, have=have) else 0
-
-    def _forget(self, tracked: _Tracked) -> None:
-        self.fail_open.call(lambda: self._store.forget(tracked.key), None)
-
-    def _chain(self, tracked: _Tracked) -> Chain | None:
-        """The request's chain over all tokens it has; None while its identity is not known."""
-        request = tracked.request
-        if tracked.chain is None:
-            if not tracked.adapter.done() or tracked.adapter.exception() is not None:
-                return None
-            salt = (request.cache_salt or "").encode()
-            tracked.chain = Chain(self._roots.root(tracked.adapter.result().digest, salt))
-        chain, known = tracked.chain, tracked.chain.num_tokens
-        if request.num_tokens < known:
-            # A streaming session took tokens back: what was hashed is no longer what the request says.
-            tracked.chain, tracked.num_saved, tracked.told = None, 0, 0
-            return self._chain(tracked)
-        if request.num_tokens > known:
-            media = [item for item in tracked.media if known <= item[0] < request.num_tokens]
-            chain.extend(request.all_token_ids[known:], media=media)
-        return chain
+        tracked.withdraw()
+        return self._matching.match(tracked, chain, local_tokens, alone=len(self._tracked) == 1)
 
     # -- loading -----------------------------------------------------------------------------------------------
 
     def allocated(self, request: EngineRequest, pages: Sequence[int], external_tokens: int) -> None:
         """The engine has pages for the request: turn the plan into a load, or drop it."""
         tracked = self._tracked.get(request.request_id)
-        if tracked is None or request.request_id in self._loading:
+        if tracked is None or request.request_id in self._leases:
             return
         if external_tokens <= 0 or not tracked.planned:
             if tracked.planned:
                 tracked.planned = 0
-                self._forget(tracked)
+                self._matching.forget(tracked)
             self._announce(tracked)
             return
         start, stop = tracked.local_tokens // self._block_tokens, tracked.planned
@@ -365,31 +192,9 @@ class SchedulerSide:
         self.figures.add("loads")
         tracked.to_prove = range(order.first_token, order.stop_token)
         self._announce(tracked)
-        if load is None:
-            self._loads.append(order)  # workers report it as failed
-            return
-        self._loading[request.request_id] = _Loading(load, start, stop)
-        if order.in_step:
-            self._loads.append(replace(order, lease=self.fail_open.call(lambda: self._share(load), None)))
-        else:
-            # Sharing may wait for blocks of lower tiers, which this thread must not.
-            sharing = self._pool.submit(lambda: self.fail_open.call(lambda: self._share(load), None))
-            self._sharing.append(_Sharing(order, sharing, self._now_s() + order.timeout_s))
+        self._leases.begin(order, load)
 
-    def _shared(self) -> None:
-        """Order what has been shared by now, and what has not been in time, which fails."""
-        waiting, now_s = [], self._now_s()
-        for item in self._sharing:
-            if item.lease.done():
-                left_s = max(0.0, item.deadline_s - now_s)
-                self._loads.append(replace(item.order, lease=item.lease.result(), timeout_s=left_s))
-            elif now_s >= item.deadline_s:
-                self._loads.append(item.order)
-            else:
-                waiting.append(item)
-        self._sharing = waiting
-
-    def _announce(self, tracked: _Tracked) -> None:
+    def _announce(self, tracked: Tracked) -> None:
         chain = tracked.chain
         start = max(tracked.in_store, tracked.num_saved)
         if not self._settings.save or tracked.from_before or chain is None or not self._resets.allows(chain.root):
@@ -399,18 +204,12 @@ class SchedulerSide:
             tracked.announcement = None if mark is None else self._announced.keep(mark)
             tracked.announced_to = len(chain)
 
-    def _withdraw(self, tracked: _Tracked) -> None:
-        mark, tracked.announcement = tracked.announcement, None
-        if mark is not None:
-            mark.withdraw()
-
     # -- saving ------------------------------------------------------------------------------------------------
 
     def orders(self, step: Scheduled) -> Orders:
         """What workers must do in the step just scheduled."""
-        if self._sharing:
-            self._shared()
-        self._note_step(step)
+        loads = self._leases.take_orders()
+        self._learning.scheduled(step, loads)
         self._resets.go_on()
         if self._settings.save:
             for request_id, num_scheduled in step.num_scheduled.items():
@@ -426,17 +225,17 @@ class SchedulerSide:
                 if self._saves_later and request.num_tokens + 1 < request.num_prompt_tokens + request.max_tokens:
                     num_scheduled = 0  # a step follows, unless pages are taken back: what they held is lost then
                 stop = storable_running(computed, num_scheduled, request.num_tokens, self._block_tokens)
-                if stop > tracked.num_saved:
-                    self._save(tracked, stop, step.pages[request_id], holds=False)
-        if not step.num_scheduled and self._num_waiting and not self._loads:
+                pages = step.pages[request_id]
+                if stop > tracked.num_saved and not self._leases.are_under(pages):
+                    self._save(tracked, stop, pages, holds=False)
+        if not step.num_scheduled and self._matching.num_waiting and not loads:
             time.sleep(_REST_S)
-        self._num_waiting = 0
+        self._matching.num_waiting = 0
         proofs, idle = self._proofs(step), not step.num_scheduled
-        if not (self._loads or self._saves or self._ended or proofs or self._reset or idle):
+        if not (loads or self._saves or self._ended or proofs or self._reset or idle):
             return NO_ORDERS
-        loads, saves, ended = tuple(self._loads), tuple(self._saves), tuple(self._ended)
-        made = Orders(loads, saves, ended, proofs, idle=idle, reset=self._reset)
-        self._loads, self._saves, self._ended, self._reset = [], [], [], False
+        made = Orders(loads, tuple(self._saves), tuple(self._ended), proofs, idle=idle, reset=self._reset)
+        self._saves, self._ended, self._reset = [], [], False
         return made
 
     def _proofs(self, step: Scheduled) -> tuple[Proof, ...]:
@@ -451,17 +250,17 @@ class SchedulerSide:
                 proofs.append(Proof(files, tuple(step.pages[request_id]), loaded.start, loaded.stop))
         return tuple(proofs)
 
-    def _save(self, tracked: _Tracked, stop: int, pages: Sequence[int], *, holds: bool) -> bool:
+    def _save(self, tracked: Tracked, stop: int, pages: Sequence[int], *, holds: bool) -> bool:
         """Order blocks up to `stop` to be saved; False where there is nothing to save."""
-        chain = self._chain(tracked)
+        chain = tracked.grow(self._roots)
         blocks = plan_save(stop * self._block_tokens, tracked.num_saved, self._block_tokens)
         if chain is None or not blocks or self.fail_open.resting or not self._resets.allows(chain.root):
             return False
         if self._adapters.is_mixed(tracked.request.lora_request):
-            self._withdraw(tracked)
+            tracked.withdraw()
             return False
         if tracked.num_saved >= tracked.announced_to:
-            self._withdraw(tracked)  # the steps that saved what was announced have run
+            tracked.withdraw()  # the steps that saved what was announced have run
         # What is computed again was told before: a chain does not shrink.
         known, tracked.told = tracked.told, max(tracked.told, stop * self._block_tokens)
         media = tuple(item for item in tracked.media if known <= item[0] < tracked.told)
@@ -479,7 +278,7 @@ class SchedulerSide:
                 media=media,
                 pages=tuple(pages),
                 holds=holds,
-                hint=self._hint(tracked),
+                hint=tracked.hint(),
                 files=tracked.adapter.result().files,
             )
         )
@@ -491,25 +290,36 @@ class SchedulerSide:
         tracked = self._tracked.pop(request.request_id, None)
         if tracked is None:
             return False
-        self._withdraw(tracked)
-        self._forget(tracked)
-        if request.request_id in self._loading and not self._reported(request.request_id):
+        tracked.withdraw()
+        self._matching.forget(tracked)
+        is_under = self._leases.are_under(pages)
+        if request.request_id in self._leases and not is_under:
             self._ended.append(request.request_id)
-            return False  # the engine keeps the pages until the load is reported
+            return False  # the engine keeps the pages until the load is reported, and has computed nothing in them
         held = False
         if self._settings.save and not tracked.from_before:
             stop = storable_finished(
                 request.num_computed_tokens, request.num_prompt_tokens, request.num_tokens, self._block_tokens
             )
-            if stop > tracked.num_saved:
+            if stop > tracked.num_saved and is_under:
+                self._late.append(_LateSave(tracked, stop, tuple(pages)))
+                held = True
+            elif stop > tracked.num_saved:
                 held = self._save(tracked, stop, pages, holds=True)
         if not held:
             self._ended.append(request.request_id)
         return held
 
-    def _reported(self, request_id: str) -> bool:
-        report = self._loading[request_id].report
-        return report is not None and report.num_ranks >= self._num_ranks
+    def _save_late(self, ended: EndedLoad) -> None:
+        """Save what stood on a load that has ended; where that failed, let go of the pages alone."""
+        late, self._late = self._late, []
+        for each in late:
+            if ended.failed and not ended.pages.isdisjoint(each.pages):
+                each.stop = 0
+            if self._leases.are_under(each.pages):
+                self._late.append(each)
+            elif not self._save(each.tracked, each.stop, each.pages, holds=True):
+                self._saves.append(SaveOrder.of_nothing(each.tracked.request.request_id, each.pages))
 
     # -- reports -----------------------------------------------------------------------------------------------
 
@@ -518,16 +328,8 @@ class SchedulerSide:
         if report.is_foreign:
             self._rest()
         for request_id, done in report.loads.items():
-            loading = self._loading.get(request_id)
-            if loading is None:
-                self._note_load(request_id, done, start=0, stop=None)
-                continue
-            loading.report = done if loading.report is None else loading.report.joined(done)
-            if loading.report.num_ranks >= self._num_ranks:
-                del self._loading[request_id]
-                self._note_load(request_id, loading.report, start=loading.start, stop=loading.stop)
-                self._note_saved(loading, loading.report)
-                self.fail_open.call(loading.load.close, None)
+            if (ended := self._leases.reported(request_id, done)) is not None:
+                self._load_ended(request_id, ended)
         for request_id, block in report.unsaved.items():
             tracked = self._tracked.get(request_id)
             if tracked is not None:
@@ -540,45 +342,21 @@ class SchedulerSide:
         """Load, save and announce nothing more: workers cannot, and others would wait for what never comes."""
         self._settings = replace(self._settings, load=False, save=False)
         for tracked in self._tracked.values():
-            self._withdraw(tracked)
+            tracked.withdraw()
 
-    def _note_load(self, request_id: str, done: LoadReport, *, start: int, stop: int | None) -> None:
-        for tier, num_bytes in done.num_bytes.items():
-            self.cost.seen_load(tier, num_bytes // self._num_ranks, done.seconds.get(tier, 0.0))
-            self.figures.add(f"loaded_bytes.{tier}", num_bytes)
-            self.figures.add(f"load_s.{tier}", done.seconds.get(tier, 0.0))
+    def _load_ended(self, request_id: str, ended: EndedLoad) -> None:
+        self._learning.load_ended(ended)
         tracked = self._tracked.get(request_id)
-        failed = stop is None or done.stop < stop
-        if failed:
-            self.figures.add("failed_loads")
-        if tracked is not None:
-            tracked.gave_up = tracked.gave_up or failed
-        if tracked is not None and failed:
+        if ended.failed and tracked is not None:
+            tracked.gave_up = True
             # Where nothing came of it, what it hangs from may be gone from the store as well, and is saved again.
-            brought = stop is not None and done.stop > start
-            tracked.num_saved = min(tracked.num_saved, done.stop if brought else 0)
-
-    def _note_saved(self, loading: _Loading, done: LoadReport) -> None:
-        """Tell the store what a load was good for."""
-        past = loading.start * self._block_tokens
-        num_tokens = done.stop * self._block_tokens - past
-        saved_s = self.cost.saved_s(num_tokens, sum(done.seconds.values()), past_tokens=past) if num_tokens > 0 else 0.0
-        if saved_s:
-            self.fail_open.call(lambda: self._store.note_saved(saved_s), None)
-
-    def _note_step(self, step: Scheduled) -> None:
-        """Remember a step of one request's prefill: its time tells what computing costs."""
-        self._step = None
-        if len(step.num_scheduled) == 1:
-            ((request_id, new_tokens),) = step.num_scheduled.items()
-            if new_tokens > 1 and not any(order.in_step for order in self._loads):
-                self._step = _Step(self._now_s(), new_tokens, step.computed[request_id])
+            stop = ended.report.stop
+            tracked.num_saved = min(tracked.num_saved, stop if stop > ended.start else 0)
+        self._save_late(ended)
 
     def stepped(self) -> None:
         """The step last scheduled has run."""
-        step, self._step = self._step, None
-        if step is not None:
-            self.cost.seen_prefill(step.new_tokens, step.past_tokens, self._now_s() - step.began_s)
+        self._learning.stepped()
 
     # -- care --------------------------------------------------------------------------------------------------
 
@@ -591,28 +369,30 @@ class SchedulerSide:
         """
         self._saves = [replace(order, start=order.stop) for order in self._saves if order.holds]
         for tracked in self._tracked.values():
-            self._withdraw(tracked)
-            self._forget(tracked)
+            tracked.withdraw()
+            self._matching.forget(tracked)
             tracked.from_before, tracked.asked_s = True, None
             tracked.num_saved = tracked.in_store = tracked.planned = 0
-        self._loads += [replace(item.order, lease=None) for item in self._sharing]
-        is_new, self._sharing, self._reset = not self._reset, [], True
+        for late in self._late:
+            late.stop = 0
+        self._leases.void()
+        is_new, self._reset = not self._reset, True
         return self._resets.begin([self._roots.root(b"", b""), *self._roots.all()], is_new=is_new)
 
     def close(self) -> None:
         for tracked in self._tracked.values():
-            self._withdraw(tracked)
-            self._forget(tracked)
-        for loading in self._loading.values():
-            self.fail_open.call(loading.load.close, None)
+            tracked.withdraw()
+            self._matching.forget(tracked)
         self._tracked.clear()
-        self._loading.clear()
+        self._leases.close()
         self._announced.close()
-        self._pool.shutdown(wait=False, cancel_futures=True)
         self._resets.close()
         self._adapters.close()
 
     def check(self) -> list[str]:
         """What is still held; empty when no request is under way."""
-        faults = [f"request {name} is tracked" for name in self._tracked]
-        return faults + [f"the load of {name} was not reported" for name in self._loading]
+        return [
+            *(f"request {name} is tracked" for name in self._tracked),
+            *(f"the last save of {late.tracked.key} waits for a load" for late in self._late),
+            *self._leases.check(),
+        ]

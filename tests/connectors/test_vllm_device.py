@@ -94,7 +94,9 @@ class Device:
         self.store = KVStore(StoreConfig.load({"host": {"capacity_bytes": 64 << 20}}, environ={}))
         self.tensors = [torch.zeros(64, HEADS, PAGE, 2 * DIM) for _ in range(LAYERS)]
         made = VllmSettings.of({"block_tokens": BLOCK, "load_rule": "always", "step_layers": 1, **settings})
-        self.side = SchedulerSide(made, MODEL, self.store, lambda load: load, may_trail=True, now_s=self.clock.now_s)
+        self.side = SchedulerSide(
+            made, MODEL, self.store, lambda load: load, page_tokens=PAGE, may_trail=True, now_s=self.clock.now_s
+        )
         pages = StridedPages(layout_of(MODEL), self.tensors, range(LAYERS), range(HEADS), streams=self.streams)
         self.adopted: list[Watched] = []
 
@@ -342,6 +344,7 @@ def test_layers_are_asked_about_only_in_a_step_whose_load_goes_by_them() -> None
         device.worker.wait_for_layer(layer)
     device.report()
     assert not device.worker.goes_by_layers
+    assert len(device.orders((request, 1, range(20, 30))).saves) == 1, "what was computed on the load"
     assert device.orders((request, 1, range(20, 30))) is NO_ORDERS, "a decoded token ends no block"
     device.side.ended(request, list(range(20, 30)))
     device.close()

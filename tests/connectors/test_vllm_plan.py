@@ -22,7 +22,7 @@ from connectors.vllm_plan import (
     Report,
     Scheduled,
     VllmSettings,
-    failed_pages,
+    pages_of,
     storable_finished,
     storable_running,
 )
@@ -118,6 +118,7 @@ class Bench:
             model,
             self.store,
             lambda load: load,
+            page_tokens=PAGE,
             num_ranks=num_ranks,
             may_be_alone=may_be_alone,
             may_trail=may_trail,
@@ -242,10 +243,10 @@ def test_drafts_never_reach_a_worker() -> None:
 
 def test_failed_pages_begin_with_the_page_of_the_first_missing_token() -> None:
     pages = tuple(range(50, 60))
-    assert failed_pages(pages, 32, 100, 256) == (53, 54, 55, 56, 57)
-    assert failed_pages(pages, 32, 96, 256) == (53, 54, 55, 56, 57)
-    assert failed_pages(pages, 128, 100, 256) == (50, 51)
-    assert failed_pages(pages, 32, 0, 1) == (50,)
+    assert pages_of(pages, 32, 100, 256) == (53, 54, 55, 56, 57)
+    assert pages_of(pages, 32, 96, 256) == (53, 54, 55, 56, 57)
+    assert pages_of(pages, 128, 100, 256) == (50, 51)
+    assert pages_of(pages, 32, 0, 1) == (50,)
 
 
 # -- matching and loading --------------------------------------------------------------------------------------
@@ -425,7 +426,7 @@ def test_orders_that_are_refused_fail_their_loads_and_let_go_of_what_they_hold()
     bench.side.allocated(one, bench.pages_for(one), brings)
     bench.side.arrived(other)
     other.num_computed_tokens = 100
-    assert bench.side.ended(other, bench.pages_for(other))
+    assert bench.side.ended(other, range(200, 213))
     orders = bench.side.orders(Scheduled({}, {}, {}))
     assert len(orders.loads) == len(orders.saves) == 1
     bench.worker.load(orders.refused())
@@ -1174,8 +1175,8 @@ def test_a_load_under_way_at_a_reset_fails_though_it_had_all(ended: bool) -> Non
 
 def held_sharing(bench: Bench) -> threading.Event:
     """Loads are shared from when it is set on."""
-    go, share = threading.Event(), bench.side._share
-    bench.side._share = lambda load: share(load) if go.wait(10) else None
+    go, share = threading.Event(), bench.side._leases._share
+    bench.side._leases._share = lambda load: share(load) if go.wait(10) else None
     return go
 
 
@@ -1276,7 +1277,7 @@ def test_a_load_that_took_most_of_its_time_to_be_shared_has_only_the_rest_of_it(
     request = FakeRequest("r", tokens(120))
     bench.side.match(request, 0)
     bench.side.allocated(request, bench.pages_for(request), 96)
-    (item,) = bench.side._sharing
+    (item,) = bench.side._leases._sharing
     bench.clock.time_s += 0.8 * item.order.timeout_s
     go.set()
     assert item.lease.result(10) is not None
@@ -1509,3 +1510,210 @@ def test_what_a_request_says_to_eviction_goes_with_its_match_and_its_save() -> N
         Hint(conversation="chat-17", priority=90, closed=True, prompt_tokens=40)
     ]
     assert bench.store.hints == [orders.saves[0].hint] * 2
+
+
+def test_media_that_a_streaming_session_gets_later_are_part_of_its_blocks_names() -> None:
+    bench = Bench()
+
+    def session(name: str, image: str) -> int | None:
+        request = FakeRequest(name, tokens(40))
+        bench.side.match(request, 0)
+        bench.side.allocated(request, bench.pages_for(request), 0)
+        bench.step((request, 40))
+        feature = SimpleNamespace(mm_position=SimpleNamespace(offset=40), identifier=image)
+        request.all_token_ids += tokens(60, 1)  # the placeholders of any image are the same
+        request.mm_features = (feature,)
+        request.num_prompt_tokens = 100
+        bench.step((request, 60))
+        bench.side.ended(request, bench.pages_for(request))
+        bench.report()
+        again = FakeRequest(f"{name} at once", request.all_token_ids, mm_features=(feature,))
+        found, _ = bench.side.match(again, 0)
+        bench.side.ended(again, [])
+        return found
+
+    assert session("a", "red") == 96
+    num_blocks = len(bench.store.blocks)
+    assert session("b", "blue") == 96
+    assert len(bench.store.blocks) == num_blocks + 4, "what comes before the image is shared, and nothing else"
+    bench.close()
+
+
+# -- loads under way -------------------------------------------------------------------------------------------
+
+
+def hit_in_the_step(bench: Bench, num_tokens: int) -> FakeRequest:
+    """A request whose first six blocks are to be loaded in its first step, which is scheduled next."""
+    bench.fill(tokens(100))
+    request = FakeRequest("r", tokens(num_tokens))
+    assert bench.side.match(request, 0) == (96, False)
+    bench.side.allocated(request, bench.pages_for(request), 96)
+    request.num_computed_tokens = 96
+    return request
+
+
+def test_nothing_is_saved_on_top_of_a_load_that_is_not_reported_yet() -> None:
+    """Another rank's may have failed, or this one's in a step that was still running when the next was scheduled."""
+    bench = Bench(may_trail=True)
+    request = hit_in_the_step(bench, 120)
+    bench.store.faults.overwritten = True
+    assert bench.step((request, 15)).saves == ()
+    assert bench.step((request, 1)).saves == ()  # scheduled before the first has reported; it fills a block
+    bench.store.faults.overwritten = False
+    assert len(bench.store.blocks) == 6
+    bench.report()
+    request.num_computed_tokens = 0  # the engine computes all of it
+    bench.step((request, 120))
+    assert len(bench.store.blocks) == 7
+    bench.report()
+    bench.side.ended(request, bench.pages_for(request))
+    bench.report()
+    bench.close()
+
+
+def test_what_follows_a_load_is_saved_once_every_rank_has_reported_it() -> None:
+    bench = Bench(may_trail=True, num_ranks=2)
+    request = hit_in_the_step(bench, 130)
+    assert bench.step((request, 20)).saves == ()
+    bench.report()
+    assert bench.step((request, 1)).saves == ()
+    bench.side.reported(Report(loads={"r": LoadReport(6)}))
+    (order,) = bench.step((request, 1)).saves
+    assert (order.start, order.stop) == (6, 7)
+    bench.side.ended(request, bench.pages_for(request))
+    bench.report()
+    bench.close()
+
+
+def test_nothing_is_saved_on_top_of_anothers_load_whose_pages_it_shares() -> None:
+    """The engine's own prefix cache has them as soon as they are to be loaded."""
+    bench = Bench(may_trail=True)
+    request = hit_in_the_step(bench, 120)
+    shares, other = (FakeRequest(name, tokens(120, seed)) for name, seed in (("shares", 0), ("other", 1)))
+    tables = {"r": range(100, 115), "shares": range(100, 115), "other": range(200, 215)}
+    bench.pages_for = lambda request: list(tables[request.request_id])  # type: ignore[method-assign]
+    assert bench.side.match(shares, 96) == (0, False)
+    bench.side.match(other, 0)
+    for each in (shares, other):
+        bench.side.allocated(each, bench.pages_for(each), 0)
+    shares.num_computed_tokens = 96
+    orders = bench.step((request, 24), (shares, 24), (other, 120))
+    assert [order.request for order in orders.saves] == ["other"]
+    assert bench.side.ended(shares, bench.pages_for(shares)), "in the same step: its pages stay until that is known"
+    bench.report()
+    orders = bench.step((request, 1))
+    assert [(order.request, order.holds) for order in orders.saves] == [("shares", True), ("r", False)]
+    for each in (request, other):
+        bench.side.ended(each, bench.pages_for(each))
+    bench.step()
+    bench.report()
+    bench.close()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_a_request_that_ends_with_its_first_step_computed_is_saved_if_its_load_was_sound(fails: bool) -> None:
+    bench = Bench()
+    request = hit_in_the_step(bench, 120)
+    bench.store.faults.overwritten = fails
+    assert bench.step((request, 24)).saves == ()
+    assert bench.side.ended(request, bench.pages_for(request)), "the engine says so before it hands on the report"
+    assert bench.side.check() != []
+    bench.report()
+    (order,) = bench.step().saves
+    assert order.holds
+    assert len(bench.store.blocks) == 6 + (not fails)
+    assert bench.worker.finished(idle=True)[0] == {"r"}
+    bench.report()
+    bench.close()
+
+
+def test_a_reset_leaves_nothing_to_save_of_a_request_that_ended_before_its_load_was_reported() -> None:
+    bench = Bench()
+    request = hit_in_the_step(bench, 120)
+    bench.step((request, 24))
+    assert bench.side.ended(request, bench.pages_for(request))
+    bench.side.clear()
+    bench.report()
+    bench.step()
+    assert bench.store.blocks == {}
+    assert bench.worker.finished(idle=True)[0] == {"r"}
+    bench.report()
+    bench.close()
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_pages_of_a_load_that_the_store_did_not_give_are_not_saved_where_the_request_is_aborted(beside: bool) -> None:
+    bench = Bench(FakeStore(tier="redis") if beside else None)
+    bench.fill(tokens(100))
+    request = FakeRequest("r", tokens(120))
+    bench.side.match(request, 0)
+    bench.store.faults.failing = {"load"}
+    bench.side.allocated(request, bench.pages_for(request), 96)
+    bench.store.faults.failing = set()
+    bench.clock.time_s += 10
+    request.num_computed_tokens = 96
+    bench.step(*() if beside else ((request, 24),))
+    request.num_computed_tokens = 96 if beside else 120  # as the engine takes it to be, until it hears
+    assert bench.side.ended(request, bench.pages_for(request)) is not beside
+    bench.step()
+    assert eventually(lambda: (bench.report(), not bench.side.check())[1])
+    bench.step()
+    assert len(bench.store.blocks) == 6
+    bench.close()
+
+
+class Closing(FakeStore):
+    """Its loads note that they were closed, and may take their time over it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.closed = threading.Event()
+        self.may_close = threading.Event()
+        self.may_close.set()
+
+    def load(self, *args: Any, **kwargs: Any) -> FakeLoad:
+        load = super().load(*args, **kwargs)
+        let_go = load.close
+
+        def close() -> None:
+            assert self.may_close.wait(10)
+            let_go()
+            self.closed.set()
+
+        load.close = close  # type: ignore[method-assign]
+        return load
+
+
+def test_a_lease_is_let_go_of_though_the_store_rests() -> None:
+    store = Closing()
+    bench = Bench(store)
+    request = hit_in_the_step(bench, 120)
+    bench.step((request, 24))
+    store.closed.clear()  # the worker, which shares it here, has left it
+    bench.side.fail_open.call(lambda: 1 // 0, None)
+    assert bench.side.fail_open.resting
+    bench.report()
+    assert store.closed.is_set()
+    bench.clock.time_s += 10
+    bench.side.ended(request, bench.pages_for(request))
+    bench.report()
+    bench.close()
+
+
+def test_the_scheduler_does_not_wait_for_a_tier_that_still_reads_for_a_load_given_up() -> None:
+    store = Closing()
+    bench = Bench(store, sync_load_ms=0)
+    bench.fill(tokens(100))
+    request = FakeRequest("r", tokens(120))
+    bench.side.match(request, 0)
+    bench.side.allocated(request, bench.pages_for(request), 96)
+    store.may_close.clear()
+    bench.side.reported(Report(loads={"r": LoadReport(2)}))
+    assert not store.closed.is_set()
+    assert bench.side.check() == ["request r is tracked"]
+    store.may_close.set()
+    assert store.closed.wait(10)
+    bench.side.ended(request, bench.pages_for(request))
+    bench.step()
+    bench.report()
+    bench.close()

@@ -302,8 +302,8 @@ def sidecar_killed(workdir: Path) -> Facts:
         with sidecar.connect() as client:
             error, num_blocks = worst_error(client, watched.engine.model_id, watched.reference, watched.full(1))
         for how, sync_load_ms in (("in the step", 20.0), ("beside the steps", 0.0)):
-            scheduler = watched.engine.connector._scheduler
-            scheduler._settings = replace(scheduler._settings, sync_load_ms=sync_load_ms)
+            matching = watched.engine.connector._scheduler._matching
+            matching._settings = replace(matching._settings, sync_load_ms=sync_load_ms)
             watched.run_until_hit(f"before, {how}")
             watched.cut(4, lambda: watched.kill(sidecar))
             watched.run(f"killed {how}")
