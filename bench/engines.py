@@ -24,8 +24,9 @@ from connectors.base import LoadRule
 from connectors.transformers import TransformersConnector
 from kvstore.api import Hint
 from kvstore.config import StoreConfig
+from kvstore.lower_tiers import NOT_CHECKED
 from kvstore.registry import Registry
-from kvstore.store import NOT_CHECKED, KVStore
+from kvstore.store import KVStore
 from kvstore.tiers.redis import RedisTier
 from kvstore.tiers.valkey import EmbeddedServer
 

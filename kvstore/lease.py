@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Holds and leases: pins with a deadline.
+"""Leases: pins with a deadline, of a hold (`kvstore.holds`) first, and then of the load that is made of it.
 
-A *hold* is what a match leaves behind for a short while under a request id, so that nothing found is gone
-before the load. A *lease* is what a load makes of it. Pins return when it is released or expires; an expired
-lease stays known to its owner as dead, so that a copy that outlived it is noticed.
+Pins return when it is released or expires; an expired lease stays known to its owner as dead, so that a copy that
+outlived it is noticed.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class Lease:
 
 
 class LeaseBook:
-    """Every live lease of a store, and the holds by request id. Thread-safe.
+    """Every live lease of a store. Thread-safe.
 
     Lock order: this lock, then the pool's. Never the other way round.
     """

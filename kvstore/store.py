@@ -14,69 +14,42 @@ import itertools
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from weakref import WeakSet
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from kvstore.api import HOST_TIER, NO_HINT, Hint, Match, Register, Registration
 from kvstore.arena import Arena
-from kvstore.block import BlockId, Chain, ModelId, PartKey, RootId
+from kvstore.block import BlockId, Chain, ModelId, RootId
 from kvstore.clock import Clock, MonotonicClock
 from kvstore.config import StoreConfig
-from kvstore.delivery import LoadPlan
 from kvstore.errors import ConfigError, TierError, TierTimeout, UnknownLease
 from kvstore.events import EventLog
 from kvstore.fleet import FleetMarks
+from kvstore.holds import Hold, Holds
 from kvstore.index import Rows
 from kvstore.inspection import BlockInfo, inspect
 from kvstore.layout import BlockLayout, layout_of
-from kvstore.lease import Lease, LeaseBook
+from kvstore.lease import LeaseBook
 from kvstore.load import BlockLoad
+from kvstore.loading import Loading
 from kvstore.loan import Loan
-from kvstore.lookup import Lookup, Lookups, Sources, first_of
+from kvstore.lookup import Lookups
+from kvstore.lower_tiers import check_tiers, clear_tiers, make_tiers, meet
 from kvstore.marks import Mark, Marks
 from kvstore.mover import Mover
 from kvstore.pool import part_mask
 from kvstore.save import BlockSave, SavePlan
 from kvstore.stats import Durations, Stats, saved_seconds
-from kvstore.tiers import TIERS
 from kvstore.tiers.base import Tier
 from kvstore.tiers.host import HostTier
 
 log = logging.getLogger("kvstore.store")
 
-NOT_CHECKED = "not checked"
-"""Begins the line of `check` for a lower tier that does not answer."""
-
 _SWEEP_S = 0.25
-_DEAD_HOLD_S = 60.0
 _LOOKS = 10  # at pins that seem to be nobody's
 _BETWEEN_LOOKS_S = 0.02
-
-
-@dataclass(slots=True)
-class _Hold:
-    """What a match left behind for one request."""
-
-    chain: Chain
-    layout: BlockLayout
-    parts: tuple[int, ...]
-    lease: Lease
-    hint: Hint
-    lookup: Lookup | None = None
-    """What lower tiers hold of it; None where they were not asked."""
-    put_off: bool = False
-    """They are to be asked when it is matched again."""
-    num_host: int = 0
-    """Blocks of the chain among the lease's rows; one row after them is another chain's, which begins alike."""
-    num_partial_tokens: int = 0
-
-    def sources(self, num_host_blocks: int) -> Sources:
-        """What lower tiers hold after the host's run, as far as they have answered."""
-        return () if self.lookup is None else self.lookup.sources(num_host_blocks)
 
 
 class KVStore:
@@ -100,7 +73,11 @@ class KVStore:
         self._host = HostTier(self.config.host, shared=shared_memory)
         self.events = EventLog(self._host.pool)
         """What became matchable in the host, and what stopped."""
-        self._tiers = list(tiers) if tiers is not None else self._make_tiers()
+        try:
+            self._tiers = list(tiers) if tiers is not None else make_tiers(self.config)
+        except BaseException:
+            self._host.close()
+            raise
         for tier in self._tiers:
             tier.bind(self._stats)
         self._mover = Mover(self._host, self._tiers, self.config.mover, self._clock, self._stats)
@@ -111,37 +88,14 @@ class KVStore:
         self._mover.demotion.demoted = self.events.demoted
         self._warm_numbers = itertools.count()
         self._layouts: dict[ModelId, BlockLayout] = {}
-        self._holds: dict[str, _Hold] = {}
-        self._loads: WeakSet[BlockLoad] = WeakSet()  # so that closing the store ends what they are waiting for
-        self._lock = threading.Lock()
+        self._holds = Holds(self._host.pool, self._leases)
         self._closing = threading.Event()
         self._lookups = Lookups(self._tiers, self._mover, self.config.request, self._clock, self._stats)
-        self._fetchers = ThreadPoolExecutor(self.config.request.io_threads, thread_name_prefix="kvstore-fetch")
+        self._loading = Loading(
+            self._host, self._tiers, self._leases, self._mover, self.config.request, self._clock, self._stats
+        )
         self._sweeper = threading.Thread(target=self._sweep, name="kvstore-sweep", daemon=True)
         self._sweeper.start()
-
-    def _make_tiers(self) -> list[Tier]:
-        made: list[Tier] = []
-        try:
-            for name, options in self.config.tiers.items():
-                made.append(TIERS.load(name)(options))
-                self._greet(made[-1])
-        except BaseException:
-            for tier in made:
-                tier.close()
-            self._host.close()
-            raise
-        return made
-
-    def _greet(self, tier: Tier) -> None:
-        """Say at start, in one sentence, when a lower tier does not answer."""
-        nothing = PartKey(RootId(bytes(32)), BlockId(bytes(32)), 0)
-        try:
-            tier.contains([nothing], self.config.request.read_deadline_s)
-        except TierError as error:
-            if self.config.request.require_tiers:
-                raise ConfigError(f"lower tier does not answer: {error}") from error
-            log.warning("lower tier does not answer, starting without it until it does: %s", error)
 
     @property
     def arena(self) -> Arena:
@@ -174,11 +128,6 @@ class KVStore:
             raise ConfigError(f"model {chain.root.model.model!r} is not open: call store.open(model) first")
         return layout
 
-    def _meet(self, chain: Chain) -> None:
-        """Tell lower tiers whose the chain is: under its root they may be written to from now on."""
-        for tier in self._tiers:
-            tier.meet(chain.root)
-
     # -- finding -----------------------------------------------------------------------------------------------
 
     def match(
@@ -197,17 +146,10 @@ class KVStore:
         now_s = self._clock.now_s()
         rows = self._host.pool.pin_leading(chain.ids, part_mask(layout, cells), chain.root.id)
         self._stats.observe(f"{HOST_TIER}.lookup", self._clock.now_s() - now_s)
-        lease = self._leases.add(rows, now_s + self.config.request.hold_s)
         num_host = len(rows)
-        with self._lock:
-            before = self._holds.get(request)
-            hold = _Hold(chain, layout, cells, lease, _filled_in(hint, chain, now_s, asked=True), num_host=num_host)
-            if before is not None and before.lookup is not None and before.lookup.serves(chain, cells, num_host):
-                hold.lookup = before.lookup
-            first_time = before is None
-            self._holds[request] = hold
-        if before is not None:
-            self._leases.release(before.lease)
+        hint = _filled_in(hint, chain, now_s, asked=True)
+        hold = Hold(chain, layout, cells, self._leases.add(rows, now_s + self.config.request.hold_s), hint, num_host)
+        first_time = self._holds.put(request, hold)
         if hold.lookup is None and wait_s is not None and self._tiers and num_host < len(chain):
             if wait_s or soon or not num_host or not first_time:
                 hold.lookup = self._lookups.begin(chain, num_host, cells, hold.hint)
@@ -219,9 +161,9 @@ class KVStore:
                 hold.lookup.wait(wait_s)
         if first_time:
             self._note_match(hold, rows)
-        return self._describe(hold, num_host)
+        return hold.match(self._marks)
 
-    def _note_match(self, hold: _Hold, rows: Rows) -> None:
+    def _note_match(self, hold: Hold, rows: Rows) -> None:
         """Keep the chain warm everywhere, and count."""
         num_host = len(rows)
         self._host.pool.touch(hold.chain.ids, num_host, hold.hint)
@@ -236,49 +178,18 @@ class KVStore:
             }
         )
 
-    def _describe(self, hold: _Hold, num_host: int) -> Match:
-        sources = hold.sources(num_host)
-        num_blocks = num_host + sum(count for _, count in sources)
-        tiers = (((HOST_TIER, num_host),) if num_host else ()) + tuple((tier.name, count) for tier, count in sources)
-        num_pending = self._marks.run(hold.chain.root.id, hold.chain.ids, num_blocks)
-        if hold.lookup is not None:
-            num_pending = max(num_pending, hold.lookup.pending_to - num_blocks)
-        return Match(
-            num_blocks=num_blocks,
-            num_host_blocks=num_host,
-            num_pending_blocks=num_pending,
-            settled=not hold.put_off if hold.lookup is None else hold.lookup.settled,
-            tiers=tiers,
-        )
-
     def match_partial(self, request: str) -> int:
         """See `kvstore.api.Store.match_partial`."""
-        with self._lock:
-            hold = self._holds.get(request)
+        hold = self._holds.find(request)
         return 0 if hold is None else self.hold_similar(request, hold.num_host, hold.chain.tokens_after(hold.num_host))
 
     def hold_similar(self, request: str, index: int, tokens: npt.NDArray[np.uint32]) -> int:
         """`match_partial` for a chain whose tokens are not known here: `tokens` follow its first `index` blocks."""
-        # All of it under the lock: of two calls at once, each would pin a block, and a load would hand out the first
-        # one's for as many tokens as the second one's begins alike.
-        with self._lock:
-            hold = self._holds.get(request)
-            if hold is None or hold.num_host != index or hold.sources(index):
-                return 0
-            if not hold.num_partial_tokens:
-                chain, need = hold.chain, part_mask(hold.layout, hold.parts)
-                before = chain.ids[index - 1] if index else None
-                row, num_tokens = self._host.pool.pin_similar(before, tokens, need, chain.root.id)
-                if num_tokens and self._leases.append(hold.lease, row):
-                    hold.num_partial_tokens = num_tokens
-            return hold.num_partial_tokens
+        return self._holds.hold_similar(request, index, tokens)
 
     def forget(self, request: str) -> None:
         """See `kvstore.api.Store.forget`."""
-        with self._lock:
-            hold = self._holds.pop(request, None)
-        if hold is not None:
-            self._leases.release(hold.lease)
+        self._holds.forget(request)
 
     def touch(self, chain: Chain, num_blocks: int, hint: Hint = NO_HINT) -> None:
         """See `kvstore.api.Store.touch`."""
@@ -294,55 +205,12 @@ class KVStore:
         self, request: str, num_blocks: int | None = None, *, start: int = 0, partial_tokens: int = 0
     ) -> BlockLoad:
         """See `kvstore.api.Store.load`."""
-        with self._lock:
-            hold = self._holds.pop(request, None)
-        if hold is None:
-            raise UnknownLease(f"request {request!r} has no hold: call match first")
         if start < 0:
             raise ConfigError(f"start is {start}: it is a chain index, 0 for the first block")
-        settings = self.config.request
-        alive = self._leases.renew(hold.lease, self._clock.now_s() + settings.lease_s)
-        num_host = hold.num_host if alive else 0
-        if alive and 0 < partial_tokens <= hold.num_partial_tokens and num_blocks in (None, num_host):
-            # Nothing of lower tiers comes after it: it would have the same place.
-            self._stats.add("host.partial_hit_tokens", partial_tokens)
-            return self._load(hold, min(start, num_host), num_host + 1, ())
-        stop = num_host + sum(count for _, count in hold.sources(num_host)) if alive else 0
-        stop = stop if num_blocks is None else min(stop, num_blocks)
-        sources = first_of(hold.sources(num_host), stop - num_host) if alive else ()
-        return self._load(hold, min(start, stop), min(num_host, stop), sources)
-
-    def _load(self, hold: _Hold, start: int, num_host_blocks: int, sources: Sources) -> BlockLoad:
-        settings = self.config.request
-        plan = LoadPlan(
-            chain=hold.chain,
-            layout=hold.layout,
-            parts=hold.parts,
-            start=start,
-            num_host_blocks=num_host_blocks,
-            sources=sources,
-            hint=hold.hint,
-            read_deadline_s=settings.read_deadline_s,
-            now_s=self._clock.now_s,
-            lease_s=settings.lease_s,
-            stays=self._mover.stays,
-        )
-        load = BlockLoad(plan, self._host, self._leases, hold.lease, self._stats)
-        self._loads.add(load)
-        host_bytes = (plan.num_host_blocks - plan.start) * sum(hold.layout.parts[part].num_bytes for part in hold.parts)
-        self._stats.add_all({"load.requests": 1, "host.read_bytes": max(0, host_bytes)})
-        if sources:
-            self._meet(hold.chain)
-            self._fetchers.submit(self._fetch, load.begin_fetch(), plan)
-        return load
-
-    def _fetch(self, bring: Callable[[], None], plan: LoadPlan) -> None:
-        try:
-            bring()
-            self._mover.came_up(plan.chain, plan.stop, plan.parts)
-        except Exception:  # a thread's top: the load has ended, shorter
-            self._stats.add("load.errors")
-            raise
+        hold = self._holds.take(request)
+        if hold is None:
+            raise UnknownLease(f"request {request!r} has no hold: call match first")
+        return self._loading.begin(hold, num_blocks, start=start, partial_tokens=partial_tokens)
 
     # -- for other stores --------------------------------------------------------------------------------------
 
@@ -385,7 +253,7 @@ class KVStore:
     ) -> BlockSave:
         """See `kvstore.api.Store.save`."""
         layout = self._layout(chain)
-        self._meet(chain)
+        meet(self._tiers, chain.root)
         cells = _cells(layout, parts)
         if not 0 <= start <= stop <= len(chain):
             raise ConfigError(f"blocks {start}…{stop} are outside the chain, which has {len(chain)} full blocks")
@@ -453,18 +321,10 @@ class KVStore:
         failure: TierError | None = None
         if not self._mover.end_round(self.config.mover.flush_s):
             failure = TierTimeout("mover", "a write has not ended: what it brings down may come after the clear")
-        for tier in self._tiers:
-            try:
-                tier.clear(root)
-            except TierError as error:
-                self._stats.add(f"{tier.name}.clear_failures")
-                failure = failure or error
-            else:
-                if not tier.read_only:
-                    self.events.cleared_below(tier.name, root)
+        below = clear_tiers(self._tiers, root, self._stats, lambda name: self.events.cleared_below(name, root))
         # Loads that began between brought up what was found below before. One that begins now finds nothing there.
         removed += self._host.pool.clear(root)
-        if failure is not None:
+        if (failure := failure or below) is not None:
             raise failure
         return removed
 
@@ -503,16 +363,7 @@ class KVStore:
                 self._stats.add("lease.expired", expired)
             self._host.pool.settle()
             self._marks.sweep()
-            with self._lock:
-                # Kept a while: the load that comes late is told that there is nothing, not that it never matched.
-                late_s = now_s - _DEAD_HOLD_S
-                dead = [
-                    request
-                    for request, hold in self._holds.items()
-                    if not hold.lease.alive and hold.lease.deadline_s < late_s
-                ]
-                for request in dead:
-                    del self._holds[request]
+            self._holds.sweep(now_s)
 
     def note_saved(self, seconds: float) -> None:
         """See `kvstore.api.Store.note_saved`."""
@@ -537,12 +388,7 @@ class KVStore:
         faults = self._host.pool.check()
         if num_rows := self._rows_pinned_by_nobody():
             faults.append(f"store: {num_rows} rows are pinned by nobody")
-        for tier in self._tiers:
-            try:
-                faults += tier.check()
-            except TierError as error:
-                faults.append(f"{NOT_CHECKED}: {error}")
-        return faults
+        return faults + check_tiers(self._tiers)
 
     def _rows_pinned_by_nobody(self) -> int:
         # Looked at again before it is believed: rows are pinned just before their lease is entered, and unpinned
@@ -560,13 +406,12 @@ class KVStore:
         if self._closing.is_set():
             return
         self._closing.set()
-        for load in list(self._loads):
-            load.stop()
+        self._loading.stop()
         self._sweeper.join()
         self._mover.close()
         self._fleet.close()
         self._lookups.close()
-        self._fetchers.shutdown(wait=True)
+        self._loading.close()
         for tier in self._tiers:
             tier.close()
         self._host.close()

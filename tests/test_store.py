@@ -537,24 +537,6 @@ def test_of_a_save_nothing_is_published_where_nothing_is_named(store: KVStore, r
         assert save.num_open == 2
 
 
-def test_a_hold_that_the_sweeper_ended_still_gives_an_empty_load(
-    make_store: MakeStore, root: Root, clock: FakeClock
-) -> None:
-    store = make_store()
-    chain = chain_of(root, 2)
-    save_all(store, chain)
-    store.match(chain, "r")
-    clock.time_s += 30
-    while store.stats()["lease.live"]:
-        threading.Event().wait(0.01)
-    with store.load("r") as load:
-        assert list(load) == []
-    store.match(chain, "gone")
-    clock.time_s += 1000
-    while "gone" in store._holds:
-        threading.Event().wait(0.01)
-
-
 def test_a_tier_that_raises_anything_gives_its_queue_back(make_store: MakeStore, root: Root) -> None:
     class Buggy(DictTier):
         broken = True

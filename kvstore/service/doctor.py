@@ -17,6 +17,7 @@ from kvstore import native
 from kvstore.block import FORMAT_VERSION, hash_chain
 from kvstore.config import StoreConfig
 from kvstore.errors import AccessDenied, KVStoreError, ServiceUnavailable
+from kvstore.lower_tiers import NOT_CHECKED
 from kvstore.service.admin import Admin, Target
 from kvstore.service.doctor_redis import Running, examine_tiers
 from kvstore.service.findings import Finding, note, ok, problem
@@ -24,7 +25,6 @@ from kvstore.service.knock import knock
 from kvstore.service.preflight import Needs, preflight
 from kvstore.service.rights import Gate, read_secret
 from kvstore.service_options import socket_path
-from kvstore.store import NOT_CHECKED
 
 _DOOR_TIMEOUT_S = 2.0
 _PROBES = 20
