@@ -23,7 +23,7 @@ import logging
 import os
 import threading
 from bisect import bisect_right, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -225,6 +225,11 @@ class Arena:
     def view(self, slot: int, num_bytes: int) -> memoryview:
         """Writable bytes of a slot."""
         return self._view[slot : slot + num_bytes]
+
+    def views(self, slots: Iterable[int], sizes: Iterable[int]) -> list[memoryview]:
+        """`view` of each."""
+        whole = self._view
+        return [whole[slot : slot + num_bytes] for slot, num_bytes in zip(slots, sizes, strict=True)]
 
     def readable(self, slot: int, num_bytes: int) -> memoryview:
         """The same for who only reads."""

@@ -13,11 +13,11 @@ from __future__ import annotations
 import hashlib
 import hmac
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from itertools import repeat
-from typing import NamedTuple, NewType
+from itertools import cycle, repeat
+from typing import NamedTuple, NewType, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -138,6 +138,17 @@ class Root:
         if self.secret:
             digest = hmac.digest(self.secret, digest, "sha256")
         return RootId(digest)
+
+
+Named = TypeVar("Named", bound=tuple[object, ...])
+
+
+def named(kind: type[Named], *columns: Iterable[object]) -> Iterator[Named]:
+    """`kind(*row)` for each row of `columns`, as far as the shortest goes, for a NamedTuple.
+
+    Its own `__new__` is Python, and took two thirds of the time that thousands of them need.
+    """
+    return map(tuple.__new__, repeat(kind), zip(*columns, strict=False))
 
 
 class PartKey(NamedTuple):
@@ -295,7 +306,7 @@ class Chain:
         tokens = bytes(self._tokens[start * block_bytes : stop * block_bytes])  # no view: another thread may extend
         parents = (self.parent_id(start), *self.ids[start : stop - 1])
         spans = [tokens[at : at + block_bytes] for at in range(0, len(tokens), block_bytes)]
-        return list(map(BlockMeta, parents, range(start, stop), spans, repeat(b"")))
+        return list(named(BlockMeta, parents, range(start, stop), spans, repeat(b"")))
 
     def tokens_after(self, index: int) -> npt.NDArray[np.uint32]:
         """Tokens from block `index` on, a block's worth of them at most; none where media begin among them."""
@@ -315,6 +326,6 @@ class Chain:
 
     def part_keys(self, start: int, stop: int, parts: Iterable[int]) -> list[PartKey]:
         """Keys of blocks `start`…`stop`, block by block, each over `parts`."""
-        cells = tuple(parts)
-        root = self.root.id
-        return [PartKey(root, block, part) for block in self.ids[start:stop] for part in cells]
+        cells, ids = tuple(parts), self.ids[start:stop]
+        blocks = ids if len(cells) == 1 else (block for block in ids for _ in cells)
+        return list(named(PartKey, repeat(self.root.id), blocks, cycle(cells))) if cells else []

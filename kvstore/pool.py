@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from kvstore.api import NO_HINT, Hint
 from kvstore.beliefs import Beliefs
-from kvstore.block import BlockId, BlockMeta, RootId
+from kvstore.block import BlockId, BlockMeta, RootId, named
 from kvstore.health import faults
 from kvstore.index import NO_ROW, Rows
 from kvstore.layout import BlockLayout
@@ -294,7 +294,7 @@ class BlockPool:
         self._table.slots[rows[:, None], list(parts)] = places.reshape(len(slots), len(parts))
         num_bytes = sum(layout.parts[part].num_bytes for part in parts)
         self._residents.accounts.charge(number, num_bytes * len(slots))
-        return list(map(Reservation, count(first), rows.tolist(), repeat(parts), slots))
+        return list(named(Reservation, count(first), rows.tolist(), repeat(parts), slots))
 
     def publish(
         self, reservations: Sequence[Reservation], hint: Hint, *, pins: int = 0, below: int | None = None

@@ -11,13 +11,13 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
-from itertools import accumulate, islice, takewhile
+from itertools import accumulate, chain, islice, repeat, takewhile
 from types import TracebackType
 from typing import Self
 
 import numpy as np
 
-from kvstore.block import PartKey
+from kvstore.block import PartKey, named
 from kvstore.delivery import Delivery, ReadyBlock
 from kvstore.layout import BlockLayout
 from kvstore.pool import Reservation, part_mask
@@ -107,7 +107,7 @@ class Promotion:
         `alone`: not where others have begun with what comes next. To wait for them in the middle of a reading would
         keep a connection from them, and what came after theirs could not become resident before.
         """
-        plan, view = self._delivery.plan, self._delivery.host.arena.view
+        plan = self._delivery.plan
         root, ids, cells = plan.chain.root.id, plan.chain.ids, plan.layout.parts
         reserved, num_refused = self._pool.reserve(
             root, plan.layout, ids[self.stop : stop], plan.chain.metas, plan.parts, self.stop
@@ -117,12 +117,11 @@ class Promotion:
             return {}
         self.stop = stop - num_refused
         self._filling += reserved
-        sizes = [cell.num_bytes for cell in cells]
-        into = {
-            PartKey(root, ids[item.at], part): view(slot, sizes[part])
-            for item in reserved
-            for part, slot in zip(item.parts, item.slots, strict=True)
-        }
+        parts = [part for item in reserved for part in item.parts]
+        keys = named(PartKey, repeat(root), [ids[item.at] for item in reserved for _ in item.parts], parts)
+        slots = chain.from_iterable(item.slots for item in reserved)
+        views = self._delivery.host.arena.views(slots, [cells[part].num_bytes for part in parts])
+        into = dict(zip(keys, views, strict=True))
         self._coming.expect(into, reserved)
         return into
 
