@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from connectors.vllm_pages import DevicePages
 from connectors.vllm_plan import LoadOrder, SaveOrder
 from kvstore.api import GivesOpenRun, GivesRun, KnowsWindows, Load, LoadedBlock, LoadedRun, OpenRun, Save, SaysWhole
-from kvstore.transfer import Blocks, Copying, Moment
+from kvstore.transfer import Blocks, Copying, LinkShare, Moment
 
 _BATCH_BYTES = 64 << 20
 """Blocks that come one by one are begun when there are so many: a window's worth of a device's copies."""
@@ -140,6 +140,7 @@ class DeviceLoad:
 class DeviceSave:
     """See the module. `begin` on the engine's thread, `publish` on another.
 
+    `share`: of the link, what it takes beside the steps; None for as much as there is.
     `void`: it is of before a reset, and not published; what is being published when this is set may still be.
     """
 
@@ -148,28 +149,37 @@ class DeviceSave:
     copying: Copying | None
     held: ExitStack
     """What `publish` lets go of."""
+    share: LinkShare | None = None
     void: bool = False
 
     @classmethod
-    def begin(cls, pages: DevicePages, order: SaveOrder, save: Save) -> DeviceSave:
+    def begin(cls, pages: DevicePages, order: SaveOrder, save: Save, share: LinkShare | None = None) -> DeviceSave:
         """Begin to copy out what `save` has reserved. Raises what the copy raises; then nothing is left of it."""
         with ExitStack() as held:
             held.enter_context(save)
             copying = None
             if save.indices:
-                copying = pages.start_save(order.pages, _to_fill(save))
+                copying = pages.start_save(order.pages, _to_fill(save), put_off=share is not None)
                 copying.order()  # the pages may be another's with the next step
-            return cls(order, save, copying, held.pop_all())
+            return cls(order, save, copying, held.pop_all(), share)
 
     def publish(self) -> tuple[int, int]:
         """(blocks published, blocks refused). Raises what the store raises."""
         with self.held:  # an error of the copy itself ends here too: its slots are not published
             if self.copying is None:
                 return 0, self.save.num_refused
-            self.copying.finish()
+            if self.share is None:
+                self.copying.finish()
+            else:
+                self.copying.finish_by(self.share)
             if self.void:
                 return 0, 0
             return self.save.commit(*self.save.indices), self.save.num_refused
+
+    def hurry(self) -> None:
+        """Somebody waits for it, or the engine has nothing that it could slow down."""
+        if self.copying is not None:
+            self.copying.hurry()
 
     def let_go(self) -> None:
         """Give up what was not published, when nothing writes to it any more. Idempotent."""
@@ -179,7 +189,7 @@ class DeviceSave:
 
 
 def _to_fill(save: Save) -> Blocks | OpenRun:
-    """Where the save's blocks go, by arrays where it can say so: views of each are 10 µs of the engine's thread."""
+    """Where the save's blocks go, by arrays where it can say so: views of each are 4 µs of the engine's thread."""
     if isinstance(save, GivesOpenRun):
         return save.open_run()
     return [(index, save.views(index)) for index in save.indices]

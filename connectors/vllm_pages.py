@@ -82,8 +82,11 @@ class DevicePages(Protocol):
     def now(self) -> Moment:
         """What the engine's thread, which calls this, has ordered so far."""
 
-    def start_save(self, pages: Sequence[int], blocks: Blocks | OpenRun) -> Copying:
-        """Begin to copy blocks out, after what the calling thread has ordered so far."""
+    def start_save(self, pages: Sequence[int], blocks: Blocks | OpenRun, *, put_off: bool = False) -> Copying:
+        """Begin to copy blocks out, after what the calling thread has ordered so far.
+
+        `put_off`: as `PageCopier.start_gather`.
+        """
 
     def start_load(
         self,
@@ -126,8 +129,8 @@ class StridedPages:
     def now(self) -> Moment:
         return self._copier.now()
 
-    def start_save(self, pages: Sequence[int], blocks: Blocks | OpenRun) -> Copying:
-        return self._copier.start_gather(pages, blocks)
+    def start_save(self, pages: Sequence[int], blocks: Blocks | OpenRun, *, put_off: bool = False) -> Copying:
+        return self._copier.start_gather(pages, blocks, put_off=put_off)
 
     def start_load(
         self,

@@ -59,6 +59,8 @@ class VllmSettings:
         load_threads: loads under way at once.
         step_layers: on a device, layers that a forward pass waits for together where a load belongs to its step; it
             begins when the first are there. 0: it waits for the whole load. A pass that is one CUDA graph does as well.
+        save_share: on a device, of the link's time, what saves take beside the steps, which they slow down; 1 for as
+            much as there is. Only what no page waits for any more is put off: 256 MiB at most.
         load, save: False leaves that half out; vLLM's roles kv_producer and kv_consumer do the same.
         secret: keys block ids, so that nobody without it can guess them from prompts.
     """
@@ -80,6 +82,7 @@ class VllmSettings:
     pending_deadline_ms: float = 20000.0
     load_threads: int = 2
     step_layers: int = 4
+    save_share: float = 0.5
     load: bool = True
     save: bool = True
     secret: str = field(default="", repr=False)
@@ -104,6 +107,8 @@ class VllmSettings:
             raise ConfigError(f"load_threads is {made.load_threads}: it must be at least 1")
         if made.step_layers < 0:
             raise ConfigError(f"step_layers is {made.step_layers}: it must be 0 or more")
+        if not 0 < made.save_share <= 1:
+            raise ConfigError(f"save_share is {made.save_share}: it must be above 0 and at most 1")
         if made.address and (made.store or made.embedded):
             raise ConfigError(
                 "address and store (or embedded) are both given: the sidecar at address has its own store"

@@ -24,6 +24,7 @@ from connectors.vllm_pages import DevicePages, EnginePages
 from connectors.vllm_plan import Orders, Report, SaveOrder
 from kvstore.api import Save, Store
 from kvstore.block import Chain
+from kvstore.transfer import LinkShare
 
 
 @dataclass(eq=False, slots=True)
@@ -39,6 +40,8 @@ class _Saving:
 class WorkerSaves:
     """See the module. For the engine's thread. `saves`: False where another rank has the same and writes it.
 
+    `share`: of the link's time, what saves may take beside the steps.
+
     Attributes:
         beside: saves that go on beside the steps.
     """
@@ -52,6 +55,7 @@ class WorkerSaves:
         report: Report,
         *,
         saves: bool,
+        share: float,
         now_s: Callable[[], float],
     ) -> None:
         self._store = store
@@ -62,6 +66,7 @@ class WorkerSaves:
         self._fail_open = fail_open
         self._report = report
         self._saves = saves
+        self._share = LinkShare(share, now_s=now_s) if share < 1 else None
         self._now_s = now_s
         self.beside: list[_Saving] = []
         self._chains: dict[str, Chain] = {}
@@ -100,6 +105,7 @@ class WorkerSaves:
         """What is under way is of before a reset, which is to be reported when it has ended."""
         for saving in self.beside:
             saving.begun.void = True
+        self._hurry()
         self._resets_due += 1
 
     def take_sent(self, *, idle: bool) -> set[str]:
@@ -109,6 +115,8 @@ class WorkerSaves:
         """
         if not (self.beside or self._sent):
             return set()
+        if idle:
+            self._hurry()
         self.collect(wait_for_held=idle)
         sent, self._sent = self._sent, set()
         return sent
@@ -127,7 +135,10 @@ class WorkerSaves:
         """Save one order's blocks; True where that goes on beside the steps."""
         began_s = self._now_s()
         if (pages := self._device) is not None:
-            begun = self._fail_open.call(lambda: DeviceSave.begin(pages, order, self._reserve(order)), None)
+            share = None if order.holds else self._share
+            if order.holds:  # its request has ended, and its pages wait for it and for those before it
+                self._hurry()
+            begun = self._fail_open.call(lambda: DeviceSave.begin(pages, order, self._reserve(order), share), None)
             if begun is None:
                 self._published(order, None, began_s)
                 return False
@@ -135,6 +146,11 @@ class WorkerSaves:
             return True
         self._published(order, self._fail_open.call(lambda: self._copy_out(order), None), began_s)
         return False
+
+    def _hurry(self) -> None:
+        """Those beside the steps are waited for, or there is no step that they could slow down."""
+        for saving in self.beside:
+            saving.begun.hurry()
 
     def _finish_save(self, begun: DeviceSave) -> tuple[int, int] | None:
         done = self._fail_open.call(begun.publish, None)
@@ -193,4 +209,5 @@ class WorkerSaves:
             self._report.counts[name] = self._report.counts.get(name, 0.0) + value
 
     def close(self) -> None:
+        self._hurry()
         self._threads.shutdown(wait=True)

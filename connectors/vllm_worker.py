@@ -60,6 +60,7 @@ class WorkerSide:
             self.fail_open,
             self._report,
             saves=saves and settings.save,
+            share=settings.save_share,
             now_s=now_s,
         )
         self._changed: set[AdapterFiles] = set()

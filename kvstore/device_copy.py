@@ -21,7 +21,7 @@ takes 5 to 6 %:
     the same by a cuMemcpy2DAsync each                0.90  0.93  0.79   10 %
 
 Order on a device, for windows that take turns with two stages, in a save up to four (arrows are events; nothing blocks
-the host until `finish`):
+the host until `finish`; what a save puts off, `copy_under_way` says):
 
     save   engine ─after─▶ kernels: fill stage ─filled─▶ copies: stage → slots ─free─▶ kernels: fill it again
     load   copies: slots → stage ─filled─▶ kernels (after `after`): stage → pages ─free─▶ copies: fill it again
@@ -44,12 +44,13 @@ import torch
 from kvstore import copy_kernel
 from kvstore.copy_engine import CopyEngine, engine_of, host_bytes
 from kvstore.copy_pages import by_index, by_kernel, on_device
+from kvstore.copy_under_way import Copying, CopyingOut, Sending
 from kvstore.copy_windows import Ints, Part, PartWork, Window
 from kvstore.layout import BlockLayout, PartLayout
 from kvstore.lossy import FORMATS
 from kvstore.paged import Planes
 from kvstore.pinning import PINNED
-from kvstore.stages import LEAST_STAGES, Stage, Stages, stages_of
+from kvstore.stages import LEAST_STAGES, Stage, stages_of
 from kvstore.streams import Moment, Stream, Streams, streams_of
 from kvstore.unpack_kernel import Unpacking, unpackings
 
@@ -66,58 +67,6 @@ class Way(enum.Enum):
 
     STAGED = "staged"
     INDEX = "index"
-
-
-class Copying:
-    """A copy under way. Its slots, and a load's pages, are not to be touched before it is finished.
-
-    Attributes:
-        num_bytes: what moves.
-    """
-
-    def __init__(
-        self,
-        num_bytes: int,
-        streams: Streams,
-        steps: Sequence[tuple[int, Moment]] = (),
-        held: object = None,
-        read: Moment | None = None,
-    ) -> None:
-        self.num_bytes = num_bytes
-        self._streams = streams
-        self._steps = steps  # (first layer, reached when the step is done), in order
-        self._held = held  # what the copies read and write stays alive
-        self._told: tuple[Stream, int] | None = None  # which stream of the engine's waits already, for so many steps
-        self._read = read  # of a save: when the last page was read, which is before the last byte crossed the link
-
-    @property
-    def is_done(self) -> bool:
-        return not self._steps or self._streams.is_reached(self._steps[-1][1])
-
-    def finish(self) -> None:
-        """Return when it is done. Idempotent."""
-        if self._steps:
-            self._streams.finish(self._steps[-1][1])
-        self._held = None
-
-    def order(self, layer: int | None = None) -> None:
-        """Have the engine's work, as submitted by this thread from now on, wait for `layer` (of the model) or for all.
-
-        After a load the engine then finds it in its pages; after a save it may write the pages again, though their
-        bytes may still be on the link. It does not block the caller; `finish` must still be called before the slots
-        are released.
-        """
-        if self._read is not None:
-            self._streams.wait(self._streams.engine(), self._read)
-            return
-        count = sum(layer is None or first <= layer for first, _ in self._steps)
-        if not count:
-            return
-        # Once is enough, and 7 µs for each layer were as much as the copies of a short load.
-        engine, told = self._streams.engine(), self._told
-        if told is None or told[0] != engine or told[1] < count:
-            self._streams.wait(engine, self._steps[count - 1][1])
-            self._told = engine, count
 
 
 class DeviceCopier:
@@ -166,6 +115,7 @@ class DeviceCopier:
         to_slots: bool,
         after: Moment = None,
         step_layers: int = 0,
+        put_off: bool = False,
     ) -> Copying:
         """Submit copies of (part, blocks) pairs.
 
@@ -173,6 +123,7 @@ class DeviceCopier:
             after: when the engine's pages may be read or written; None for now, as the calling thread's stream has it.
             step_layers: layers whose copies end together, so that a forward pass can begin before the last are there;
                 0 for all.
+            put_off: of a save, windows that lie in stages are not sent before their stage is wanted or it is finished.
         """
         stages, streams, name = (self._save if to_slots else self._load), self.streams, "save" if to_slots else "load"
         kernels = streams.side(f"{name} kernels")
@@ -180,25 +131,30 @@ class DeviceCopier:
         if after is None:
             after = streams.record(streams.engine())
         steps: list[tuple[int, Moment]] = []
-        num_bytes = 0
+        sendings: list[Sending] = []
+        num_bytes = number = 0
         with stages.lock:
             try:
                 streams.wait(kernels, after)
-                number = 0
                 for first_layer, windows in self._steps(work, step_layers, kernels, unpacks=not to_slots):
                     for window in windows:
                         num_bytes += window.num_blocks * window.slot_bytes
-                        self._submit(stages, number, window, to_slots, kernels, lanes[number % len(lanes)])
+                        lane = lanes[number % len(lanes)]
+                        if to_slots:
+                            sendings.append(self._take_out(window, kernels, lane, put_off=put_off))
+                        else:
+                            self._bring_in(window, kernels, lane)
                         number += 1
-                    for lane in lanes[1:] if to_slots else ():
-                        streams.wait(lanes[0], streams.record(lane))
-                    steps.append((first_layer, streams.record(lanes[0] if to_slots else kernels)))
+                    steps.append((first_layer, streams.record(kernels)))
             except BaseException:
+                for sending in sendings:
+                    sending.drop()
                 for stream in (kernels, *lanes):
                     streams.finish(streams.record(stream))
                 raise
-            read = streams.record(kernels) if to_slots and steps else None
-        return Copying(num_bytes, streams, steps, (self, work), read)
+        if to_slots and steps:
+            return CopyingOut(num_bytes, streams, stages.lock, sendings, (self, work), steps[-1][1])
+        return Copying(num_bytes, streams, steps, (self, work))
 
     def _steps(
         self, work: Sequence[tuple[int, PartWork]], step_layers: int, kernels: Stream, *, unpacks: bool
@@ -236,34 +192,34 @@ class DeviceCopier:
     def _way_of(self, blocks: PartWork) -> Way:
         return self.way if blocks.tokens is None else Way.INDEX  # kernels know whole pieces only
 
-    def _submit(
-        self,
-        stages: Stages,
-        number: int,
-        window: Window,
-        to_slots: bool,
-        kernels: Stream,
-        copies: Stream,
-    ) -> None:
-        """Submit one window. `number`: of its call, which says which stage it goes through."""
+    def _take_out(self, window: Window, kernels: Stream, lane: Stream, *, put_off: bool) -> Sending:
+        """Submit one window's way into a stage, and on to its slots, or have that wait until the stage is wanted."""
         streams, way = self.streams, self._way_of(window.work)
-        # A load's stage holds what crossed the link; a save's, the values before they are packed.
-        num_bytes = window.num_blocks * (window.exact_bytes if to_slots else window.slot_bytes)
-        room_bytes = self._window_bytes(by_layers=not to_slots)
-        stage = stages.take(streams, kernels, number, num_bytes, room_bytes)
-        first, second = (kernels, copies) if to_slots else (copies, kernels)
-        before: Callable[[], None]
-        then: Callable[[], None]
-        if to_slots:
-            before, then = lambda: self._fill(way, stage, window), lambda: self._send(stage, window)
-        else:
-            before, then = lambda: self._fetch(stage, window), lambda: self._empty(way, stage, window)
+        num_bytes = window.num_blocks * window.exact_bytes  # before they are packed
+        stage = self._save.take(streams, kernels, num_bytes, self._window_bytes(by_layers=False))
         if not stage.is_new:
-            streams.wait(first, stage.free)
-        streams.submit(first, before)
-        streams.wait(second, streams.record(first))
-        streams.submit(second, then)
-        stage.free, stage.is_new = streams.record(second), False
+            streams.wait(kernels, stage.free)
+        streams.submit(kernels, lambda: self._fill(way, stage, window))
+        stage.free = filled = streams.record(kernels)
+        stage.waiting = sending = Sending(streams, filled, lane, lambda: self._send(stage, window))
+        stage.is_new = False
+        if not put_off:
+            stage.free, stage.waiting = sending.send(), None
+            if sending.error is not None:
+                raise sending.error
+        return sending
+
+    def _bring_in(self, window: Window, kernels: Stream, lane: Stream) -> None:
+        """Submit one window's way into a stage, and on to the pages."""
+        streams, way = self.streams, self._way_of(window.work)
+        num_bytes = window.num_blocks * window.slot_bytes
+        stage = self._load.take(streams, kernels, num_bytes, self._window_bytes(by_layers=True))
+        if not stage.is_new:
+            streams.wait(lane, stage.free)
+        streams.submit(lane, lambda: self._fetch(stage, window))
+        streams.wait(kernels, streams.record(lane))
+        streams.submit(kernels, lambda: self._empty(way, stage, window))
+        stage.free, stage.is_new = streams.record(kernels), False
 
     # -- what runs on the streams ------------------------------------------------------------------------------
 

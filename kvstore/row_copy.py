@@ -21,8 +21,9 @@ import numpy as np
 import torch
 
 from kvstore.copy_pages import by_index, by_kernel, on_device
+from kvstore.copy_under_way import Copying
 from kvstore.copy_windows import WORD_BYTES, Ints, Part, PartWork, Window
-from kvstore.device_copy import Copying, Way, best_way
+from kvstore.device_copy import Way, best_way
 from kvstore.errors import ConfigError
 from kvstore.layout import BlockLayout
 from kvstore.paged import PagedKV

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from kvstore.copy_under_way import Sending
 from kvstore.streams import Moment, Stream, Streams
 
 LEAST_STAGES = 2
@@ -26,6 +27,8 @@ class Stage:
     free: Moment = None
     """When what it was last used for is done; meaningless while it `is_new`."""
     is_new: bool = True
+    waiting: Sending | None = None
+    """The window of a save that lies in it, where that may be put off."""
     packed: torch.Tensor | None = None
     """Lossy bytes of a save under way. Replaced only on the kernels' stream after `free`: then nobody reads them."""
 
@@ -41,28 +44,34 @@ class Stages:
         self.lock = threading.Lock()
         self.stages = [Stage() for _ in range(number)]
         self._device = device
+        self._next = 0
 
-    def take(self, streams: Streams, kernels: Stream, number: int, num_bytes: int, room_bytes: int) -> Stage:
-        """The stage of a call's window `number`, with room for `num_bytes`; where it has to be made, for `room_bytes`.
+    def take(self, streams: Streams, kernels: Stream, num_bytes: int, room_bytes: int) -> Stage:
+        """The next stage, with room for `num_bytes`; where it has to be made, for `room_bytes`.
+
+        They go on in turns from call to call: a call that began with the first again would wait for the one before it,
+        and find what that has put off in the only stage it wants. What was put off in the stage is sent.
 
         Where the device has no memory for more, two do.
         """
-        stages = self.stages
-        stage = stages[number % len(stages)]
+        number, self._next = self._next % len(self.stages), self._next + 1
+        stage = self.stages[number]
         try:
             self._make_room(streams, kernels, stage, num_bytes, room_bytes)
         except torch.cuda.OutOfMemoryError:
-            if number % len(stages) < LEAST_STAGES:
+            if number < LEAST_STAGES:
                 raise
-            for one in stages[LEAST_STAGES:]:
+            for one in self.stages[LEAST_STAGES:]:
+                _send_waiting(one)
                 if not one.is_new:  # copies of its bytes may be under way, on a stream that did not allocate them
                     streams.finish(one.free)
-            del stages[LEAST_STAGES:]
-            stage = stages[number % len(stages)]
+            del self.stages[LEAST_STAGES:]
+            stage = self.stages[number % LEAST_STAGES]
             self._make_room(streams, kernels, stage, num_bytes, room_bytes)
         return stage
 
     def _make_room(self, streams: Streams, kernels: Stream, stage: Stage, num_bytes: int, room_bytes: int) -> None:
+        _send_waiting(stage)
         if num_bytes > stage.num_bytes:
             if not stage.is_new:
                 streams.finish(stage.free)
@@ -72,6 +81,11 @@ class Stages:
             streams.submit(kernels, lambda: _allocate(stage, room_bytes, self._device))
             stage.num_bytes = room_bytes
             stage.free, stage.is_new = streams.record(kernels), False
+
+
+def _send_waiting(stage: Stage) -> None:
+    if stage.waiting is not None:
+        stage.free, stage.waiting = stage.waiting.send(), None
 
 
 def _allocate(stage: Stage, num_bytes: int, device: torch.device) -> None:

@@ -41,9 +41,10 @@ import numpy.typing as npt
 import torch
 
 from kvstore.api import ABSENT, LoadedRun, OpenRun
+from kvstore.copy_under_way import Copying as Copying
+from kvstore.copy_under_way import LinkShare as LinkShare
 from kvstore.copy_windows import Ints, PartWork, address_of
 from kvstore.copying import Shape, assign, copy_places
-from kvstore.device_copy import Copying as Copying
 from kvstore.device_copy import DeviceCopier
 from kvstore.device_copy import Way as Way
 from kvstore.layout import BlockLayout, PartLayout
@@ -197,7 +198,7 @@ class PageCopier:
 
         Args:
             page_ids: the sequence's page table; entry i holds its tokens from i × page tokens on.
-            blocks: with writable slots for `parts`. A run of them costs the caller's thread a tenth.
+            blocks: with writable slots for `parts`. A run of them costs the caller's thread less.
         """
         return _finished(self.start_gather(page_ids, blocks))
 
@@ -309,13 +310,18 @@ class PageCopier:
             )
         self._runs.append(runs)
 
-    def start_gather(self, page_ids: Sequence[int], blocks: Blocks | OpenRun, *, after: Moment = None) -> Copying:
+    def start_gather(
+        self, page_ids: Sequence[int], blocks: Blocks | OpenRun, *, after: Moment = None, put_off: bool = False
+    ) -> Copying:
         """`gather`, begun: on a device it returns at once, on the CPU when it is done. See `Copying`.
 
         Args:
             after: the moment, from `now`, at which the engine's work on these pages is done; None for now.
+            put_off: what lies in the device's own memory is not sent before `Copying.finish` or `finish_by`, or before
+                others want the room: the engine need not wait for it.
         """
-        return self._start(page_ids, self._slots_of(blocks, to_slots=True), to_slots=True, after=after)
+        slots = self._slots_of(blocks, to_slots=True)
+        return self._start(page_ids, slots, to_slots=True, after=after, put_off=put_off)
 
     def start_scatter(
         self,
@@ -374,12 +380,20 @@ class PageCopier:
         return streams.record(streams.engine())
 
     def _start(
-        self, page_ids: Sequence[int], slots: _Slots, *, to_slots: bool, after: Moment = None, step_layers: int = 0
+        self,
+        page_ids: Sequence[int],
+        slots: _Slots,
+        *,
+        to_slots: bool,
+        after: Moment = None,
+        step_layers: int = 0,
+        put_off: bool = False,
     ) -> Copying:
         places = self._places(page_ids, slots.numbers)
         if not self._by_address:
             parts = self._parts_of(places, slots)
-            return self._on_device().start(parts, to_slots=to_slots, after=after, step_layers=step_layers)
+            device = self._on_device()
+            return device.start(parts, to_slots=to_slots, after=after, step_layers=step_layers, put_off=put_off)
         for at in range(len(self._cells)):
             self._copy_part(at, places, slots.addresses[:, at], to_slots)
         return Copying(int(((slots.addresses != 0) * self._sizes).sum()), InOrder())

@@ -83,6 +83,7 @@ COPIES = tuple(
         "copy_engine",
         "copy_kernel",
         "copy_pages",
+        "copy_under_way",
         "copy_windows",
         "device_copy",
         "lossy",
@@ -206,7 +207,8 @@ RULES: dict[str, Rule] = {
     "kvstore.paged": Rule(2, FOUNDATIONS, ("torch",)),
     "kvstore.pinning": Rule(2, (*FOUNDATIONS, "kvstore.memory"), ("torch",)),
     "kvstore.row_copy": Rule(2, (*FOUNDATIONS, *COPIES), ("torch",)),
-    "kvstore.stages": Rule(2, (*FOUNDATIONS, "kvstore.streams"), ("torch",)),
+    "kvstore.copy_under_way": Rule(2, (*FOUNDATIONS, "kvstore.streams")),
+    "kvstore.stages": Rule(2, (*FOUNDATIONS, "kvstore.copy_under_way", "kvstore.streams"), ("torch",)),
     "kvstore.streams": Rule(2, FOUNDATIONS, ("torch",)),
     "kvstore.unpack_kernel": Rule(
         2, (*FOUNDATIONS, "kvstore.copy_kernel", "kvstore.copy_windows"), ("torch", "triton")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import enum
+import threading
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
@@ -26,7 +27,7 @@ from kvstore.copy_windows import address_of
 from kvstore.layout import layout_of
 from kvstore.pinning import PINNED, pin
 from kvstore.store import KVStore
-from kvstore.transfer import to_tensor
+from kvstore.transfer import LinkShare, to_tensor
 from tests.connectors.test_vllm_plan import FakeRequest, tokens
 from tests.fakes import FakeClock
 from tests.lazy_streams import LazyStreams
@@ -230,6 +231,59 @@ def test_pages_of_a_request_that_ended_are_held_until_its_save_is_published() ->
     assert device.report() == (set(), set())
     device.streams.may_finish.set()
     assert device.report(idle=True) == ({"r"}, set()), "with nothing to compute it is waited for"
+    device.close()
+
+
+@pytest.mark.parametrize("why", ["idle", "a save that holds pages", "reset", "close"])
+def test_a_save_that_is_put_off_is_not_waited_for_longer_than_it_takes(why: str) -> None:
+    device = Device(1)
+    request, pages = FakeRequest("r", tokens(64)), range(8)
+    device.side.arrived(request)
+    resting, hurried = threading.Event(), []
+
+    def wait(until: threading.Event, seconds: float) -> None:
+        resting.set()
+        hurried.append(until.wait(30))
+
+    share = device.worker._saves._share = LinkShare(0.5, now_s=device.clock.now_s, wait=wait)
+    share._next_s = device.clock.time_s + 3600  # of the window before it
+    request.num_computed_tokens, orders = 0, device.orders((request, 32, pages))
+    device.streams.run_engine(lambda: device.fill(pages, 2.0))
+    device.worker.save(orders)
+    assert resting.wait(20)
+    device.streams.drain()
+    assert device.report() == (set(), set())
+    assert device.worker._saves.beside
+    if why == "a save that holds pages":
+        request.num_computed_tokens = 64
+        assert device.side.ended(request, list(pages)) is True
+        device.worker.save(device.orders())
+    elif why == "reset":
+        assert device.side.clear()
+        device.worker.load(device.orders())
+    elif why == "close":
+        device.worker.close()
+    assert eventually(lambda: not (device.report(idle=why == "idle"), device.worker._saves.beside)[1])
+    assert hurried == [True]
+    if why != "reset":
+        assert device.stored(64 if why == "a save that holds pages" else 32)[:4] == [{2.0 + 10 * at} for at in range(4)]
+    device.side.ended(request, list(pages))
+    device.close()
+
+
+def test_with_all_of_the_link_to_take_no_save_is_put_off() -> None:
+    device = Device(1, save_share=1.0)
+    request, pages = FakeRequest("r", tokens(64)), range(8)
+    device.side.arrived(request)
+    orders = device.orders((request, 64, pages))
+    device.streams.run_engine(lambda: device.fill(pages, 2.0))
+    device.streams.may_finish.clear()
+    device.worker.save(orders)
+    (saving,) = device.worker._saves.beside
+    assert saving.begun.copying is not None
+    device.streams.drain()
+    assert saving.begun.copying.is_done
+    device.side.ended(request, list(pages))
     device.close()
 
 

@@ -1491,6 +1491,8 @@ def test_a_request_that_must_not_read_gets_nothing() -> None:
         ({"load_rule": "never"}, "use one of measured, always"),
         ({"layout": "packed"}, "use one of auto, canonical, opaque"),
         ({"load_threads": 0}, "load_threads is 0"),
+        ({"save_share": 0.0}, "save_share is 0.0"),
+        ({"save_share": 1.5}, "save_share is 1.5"),
         ({"address": "unix:/x", "store": {"host": {}}}, "both given"),
     ],
 )
