@@ -6,17 +6,16 @@
       "kv_connector_extra_config": {"address": "unix:/run/kvstore/kvstore.sock"}}'
 
 vLLM makes one of these in its scheduler and one in every worker. This module is the adapter alone; what is decided
-is in `vllm_scheduler`, what is copied in `vllm_worker`, which KV it is in `vllm_identity`.
+is in `vllm_scheduler`, what is copied in `vllm_worker`, which KV it is in `vllm_identity`, whose store in `vllm_link`.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from itertools import product
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -37,14 +36,14 @@ try:
 except ImportError as error:
     raise not_importable(error) from error
 
-import kvstore
 from connectors.vllm_device import goes_by_layers
 from connectors.vllm_identity import check_groups, model_id_of, rank_slice
 from connectors.vllm_layout import Worker, agreed_model, platform_of, stored_pages
-from connectors.vllm_plan import IN_TIME, NO_ORDERS, Orders, PageLayout, Report, Scheduled, VllmSettings
+from connectors.vllm_link import CLOSED, embedded, sidecar
+from connectors.vllm_plan import NO_ORDERS, Orders, PageLayout, Report, Scheduled, VllmSettings
 from connectors.vllm_scheduler import SchedulerSide
 from connectors.vllm_worker import WorkerSide
-from kvstore.api import Load, Register, Store
+from kvstore.api import Register
 from kvstore.block import ModelId
 from kvstore.errors import ConfigError
 from kvstore.pinning import CudaPins, pin
@@ -68,97 +67,6 @@ _FOREIGN = (
     "nothing is loaded or saved: this worker's pages are %s, and the scheduler's side took them for %s; where several "
     "connectors are used, list KVStoreConnector first, and none that has a handshake of its own (NIXL, say)"
 )
-
-
-# -- stores ----------------------------------------------------------------------------------------------------
-
-
-class EmbeddedStores:
-    """Stores, or clients of one, that an engine's scheduler and worker share in one process; the last user closes."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._stores: dict[str, tuple[Store, int]] = {}
-
-    def take(self, name: str, make: Callable[[], Store] | None) -> Store | None:
-        """The store of that name, made where it is new; None where it is new and `make` is None."""
-        with self._lock:
-            store, users = self._stores.get(name, (None, 0))
-            if store is None:
-                if make is None:
-                    return None
-                store = make()
-            self._stores[name] = (store, users + 1)
-            return store
-
-    def give_back(self, name: str) -> None:
-        with self._lock:
-            store, users = self._stores.pop(name)
-            if users > 1:
-                self._stores[name] = (store, users - 1)
-                return
-        store.close()
-
-
-EMBEDDED = EmbeddedStores()
-
-
-@dataclass(frozen=True, slots=True)
-class _Link:
-    """A store, how loads go from the scheduler to workers, and how to let go of it."""
-
-    store: Store
-    share: Callable[[Load], object]
-    adopt: Callable[[object], Load]
-    close: Callable[[], None]
-
-
-def _same(load: object) -> Any:
-    return load
-
-
-def _embedded(config: VllmConfig, settings: VllmSettings, role: KVConnectorRole) -> _Link:
-    name = settings.embedded or str(config.kv_transfer_config.engine_id)
-
-    def make() -> Store:
-        from kvstore.config import StoreConfig
-        from kvstore.store import KVStore
-
-        return KVStore(StoreConfig.load(settings.store))
-
-    # Workers come first: a scheduler that finds no store has its workers in other processes.
-    store = EMBEDDED.take(name, make if role == KVConnectorRole.WORKER else None)
-    if store is None or config.parallel_config.world_size > 1:
-        raise ConfigError(
-            "the engine's workers run in other processes, which a store inside this one cannot serve: start "
-            "`kvstore serve` and set kv_connector_extra_config.address, or set VLLM_ENABLE_V1_MULTIPROCESSING=0"
-        )
-    return _Link(store, _same, _same, lambda: EMBEDDED.give_back(name))
-
-
-def _sidecar(config: VllmConfig, settings: VllmSettings, role: KVConnectorRole) -> _Link:
-    """A client of the sidecar. Where scheduler and worker are in one process they share it, and loads as they are:
-    the worker then copies what has come from lower tiers while the rest is on its way."""
-
-    def connect() -> Store:
-        # What follows a call that was waited for takes time too: a sidecar that hangs would else cost 1.04 deadlines.
-        deadline_s = settings.call_deadline_ms / 1e3 * IN_TIME
-        return kvstore.connect(settings.address, mapped=True, name="vllm", call_deadline_s=deadline_s)
-
-    name = f"{settings.address} {config.kv_transfer_config.engine_id}"
-    if config.parallel_config.world_size == 1:
-        client: Any = EMBEDDED.take(name, connect if role == KVConnectorRole.WORKER else None)
-        if client is not None:
-            adopt = lambda shared: client.adopt(shared) if isinstance(shared, bytes) else shared
-            return _Link(client, _same, adopt, lambda: EMBEDDED.give_back(name))
-    client = connect()
-    return _Link(client, _share, lambda shared: client.adopt(cast(bytes, shared)), client.close)
-
-
-def _share(load: Any) -> object:
-    """Bytes that a worker's client adopts; None for a load that has nothing, which workers report as failed."""
-    share = getattr(load, "share", None)
-    return share() if share is not None else None
 
 
 # -- what travels ----------------------------------------------------------------------------------------------
@@ -213,11 +121,8 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._model: ModelId = model_id_of(vllm_config, self._settings)
         if transfer.kv_load_failure_policy != "recompute":
             raise ConfigError('a load that fails must be computed: set "kv_load_failure_policy": "recompute"')
-        self._link = (
-            _sidecar(vllm_config, self._settings, role)
-            if self._settings.address
-            else _embedded(vllm_config, self._settings, role)
-        )
+        link = sidecar if self._settings.address else embedded
+        self._link = link(vllm_config, self._settings, is_worker=role == KVConnectorRole.WORKER)
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         self._pages: dict[str, list[int]] = {}
@@ -433,7 +338,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if self._scheduler is not None:
             self._scheduler.close()
         self._worker = self._scheduler = None
-        close, self._link = self._link.close, _CLOSED
+        close, self._link = self._link.close, CLOSED
         close()
 
     def _orders_in(self, found: KVConnectorMetadata) -> Orders:
@@ -447,13 +352,6 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             if self._worker is not None:
                 self._worker.is_foreign()
         return found.orders.refused()
-
-
-def _nothing(*_: object) -> Any:
-    raise ConfigError("the connector was shut down")
-
-
-_CLOSED = _Link(None, _nothing, _nothing, lambda: None)  # type: ignore[arg-type]
 
 
 def _layers_of(kv_caches: Mapping[str, torch.Tensor], layers: range) -> dict[str, int]:

@@ -309,8 +309,9 @@ RULES: dict[str, Rule] = {
     "connectors.transformers_identity": Rule(6, (*PUBLIC, "connectors.base"), ("transformers",)),
     "connectors.transformers_kept": Rule(6, (*PUBLIC, "connectors.transformers_cache"), ("torch",)),
     "connectors.trtllm": Rule(6, (*PUBLIC, "connectors.base"), ("torch", "tensorrt_llm")),
+    "connectors.vllm": Rule(6, (*PUBLIC, "connectors.vllm_*"), ("torch", "vllm")),
     # The store and its configuration are loaded where it is kept in the engine's own process.
-    "connectors.vllm": Rule(6, (*PUBLIC, "connectors.vllm_*", "kvstore.config", "kvstore.store"), ("torch", "vllm")),
+    "connectors.vllm_link": Rule(6, (*PUBLIC, "connectors.vllm_plan", "kvstore.config", "kvstore.store"), ("vllm",)),
     "connectors.vllm_pages": Rule(6, (*PUBLIC, "kvstore.copying"), ("torch",)),
     "connectors.vllm_opaque": Rule(6, (*PUBLIC, "kvstore.copying", "connectors.vllm_pages"), ("torch",)),
     # An engine that offloads by itself: no store, a tier for its own keys.

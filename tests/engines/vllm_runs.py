@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from connectors import vllm as connector_module
-from connectors import vllm_scheduler
+from connectors import vllm_link, vllm_scheduler
 from kvstore.errors import ConfigError
 from tests.engines import (
     vllm_adapters,
@@ -95,7 +95,7 @@ def turns(workdir: Path, *, prompt_tokens: int = PROMPT, own_store: bool = False
         "is_real": type(store).__name__ == "KVStore",
         "held": engine.close(),
         "check": fits,
-        "left_open": len(connector_module.EMBEDDED._stores),
+        "left_open": len(vllm_link.EMBEDDED._stores),
     }
 
 

@@ -31,7 +31,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bench.models import random_llama
-from connectors import vllm as connector_module
+from connectors import vllm_link
 from kvstore.api import Match
 from kvstore.block import Chain, ModelId, Root
 from kvstore.config import StoreConfig
@@ -191,7 +191,7 @@ class Engine:
         place: dict[str, Any] = {}
         if store is not None:
             place = {"embedded": f"test-{id(store)}"}
-            connector_module.EMBEDDED.take(place["embedded"], lambda: store)
+            vllm_link.EMBEDDED.take(place["embedded"], lambda: store)
         ours = {
             "kv_connector": "KVStoreConnector",
             "kv_connector_module_path": "connectors.vllm",
