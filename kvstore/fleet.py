@@ -92,7 +92,7 @@ class FleetMarks:
                 try:
                     ended = closed or self._ended(sent)
                     if ended or self._lapsed(sent):
-                        self._take_back(sent)
+                        self._take_back(sent, known)
                     elif self._now_s() - sent.renewed_s >= _RENEW_S:
                         self._say(sent)
                 except TierError:  # said by the tier's breaker; the mark lapses there by itself
@@ -136,8 +136,15 @@ class FleetMarks:
         if mark.blocks[start] not in sent.named:
             sent.named.append(mark.blocks[start])
 
-    def _take_back(self, sent: _Sent) -> None:
-        for tier in self._tiers if sent.named else ():
-            tier.unmark(sent.mark.root, sent.named)
+    def _take_back(self, sent: _Sent, known: Sequence[_Sent]) -> None:
+        names = set(sent.named)
+        for other in known:
+            alike = other is not sent and other.mark.root == sent.mark.root
+            if alike and not names.isdisjoint(other.named):
+                # One name is one mark in a tier. It stays, and tells of the other's blocks when that is said anew.
+                names.difference_update(other.named)
+                other.renewed_s = float("-inf")
+        for tier in self._tiers if names else ():
+            tier.unmark(sent.mark.root, list(names))
         sent.named = []
         sent.renewed_s = float("-inf")

@@ -10,6 +10,8 @@ from kvstore.block import BlockId, RootId
 from kvstore.clock import Clock
 
 MARK_TTL_S = 2.5
+_MOST_PRODUCERS = 8
+"""Of a block, that are remembered: what a client says a thousand times must not make each end of it a long search."""
 
 
 class Mark:
@@ -42,7 +44,7 @@ class Mark:
 
 
 class Marks:
-    """Live announcements by root and block. The first producer of a block keeps it until its mark ends. Thread-safe.
+    """Live announcements by root and block, several of one too: it is pending until the last ends. Thread-safe.
 
     By root, because ids are claims here: nobody sees, or stands in the way of, what another namespace computes.
     """
@@ -50,17 +52,16 @@ class Marks:
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
         self._lock = threading.Lock()
-        self._by_root: dict[RootId, dict[BlockId, Mark]] = {}
+        self._by_root: dict[RootId, dict[BlockId, list[Mark]]] = {}
 
     def add(self, root: RootId, blocks: Sequence[BlockId]) -> Mark:
         mark = Mark(self, root, blocks)
-        now_s = self.clock.now_s()
         with self._lock:
             by_block = self._by_root.setdefault(root, {})
             for block in mark.blocks:
-                other = by_block.get(block)
-                if other is None or other.deadline_s <= now_s:
-                    by_block[block] = mark
+                marks = by_block.setdefault(block, [])
+                if len(marks) < _MOST_PRODUCERS:
+                    marks.append(mark)
         return mark
 
     def sweep(self) -> None:
@@ -68,17 +69,24 @@ class Marks:
         if self._by_root:
             now_s = self.clock.now_s()
             with self._lock:
-                for root, by_block in list(self._by_root.items()):
-                    for block in [block for block, mark in by_block.items() if mark.deadline_s <= now_s]:
-                        del by_block[block]
-                    if not by_block:
-                        del self._by_root[root]
+                known = {mark for by_block in self._by_root.values() for marks in by_block.values() for mark in marks}
+                for mark in known:
+                    if mark.deadline_s <= now_s:
+                        self._drop(mark)
+                for root in [root for root, by_block in self._by_root.items() if not by_block]:
+                    del self._by_root[root]
 
     def drop(self, mark: Mark) -> None:
         with self._lock:
-            by_block = self._by_root.get(mark.root, {})
-            for block in mark.blocks:
-                if by_block.get(block) is mark:
+            self._drop(mark)
+
+    def _drop(self, mark: Mark) -> None:
+        by_block = self._by_root.get(mark.root, {})
+        for block in mark.blocks:
+            marks = by_block.get(block, [])
+            if mark in marks:
+                marks.remove(mark)
+                if not marks:
                     del by_block[block]
 
     def fulfil(self, root: RootId, blocks: Sequence[BlockId]) -> None:
@@ -86,7 +94,7 @@ class Marks:
         if root in self._by_root:
             with self._lock:
                 by_block = self._by_root.get(root, {})
-                marks = {mark for block in blocks if (mark := by_block.pop(block, None)) is not None}
+                marks = {mark for block in blocks for mark in by_block.pop(block, ())}
                 for mark in marks:
                     mark.done(set(blocks))
 
@@ -99,8 +107,7 @@ class Marks:
             by_block = self._by_root.get(root, {})
             at = start
             while at < len(blocks):
-                mark = by_block.get(blocks[at])
-                if mark is None or mark.deadline_s <= now_s:
+                if not any(mark.deadline_s > now_s for mark in by_block.get(blocks[at], ())):
                     break
                 at += 1
             return at - start

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from kvstore.block import BlockId, RootId
-from kvstore.clock import MonotonicClock
+from kvstore.clock import Clock, MonotonicClock
 from kvstore.errors import TierUnavailable
 from kvstore.fleet import FleetMarks
 from kvstore.marks import Marks
-from tests.fakes import DictTier
+from tests.fakes import DictTier, FakeClock
 from tests.waiting import wait_until
 
 ROOT = RootId(bytes(32))
@@ -29,6 +29,7 @@ class MarkingTier(DictTier):
     def __init__(self) -> None:
         super().__init__()
         self.runs: dict[BlockId, list[BlockId]] = {}
+        self.unmarked: list[BlockId] = []
         self.fails = threading.Event()
 
     def mark(self, root: RootId, blocks: Sequence[BlockId], ttl_s: float) -> None:
@@ -37,15 +38,16 @@ class MarkingTier(DictTier):
         self.runs[blocks[0]] = list(blocks)
 
     def unmark(self, root: RootId, blocks: Sequence[BlockId]) -> None:
+        self.unmarked += blocks
         for block in blocks:
             self.runs.pop(block, None)
 
 
 class Scene:
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock | None = None) -> None:
         self.tier = MarkingTier()
         self.on_its_way: set[BlockId] = set()
-        clock = MonotonicClock()
+        clock = clock or MonotonicClock()
         self.marks = Marks(clock)
         self.fleet = FleetMarks([self.tier], self.on_its_way.__contains__, clock.now_s)
 
@@ -107,6 +109,24 @@ def test_mark_that_lapsed_is_taken_back_and_said_again_if_its_owner_goes_on_soon
     mark.deadline_s = time.monotonic() - 10
     wait_until(lambda: not scene.fleet._sent)
     assert scene.tier.runs == {}
+
+
+@pytest.mark.parametrize("ends", [0, 1])
+def test_of_two_marks_that_begin_alike_one_is_taken_back_and_the_other_is_not_missed(ends: int) -> None:
+    scene = Scene(FakeClock())  # which stands still: no renewal is due
+    made = [scene.marks.add(ROOT, BLOCKS[:5]), scene.marks.add(ROOT, BLOCKS)]
+    for mark in made:
+        scene.fleet.add(mark)
+    left = made[1 - ends]
+    wait_until(lambda: all(sent.named for sent in list(scene.fleet._sent.values())))
+    scene.tier.unmarked.clear()
+    made[ends].withdraw()
+    wait_until(lambda: len(scene.fleet._sent) == 1)
+    wait_until(lambda: scene.tier.runs == {BLOCKS[0]: left.blocks})
+    assert scene.tier.unmarked == []
+    left.withdraw()
+    wait_until(lambda: not scene.tier.runs)
+    scene.fleet.close()
 
 
 def test_mark_of_lost_blocks_and_no_other_is_taken_back(scene: Scene) -> None:
