@@ -406,6 +406,16 @@ def test_an_announced_range_is_pending_until_committed_withdrawn_or_late(
     store.forget("r")
 
 
+def test_of_two_announcements_of_one_range_each_withdrawal_ends_its_own(store: Store, root: Root) -> None:
+    chain = chain_of(root, 5)
+    first, second = store.announce(chain, 0, 5), store.announce(chain, 0, 5)
+    first.withdraw()
+    assert store.match(chain, "r").num_pending_blocks == 5
+    second.withdraw()
+    assert store.match(chain, "r").num_pending_blocks == 0
+    store.forget("r")
+
+
 def test_an_announcement_under_one_salt_is_not_seen_under_another(store: Store, model: ModelId) -> None:
     mine, yours = chain_of(Root(model, salt=b"a"), 4), chain_of(Root(model, salt=b"b"), 4)
     store.announce(mine, 0, 4)

@@ -12,6 +12,7 @@ Invariants
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import threading
@@ -43,6 +44,7 @@ from kvstore.wire import kvstore_pb2 as pb
 
 _MAX_MATCHES = 65_536
 _CARE_S = 60.0
+_announcements = itertools.count(1)
 _MISS = Match(0, 0, 0, settled=True)
 
 
@@ -373,6 +375,7 @@ class SentAnnouncement:
         self._chain = chain
         self._start = start
         self._stop = stop
+        self._number = next(_announcements)
         self._sent: tuple[Connection, pb.Announced] | None = None
 
     def renew(self) -> None:
@@ -383,15 +386,14 @@ class SentAnnouncement:
             pass
 
     def _announce(self, connection: Connection, delta: pb.ChainDelta) -> None:
-        self._sent = connection, pb.Announced(chain=delta.chain, start=self._start, stop=self._stop)
-        request = pb.AnnounceRequest(session=connection.session, chain=delta, start=self._start, stop=self._stop)
+        start, stop, number = self._start, self._stop, self._number
+        self._sent = connection, pb.Announced(chain=delta.chain, start=start, stop=stop, number=number)
+        session = connection.session
+        request = pb.AnnounceRequest(session=session, chain=delta, start=start, stop=stop, number=number)
         self._link.call(connection, connection.stub.Announce, request)
 
     def withdraw(self) -> None:
-        """Goes with the next call, or soon by itself; what a session announced ends with it.
-
-        Where another thread announces the same range meanwhile, that may be withdrawn too, until its next renewal.
-        """
+        """Goes with the next call, or soon by itself; what a session announced ends with it."""
         sent, self._sent = self._sent, None
         if sent is not None:
             self._link.ended(sent[0], announced=sent[1])

@@ -126,7 +126,7 @@ class Requests:
         return num_tokens
 
     def announce(self, session: Session, request: pb.AnnounceRequest) -> None:
-        key = (request.chain.chain, request.start, request.stop)
+        key = (request.chain.chain, request.start, request.stop, request.number)
         with session.lock:
             mark = session.marks.pop(key, None)
         if request.withdraw:

@@ -131,7 +131,7 @@ class Session:
     """Saves that were committed whole, for a commit whose reply was lost."""
     joined: dict[tuple[bytes, int], ServedSave] = field(default_factory=dict)
     """Saves of other sessions that this one's process writes to, by engine key and number."""
-    marks: OrderedDict[tuple[int, int, int], Mark] = field(default_factory=OrderedDict)
+    marks: OrderedDict[tuple[int, int, int, int], Mark] = field(default_factory=OrderedDict)
     tombstones: OrderedDict[int, None] = field(default_factory=OrderedDict)
 
     @property

@@ -208,7 +208,7 @@ class SessionBook:
             self._forget(session.key(request))
         for one in ended.announced:
             with session.lock:
-                mark = session.marks.pop((one.chain, one.start, one.stop), None)
+                mark = session.marks.pop((one.chain, one.start, one.stop, one.number), None)
             if mark is not None:
                 mark.withdraw()
 

@@ -140,14 +140,16 @@ class Ended(_message.Message):
     def __init__(self, loads: _Optional[bytes] = ..., saves: _Optional[bytes] = ..., requests: _Optional[_Iterable[str]] = ..., announced: _Optional[_Iterable[_Union[Announced, _Mapping]]] = ...) -> None: ...
 
 class Announced(_message.Message):
-    __slots__ = ("chain", "start", "stop")
+    __slots__ = ("chain", "start", "stop", "number")
     CHAIN_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
     chain: int
     start: int
     stop: int
-    def __init__(self, chain: _Optional[int] = ..., start: _Optional[int] = ..., stop: _Optional[int] = ...) -> None: ...
+    number: int
+    def __init__(self, chain: _Optional[int] = ..., start: _Optional[int] = ..., stop: _Optional[int] = ..., number: _Optional[int] = ...) -> None: ...
 
 class ChainDelta(_message.Message):
     __slots__ = ("chain", "num_known", "ids", "root", "known_tail")
@@ -294,20 +296,22 @@ class MatchPartialReply(_message.Message):
     def __init__(self, num_tokens: _Optional[int] = ...) -> None: ...
 
 class AnnounceRequest(_message.Message):
-    __slots__ = ("session", "chain", "start", "stop", "withdraw", "ended")
+    __slots__ = ("session", "chain", "start", "stop", "withdraw", "number", "ended")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     CHAIN_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
     WITHDRAW_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
     ENDED_FIELD_NUMBER: _ClassVar[int]
     session: bytes
     chain: ChainDelta
     start: int
     stop: int
     withdraw: bool
+    number: int
     ended: Ended
-    def __init__(self, session: _Optional[bytes] = ..., chain: _Optional[_Union[ChainDelta, _Mapping]] = ..., start: _Optional[int] = ..., stop: _Optional[int] = ..., withdraw: _Optional[bool] = ..., ended: _Optional[_Union[Ended, _Mapping]] = ...) -> None: ...
+    def __init__(self, session: _Optional[bytes] = ..., chain: _Optional[_Union[ChainDelta, _Mapping]] = ..., start: _Optional[int] = ..., stop: _Optional[int] = ..., withdraw: _Optional[bool] = ..., number: _Optional[int] = ..., ended: _Optional[_Union[Ended, _Mapping]] = ...) -> None: ...
 
 class LoadRequest(_message.Message):
     __slots__ = ("session", "request", "num_blocks", "start", "contents", "lease", "partial_tokens", "ended")

@@ -198,7 +198,9 @@ class Hostile:
                 num_host_blocks=self.rng.choice((0, 0, start)),
                 tokens=contents.tokens[: self.rng.choice((3, 8, 12, 1 << 10))],
             ),
-            "Announce": lambda: pb.AnnounceRequest(**about, start=start, stop=stop, withdraw=self.rng.random() < 0.3),
+            "Announce": lambda: pb.AnnounceRequest(
+                **about, start=start, stop=stop, number=self.rng.randrange(3), withdraw=self.rng.random() < 0.3
+            ),
             "Load": lambda: pb.LoadRequest(**load, contents=self.rng.choice((contents, None))),
             "LoadHost": lambda: pb.LoadRequest(**load),
             "Read": lambda: pb.LoadRequest(**load, contents=self.rng.choice((contents, None))),
