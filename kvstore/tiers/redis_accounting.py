@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from kvstore.block import PartKey
 from kvstore.tiers.redis_clock import SharedClock
 from kvstore.tiers.redis_facts import ServerFacts
-from kvstore.tiers.redis_names import STEP_S, Bucket, Names, prefix, registry, used
+from kvstore.tiers.redis_names import STEP_S, Bucket, Names, prefix, registry, used, words
 from kvstore.tiers.redis_nodes import Talk, many, raise_foreign
 from kvstore.tiers.redis_scripts import ACCOUNT, COLDEST, COOL, EVICT, FORK, REMOVE
 from kvstore.tiers.redis_tenants import Tenants
@@ -75,13 +75,14 @@ class Accounting:
 
     def account(self, parts: Sequence[tuple[PartKey, float, int]]) -> bytes:
         """The command that accounts parts (key, score, bytes), for use inside a transaction with their SETs."""
-        keys: list[bytes | str] = []
-        values: list[bytes | str] = []
+        keys, values = [], []
         for key, score, num_bytes in parts:
             bucket = self.names.bucket(key)
-            keys += (bucket.registry, bucket.used, bucket.order, bucket.sizes, bucket.total)
-            values += (bucket.root, self.names.member(key.block, key.part), repr(score), str(num_bytes))
-        return _eval(ACCOUNT, keys, values)
+            keys.append(bucket.books)
+            member = self.names.member(key.block, key.part)
+            values.append(words(bucket.root, member, repr(score), str(num_bytes)))
+        head = b"*%d\r\n" % (3 + 9 * len(parts)) + words("EVAL", ACCOUNT, str(5 * len(parts)))
+        return b"".join([head, *keys, *values])
 
     @property
     def last_total_bytes(self) -> int:

@@ -27,6 +27,8 @@ parent's score is above its children's, and taking the lowest scores takes tails
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from operator import itemgetter
 from typing import NamedTuple
@@ -45,7 +47,7 @@ MAX_BUCKETS = 256
 TOUCH_STEPS = (128, 640, 1280)
 """Keys of the first steps of a touch, and of all after them. The server takes one in and puts it in order, at 0.8 us a
 key, while the next is put together, at 0.3: so it begins early, and never waits."""
-_MAX_ROOTS = 4096
+_MAX_ROOTS = 1024
 """Roots whose bucket names are kept at hand."""
 _PARTS = tuple(f":{part:03d}" for part in range(MAX_PARTS))
 _ROOT, _BLOCK, _PART = map(itemgetter, range(3))
@@ -55,53 +57,59 @@ _MEMBER_AT = len("$21\r\n") + _NUM_DIGITS + len("e-6\r\n")
 _ROW_BYTES = _MEMBER_AT + len("$68\r\n") + MEMBER_BYTES
 
 
-class Bucket(NamedTuple):
-    """What one namespace has in one stripe."""
+@dataclass(frozen=True, order=True)
+class Bucket:
+    """What one namespace has in one stripe. Its names are put together once: a write asks for five a part."""
 
     stripe: int
     root: str
 
-    @property
+    @cached_property
     def prefix(self) -> str:
         return prefix(self.stripe) + self.root
 
-    @property
+    @cached_property
     def registry(self) -> str:
         return registry(self.stripe)
 
-    @property
+    @cached_property
     def used(self) -> str:
         return used(self.stripe)
 
-    @property
+    @cached_property
     def order(self) -> str:
         return f"{self.prefix}:z"
 
-    @property
+    @cached_property
     def sizes(self) -> str:
         return f"{self.prefix}:s"
 
-    @property
+    @cached_property
     def total(self) -> str:
         return f"{self.prefix}:b"
 
-    @property
+    @cached_property
     def forks(self) -> str:
         return f"{self.prefix}:f"
 
-    @property
+    @cached_property
     def only(self) -> str:
         return f"{self.prefix}:k"
 
-    @property
+    @cached_property
     def marks(self) -> str:
         """What the name of every announcement begins with; a block follows."""
         return f"{self.prefix}:m:"
 
-    @property
+    @cached_property
     def values(self) -> str:
         """What the name of every value begins with; a member follows."""
         return f"{self.prefix}:v:"
+
+    @cached_property
+    def books(self) -> bytes:
+        """The keys of an account, as words of RESP."""
+        return words(self.registry, self.used, self.order, self.sizes, self.total)
 
 
 class Touch(NamedTuple):
@@ -138,6 +146,11 @@ def _above_children(keys: Sequence[PartKey], later: Mapping[BlockId, float]) -> 
     own = np.array([later.get(block, 0.0) for block in map(_BLOCK, keys)])
     places: NDArray[np.int64] = np.rint(np.maximum.accumulate(own[::-1])[::-1] * 1e6).astype(np.int64)
     return places
+
+
+def words(*texts: str) -> bytes:
+    """`texts`, all ASCII, as words of RESP."""
+    return "".join([f"${len(text)}\r\n{text}\r\n" for text in texts]).encode()
 
 
 def prefix(stripe: int) -> str:
@@ -276,8 +289,7 @@ class Names:
         parts, found = _PARTS, []
         for root, block, part in keys:
             order = self._of(root)[block[0] % self._num_buckets].order
-            member = f"{block.hex()}{parts[part]}"
-            found.append(f"*3\r\n$6\r\nZSCORE\r\n${len(order)}\r\n{order}\r\n${len(member)}\r\n{member}\r\n".encode())
+            found.append(b"*3\r\n$6\r\nZSCORE\r\n" + words(order, f"{block.hex()}{parts[part]}"))
         return found
 
 
