@@ -32,6 +32,8 @@ TIER = "redis"
 _FAIR_WAIT_S = 0.09
 """A working server answers something within this, even behind a few large values of others."""
 _DOUBTS_ARE_FAILURE = 3
+_NO_WRITES = frozenset({"OOM", "NOREPLICAS", "MISCONF"})
+"""What it answers to writes that it cannot take now, for want of memory, of replicas, of a disk that works."""
 
 
 @contextlib.contextmanager
@@ -51,12 +53,21 @@ def map_redis_errors() -> Iterator[None]:
         ReplyError,
         OSError,
     ) as exc:
-        wrong = isinstance(exc, ReplyError) and exc.is_of_type
-        raise (WrongBooks if wrong else TierUnavailable)(TIER, f"{type(exc).__name__}: {exc}") from exc
+        raise _kind_of(exc)(TIER, f"{type(exc).__name__}: {exc}") from exc
 
 
-class WrongBooks(TierUnavailable):
-    """A key of the accounting holds something of another program (`redis_mend`). The server itself works."""
+def _kind_of(error: Exception) -> type[TierUnavailable]:
+    if not isinstance(error, ReplyError):
+        return TierUnavailable
+    return WrongBooks if error.is_of_type else Refused if error.code in _NO_WRITES else TierUnavailable
+
+
+class Refused(TierUnavailable):
+    """The server works and refuses this: as a rule it has no room to write, and what is there can be read."""
+
+
+class WrongBooks(Refused):
+    """A key of the accounting holds something of another program (`redis_mend`)."""
 
 
 class Breaker:
@@ -197,11 +208,10 @@ class Connections:
                 wire = self._idle_wire() or self._connect(deadline)
                 wire.heard = False
                 yield wire
-        except WrongBooks:
-            self._give_place(wire, era if wire is not None and wire.in_step() else None)
-            raise
         except TierError as exc:
-            if era != self._breaker.num_failures:
+            if isinstance(exc, Refused):
+                pass  # loads go on; replies may still be on their way here, so the wire does not
+            elif era != self._breaker.num_failures:
                 # It began before a failure that is known: a late word on the server of then. Taken for one on that of
                 # now, each call that still waited for a lost primary turned off the one that had taken over.
                 pass

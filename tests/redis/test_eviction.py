@@ -20,7 +20,7 @@ import redis
 
 from kvstore.api import NO_HINT
 from kvstore.block import PartKey, Root
-from kvstore.errors import TierError
+from kvstore.errors import TierError, TierUnavailable
 from kvstore.stats import Stats
 from kvstore.tiers.redis import RedisTier
 from kvstore.tiers.redis_facts import size_class
@@ -29,7 +29,7 @@ from kvstore.tiers.redis_write import Item, SendItems
 from kvstore.tiers.valkey import EmbeddedServer, ServerOptions
 from kvstore.wire.frame import header_bytes
 from tests.redis.cluster import until
-from tests.redis.conftest import MakeTier
+from tests.redis.conftest import SERVERS, MakeTier, binary_of
 from tests.redis.content import DEADLINE_S, Content
 from tests.waiting import wait_until
 
@@ -651,6 +651,33 @@ def test_full_server_refuses_the_write_and_makes_room_for_the_next(make_tier: Ma
         assert tier.stats.get("redis.out_of_memory") >= 1
         assert tier.stats.get("redis.evicted_blocks") >= 20
         tier.sweep()
+        assert tier.settle(DEADLINE_S)
+        assert tier.check() == []
+        tier.close()
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+def test_a_server_that_takes_no_writes_is_read_on(kind: str, make_tier: MakeTier, root: Root) -> None:
+    """That others filled it, or that its replicas are away, says nothing of what it holds."""
+    content = Content(root, 6)
+    with EmbeddedServer(ServerOptions(binary=binary_of(kind))) as server, redis.Redis.from_url(server.url) as client:
+        tier = make_tier(server.url, healthy=False, capacity_bytes=1 << 30, breaker_open_s=60.0)
+        assert content.write(tier) == set(content.keys)
+        for setting, value in (("maxmemory", "1mb"), ("min-replicas-to-write", "1")):
+            client.config_set(setting, value)
+            for _ in range(2):
+                assert content.read(tier) == content.keys  # and notes that it went on from there
+                tier.touch(content.keys, NO_HINT)
+                assert tier.settle(DEADLINE_S)
+                with pytest.raises(TierUnavailable, match="OOM|NOREPLICAS"):
+                    tier.mark(root.id, content.chain.ids, 2.5)
+                assert not tier.refuses
+            with suppress(TierUnavailable):
+                assert Content(root, 2, seed=1).write(tier) == set()
+            assert tier.contains(content.keys, DEADLINE_S) == [True] * len(content.keys)
+            client.config_set(setting, "0")
+        assert tier.stats.get("redis.available") == 1
+        assert content.read(tier) == content.keys
         assert tier.settle(DEADLINE_S)
         assert tier.check() == []
         tier.close()

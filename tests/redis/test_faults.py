@@ -26,8 +26,8 @@ from kvstore.block import PartKey, Root
 from kvstore.errors import ConfigError, TierError, TierTimeout, TierUnavailable
 from kvstore.stats import Stats
 from kvstore.tiers.redis import RedisTier
-from kvstore.tiers.redis_pool import Breaker, map_redis_errors
-from kvstore.tiers.redis_wire import ProtocolBroken, ReplyError
+from kvstore.tiers.redis_pool import Breaker, Connections, Refused, map_redis_errors
+from kvstore.tiers.redis_wire import ProtocolBroken, ReplyError, command
 from kvstore.tiers.valkey import EmbeddedServer, ServerOptions
 from tests.ports import free_ports
 from tests.redis.conftest import MakeTier
@@ -200,6 +200,32 @@ def test_server_that_answers_with_other_bytes_delivers_nothing(
         content.read(make_tier(proxy.url, healthy=False), 0.5)
     assert tier.settle(DEADLINE_S)
     owner.clear(None)
+
+
+@pytest.mark.parametrize("fault", [("STRLEN", "list"), ("SET", "list", "mine")])
+def test_who_gives_up_at_an_error_leaves_no_other_reply_for_the_next(
+    fault: tuple[str, ...], own_server: EmbeddedServer
+) -> None:
+    """Nothing more had come when it gave up, so nothing shows that something will."""
+    with redis.Redis.from_url(own_server.url) as client:
+        client.rpush("list", "somebody else's")
+        client.config_set("maxmemory", 1)
+    connections = Connections(own_server.url, 1, DEADLINE_S, Breaker(0.0))
+    deadline = time.monotonic() + DEADLINE_S
+
+    def give_up() -> None:
+        with connections.lease(deadline) as wire:
+            wire.send([command(*fault), command("BLPOP", "none", 0.1)], deadline)
+            error = wire.reply(deadline)
+            assert isinstance(error, ReplyError)
+            raise error
+
+    with pytest.raises(Refused):
+        give_up()
+    with connections.lease(deadline) as wire:
+        wire.send([command("ECHO", "mine")], deadline)
+        assert wire.reply(deadline) == b"mine"
+    connections.close()
 
 
 def test_read_closed_early_gives_up_its_connection(tier: RedisTier, root: Root) -> None:
