@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, InvalidStateError
 from typing import Any, cast
 
 import redis
@@ -32,6 +34,7 @@ TIER = "redis"
 _FAIR_WAIT_S = 0.09
 """A working server answers something within this, even behind a few large values of others."""
 _DOUBTS_ARE_FAILURE = 3
+_MOST_LEFT = 16
 _NO_WRITES = frozenset({"OOM", "NOREPLICAS", "MISCONF"})
 """What it answers to writes that it cannot take now, for want of memory, of replicas, of a disk that works."""
 
@@ -187,6 +190,8 @@ class Connections:
         self._changed = threading.Condition()
         self._idle: list[tuple[int, Wire]] = []
         self._free = limit
+        self._num_left = 0
+        """Attempts to connect that nobody waits for any more, and that have not ended."""
         self._closed = False
         self._owner = os.getpid()
 
@@ -286,9 +291,43 @@ class Connections:
             wire.close()
 
     def _connect(self, deadline: float) -> Wire:
+        """On a thread of its own: to resolve a name knows no limit, and redis-py's is for each piece that it reads."""
         limit_s = min(self._connect_timeout_s, deadline - time.monotonic())
         if limit_s <= 0:
             raise TimeoutError("the deadline passed before connecting")
+        if self._num_left >= _MOST_LEFT:
+            raise TimeoutError(f"{self._num_left} attempts to connect have not ended yet")
+        attempt: Future[socket.socket] = Future()
+        thread = threading.Thread(target=self._attempt, args=(attempt, limit_s), daemon=True)
+        thread.name = "kvstore-redis-connect"
+        thread.start()
+        try:
+            sock = attempt.result(limit_s)
+        except TimeoutError:
+            with self._changed:
+                left = attempt.cancel()
+                self._num_left += left
+            if left:
+                raise TimeoutError(f"not connected within {limit_s:.3g} s") from None
+            sock = attempt.result()  # it ended just now
+        return Wire(stream_over(sock))
+
+    def _attempt(self, attempt: Future[socket.socket], limit_s: float) -> None:
+        sock: socket.socket | None = None
+        try:
+            sock = self._connected(limit_s)
+            attempt.set_result(sock)
+        except InvalidStateError:  # nobody waits for it any more
+            if sock is not None:
+                sock.close()
+        except BaseException as exc:  # noqa: BLE001 (whoever waits has it)
+            with contextlib.suppress(InvalidStateError):
+                attempt.set_exception(exc)
+        finally:
+            with self._changed:
+                self._num_left -= attempt.cancelled()
+
+    def _connected(self, limit_s: float) -> socket.socket:
         settings = dict(self._template.connection_kwargs)
         if self._place is not None:
             began = time.monotonic()
@@ -302,7 +341,7 @@ class Connections:
         connection = cast(Any, self._template.connection_class)(**settings)
         connection.connect()
         sock, connection._sock = connection._sock, None  # from here on the socket is ours alone
-        return Wire(stream_over(sock))
+        return cast(socket.socket, sock)
 
     def close(self) -> None:
         """Close idle wires now and lent ones as they come back."""

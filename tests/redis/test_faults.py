@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
@@ -32,6 +33,7 @@ from kvstore.tiers.valkey import EmbeddedServer, ServerOptions
 from tests.ports import free_ports
 from tests.redis.conftest import MakeTier
 from tests.redis.content import DEADLINE_S, Content
+from tests.waiting import wait_until
 
 
 class Proxy:
@@ -310,6 +312,67 @@ def test_server_hung_while_connecting_costs_the_connect_timeout(
     with pytest.raises(TierError):
         tier.contains(Content(root, 1).keys, 5.0)
     assert time.monotonic() - started < 2.5
+
+
+@pytest.fixture
+def trickling() -> Iterator[tuple[str, threading.Event]]:
+    """The URL of a server that greets whoever connects a byte at a time, and whether a client has hung up since."""
+    listener, hung_up, ended = socket.create_server(("127.0.0.1", 0)), threading.Event(), threading.Event()
+    threads: list[threading.Thread] = []
+
+    def greet(sock: socket.socket) -> None:
+        with sock, suppress(OSError):
+            for byte in b"+OK\r\n" * 2:
+                if ended.wait(0.15):
+                    return
+                sock.sendall(bytes([byte]))
+            while sock.recv(4096):
+                pass
+            hung_up.set()
+
+    def accept() -> None:
+        with suppress(OSError):
+            while True:
+                threads.append(threading.Thread(target=greet, args=(listener.accept()[0],)))
+                threads[-1].start()
+
+    threads.append(threading.Thread(target=accept))
+    threads[0].start()
+    yield f"redis://127.0.0.1:{listener.getsockname()[1]}/0", hung_up
+    ended.set()
+    listener.shutdown(socket.SHUT_RDWR)
+    for thread in threads:
+        thread.join(5)
+    listener.close()
+
+
+def test_server_that_greets_byte_by_byte_costs_the_connect_timeout_and_its_connection_is_not_kept(
+    trickling: tuple[str, threading.Event],
+) -> None:
+    url, hung_up = trickling
+    connections = Connections(url, 1, 0.2, Breaker(0.0))
+    started = time.monotonic()
+    with pytest.raises(TierTimeout, match="not connected within"), connections.lease(started + 5.0):
+        pass
+    assert time.monotonic() - started < 1.0  # all of its greeting takes 1.5 s
+    assert hung_up.wait(DEADLINE_S)
+    connections.close()
+
+
+def test_while_attempts_to_connect_do_not_end_no_more_are_begun(trickling: tuple[str, threading.Event]) -> None:
+    url, _ = trickling
+    connections = Connections(url, 20, 0.2, Breaker(0.0))
+
+    def attempt(_: int = 0) -> str:
+        with pytest.raises(TierTimeout) as caught, connections.lease(time.monotonic() + 5.0):
+            pass
+        return str(caught.value)
+
+    with ThreadPoolExecutor(20) as threads:
+        assert all("not connected within" in error for error in threads.map(attempt, range(20)))
+    assert "have not ended yet" in attempt()
+    wait_until(lambda: "not connected within" in attempt())
+    connections.close()
 
 
 def test_nothing_is_written_to_buffers_after_a_timeout(
