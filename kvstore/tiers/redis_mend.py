@@ -13,7 +13,7 @@ import logging
 from collections.abc import Iterator, Sequence
 
 from kvstore.tiers.redis_accounting import Accounting
-from kvstore.tiers.redis_names import Bucket, registry, used
+from kvstore.tiers.redis_names import Bucket, book_of, registry, used
 from kvstore.tiers.redis_nodes import Talk, many
 from kvstore.tiers.redis_sweep import recount, resum
 from kvstore.tiers.redis_wire import Reply, command
@@ -91,9 +91,8 @@ class Mender:
                 if isinstance(kind, bytes) and kind:
                     found[name] = kind.decode()
 
-    @staticmethod
-    def _buckets(talk: Talk, place: int, deadline: float) -> Iterator[Bucket]:
-        """What the names of a node's keys speak of."""
+    def _buckets(self, talk: Talk, place: int, deadline: float) -> Iterator[Bucket]:
+        """What the names of a node's keys speak of, as far as stores like this one would use it."""
         cursor = b"0"
         while True:
             scan = command("SCAN", cursor, "MATCH", "kvs2:{[0-9][0-9][0-9]}:*:[zsb]", "COUNT", 8 * _PAGE)
@@ -101,9 +100,9 @@ class Mender:
             if not isinstance(reply, list) or not isinstance(reply[1], list):
                 return
             for name in reply[1]:
-                if isinstance(name, bytes):
-                    head, _, root = name.decode(errors="replace")[:-2].partition("}:")
-                    yield Bucket(int(head[-3:]), root)
+                bucket = book_of(name) if isinstance(name, bytes) else None
+                if bucket is not None and bucket.stripe in self._accounting.names.stripes:
+                    yield bucket
             cursor = reply[0] if isinstance(reply[0], bytes) else b"0"
             if cursor == b"0":
                 return

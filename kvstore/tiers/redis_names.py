@@ -26,6 +26,7 @@ parent's score is above its children's, and taking the lowest scores takes tails
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -169,14 +170,26 @@ def used(stripe: int) -> str:
 
 
 CLOCK = f"{prefix(0)}clock"
+_OF_BUCKET = rb"kvs2:\{([0-9]{3})\}:([0-9a-f]{16}):"
+_VALUE_NAME = re.compile(_OF_BUCKET + rb"v:([0-9a-f]{64}:[0-9]{3})")
+_BOOK_NAME = re.compile(_OF_BUCKET + rb"[zsb]")
 VALUE_NAME_BYTES = len(Bucket(0, 16 * "0").values) + 64 + len(":000")
 
 
-def bucket_of(name: str) -> tuple[Bucket, str] | None:
-    """Bucket and member that a value's name speaks of."""
-    head, found, member = name.partition(":v:")
-    stripe, _, root = head.removeprefix("kvs2:{").partition("}:")
-    return (Bucket(int(stripe), root), member) if found and stripe.isdigit() else None
+def bucket_of(name: bytes) -> tuple[Bucket, str] | None:
+    """Bucket and member that a value's name speaks of; None for what is none, whoever named it so."""
+    found = _VALUE_NAME.fullmatch(name)
+    return None if found is None else (_bucket(found), found[3].decode())
+
+
+def book_of(name: bytes) -> Bucket | None:
+    """The bucket that a name of its order, sizes or total speaks of; None for other names."""
+    found = _BOOK_NAME.fullmatch(name)
+    return None if found is None else _bucket(found)
+
+
+def _bucket(found: re.Match[bytes]) -> Bucket:
+    return Bucket(int(found[1]), found[2].decode())
 
 
 def root_tag(root: RootId) -> str:

@@ -166,28 +166,27 @@ class Sweeper:
     def _remove_strays(self, talk: Talk, deadline: float) -> int:
         """Values that no member speaks of: nobody would ever evict them."""
         strays: dict[Bucket, list[str]] = {}
-        for name in self._unaccounted(talk, deadline):
-            found = bucket_of(name)
-            if found is not None:
-                strays.setdefault(found[0], []).append(found[1])
+        for bucket, member in self._unaccounted(talk, deadline):
+            strays.setdefault(bucket, []).append(member)
         return self._accounting.remove_members(talk, strays, deadline) if strays else 0
 
-    def _unaccounted(self, talk: Talk, deadline: float) -> list[str]:
-        """Names of values without a member, by scanning all keys."""
-        return [name for place in talk.places(deadline) for name in self._unaccounted_at(talk, place, deadline)]
+    def _unaccounted(self, talk: Talk, deadline: float) -> list[tuple[Bucket, str]]:
+        """Values that have no member, by scanning all keys."""
+        return [value for place in talk.places(deadline) for value in self._unaccounted_at(talk, place, deadline)]
 
-    def _unaccounted_at(self, talk: Talk, place: int, deadline: float) -> Iterator[str]:
+    def _unaccounted_at(self, talk: Talk, place: int, deadline: float) -> Iterator[tuple[Bucket, str]]:
         cursor = b"0"
         while True:
             scan = command("SCAN", cursor, "MATCH", "kvs2:{*}:*:v:*", "COUNT", _PAGE)
             (reply,) = many(talk, [scan], deadline, place=place)
             if not isinstance(reply, list) or not isinstance(reply[1], list):
                 return
-            names = [name.decode(errors="replace") for name in reply[1] if isinstance(name, bytes)]
-            found = [(name, at) for name in names if (at := bucket_of(name)) is not None]
-            lookups = [command("ZSCORE", bucket.order, member) for _, (bucket, member) in found]
+            named = [at for name in reply[1] if isinstance(name, bytes) and (at := bucket_of(name)) is not None]
+            # Stores with more buckets than this one see to their own, on nodes that are not known for them here.
+            found = [(bucket, member) for bucket, member in named if bucket.stripe in self._names.stripes]
+            lookups = [command("ZSCORE", bucket.order, member) for bucket, member in found]
             scores = many(talk, lookups, deadline) if lookups else []
-            yield from (name for (name, _), score in zip(found, scores, strict=True) if score is None)
+            yield from (value for value, score in zip(found, scores, strict=True) if score is None)
             cursor = reply[0] if isinstance(reply[0], bytes) else b"0"
             if cursor == b"0":
                 return
@@ -286,7 +285,7 @@ class Sweeper:
 
     def check(self, talk: Talk, deadline: float) -> list[str]:
         """Broken invariants in words; see `RedisTier.check`."""
-        problems = [f"{name} has no account" for name in self._unaccounted(talk, deadline)]
+        problems = [f"{bucket.values}{member} has no account" for bucket, member in self._unaccounted(talk, deadline)]
         unreachable: set[PartKey] = set()  # of all pages: unlike a sweep's, what a page finds stays where it is
         for page in self._pages(talk, None, deadline):
             for entry in page:

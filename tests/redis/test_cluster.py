@@ -129,6 +129,26 @@ def test_what_another_program_put_under_the_books_of_a_node_is_mended_there(
     assert first.read(tier) == first.keys
 
 
+def test_a_store_with_more_buckets_on_the_same_cluster_holds_nothing_up(
+    cluster: Cluster, make_tier: MakeTier, root: Root
+) -> None:
+    """It was set up wrongly, and shares nothing; but for that nobody else is to stop sweeping."""
+    few, many = make_tier(cluster.url, num_buckets=4), make_tier(cluster.url, num_buckets=NUM_STRIPES)
+    content, names = Content(root, 60), Names(NUM_STRIPES)
+    for tier in (few, many):
+        assert content.write(tier) == set(content.keys)
+    apart = [key for key in content.keys if names.stripe(key) >= 4]
+    stray, order = names.value(apart[0]), names.bucket(apart[0]).order
+    cluster.nodes[slot_of(apart[0]) // (16_384 // 3 + 1)].client.zrem(order, names.member(apart[0].block, 0))
+    few.sweep()
+    assert few.check() == []
+    assert f"{stray} has no account" in many.check()
+    few.clear(None)
+    assert few.check() == []
+    assert all(many.contains(apart, DEADLINE_S))
+    many.sweep()
+
+
 def test_large_blocks_of_several_nodes_arrive_in_order(cluster: Cluster, tier: RedisTier, root: Root) -> None:
     content = Content(Root(replace(root.model, head_dim=4096)), 12)
     tier.open(content.layout)

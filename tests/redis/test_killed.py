@@ -100,7 +100,7 @@ def out_of_reach(watcher: RedisTier, client: redis.Redis) -> float:
         assert "lacks its parent" in what or what == "scores above its parent", fault
         if "lacks its parent" in what:
             lost.append(name)
-    found = [at for name in lost if (at := bucket_of(name)) is not None]
+    found = [at for name in lost if (at := bucket_of(name.encode())) is not None]
     lost_bytes = sum(int(client.hget(bucket.sizes, member) or 0) for bucket, member in found)
     assert len(found) == len(lost)
     sizes = [int(size) for name in client.scan_iter("kvs2:*:s") for size in client.hvals(name)]

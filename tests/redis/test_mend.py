@@ -184,6 +184,27 @@ def test_a_foreign_key_in_the_place_of_the_sweeps_mark_stops_no_sweep_for_good(
     assert resident(watcher, content) == content.keys[:1]
 
 
+@pytest.mark.parametrize(
+    "name", ["{²}:0:v:1", "{7}:0:v:1", "{999}:x:v:1", "{000}:x:v:1", "{000}::v:", "{000}:x:z", "{²²²}:0:s", "{001}::b"]
+)
+def test_names_that_no_store_gives_are_left_alone_and_hold_nothing_up(
+    name: str, server: EmbeddedServer, client: redis.Redis, make_tier: MakeTier, root: Root
+) -> None:
+    tier = make_tier(server.url, num_buckets=NUM_BUCKETS)
+    content = Content(root, 4)
+    content.write(tier)
+    client.set(f"kvs2:{name}", "somebody else's")
+    client.delete(content.name(1, NUM_BUCKETS))
+    assert tier.sweep()["strays"] == 0
+    assert tier.check() == []
+    put_list(client, registry(STRIPE))  # all books are looked through then
+    assert content.write(tier) == set(content.keys)
+    assert tier.settle(DEADLINE_S)
+    tier.clear(None)
+    assert tier.check() == []
+    assert client.get(f"kvs2:{name}") == b"somebody else's"
+
+
 def test_a_foreign_key_in_the_place_of_a_mark_is_no_mark(
     server: EmbeddedServer, client: redis.Redis, make_tier: MakeTier, root: Root
 ) -> None:
