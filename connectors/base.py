@@ -198,19 +198,21 @@ class CostModel:
             if tier in self._relief:
                 self._relief[tier] /= _RELIEF
 
-    def plan_ask_s(self, prompt_tokens: int, limit_s: float) -> float | None:
+    def plan_ask_s(self, prompt_tokens: int, limit_s: float, *, start: int = 0) -> float | None:
         """How long a request should wait to hear what lower tiers hold, at most `limit_s`; None: it should not ask.
 
-        It should not where all of the prompt would not be worth loading, whichever of the known tiers had it. Asking
-        beside the prefill costs a little where that keeps all cores busy: 0.5 ms of 27 for 128 tokens, and more on a
-        machine with other work.
+        It should not where all of the prompt after the `start` blocks that the engine has would not be worth loading,
+        whichever of the known tiers had it, nor where there are no more. Asking beside the prefill costs a little where
+        that keeps all cores busy: 0.5 ms of 27 for 128 tokens, and more on a machine with other work.
         """
         num_blocks = self.max_blocks(prompt_tokens)
-        computing_s, rest_s = self.prefill_s(prompt_tokens, 0), self._rest_s(prompt_tokens, num_blocks)
+        if start and num_blocks <= start:
+            return None
+        computing_s, rest_s = self._rest_s(prompt_tokens, start), self._rest_s(prompt_tokens, num_blocks)
         lower = [tier for tier in self._loads if tier != HOST_TIER]
         if self.rule is LoadRule.ALWAYS or computing_s is None or rest_s is None or not lower:
             return limit_s
-        load_s = min(self.load_s(tier, num_blocks) for tier in lower)
+        load_s = min(self.load_s(tier, num_blocks - start) for tier in lower)
         gain_s = max(computing_s - rest_s, _FREE_SHARE * computing_s) - load_s
         if gain_s <= 0:
             self._relieve(lower)  # they are passed over, too
@@ -242,16 +244,19 @@ class CostModel:
         less_s = self.prefill_s(prompt_tokens - past - num_tokens, past + num_tokens)
         return whole_s is None or less_s is None or self.load_s(HOST_TIER, 1) < whole_s - less_s
 
-    def plan_wait_s(self, match: Match, prompt_tokens: int) -> float:
+    def plan_wait_s(self, match: Match, prompt_tokens: int, *, start: int = 0) -> float:
         """How long waiting for the pending blocks can pay: what computing them here would take, and some patience.
+
+        Nothing for those of the first `start`, which the engine has.
 
         Counted from the last time that one of them arrived: who sees progress waits for the rest alone.
         """
         cap = self.max_blocks(prompt_tokens)
-        pending = min(match.num_blocks + match.num_pending_blocks, cap) - match.num_blocks
+        have = max(start, match.num_blocks)
+        pending = min(match.num_blocks + match.num_pending_blocks, cap) - have
         if pending <= 0:
             return 0.0
-        computing_s = self.prefill_s(pending * self.block_tokens, match.num_blocks * self.block_tokens) or 0.0
+        computing_s = self.prefill_s(pending * self.block_tokens, have * self.block_tokens) or 0.0
         return _PATIENCE * computing_s
 
     def max_blocks(self, prompt_tokens: int) -> int:

@@ -282,7 +282,7 @@ class Session:
         """Begin to load what follows `on_device` blocks. Raises what the store raises."""
         store = self._connection.store
         assert store is not None
-        match = self._match(store)
+        match = self._match(store, on_device)
         self._in_store = match.num_host_blocks
         if on_device:
             # Served from above, the chain's head would go cold below.
@@ -358,14 +358,14 @@ class Session:
         found = min(store.match_partial(self._request), num_tokens - 1 - stop * self._chain.block_tokens)
         return found if cost.is_worth_block(stop, num_tokens, found) else 0
 
-    def _match(self, store: Store) -> Match:
+    def _match(self, store: Store, on_device: int) -> Match:
         """What the store has, after waiting for blocks that somebody else will finish before we could."""
-        wait_s = self._connection.cost.plan_ask_s(self._prompt_tokens, self._connection.max_wait_s)
+        wait_s = self._connection.cost.plan_ask_s(self._prompt_tokens, self._connection.max_wait_s, start=on_device)
         match = store.match(self._chain, self._request, hint=self._hint, wait_s=wait_s)
         again_s = None if wait_s is None else 0.0
         cost, since_s, num_blocks = self._connection.cost, time.monotonic(), match.num_blocks
         while match.num_pending_blocks:
-            limit_s = cost.plan_wait_s(match, self._prompt_tokens)
+            limit_s = cost.plan_wait_s(match, self._prompt_tokens, start=on_device)
             if time.monotonic() - since_s >= limit_s:
                 break
             time.sleep(max(_PENDING_POLL_S, _PENDING_POLL_SHARE * limit_s))

@@ -118,6 +118,22 @@ def test_lower_tiers_are_not_asked_where_nothing_of_theirs_would_be_loaded_and_a
     assert answers[-1]
 
 
+def test_what_the_engine_has_is_neither_asked_for_nor_waited_for() -> None:
+    fast = model_that_knows(redis=1e9)
+    rest_s = fast.prefill_s(40, 60)
+    assert rest_s is not None
+    assert 0.85 * rest_s < (fast.plan_ask_s(100, 1.0, start=15) or 0) < rest_s
+    assert fast.plan_ask_s(100, 1.0, start=24) is None, "the last block is computed"
+    assert model_that_knows(redis=3e5).plan_ask_s(100, 1.0, start=15) is not None, (
+        "nine blocks are to be loaded, not all"
+    )
+    assert CostModel(4, 1000, rule=LoadRule.ALWAYS).plan_ask_s(100, 1.0, start=24) is None
+    pending = Match(0, 0, 20, True, ())
+    assert fast.plan_wait_s(pending, 100, start=20) == 0
+    assert fast.plan_wait_s(pending, 100, start=16) < fast.plan_wait_s(pending, 100, start=12)
+    assert fast.plan_wait_s(pending, 100, start=12) < fast.plan_wait_s(pending, 100)
+
+
 @pytest.mark.parametrize("stalled_s", [5.0, 8.0, 60.0])
 @pytest.mark.parametrize(("tier", "load_s"), [("host", 0.0065), ("redis", 0.3)])
 def test_a_short_pass_that_stalled_does_not_end_loading(tier: str, load_s: float, stalled_s: float) -> None:

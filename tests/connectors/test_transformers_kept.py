@@ -175,6 +175,19 @@ def test_what_passes_cost_is_learnt_from_turns_in_place_and_what_loads_cost_is_n
     assert seen == [(100, 0), (45, 96)]
 
 
+@pytest.mark.parametrize(("length", "asks"), [(3, False), (40, True)])
+def test_lower_tiers_are_asked_only_for_what_is_not_in_place(llama: LlamaForCausalLM, length: int, asks: bool) -> None:
+    store = FakeStore()
+    connector = resident(llama, store)
+    done = connector.generate(prompt(100), max_new_tokens=1, conversation="chat")
+    store.waits.clear()
+    store.num_pending = 6
+    connector.cost.seen_prefill(160, 0, 100.0)  # somebody computes what is in place: no reason to wait
+    store.blocks.clear()
+    connector.generate(goes_on(done, length), max_new_tokens=1, conversation="chat")
+    assert store.waits == [0.25 if asks else None]
+
+
 def test_a_turn_in_place_tells_the_store_what_it_was_good_for(llama: LlamaForCausalLM) -> None:
     store = FakeStore()
     connector = resident(llama, store)
