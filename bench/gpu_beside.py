@@ -5,60 +5,108 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from bench.gpu_board import Board, median
-from bench.gpu_copies import bidirectional, both_at_once, ceiling_tensors, copy_rig, ways
+from bench.gpu_copies import CopyRig, both_at_once, ceiling_tensors, copy_rig
+from connectors.vllm_plan import VllmSettings
 from kvstore.arena import Arena
+from kvstore.device_copy import SAVE_STAGES, STAGE_BYTES
 from kvstore.pinning import Pinning
+from kvstore.transfer import LinkShare
+
+_SHARES = (1.0, 0.5, 0.25)
+
+
+@dataclass(frozen=True, slots=True)
+class _Beside:
+    """What one arm does beside the steps: actions, each on a thread of its own, and the bytes that each moves."""
+
+    name: str
+    actions: tuple[tuple[Callable[[], object], int], ...]
 
 
 def decode_beside(board: Board) -> None:
-    """decode_slowdown_pct: steps that stream weights as decoding does, alone and with copies both ways meanwhile."""
+    """decode_slowdown_pct: steps that stream weights as decoding does, alone and with copies meanwhile.
+
+    It is the one of loads at the full rate and saves at the share of the link that vLLM's connector gives them.
+    """
     with copy_rig(board) as rig:
         # Many steps a launch: a thread that launches often waits for the GIL, and not for the device.
         at_once = 20 if board.on_cuda else 1
         step = _decode_step(board, at_once)
-        half = len(rig.blocks) // 2
         steps = 100 if board.on_cuda else 3
 
         def run() -> None:
             for _ in range(steps // at_once):
                 step()
 
-        # The link by itself: what large copies cost is nobody's to save.
-        large, pinned = ceiling_tensors(board)
-        arms: dict[str, tuple[Callable[[], object], int]] = {
-            "link": (both_at_once(board, large, pinned), 2 * large.nbytes),
-            "link_save": (lambda: pinned.copy_(large), large.nbytes),
-        }
-        for way in ways(board):
-            copier = rig.copier(way)
-            arms[way.value] = (lambda copier=copier: bidirectional(copier, rig, half), rig.num_bytes)  # type: ignore[misc]
-            saving = lambda copier=copier: copier.gather(rig.page_ids, rig.blocks)
-            arms[f"{way.value}_save"] = (saving, rig.num_bytes)
-        for name, (action, num_bytes) in arms.items():
-            alone, beside, rates = [], [], []
+        default = VllmSettings().save_share
+        for arm in (*_large_copies(board), *_copies(rig, dict.fromkeys((1.0, default, *_SHARES)))):
+            if board.left_s <= 0:
+                board.row("decode", arm=arm.name, skipped="no time left")
+                continue
+            alone: list[float] = []
+            beside: list[float] = []
+            rates: list[list[float]] = [[] for _ in arm.actions]
             for turn in range(1 + board.sizes.repeats):
                 quiet_s = board.timed(run)
-                with _Meanwhile(action) as copies:
+                with ExitStack() as stack:
+                    copying = [stack.enter_context(_Meanwhile(action)) for action, _ in arm.actions]
                     busy_s = _on_engine(board, run)
                 if turn:
                     alone.append(quiet_s / steps)
                     beside.append(busy_s / steps)
-                    rates.append(copies.num_done * num_bytes / max(copies.took_s, 1e-9))
-            if board.on_cuda and not max(rates, default=0):
-                raise RuntimeError(f"nothing was copied beside the steps ({name})")
+                    for into, copies, (_, num_bytes) in zip(rates, copying, arm.actions, strict=True):
+                        into.append(copies.num_done * num_bytes / max(copies.took_s, 1e-9))
+            if board.on_cuda and not all(map(max, rates)):
+                raise RuntimeError(f"nothing was copied beside the steps ({arm.name})")
             slowdown = 100 * (median(beside) / median(alone) - 1)
-            board.row("decode", arm=name, alone_s=alone, beside_s=beside, slowdown_pct=slowdown, bytes_per_s=rates)
-            board.figure(f"decode_slowdown_pct_{name}", slowdown)
-        chosen = rig.copier()._on_device().way.value
-        board.figure("decode_slowdown_pct", board.summary[f"decode_slowdown_pct_{chosen}"])
+            board.row("decode", arm=arm.name, alone_s=alone, beside_s=beside, slowdown_pct=slowdown, bytes_per_s=rates)
+            board.figure(f"decode_slowdown_pct_{arm.name}", slowdown)
+            board.figure(f"decode_beside_gb_per_s_{arm.name}", sum(map(median, rates)) / 1e9)
+            board.write()
+        board.figure("save_share", default)
+        board.figure("decode_slowdown_pct", board.summary.get(f"decode_slowdown_pct_both_{100 * default:.0f}"))
+
+
+def _large_copies(board: Board) -> list[_Beside]:
+    """The link by itself: what large pinned copies cost is nobody's to save."""
+    large, pinned = ceiling_tensors(board)
+    return [
+        _Beside("link", ((both_at_once(board, large, pinned), 2 * large.nbytes),)),
+        _Beside("link_save", ((lambda: pinned.copy_(large), large.nbytes),)),
+        _Beside("link_load", ((lambda: large.copy_(pinned), large.nbytes),)),
+    ]
+
+
+def _copies(rig: CopyRig, shares: Iterable[float]) -> list[_Beside]:
+    """Loads alone, and saves at each share of the link alone and with them.
+
+    Saves are as large as their stages: while more than that is on its way, an engine waits for it.
+    """
+    copier, block_bytes = rig.copier(), rig.layout.block_bytes
+    half = len(rig.blocks) // 2
+    num_blocks = max(1, min(half, SAVE_STAGES * STAGE_BYTES // block_bytes))
+    load = (lambda: copier.scatter(rig.page_ids, rig.blocks[half:])), (len(rig.blocks) - half) * block_bytes
+    made = [_Beside("load", (load,))]
+    for share in shares:
+        given = LinkShare(share)
+
+        def save(given: LinkShare = given) -> None:
+            begun = copier.start_gather(rig.page_ids, rig.blocks[:num_blocks], put_off=given.share < 1)
+            begun.finish_by(given)
+
+        saving = save, num_blocks * block_bytes
+        percent = f"{100 * share:.0f}"
+        made += [_Beside(f"save_{percent}", (saving,)), _Beside(f"both_{percent}", (saving, load))]
+    return made
 
 
 def _on_engine(board: Board, run: Callable[[], object]) -> float:

@@ -54,8 +54,8 @@ from kvstore.stages import LEAST_STAGES, Stage, stages_of
 from kvstore.streams import Moment, Stream, Streams, streams_of
 from kvstore.unpack_kernel import Unpacking, unpackings
 
-_STAGE_BYTES = 64 << 20
-_SAVE_STAGES = 4
+STAGE_BYTES = 64 << 20
+SAVE_STAGES = 4
 """A save's pages are free for the engine again when its last window is in a stage: so many windows need not wait for
 the link. 256 MiB are 2,048 tokens of an 8B model. A load has two: its pages are written at the other end."""
 _BY_LAYERS = 2
@@ -89,8 +89,8 @@ class DeviceCopier:
         way: Way | None = None,
         streams: Streams | None = None,
         copy_engine: CopyEngine | None = None,
-        stage_bytes: int = _STAGE_BYTES,
-        num_stages: tuple[int, int] = (_SAVE_STAGES, LEAST_STAGES),
+        stage_bytes: int = STAGE_BYTES,
+        num_stages: tuple[int, int] = (SAVE_STAGES, LEAST_STAGES),
         num_lanes: int = 1,
     ) -> None:
         self.device = planes[0].first.device

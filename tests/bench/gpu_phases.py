@@ -28,4 +28,14 @@ def dies(board: Board) -> None:
 
 
 def works(board: Board) -> None:
+    board.row("works")
     board.figure("it_worked", True)
+
+
+def works_now(board: Board) -> None:
+    board.row("raises")
+    board.figure("works_now", True)
+
+
+def works_too(board: Board) -> None:
+    board.figure("works_too", True)

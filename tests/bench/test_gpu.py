@@ -51,6 +51,15 @@ def test_on_the_cpu_the_script_runs_and_judges_no_rate(tmp_path: Path, capsys: p
     assert found["env"]["device"] == "cpu, tiny sizes: no figures"
     summary = found["summary"]
     assert summary["split_decode_equal"] is True
+    beside = (
+        "link",
+        "link_save",
+        "link_load",
+        "load",
+        *(f"{what}_{n}" for what in ("save", "both") for n in (100, 50, 25)),
+    )
+    assert {row["arm"] for row in found["rows"] if row["phase"] == "decode"} == set(beside)
+    assert summary["decode_slowdown_pct"] == summary[f"decode_slowdown_pct_both_{100 * summary['save_share']:.0f}"]
     assert summary["ttft_64_outputs_equal"] is True
     assert summary["ttft_128_outputs_equal"] is True
     arms = {"recompute", "device", "host", "host_fp8"}
@@ -80,6 +89,29 @@ def test_a_phase_that_raises_hangs_or_dies_costs_nothing_but_itself(
     kept = [summary["before_it_raised"], summary["before_it_hung"], summary["before_it_died"], summary["it_worked"]]
     assert kept == [1, 2, 3, True]
     assert "failed: raises, hangs, dies" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_run_that_was_cut_off_is_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "gpu.json"
+    own = ",".join(f"{name}={OWN}:{name}" for name in ("works", "raises"))
+    asked = ["--device", "cpu", "--json", str(path), "--phases"]
+    assert gpu.main([*asked, own]) == 1
+    first = json.loads(path.read_text())["summary"]
+    mended = own.replace(":raises", ":works_now") + f",last={OWN}:works_too"
+    assert gpu.main([*asked, mended, "--resume"]) == 0
+    record = json.loads(path.read_text())
+    assert [row["phase"] for row in record["rows"]] == ["works", "raises"], "an error that is no more is left out"
+    second = record["summary"]
+    assert second["works_phase_s"] == first["works_phase_s"], "what is there is not run again"
+    assert "raises_failed" in first
+    assert "raises_failed" not in second
+    assert (second["before_it_raised"], second["works_now"], second["works_too"]) == (1, True, True)
+    assert second["total_s"] > first["total_s"]
+    record["env"]["commit"] = "another"
+    path.write_text(json.dumps(record))
+    assert gpu.main([*asked, own, "--resume"]) == 2
+    assert "has commit 'another', this run" in capsys.readouterr().err
 
 
 def test_what_is_missing_is_said_with_the_wheels_to_bring(capsys: pytest.CaptureFixture[str]) -> None:
