@@ -79,6 +79,9 @@ class DevicePages(Protocol):
     @property
     def page_tokens(self) -> int: ...
 
+    def warm_up(self) -> None:
+        """Copy a block out and in again, before there are requests: what the first of them would else wait for."""
+
     def now(self) -> Moment:
         """What the engine's thread, which calls this, has ordered so far."""
 
@@ -125,6 +128,15 @@ class StridedPages:
         self._copier = PageCopier(layout, paged, layers=layers, heads=heads, streams=streams)
         self.parts = self._copier.parts
         self.page_tokens = paged.page_tokens
+
+    def warm_up(self) -> None:
+        """See `DevicePages`. Kernels are compiled and tried, a second each, and the first stages allocated."""
+        copier, block_tokens = self._copier, self._copier.layout.model.block_tokens
+        table = range(-(-block_tokens // self.page_tokens))
+        if len(table) <= copier.paged.num_pages:
+            views = [memoryview(bytearray(copier.layout.parts[part].num_bytes)) for part in self.parts]
+            copier.gather(table, [(0, views)])
+            copier.scatter(table, [(0, views)])
 
     def now(self) -> Moment:
         return self._copier.now()

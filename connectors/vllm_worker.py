@@ -29,6 +29,9 @@ class WorkerSide:
 
     `saves`: False where another rank has the same and writes it. `register`: tells the pages' device of the memory that
     slots lie in, without which its copies are slower.
+
+    Made before the engine captures graphs: a device's first copies compile kernels, and to load one, on whatever
+    thread, breaks a capture.
     """
 
     def __init__(
@@ -64,6 +67,8 @@ class WorkerSide:
             now_s=now_s,
         )
         self._changed: set[AdapterFiles] = set()
+        if isinstance(pages, DevicePages):
+            _warm_up(pages)
 
     # -- before and in the forward pass ------------------------------------------------------------------------
 
@@ -145,3 +150,12 @@ class WorkerSide:
         self._saves.close()
         if self._registration is not None:
             self._registration.close()  # last: no copy may be under way
+
+
+def _warm_up(pages: DevicePages) -> None:
+    began_s = time.perf_counter()
+    try:
+        pages.warm_up()
+        log.info("the device's copies were made ready in %.1f s", time.perf_counter() - began_s)
+    except Exception:  # a load or save that fails in the same way costs a computation
+        log.exception("a first copy between the engine's pages and memory of the host failed")

@@ -89,7 +89,15 @@ class Watched:
 class Device:
     """Both sides, driven as vLLM drives them, over a real store."""
 
-    def __init__(self, seed: int, *, intact: bool = True, register: Register | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        seed: int,
+        *,
+        intact: bool = True,
+        register: Register | None = None,
+        kind: type[StridedPages] = StridedPages,
+        **settings: Any,
+    ) -> None:
         self.streams = LazyStreams(seed)
         self.clock = FakeClock()
         self.store = KVStore(StoreConfig.load({"host": {"capacity_bytes": 64 << 20}}, environ={}))
@@ -98,7 +106,7 @@ class Device:
         self.side = SchedulerSide(
             made, MODEL, self.store, lambda load: load, page_tokens=PAGE, may_trail=True, now_s=self.clock.now_s
         )
-        pages = StridedPages(layout_of(MODEL), self.tensors, range(LAYERS), range(HEADS), streams=self.streams)
+        pages = kind(layout_of(MODEL), self.tensors, range(LAYERS), range(HEADS), streams=self.streams)
         self.adopted: list[Watched] = []
 
         def adopt(shared: object) -> Load:
@@ -482,6 +490,30 @@ def test_after_a_load_is_given_up_its_copies_come_before_whatever_the_engine_doe
     device.look(0, pages)
     assert device.read[0] == [{5.0 + 10 * number} for number in range(10)]
     device.side.ended(request, list(pages))
+    device.close()
+
+
+def test_what_the_first_copies_need_is_made_before_there_are_requests_and_pages_stay_as_they_are() -> None:
+    tensors = [torch.randn(64, HEADS, PAGE, 2 * DIM) for _ in range(LAYERS)]
+    before = [tensor.clone() for tensor in tensors]
+    pages = StridedPages(layout_of(MODEL), tensors, range(LAYERS), range(HEADS), streams=LazyStreams())
+    pages.warm_up()
+    assert all(map(torch.equal, tensors, before))
+    device = Device(1)
+    stages = cast(Any, device.worker)._loads._pages._copier._on_device()
+    assert [made.stages[0].num_bytes > 0 for made in (stages._save, stages._load)] == [True, True]
+    device.close()
+
+
+def test_an_engine_starts_though_its_device_s_first_copy_fails(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(StridedPages):
+        def warm_up(self) -> None:
+            raise RuntimeError("no kernel image is available")
+
+    device = Device(1, kind=Broken)
+    assert "no kernel image is available" in caplog.text
+    device.store_blocks(64, 2.0)
+    assert len(device.stored(64)) == 8
     device.close()
 
 
