@@ -195,11 +195,13 @@ class SchedulerSide:
         self._leases.begin(order, load)
 
     def _announce(self, tracked: Tracked) -> None:
-        chain = tracked.chain
-        start = max(tracked.in_store, tracked.num_saved)
-        if not self._settings.save or tracked.from_before or chain is None or not self._resets.allows(chain.root):
+        """Say what the request is about to compute, if that will be saved."""
+        mixed = self._adapters.is_mixed(tracked.request.lora_request)
+        if not self._settings.save or tracked.from_before or mixed or tracked.announcement is not None:
             return
-        if tracked.announcement is None and start < len(chain):
+        chain = tracked.grow(self._roots)  # only now where nothing was asked for: a producer
+        start = max(tracked.in_store, tracked.num_saved)
+        if chain is not None and start < len(chain) and self._resets.allows(chain.root):
             mark = self.fail_open.call(lambda: self._store.announce(chain, start, len(chain)), None)
             tracked.announcement = None if mark is None else self._announced.keep(mark)
             tracked.announced_to = len(chain)

@@ -310,6 +310,8 @@ def test_a_number_that_has_stood_for_two_paths_neither_saves_nor_loads_under_eit
     after = FakeRequest("after", tokens(120), lora_request=in_place)
     adapted.bench.side.arrived(after)  # from the step that loaded it on, "before" is computed with its weights
     assert adapted.runs(before)[0].saves == ()
+    adapted.starts(before)  # it was preempted
+    assert adapted.bench.store.live_announcements == 0, "nobody waits for what is not saved"
     adapted.ends(before)
     assert adapted.starts(after) == 0
     assert adapted.runs(after)[0].saves == ()

@@ -269,6 +269,32 @@ def test_a_miss_allocates_nothing_and_leaves_nothing() -> None:
     bench.close()
 
 
+@pytest.mark.parametrize("skips", [False, True])
+def test_who_computes_without_having_asked_announces_it_all_the_same(skips: bool) -> None:
+    bench = Bench(load=skips)  # a producer; or one that wants the logits of all its prompt
+    request = FakeRequest("r", tokens(100), skip_reading_prefix_cache=skips)
+    assert bench.side.match(request, 0) == (0, False)
+    bench.side.allocated(request, bench.pages_for(request), 0)
+    assert bench.store.announced == [(0, 6)]
+    bench.step((request, 100))
+    bench.side.ended(request, bench.pages_for(request))
+    bench.report()
+    bench.close()
+
+
+def test_who_does_not_save_announces_and_hashes_nothing_it_does_not_look_for() -> None:
+    bench = Bench(save=False)
+    request = FakeRequest("r", tokens(100), skip_reading_prefix_cache=True)
+    bench.side.match(request, 0)
+    bench.side.allocated(request, bench.pages_for(request), 0)
+    assert bench.side._tracked["r"].chain is None
+    assert bench.store.calls == []
+    bench.step((request, 100))
+    bench.side.ended(request, bench.pages_for(request))
+    bench.report()
+    bench.close()
+
+
 def test_a_hit_in_the_host_is_copied_before_the_step() -> None:
     bench = Bench()
     bench.fill(tokens(100))
