@@ -131,8 +131,9 @@ class Lookups:
 
     def look_again(self, lookup: Lookup, now_s: float) -> None:
         """What another store computes arrives in a lower tier: look again now and then."""
-        if lookup.again is not None and lookup.again.done():
-            lookup.answer, lookup.again = lookup.again, None
+        again = lookup.again  # looked at once: a call that is made twice may be looking at the same time
+        if again is not None and again.done():
+            lookup.answer, lookup.again = again, None
         said = lookup.said
         if lookup.again is None and said is not None:
             stop = lookup.start + sum(count for _, count in said.sources)

@@ -358,12 +358,15 @@ class KVStore:
     def _sweep(self) -> None:
         while not self._closing.wait(_SWEEP_S):
             now_s = self._clock.now_s()
-            expired = self._leases.expire(now_s)
-            if expired:
-                self._stats.add("lease.expired", expired)
-            self._host.pool.settle()
-            self._marks.sweep()
-            self._holds.sweep(now_s)
+            try:
+                expired = self._leases.expire(now_s)
+                if expired:
+                    self._stats.add("lease.expired", expired)
+                self._marks.sweep()
+                self._holds.sweep(now_s)
+                self._host.pool.settle()
+            except Exception:  # a thread's top: a policy that fails once must not keep pins for ever
+                log.exception("sweeping failed, and goes on")
 
     def note_saved(self, seconds: float) -> None:
         """See `kvstore.api.Store.note_saved`."""
