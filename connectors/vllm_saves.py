@@ -88,7 +88,7 @@ class WorkerSaves:
                     pass  # a reset left nothing of it to save; its pages are let go of
                 elif order.files is not None and not is_unchanged(order.files):
                     pass  # nor will anything that follows be saved
-                elif bad_pages.intersection(order.pages):
+                elif bad_pages and not bad_pages.isdisjoint(order.pages):
                     self._unsaved(order)
                     self._grow(order)
                 elif self._grow(order) and self._saves:
