@@ -620,11 +620,11 @@ def test_peer_that_dies_mid_stream_is_a_shorter_hit(tmp_path: Path, number: sign
     with (
         serving(tmp_path, "s") as server,
         reading_from(server.address, lookup_deadline_s=0.25, call_timeout_s=0.5) as cold,
-        connect(server.address) as warm,
     ):
-        warm.open(BIG)
         chain = chain_of(Root(BIG), 28)
-        save_big(warm, chain)
+        with connect(server.address) as warm:  # and gone: it would wait for the peer as it leaves
+            warm.open(BIG)
+            save_big(warm, chain)
         wait_until(lambda: found(cold, chain) == 28)
         assert cold.match(chain, "r", wait_s=5).num_blocks == 28
         began = time.monotonic()
