@@ -43,10 +43,16 @@ def test_all_phases_together_stay_under_eight_minutes() -> None:
     assert sum(phase.limit_s for phase in gpu.PHASES) <= gpu._LIMIT_S < 480
 
 
+def patient(name: str) -> str:
+    """A phase with time enough on a busy machine: its limits are of a device, which somebody pays for."""
+    return f"{name}={gpu.Phase.of(name).target}@250"
+
+
 @pytest.mark.slow
 def test_on_the_cpu_the_script_runs_and_judges_no_rate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "gpu.json"
-    assert gpu.main(["--device", "cpu", "--phases", "split,decode,ttft,turns", "--json", str(path)]) == 0
+    phases = ",".join(patient(name) for name in ("split", "decode", "ttft", "turns"))
+    assert gpu.main(["--device", "cpu", "--phases", phases, "--json", str(path)]) == 0
     found = json.loads(path.read_text())
     assert found["env"]["device"] == "cpu, tiny sizes: no figures"
     summary = found["summary"]
@@ -80,7 +86,8 @@ def test_a_phase_that_raises_hangs_or_dies_costs_nothing_but_itself(
 ) -> None:
     monkeypatch.setattr(gpu, "_GRACE_S", 20.0)  # a busy machine takes that long to import torch
     path = tmp_path / "gpu.json"
-    own = ",".join(f"{name}={OWN}:{name}@1" for name in ("raises", "hangs", "dies", "works"))
+    limits_s = {"raises": 60, "hangs": 1, "dies": 60, "works": 60}
+    own = ",".join(f"{name}={OWN}:{name}@{limit_s}" for name, limit_s in limits_s.items())
     assert gpu.main(["--device", "cpu", "--phases", own, "--json", str(path)]) == 1
     summary = json.loads(path.read_text())["summary"]
     assert summary["raises_failed"] == "RuntimeError: no such kernel"
@@ -143,7 +150,7 @@ def test_a_phase_nobody_knows_is_refused(capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.slow
 def test_trials_try_every_choice_and_publish_none(tmp_path: Path) -> None:
     path = tmp_path / "gpu.json"
-    assert gpu.main(["--device", "cpu", "--phases", "trials", "--json", str(path)]) == 0
+    assert gpu.main(["--device", "cpu", "--phases", patient("trials"), "--json", str(path)]) == 0
     found = json.loads(path.read_text())
     windows = [row for row in found["rows"] if "bidi" in row]
     assert len({row["arm"] for row in windows}) == len(windows) == 12
