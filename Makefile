@@ -14,20 +14,22 @@ VLLM_INDEX ?= $(shell $(PYTHON) -c "import urllib.request as r; r.urlopen('$(TOR
 	2>/dev/null && echo --extra-index-url $(TORCH_CPU))
 VLLM_READY := $(VLLM_VENV)/.ready
 LMCACHE_VENV := .venv-lmcache
+JOBS ?= 2
 
 # Wheels only: a package that would be built from source fails at once instead of costing minutes.
 # Not compiled: modules are compiled when first imported, and most never are.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input \
 	--no-compile --only-binary :all: --constraint constraints.txt
 
-# `make check` runs two test files at a time, since tests wait more than they compute, and afterwards, by themselves, those
-# that hold a time against a limit (marker `alone`). `make test`, which must not fail by what the machine does besides,
-# runs one test at a time. JOBS says another number of files for either.
-PYTEST := $(BIN)/python -m pytest
+# Two test files at a time, since tests wait more than they compute, and afterwards, one at a time, those that hold a time
+# against a limit (marker `alone`) or run an engine (`engine`), which would have all cores. JOBS says another number of
+# files; with 1 all goes one at a time.
+PYTEST := $(BIN)/python -m pytest --durations=25
 TOGETHER = $(PYTEST) --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
-ALONE = $(PYTEST) $$(grep -rl --include='test_*.py' mark.alone tests)
+BY_ITSELF = $(PYTEST) $$(grep -rlE --include='test_*.py' 'mark\.(alone|engine)' tests)
 # $(call tests,WHICH): an expression over markers.
-tests = $(if $(filter 1,$(JOBS)),$(PYTEST) --durations=25 -m "$(1)",$(TOGETHER) -m "($(1)) and not alone" && $(ALONE) -m "($(1)) and alone")
+tests = $(if $(filter 1,$(JOBS)),$(PYTEST) -m "$(1)",$(TOGETHER) -m "($(1)) and not (alone or engine)" && \
+	$(BY_ITSELF) -m "($(1)) and (alone or engine)")
 
 # Tests start hundreds of processes, and without it each would compile all that it imports anew.
 unexport PYTHONDONTWRITEBYTECODE
@@ -83,13 +85,11 @@ proto: $(READY) ## generate the messages and stubs of the service from protos/
 	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=. --pyi_out=. --grpc_python_out=. \
 		protos/kvstore/wire/kvstore.proto
 
-test: JOBS ?= 1
 test: $(READY) ## run the whole test suite, vLLM's part of it where vLLM can be installed
 	@$(MAKE) --no-print-directory venv-vllm || echo "no vLLM here: the tests that need it will say that they did not run"
 	$(call tests,slow or not slow)
 	@echo "make test: the whole suite passed"
 
-check: JOBS ?= 2
 check: $(READY) ## run the fast tests, the linter, the formatter and the type checker
 	$(call tests,not slow and not engine)
 	$(BIN)/ruff check

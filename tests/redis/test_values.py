@@ -57,6 +57,7 @@ def test_a_read_that_brought_everything_keeps_its_connection(
 ) -> None:
     """In one of ten it was cut, where the receiving thread had not yet said that it was done."""
     assert content.read(tier) == content.keys
+    assert tier.settle(DEADLINE_S)  # upkeep has its connection then
     num_connections = lambda: int(client.info("stats")["total_connections_received"])
     before = num_connections()
     for _ in range(200):

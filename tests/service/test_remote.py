@@ -324,6 +324,7 @@ def resident_bytes(pid: int) -> int:
     raise AssertionError("no RssAnon")
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 def test_server_that_dies_mid_stream_is_a_shorter_hit(tmp_path: Path, number: signal.Signals) -> None:

@@ -42,6 +42,7 @@ def test_one_account_has_half_of_the_turns_and_all_of_them_together_no_more_than
     assert not turns._running, "nothing is kept of those that have ended"
 
 
+@pytest.mark.alone
 def test_a_flood_of_inspects_is_refused_and_another_client_is_answered_meanwhile(
     start_server: StartServer, make_peer: Callable[..., Peer], model: ModelId, root: Root
 ) -> None:
