@@ -184,6 +184,8 @@ def test_what_a_write_asks_does_not_grow_with_adapters_nor_with_blocks(
     roots = [root_of(root, adapter) for adapter in range(num_adapters)]
     for each in roots:
         write(limited, Content(each, 1))
+    assert limited.settle(10)
+    assert free.settle(10)  # the first looks of both at the server are over
 
     def calls(tier: RedisTier, seed: int) -> int:
         tier.meet(roots[-1])
