@@ -14,16 +14,15 @@ VLLM_INDEX ?= $(shell $(PYTHON) -c "import urllib.request as r; r.urlopen('$(TOR
 	2>/dev/null && echo --extra-index-url $(TORCH_CPU))
 VLLM_READY := $(VLLM_VENV)/.ready
 LMCACHE_VENV := .venv-lmcache
-JOBS ?= 2
 
 # Wheels only: a package that would be built from source fails at once instead of costing minutes.
 # Not compiled: modules are compiled when first imported, and most never are.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input \
 	--no-compile --only-binary :all: --constraint constraints.txt
 
-# Two test files at a time, since tests wait more than they compute, and afterwards, one at a time, those that hold a time
-# against a limit (marker `alone`) or run an engine (`engine`), which would have all cores. JOBS says another number of
-# files; with 1 all goes one at a time.
+# Several test files at a time, since tests wait more than they compute, and afterwards, one at a time, those that hold a
+# time against a limit (marker `alone`) or run an engine (`engine`), which would have all cores. JOBS says how many files;
+# with 1 all goes one at a time.
 PYTEST := $(BIN)/python -m pytest --durations=25
 TOGETHER = $(PYTEST) --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 BY_ITSELF = $(PYTEST) $$(grep -rlE --include='test_*.py' 'mark\.(alone|engine)' tests)
@@ -85,11 +84,13 @@ proto: $(READY) ## generate the messages and stubs of the service from protos/
 	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=. --pyi_out=. --grpc_python_out=. \
 		protos/kvstore/wire/kvstore.proto
 
+test: JOBS ?= 2
 test: $(READY) ## run the whole test suite, vLLM's part of it where vLLM can be installed
 	@$(MAKE) --no-print-directory venv-vllm || echo "no vLLM here: the tests that need it will say that they did not run"
 	$(call tests,slow or not slow)
 	@echo "make test: the whole suite passed"
 
+check: JOBS ?= 3
 check: $(READY) ## run the fast tests, the linter, the formatter and the type checker
 	$(call tests,not slow and not engine)
 	$(BIN)/ruff check

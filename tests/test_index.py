@@ -36,7 +36,7 @@ def test_rows_agree_with_a_dict_under_random_use(batch: int) -> None:
     known: dict[BlockId, int] = {}
     hidden: list[int] = []
     numbers = 0
-    for _ in range(300):
+    for step in range(300):
         action = rng.random()
         if action < 0.5:
             fresh = [an_id(numbers + at) for at in range(rng.randint(1, batch))]
@@ -57,7 +57,8 @@ def test_rows_agree_with_a_dict_under_random_use(batch: int) -> None:
             hidden = []
         asked = rng.sample(list(known), min(len(known), 50)) + [an_id(rng.randrange(numbers + 10)) for _ in range(10)]
         agree(ids, known, asked)
-        agree(ids, known, list(known))
+        if batch < 400 or step % 10 == 0:  # there are thousands then
+            agree(ids, known, list(known))
         assert len(ids) == len(known)
         assert sorted(ids.live_rows().tolist()) == sorted([*known.values(), *hidden])
         assert sorted(ids.found_rows().tolist()) == sorted(known.values())

@@ -467,6 +467,7 @@ def until(tier: RedisTier, root: Root, fill: Fill, seeds: Iterator[int], true: C
     raise AssertionError("nothing changed")
 
 
+@pytest.mark.slow
 def test_a_slow_link_turns_what_compresses_to_lz4_until_it_does_so_no_more_and_leaves_noise_raw(
     server: EmbeddedServer, client: redis.Redis, link: LinkClock, make_tier: MakeTier, wide: ModelId
 ) -> None:
