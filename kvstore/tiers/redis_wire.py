@@ -27,6 +27,9 @@ Reply = int | bytes | list["Reply"] | None
 _SCRATCH_BYTES = 128 << 10
 """The longest header and more."""
 _NIL = b"$-1\r\n"
+_MOST_BYTES = 64 << 20
+_MOST_LEVELS = 8
+"""Of replies that are no values: what claims more is none that anybody asked for, and is not made room for."""
 _MAX_IOVECS = 512
 """The kernel's limit is 1,024."""
 
@@ -267,11 +270,11 @@ class Wire:
             self._fill(limit, deadline)
             searched = max(self._start, self._start + pending - 1)
 
-    def reply(self, deadline: float) -> Reply | ReplyError:
+    def reply(self, deadline: float, level: int = 0) -> Reply | ReplyError:
         """One whole reply, errors as values so that the rest of a pipeline can be read."""
-        return self._parse(self._line(deadline, _SCRATCH_BYTES // 2), deadline)
+        return self._parse(self._line(deadline, _SCRATCH_BYTES // 2), deadline, level)
 
-    def _parse(self, line: bytes, deadline: float) -> Reply | ReplyError:
+    def _parse(self, line: bytes, deadline: float, level: int) -> Reply | ReplyError:
         kind, rest = line[:1], line[1:]
         if kind == b"+":
             return rest
@@ -287,12 +290,14 @@ class Wire:
                 return None
             if self._take_nothing(number):
                 return [None] * number
+            if level == _MOST_LEVELS:
+                raise ProtocolBroken("a list in lists without end")
             items: list[Reply] = []
             for _ in range(number):
-                item = self.reply(deadline)
+                item = self.reply(deadline, level + 1)
                 if isinstance(item, ReplyError):
                     # Only EXEC nests errors; the first is what the whole came to, the rest must still be read.
-                    return self._drain(item, number - len(items) - 1, deadline)
+                    return self._drain(item, number - len(items) - 1, deadline, level)
                 items.append(item)
             return items
         raise ProtocolBroken(f"{line[:32]!r} is no reply")
@@ -305,12 +310,14 @@ class Wire:
         self._start += size
         return True
 
-    def _drain(self, error: ReplyError, num_replies: int, deadline: float) -> ReplyError:
+    def _drain(self, error: ReplyError, num_replies: int, deadline: float, level: int) -> ReplyError:
         for _ in range(num_replies):
-            self.reply(deadline)
+            self.reply(deadline, level + 1)
         return error
 
     def _bulk(self, length: int, deadline: float) -> bytes:
+        if length > _MOST_BYTES:
+            raise ProtocolBroken(f"a reply of {length} bytes")
         data = bytearray(length)
         self.left = length
         self.read_into(memoryview(data), deadline)

@@ -192,7 +192,10 @@ def test_peer_that_trickles_costs_the_deadline_and_no_more(pair: tuple[Wire, soc
     assert time.monotonic() - started < 1.9
 
 
-@pytest.mark.parametrize("garbage", [b"hello\r\n", b"$abc\r\n", b"*x\r\n", b"\r\n", b":\r\n"])
+NO_END = (b"$%d\r\n" % (1 << 45), b"$%d\r\n" % (1 << 90), b"*1\r\n" * 2000, b"*2\r\n-ERR\r\n" * 2000)
+
+
+@pytest.mark.parametrize("garbage", [b"hello\r\n", b"$abc\r\n", b"*x\r\n", b"\r\n", b":\r\n", *NO_END])
 def test_what_is_no_reply_is_refused(pair: tuple[Wire, socket.socket], garbage: bytes) -> None:
     wire, theirs = pair
     theirs.sendall(garbage)
