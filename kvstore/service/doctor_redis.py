@@ -21,6 +21,13 @@ _LEAST_VERSION = {"redis": (7, 0), "valkey": (7, 2)}
 _HIDDEN = "***"
 _SKEW_S = 60.0
 _SHOWN = 3
+_CURES = {
+    "READONLY": "name the primary, an address that leads to it, or its Sentinels (redis+sentinel://…)",
+    "OOM": "find what fills it besides kvstore, or raise maxmemory",
+    "NOREPLICAS": "bring its replicas back, or CONFIG SET min-replicas-to-write 0",
+    "MISCONF": "CONFIG SET save '' (a cache keeps nothing on disk)",
+}
+"""By what a server answers to writes that it does not take."""
 _LEAST_BUCKETS_OF_CLUSTER = 64
 """Each is one hash slot: of 16 over three nodes one gets 8 and the others 4 each, of 64 they get 22, 24 and 18."""
 
@@ -101,10 +108,20 @@ def examine_redis(name: str, url: str, settings: TierSettings | None = None, num
     except (TierError, ConfigError) as error:
         yield problem(name, f"does not answer: {error}", f"check tiers.{name}.url, the network, user and password")
         return
+    if seen.is_part:
+        yield problem(
+            f"{name} url",
+            "it is a node of a Cluster: what lies on others is neither found nor written",
+            f"set tiers.{name}.url to redis+cluster://HOST:PORT,HOST:PORT with some of its nodes",
+        )
+        return
     if seen.lacking:
         yield ok(name, f"answers in {1e3 * seen.took_s:.1f} ms")
     else:
         yield from _servers(name, seen, settings)
+    if seen.refusal:
+        cure = _CURES.get(seen.refusal.partition(" ")[0], "see what the server's log says of it")
+        yield problem(f"{name} writes", f"none is taken now: {seen.refusal}", cure)
     yield _user(f"{name} user", url, seen)
     if not seen.lacking:
         yield _accounts(f"{name} accounts", seen, num_mended)

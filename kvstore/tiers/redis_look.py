@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kvstore.errors import TierError, TierTimeout
 from kvstore.tiers.redis_accounting import Accounting
 from kvstore.tiers.redis_mend import Mender
 from kvstore.tiers.redis_names import Names, prefix
-from kvstore.tiers.redis_nodes import Nodes, Options, Talk, many
+from kvstore.tiers.redis_nodes import MOVING, Nodes, Options, Talk, many
 from kvstore.tiers.redis_wire import Reply, ReplyError, command, integer
 
 _KEY = f"{prefix(0)}probe"
@@ -82,6 +82,7 @@ class Server:
         policy: what it does at that limit.
         memory_bytes: of its host.
         ahead_s: by how much its clock is ahead of this host's.
+        in_cluster: whether it is a node of a Cluster.
     """
 
     kind: str
@@ -90,6 +91,7 @@ class Server:
     policy: str
     memory_bytes: int
     ahead_s: float
+    in_cluster: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,7 @@ class Look:
         took_s: until the first of them had answered.
         lacking: commands the user may not run, or not on our keys.
         foreign: keys of the accounting with what another program put there; None where looking took too long.
+        refusal: what a server that takes no writes now answers to one.
     """
 
     servers: tuple[Server, ...]
@@ -109,6 +112,12 @@ class Look:
     took_s: float
     lacking: tuple[str, ...] = ()
     foreign: dict[str, str] | None = field(default_factory=dict)
+    refusal: str = ""
+
+    @property
+    def is_part(self) -> bool:
+        """It is a node of a Cluster, and the URL does not say so: only what lies there would be seen."""
+        return not self.is_cluster and any(server.in_cluster for server in self.servers)
 
 
 def look(url: str, num_buckets: int, timeout_s: float, scan_s: float) -> Look:
@@ -123,37 +132,45 @@ def look(url: str, num_buckets: int, timeout_s: float, scan_s: float) -> Look:
     nodes = Nodes(url, num_buckets, Options(1, timeout_s, 0.0), lambda works: None)
     with contextlib.closing(nodes):
         began_s = time.monotonic()
-        lacking = _lacking(nodes, deadline)
+        lacking, refusal = _trial(nodes, deadline)
         took_s = time.monotonic() - began_s
         if lacking:
             return Look((), nodes.is_cluster, took_s, tuple(sorted(lacking)))
         with nodes.talk(deadline) as talk:
             servers = tuple(_server(talk, place, deadline) for place in talk.places(deadline))
-        return Look(servers, nodes.is_cluster, took_s, foreign=_foreign(nodes, num_buckets, scan_s))
+        seen = Look(servers, nodes.is_cluster, took_s, refusal=refusal)
+        return seen if seen.is_part else replace(seen, foreign=_foreign(nodes, num_buckets, scan_s))
 
 
-def _lacking(nodes: Nodes, deadline: float) -> set[str]:
-    """Commands that some node does not let us run."""
+def _trial(nodes: Nodes, deadline: float) -> tuple[set[str], str]:
+    """Commands that some node does not let us run; and what one that lets us answers to a write where it takes none."""
     asked = _BY_WORDS | (_OF_CLUSTERS if nodes.is_cluster else {})
     try:
         with nodes.talk(deadline) as talk:
             places = talk.places(deadline)
     except TierError as error:
         if nodes.is_cluster and isinstance(error.__cause__, ReplyError) and error.__cause__.code == "NOPERM":
-            return {"cluster|slots"}  # without which no node is known that the others could be asked of
+            return {"cluster|slots"}, ""  # without which no node is known that the others could be asked of
         raise
     refused: set[str] = set()
+    refusal = ""
     for place in places:
+        key = f"{prefix(place)}probe"
         with contextlib.suppress(_Enough), nodes.of_stripe(place, deadline).stores.lease(deadline) as wire:
             wire.send([command("EXEC"), command("MULTI")], deadline)
             begun = {name: wire.reply(deadline) for name in ("exec", "multi")}  # EXEC before MULTI has nothing to do
             refused |= _refused(begun)
             if "multi" not in refused:  # else what follows would be done
-                commands = [command(*name.split("|"), *words) for name, words in asked.items()]
-                wire.send([b"".join(commands)], deadline)
-                refused |= _refused({name: wire.reply(deadline) for name in asked})
+                requests = {
+                    name: command(*name.split("|"), *(key if word == _KEY else word for word in words))
+                    for name, words in asked.items()
+                }
+                wire.send([b"".join(requests.values())], deadline)
+                answers = {name: wire.reply(deadline) for name in requests}
+                refused |= _refused(answers)
+                refusal = refusal or _refusal(answers["set"])
             raise _Enough  # so that the wire is closed, with what it has queued
-    return refused
+    return refused, refusal
 
 
 class _Enough(Exception):
@@ -164,6 +181,11 @@ def _refused(replies: Mapping[str, Reply | ReplyError]) -> set[str]:
     """Of an EXEC that may not be, the server says that it is aborted because of that."""
     codes = {name: reply.code for name, reply in replies.items() if isinstance(reply, ReplyError)}
     return {name for name, code in codes.items() if code in ("NOPERM", "EXECABORT")}
+
+
+def _refusal(reply: Reply | ReplyError) -> str:
+    is_about_us = isinstance(reply, ReplyError) and reply.code not in MOVING | {"NOPERM", "EXECABORT"}
+    return str(reply) if is_about_us else ""
 
 
 def _server(talk: Talk, place: int, deadline: float) -> Server:
@@ -182,6 +204,7 @@ def _server(talk: Talk, place: int, deadline: float) -> Server:
         policy=info.get("maxmemory_policy", "noeviction"),
         memory_bytes=int(info.get("total_system_memory", "0")),
         ahead_s=seconds - here_s,
+        in_cluster="cluster" in (info.get("redis_mode"), info.get("server_mode")),
     )
 
 

@@ -507,6 +507,24 @@ def test_doctor_notes_that_few_buckets_spread_unevenly_over_a_cluster(cluster: C
     assert (noted(16), noted(63), noted(64)) == ([Verdict.NOTE], [Verdict.NOTE], [])
 
 
+def test_doctor_says_where_a_cluster_is_named_as_one_server(cluster: Cluster) -> None:
+    for node in cluster.nodes:  # replicas, too
+        (found,) = examine_redis("redis", f"redis://127.0.0.1:{node.port}/0")
+        assert (found.name, found.verdict) == ("redis url", Verdict.PROBLEM)
+        assert "redis+cluster://" in found.fix
+
+
+def test_doctor_tells_of_one_primary_of_a_cluster_that_takes_no_writes(cluster: Cluster) -> None:
+    settings = TierSettings(capacity_bytes=100 << 20, num_buckets=NUM_STRIPES)
+    cluster.nodes[2].client.config_set("min-replicas-to-write", 5)
+    try:
+        told = {each.name: each.verdict for each in examine_redis("redis", cluster.url, settings)}
+    finally:
+        cluster.nodes[2].client.config_set("min-replicas-to-write", 0)
+    assert told.pop("redis writes") is Verdict.PROBLEM
+    assert set(told.values()) == {Verdict.OK}
+
+
 def test_doctor_looks_at_every_primary_of_a_cluster(cluster: Cluster) -> None:
     settings = TierSettings(capacity_bytes=100 << 20, num_buckets=NUM_STRIPES)
 

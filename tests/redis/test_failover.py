@@ -23,6 +23,8 @@ from kvstore.api import NO_HINT
 from kvstore.block import Chain, Root
 from kvstore.config import StoreConfig
 from kvstore.errors import TierError, TierUnavailable
+from kvstore.service.doctor_redis import examine_redis
+from kvstore.service.findings import Verdict
 from kvstore.store import KVStore
 from kvstore.tiers.redis import RedisTier
 from kvstore.tiers.redis_pool import Breaker, Connections
@@ -338,6 +340,9 @@ def test_a_replica_is_off_until_it_is_promoted(pair: Pair, make_tier: MakeTier, 
             tier.contains(content.keys, DEADLINE_S)
         refusals += 1
     assert tier.stats.get("redis.available") == 0
+    (told,) = (each for each in examine_redis("redis", tier.options.url) if each.name == "redis writes")
+    assert told.verdict is Verdict.PROBLEM
+    assert "redis+sentinel://" in told.fix
     pair.replica.client.replicaof("NO", "ONE")
     works(tier, content)
 

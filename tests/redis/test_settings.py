@@ -60,6 +60,18 @@ def test_doctor_finds_each_setting_of_deploy_that_was_changed(url: str) -> None:
         assert verdicts(url) == {"redis maxmemory": Verdict.PROBLEM}
 
 
+@pytest.mark.parametrize(
+    ("setting", "value", "cure"),
+    [("min-replicas-to-write", "1", "its replicas"), ("maxmemory", "1mb", "what fills it")],
+)
+def test_doctor_says_why_a_server_takes_no_writes(setting: str, value: str, cure: str, url: str) -> None:
+    with redis.Redis.from_url(url) as client:
+        client.config_set(setting, value)
+        (found,) = (each for each in examine_redis("redis", url) if each.verdict is not Verdict.OK)
+        assert (found.name, cure in found.fix) == ("redis writes", True)
+        assert client.keys() == []
+
+
 def test_the_settings_file_of_the_sidecar_is_accepted() -> None:
     values = tomllib.loads((DEPLOY / "kvstore.toml").read_text())
     config = StoreConfig.load(values, environ={})
