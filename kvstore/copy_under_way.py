@@ -177,7 +177,8 @@ class CopyingOut(Copying):
 
     @property
     def is_done(self) -> bool:
-        return all(one.is_sent and self._streams.is_reached(one.done) for one in self._sendings)
+        # The last first: who asks while it is under way asks once.
+        return all(one.is_sent and self._streams.is_reached(one.done) for one in reversed(self._sendings))
 
     def finish(self) -> None:
         """As `Copying.finish`. Raises, once, what sending a window raised that was put off."""

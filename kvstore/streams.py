@@ -92,7 +92,9 @@ class CudaStreams:
             return stream
 
     def submit(self, stream: Stream, action: Callable[[], None]) -> None:
-        with torch.cuda.stream(cast(torch.cuda.Stream, stream)):
+        # The device first: leaving a stream of another device than the thread's sets that one again, which makes a
+        # context there. A thread that never chose has the first: half a gigabyte of it for each worker of a machine.
+        with torch.cuda.device(self._device), torch.cuda.stream(cast(torch.cuda.Stream, stream)):
             action()
 
     def record(self, stream: Stream) -> Moment:
