@@ -80,14 +80,14 @@ class KeptCaches:
         To be given back.
         """
         room = num_tokens + num_tokens // 4 if self.num_resident else num_tokens  # for turns to come: growing copies
-        choose = lambda: self._own(chain, most_blocks, conversation) or self._spare()
+        choose = lambda: self._own(chain, most_blocks, conversation, others=True) or self._spare()
         return self._hand_out(choose, chain, num_tokens, most_blocks, room)
 
     def part_with(
         self, chain: Chain, num_tokens: int, most_blocks: int, conversation: str = ""
     ) -> tuple[BlockCache, int]:
         """`take` for good: the conversation's own cache or a new one, and no other, since none comes back for it."""
-        choose = lambda: self._own(chain, most_blocks, conversation)
+        choose = lambda: self._own(chain, most_blocks, conversation, others=False)
         return self._hand_out(choose, chain, num_tokens, most_blocks, num_tokens)
 
     def _hand_out(
@@ -117,16 +117,16 @@ class KeptCaches:
             # Growing would copy what is of no use.
             return (kept.cache, num_blocks) if num_blocks or kept.cache.capacity >= num_tokens else (None, 0)
 
-    def _own(self, chain: Chain, most_blocks: int, conversation: str) -> _Kept | None:
-        """The cache that holds most of the chain, of those in which this is the conversation's, or half of all.
+    def _own(self, chain: Chain, most_blocks: int, conversation: str, *, others: bool) -> _Kept | None:
+        """The cache that holds most of the chain, of the conversation's and of `others`' those that are half like it.
 
-        Whose conversation only begins alike does not take the rest away from another that may go on.
+        Who only begins alike does not take the rest away from another that may go on.
         """
         own, own_blocks = None, 0
         for kept in self._kept:
             num_blocks = min(kept.shared(chain), most_blocks)
-            mine = (conversation and conversation == kept.conversation) or 2 * num_blocks >= kept.num_blocks
-            if num_blocks > own_blocks and mine:
+            mine = bool(conversation) and conversation == kept.conversation
+            if num_blocks > own_blocks and (mine or (others and 2 * num_blocks >= kept.num_blocks)):
                 own, own_blocks = kept, num_blocks
         return own
 

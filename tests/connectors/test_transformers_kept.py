@@ -313,9 +313,9 @@ def test_a_prefill_takes_the_conversations_cache_for_good_and_no_other(llama: Ll
     connector = resident(llama)
     done = connector.generate(prompt(60), max_new_tokens=NEW, conversation="chat")
     (kept,) = connector.kept._kept
-    _, other = connector.prefill(prompt(30, seed=4), conversation="other")
-    assert other is not kept.cache
     ids = goes_on(done, 5)
+    for others, name in ((prompt(30, seed=4), "other"), (ids, "other"), (ids, "")):
+        assert connector.prefill(others, conversation=name)[1] is not kept.cache
     logits, cache = connector.prefill(ids, conversation="chat")
     assert cache is kept.cache
     assert connector.kept._kept == []
