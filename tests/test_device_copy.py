@@ -320,6 +320,29 @@ def test_a_run_is_scattered_as_its_blocks_are(step_layers: int, by_address: bool
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("by_address", [True, False])
+@pytest.mark.parametrize("tokens", [range(21, 59), range(16, 64), range(33, 35), range(16, 50), range(40, 64)])
+def test_some_tokens_of_a_run_are_written_as_those_of_its_blocks_are(
+    tokens: range, by_address: bool, device: str
+) -> None:
+    layout = layout_of(model())
+    size = layout.block_bytes
+    engine, other = hnd(torch.bfloat16, 4), hnd(torch.bfloat16, 4)
+    for one, same in zip(engine.memory, other.memory, strict=True):
+        same.copy_(one)
+    memory = memoryview(bytearray(torch.randint(0, 256, (3 * size,), dtype=torch.uint8).numpy().tobytes()))
+    order = (2, 0, 1)
+    blocks = [(index, [memory[at * size : (at + 1) * size]]) for index, at in enumerate(order, 1)]
+    kv, pages = placed(engine, device), table(4, 64)
+    copier, wanted = PageCopier(layout, kv), PageCopier(layout, other.kv)
+    copier._by_address = by_address and device == "cpu"
+    run = LoadedRun(1, "host", memory, np.array([[at * size] for at in order]))
+    copier.start_scatter(pages, run, tokens=tokens).finish()
+    wanted.start_scatter(pages, blocks, tokens=tokens).finish()
+    assert torch.equal(logical(kv), other.logical())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("by_address", [True, False])
 def test_a_save_s_run_is_filled_as_its_blocks_are_and_what_is_there_already_is_left_alone(
     by_address: bool, device: str
 ) -> None:
