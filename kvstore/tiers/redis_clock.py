@@ -58,7 +58,12 @@ else
 end
 now = string.format('%.6f', now)
 redis.pcall('HSET', KEYS[1], 'at', string.format('%.6f', says), 'now', now)
-return {now, redis.call('HGET', KEYS[1], 'cold') or '0'}
+local cold = tonumber(redis.call('HGET', KEYS[1], 'cold') or 0)
+if not cold or not (cold < tonumber(now) + tonumber(ARGV[4])) then  -- no number, or one that no eviction has noted
+  redis.call('HDEL', KEYS[1], 'cold')
+  cold = 0
+end
+return {now, string.format('%.6f', cold)}
 """
 
 # KEYS: clock. ARGV: score. Raises, never lowers: conversations that were closed lie below all others, and say nothing

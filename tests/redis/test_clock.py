@@ -249,6 +249,19 @@ def test_the_time_never_goes_back_whatever_becomes_of_its_key(
     assert times.clock().now_s(talk, deadline) == pytest.approx(last_s + 5000)
 
 
+@pytest.mark.parametrize("spoilt", ["soon", "nan", "inf", "1e300", ""])
+def test_what_another_program_noted_as_gone_turns_no_store_off_and_is_forgotten(
+    spoilt: str, server: EmbeddedServer, client: redis.Redis, make_tier: MakeTier, root: Root
+) -> None:
+    content = Content(root, 2)
+    content.write(make_tier(server.url))
+    client.hset(CLOCK, "cold", spoilt)
+    tier = make_tier(server.url, breaker_open_s=60.0)
+    assert content.write(tier) == set(content.keys)
+    assert tier.span_s == make_tier(server.url).span_s > 0
+    assert client.hget(CLOCK, "cold") is None
+
+
 def test_a_clock_that_was_lost_begins_above_what_was_used_last(
     server: EmbeddedServer, client: redis.Redis, make_tier: MakeTier, root: Root
 ) -> None:
