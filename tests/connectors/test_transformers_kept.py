@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import pytest
 
@@ -481,6 +483,45 @@ def test_a_cache_that_was_only_looked_at_is_as_good_as_before(llama: LlamaForCau
     cache.crop(30)
     again = connector.generate(goes_on(done, 5), max_new_tokens=NEW, conversation="chat")
     assert again.in_place_tokens == 64
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_happens_in_whichever_order_tokens_are_those_of_the_model_alone(
+    llama: LlamaForCausalLM, seed: int
+) -> None:
+    """Turns, edits, branches, aborts, broken passes, unsound loads, prefills; over little of everything."""
+    draw = random.Random(seed)
+    store, streams = whole(), BesideEngine(seed)
+    connector = device(llama, store, streams, budget_blocks=draw.choice([0, 6, 30]), residents=draw.choice([1, 2, 3]))
+    chats = {name: prompt(draw.randrange(20, 90), seed=number) for number, name in enumerate("abc")}
+    chats["b"] = torch.cat([chats["a"][:, :40], chats["b"]], 1)
+    for step in range(30):
+        name = draw.choice("abc")
+        ids = torch.cat([chats[name], prompt(draw.randrange(1, 40), seed=100 * seed + step)], 1)
+        if draw.random() < 0.3:
+            ids = torch.cat([ids[:, : draw.randrange(1, ids.shape[1])], prompt(3, seed=step)], 1)
+        ids = ids[:, :300]
+        asked_by = draw.choice([name, name, ""])
+        store.faults.overwritten = draw.random() < 0.2
+        match draw.randrange(6):
+            case 0:
+                aborts = Aborts(draw.randrange(6))
+                with pytest.raises(ConnectionAbortedError):
+                    connector.generate(ids, max_new_tokens=9, stopping_criteria=[aborts], conversation=asked_by)
+            case 1:
+                with Breaks(llama, draw.randrange(3), streams), suppress(RuntimeError):
+                    connector.generate(ids, max_new_tokens=9, conversation=asked_by)
+            case 2:
+                logits, cache = connector.prefill(ids, conversation=asked_by)
+                assert int(logits.argmax()) == int(plain(llama, ids, 1)[0, -1])
+                cache._storage.fill_(float("nan"))  # it is the caller's
+            case _:
+                done = connector.generate(ids, max_new_tokens=9, conversation=asked_by)
+                assert torch.equal(done.sequences, plain(llama, ids, 9))
+                chats[name] = done.sequences
+    assert connector.kept.num_hit_blocks > 0
+    assert connector.overlay is None or connector.overlay.check() == []
+    assert store.check() == []
 
 
 # -- memory -------------------------------------------------------------------------------------------------------
