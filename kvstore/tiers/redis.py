@@ -103,7 +103,7 @@ class RedisTier(Tier):
             ttl_s: backstop of the server: a value that nobody used and nobody evicted goes after this. Ageing
                 by score comes at half of it, tails first. 0 for neither. A server's clock that is set forward by more
                 than half of it may end all values at once: a cold cache.
-            connect_timeout_s: for connecting and authenticating, within the call's deadline.
+            connect_timeout_s: for resolving a name, connecting and authenticating, within the call's deadline.
             call_timeout_s: deadline of calls that are given none, and of background work.
             breaker_open_s: how often a server that failed is tried in the background; calls are refused at once
                 meanwhile. With 0 every call tries.

@@ -200,7 +200,7 @@ class Connections:
         """A wire for one conversation. Raises TierUnavailable or TierTimeout; wakes the breaker on both.
 
         A time-out while waiting for a wire, or after the server was heard in this conversation, says that it is
-        busy and not that it is gone: the breaker stays closed.
+        busy and not that it is gone: the breaker stays closed. So it does where the server takes no writes (`Refused`).
         """
         self._breaker.admit()
         self._take_place(deadline)
