@@ -27,7 +27,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", default="build/demo.json", metavar="FILE", help="the result (default: %(default)s)")
     options = parser.parse_args(argv)
     print(f"{SHORT.users} users, {SHORT.turns} turns each, SmolLM2-135M in fp32, every arm serves every request.")
-    print('The arm "store down" has a dead Redis, as is logged. So few requests are noisy: `bench ttft` serves more.')
+    print("The second user's first turn finds what the first one's had in common with it: system prompt and document.")
+    print('The arm "store down" has a dead Redis: lines of the log that say so are its own.')
+    print("So few requests are noisy: `python -m bench ttft` serves more.")
     rows, summary = run(SHORT)
     present("demo", rows, summary, options.json, options.html)
     return 0

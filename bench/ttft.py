@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bench.asked import figures_of, number, print_figures
+from bench.asked import figures_of, print_figures
 from bench.engines import ENGINES, Arm, Memory
 from bench.env import stamp
 from bench.models import ChatModel, smollm2
@@ -33,6 +33,8 @@ HELP = "time to first token in multi-turn chats, by where the prefix comes from"
 REUSE_ARMS = ("device", "device+host", "redis", "host", "device, unlimited", "recompute", "store down")
 ZERO_ARMS = ("recompute", "store", "store, write-through")
 BASE = "recompute"
+_SHOWN = ("recompute", "store down", "redis", "host", "device+host", "device", "device, unlimited")
+"""In this order tables show what was reused from where: what is furthest away first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +119,8 @@ def _replay(
                 progress.update(task, advance=1, refresh=True)
             for row in rows[-len(names) :]:
                 row["equal"] = outputs[row["arm"]] == outputs[BASE]
+            if not progress.console.is_terminal:  # a bar in a file is seen when all is over
+                print(f"{title}: {number + 1} of {len(turns)} requests, in {len(names)} arms each", flush=True)
     finally:
         for arm in arms.values():
             arm.close()
@@ -171,9 +175,9 @@ def _overhead_pct(rows: Sequence[TtftRow], over: str, under: str) -> float:
 
 
 def by_turn(rows: Sequence[TtftRow]) -> list[dict[str, object]]:
-    """Median TTFT and hits of each arm at each turn."""
+    """Median TTFT and hits of each arm, turn by turn."""
     groups: dict[tuple[str, int], list[TtftRow]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: (row["turn"], _SHOWN.index(row["arm"]) if row["arm"] in _SHOWN else 0)):
         groups.setdefault((row["arm"], row["turn"]), []).append(row)
     table: list[dict[str, object]] = []
     for (arm, turn), members in groups.items():
@@ -211,9 +215,8 @@ def present(name: str, rows: list[TtftRow], summary: dict[str, object], json: st
     if name == "ttft":
         print_figures("ttft-cpu", summary)
     else:
-        for key, value, target, _ in findings:
-            print(f"{key:32} {number(value):>10}   ({target})")
-        print("This short one decides nothing.")
+        for line in in_words(rows):
+            print(line)
     if json:
         write_json(json, name, env, [dict(row) for row in rows], summary)  # type: ignore[arg-type]
         print(f"result: {json}")
@@ -235,6 +238,32 @@ def present(name: str, rows: list[TtftRow], summary: dict[str, object], json: st
             env,
         )
         print(f"report: {html}")
+
+
+def in_words(rows: Sequence[TtftRow]) -> Iterator[str]:
+    """What a few requests came to: the last turn by where its prefix came from, and what the store costs in vain."""
+    reuse = [row for row in rows if not row["arm"].startswith("zero")]
+    last = max(row["turn"] for row in reuse)
+
+    def median_s(arm: str) -> float:
+        return statistics.median(row["ttft_s"] for row in reuse if (row["arm"], row["turn"]) == (arm, last))
+
+    tokens = statistics.mean(row["prompt_tokens"] for row in reuse if row["turn"] == last)
+    computed_s = median_s(BASE)
+    yield f"Turn {last}, prompts of {tokens:,.0f} tokens, from the request to the first token:"
+    yield f"  computed anew             {computed_s:6.2f} s"
+    for arm, what in (
+        ("redis", "prefix from Redis"),
+        ("host", "from pinned host memory"),
+        ("device, unlimited", "kept on the device"),
+    ):
+        yield f"  {what:24}  {median_s(arm):6.2f} s   {computed_s / median_s(arm):4.1f} times sooner"
+    yield f"  with a dead Redis         {median_s('store down'):6.2f} s   computed anew"
+    zero = [row for row in rows if row["arm"].startswith("zero")]
+    added = _overhead_pct(zero, "zero reuse: store", "zero reuse: recompute")
+    yield f"Where prompts share nothing, the store changed the time by {added:+.0f} %: of so few, mostly noise."
+    same = all(row["equal"] for row in rows)
+    yield f"Outputs {'all equal' if same else 'DIFFER from'} those computed without a store."
 
 
 def _zero_table(rows: Sequence[TtftRow]) -> list[dict[str, object]]:

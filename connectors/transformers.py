@@ -34,6 +34,7 @@ from connectors.transformers_identity import model_id_of
 from connectors.transformers_kept import KeptCaches
 from kvstore.api import NO_HINT, Hint, LendsMemory, Registration, Store
 from kvstore.block import Chain, Root
+from kvstore.config import parse_bytes
 from kvstore.device import DeviceOverlay
 from kvstore.errors import ConfigError
 from kvstore.layout import layout_of
@@ -106,7 +107,8 @@ class TransformersConnector:
         secret: keys block ids, so that nobody without it can guess them from prompts.
         part_layers, part_heads: the part grid; 0 means all, and fits engines without parallelism.
         lossy: format of stored blocks, such as `fp8`: half the bytes, and answers that may differ. Empty for exact.
-        device_budget_bytes: memory for blocks kept on the device, above the store; 0 for none.
+        device_budget_bytes: memory for blocks kept on the device, above the store, as a number or a size such as
+            "4GiB"; 0 for none.
         resident_conversations: so many requests leave their cache as it is, and the one that goes on from there is
             computed in it, with nothing copied: a conversation's next turn, or any prompt that begins like most of it.
             This is device memory beyond the budget, for each connector: a cache has the size of the longest request
@@ -138,7 +140,7 @@ class TransformersConnector:
         part_layers: int = 0,
         part_heads: int = 0,
         lossy: str = "",
-        device_budget_bytes: int = 0,
+        device_budget_bytes: int | str = 0,
         resident_conversations: int = 2,
         step_layers: int = 4,
         step_bytes: int = 128 << 20,
@@ -172,8 +174,8 @@ class TransformersConnector:
         )
         self.layout = layout_of(self.model_id) if store is None else store.open(self.model_id)
         self.overlay: DeviceOverlay | None = None
-        if device_budget_bytes:
-            self.overlay = DeviceOverlay(self.layout, model.device, device_budget_bytes)
+        if budget_bytes := parse_bytes(device_budget_bytes, "device_budget_bytes"):
+            self.overlay = DeviceOverlay(self.layout, model.device, budget_bytes)
         self.cost = CostModel(block_tokens, self.layout.block_bytes, rule=load_rule)
         self.fail_open = FailOpen()
         # In the background: requests do not wait for it, their copies are only slower until it is done.

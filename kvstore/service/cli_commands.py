@@ -426,7 +426,9 @@ def clear(
     address: Address = "",
     as_json: Json = False,
 ) -> None:
-    """Remove blocks from every tier: those of one namespace, or all of them.
+    """Remove blocks from every tier of this server, the shared ones included: those of one namespace, or all of them.
+
+    Other hosts keep what lies in their own memory, and write it down again when it is next used there.
 
     Example:  kvstore clear --root 1f0c… --yes
     """
