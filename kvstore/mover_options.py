@@ -46,7 +46,7 @@ class MoverOptions:
             What a block that goes down hangs from goes too, whatever is thought of it.
         write_bytes_per_s: budget; 0 for none.
         queue_bytes: blocks waiting to go down; more are dropped.
-        write_deadline_s: for one batch of at most 128 MiB.
+        write_deadline_s: for one batch of at most 256 MiB.
         flush_s: how long `close` waits for the queue.
     """
 
