@@ -270,15 +270,8 @@ class TransformersConnector:
         chain = self._conversations.chain(conversation, input_ids[0].cpu().numpy())
         most_blocks = self.cost.max_blocks(num_tokens)
         cache, in_place = self.kept.take(chain, num_tokens + max_new_tokens, most_blocks, conversation)
-        session = Session(
-            self._connection,
-            cache,
-            chain,
-            request or uuid.uuid4().hex,
-            prompt_tokens=num_tokens,
-            in_place=in_place,
-            hint=replace(hint, prompt_tokens=num_tokens, conversation=hint.conversation or conversation),
-        )
+        hint = replace(hint, prompt_tokens=num_tokens, conversation=hint.conversation or conversation)
+        session = self._session(cache, chain, in_place, request, hint)
         try:
             computed = self._prefill_chunks(prompt, cache, session)
             beside = session.is_loading
@@ -344,15 +337,8 @@ class TransformersConnector:
         chain = self._conversations.chain(conversation, tokens)
         room, most_blocks = num_tokens + self.model_id.block_tokens, self.cost.max_blocks(num_tokens)
         cache, in_place = self.kept.part_with(chain, room, most_blocks, conversation)
-        session = Session(
-            self._connection,
-            cache,
-            chain,
-            request or uuid.uuid4().hex,
-            prompt_tokens=num_tokens,
-            in_place=in_place,
-            hint=replace(hint, prompt_tokens=num_tokens, conversation=hint.conversation or conversation),
-        )
+        hint = replace(hint, prompt_tokens=num_tokens, conversation=hint.conversation or conversation)
+        session = self._session(cache, chain, in_place, request, hint)
         try:
             computed = self._prefill_chunks(prompt, cache, session)
             beside, began_s = session.is_loading, time.perf_counter()
@@ -376,6 +362,17 @@ class TransformersConnector:
             session.close()
         self._conversations.keep(conversation, chain, tokens)
         return logits, cache
+
+    def _session(self, cache: BlockCache, chain: Chain, in_place: int, request: str | None, hint: Hint) -> Session:
+        return Session(
+            self._connection,
+            cache,
+            chain,
+            request or uuid.uuid4().hex,
+            prompt_tokens=hint.prompt_tokens,
+            in_place=in_place,
+            hint=hint,
+        )
 
     def _prefill_chunks(self, prompt: torch.Tensor, cache: BlockCache, session: Session) -> int:
         """Load what pays, then run all but the last chunk; returns the tokens in the cache.

@@ -22,14 +22,6 @@ from kvstore.store import KVStore
 BLOCK = 16
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def llama() -> LlamaForCausalLM:
     return random_llama(11, dtype=torch.bfloat16)

@@ -7,8 +7,6 @@ wrong token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 pytest.importorskip("torch", reason="the connector copies torch tensors")
@@ -34,14 +32,6 @@ from tests.connectors.test_transformers import hits, plain, prompt
 from tests.lazy_streams import BesideEngine, LazyStreams
 
 BLOCK, CHUNK, NEW = 16, 48, 12
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
