@@ -302,7 +302,7 @@ RULES: dict[str, Rule] = {
     "connectors.session": Rule(6, (*PUBLIC, "connectors.base"), ("torch",)),
     "connectors.transformers": Rule(
         6,
-        (*PUBLIC, "connectors.base", "connectors.session", "connectors.transformers_*"),
+        (*PUBLIC, "kvstore.config", "connectors.base", "connectors.session", "connectors.transformers_*"),
         ("torch", "transformers"),
     ),
     "connectors.transformers_cache": Rule(6, PUBLIC, ("torch", "transformers")),

@@ -18,7 +18,7 @@ out is decided here and not by the server (`maxmemory-policy noeviction`): the l
     redis_clock       the time that scores are of   redis_mend     what other programs spoilt
     redis_growth      what hangs from what          redis_look     what doctor can see
     redis_facts       what a server says of itself  redis_scripts  what it does for the accounts
-    redis_tenants     whose which namespace is
+    redis_tenants     whose which namespace is      redis_stream   sockets under a deadline
     valkey            a server of our own, for url="embedded"
 """
 

@@ -23,7 +23,8 @@ import redis.exceptions
 import redis.retry
 
 from kvstore.errors import ConfigError, TierError, TierTimeout, TierUnavailable
-from kvstore.tiers.redis_wire import ProtocolBroken, ReplyError, Wire, command, stream_over
+from kvstore.tiers.redis_stream import stream_over
+from kvstore.tiers.redis_wire import ProtocolBroken, ReplyError, Wire, command
 
 log = logging.getLogger("kvstore.tiers.redis")
 

@@ -27,7 +27,8 @@ from kvstore.tiers.redis_facts import Facts
 from kvstore.tiers.redis_names import STEP_S, root_tag
 from kvstore.tiers.redis_nodes import MOVING, Talk, many
 from kvstore.tiers.redis_sealed import Locked, Scratch
-from kvstore.tiers.redis_wire import Buffer, ProtocolBroken, ReplyError, Wire, command, real
+from kvstore.tiers.redis_stream import Buffer
+from kvstore.tiers.redis_wire import ProtocolBroken, ReplyError, Wire, command, real
 from kvstore.wire import frame
 from kvstore.wire.frame import TAG_BYTES, Checksum, Header
 

@@ -17,7 +17,8 @@ from kvstore.errors import TierError
 from kvstore.store import KVStore
 from kvstore.tiers.redis_names import TOUCH_STEPS, Names, Use
 from kvstore.tiers.redis_presence import present
-from kvstore.tiers.redis_wire import Buffer, PlainStream, Wire
+from kvstore.tiers.redis_stream import Buffer, PlainStream
+from kvstore.tiers.redis_wire import Wire
 from kvstore.tiers.valkey import EmbeddedServer
 from tests.conftest import chain_of, load_all, save_all
 from tests.patient import REQUEST

@@ -21,7 +21,8 @@ from kvstore.native import Received, Receiving, Run
 from kvstore.tiers.redis_names import Names
 from kvstore.tiers.redis_read import Counts, Reader
 from kvstore.tiers.redis_sealed import Locked
-from kvstore.tiers.redis_wire import PlainStream, ProtocolBroken, Wire
+from kvstore.tiers.redis_stream import PlainStream
+from kvstore.tiers.redis_wire import ProtocolBroken, Wire
 from kvstore.wire import frame
 from kvstore.wire.frame import Header
 from tests.redis.test_wire import drip, soon

@@ -18,7 +18,8 @@ from kvstore.codecs import CODECS
 from kvstore.tiers.redis_names import Names
 from kvstore.tiers.redis_read import Counts, Reader
 from kvstore.tiers.redis_sealed import Locked
-from kvstore.tiers.redis_wire import ProtocolBroken, ReplyError, Wire, command, integer, real, stream_over
+from kvstore.tiers.redis_stream import stream_over
+from kvstore.tiers.redis_wire import ProtocolBroken, ReplyError, Wire, command, integer, real
 from kvstore.wire import frame
 from kvstore.wire.frame import Header
 
