@@ -10,6 +10,7 @@ what the store costs where it is of no use.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from bench.engines import ENGINES, Arm, Memory
 from bench.env import stamp
 from bench.models import ChatModel, smollm2
 from bench.options import size, whole
+from bench.paired import Estimate, estimate
 from bench.report import TtftRow, html_page, plot_hits_by_tier, plot_ttft_by_turn, print_table, write_json
 from bench.workload import Turn, Workload, multi_turn, zero_reuse
 
@@ -31,8 +33,10 @@ HELP = "time to first token in multi-turn chats, by where the prefix comes from"
 
 # Arms that are compared to within a few percent stand side by side: the machine's speed drifts by more than that.
 REUSE_ARMS = ("device", "device+host", "redis", "host", "device, unlimited", "recompute", "store down")
-ZERO_ARMS = ("recompute", "store", "store, write-through")
+ZERO_ARMS = ("store, write-through", "store", "recompute", "store down")
 BASE = "recompute"
+_ZERO = "zero reuse: "
+"""What arms are called in rows of the workload that shares nothing."""
 _SHOWN = ("recompute", "store down", "redis", "host", "device+host", "device", "device, unlimited")
 """In this order tables show what was reused from where: what is furthest away first."""
 
@@ -47,7 +51,7 @@ class Settings:
     documents: int = 2
     doc_tokens: int = 1600
     new_tokens: int = 100
-    zero_requests: int = 36
+    zero_requests: int = 28
     max_new_tokens: int = 8
     min_reused: int = 1500
     device_bytes: int = 128 << 20
@@ -78,7 +82,7 @@ def run(settings: Settings, chat: ChatModel | None = None) -> tuple[list[TtftRow
         zero = zero_reuse(chat.encode, reuse, settings.seed, settings.zero_requests)
         zero_rows = _replay(progress, "zero reuse", zero.turns, _start(engine.arms, ZERO_ARMS), settings)
     for row in zero_rows:
-        row["arm"] = f"zero reuse: {row['arm']}"
+        row["arm"] = _ZERO + row["arm"]
     summary = summarise(rows, zero_rows, reuse, settings.min_reused)
     return rows + zero_rows, summary
 
@@ -136,7 +140,7 @@ def _warm_up(arms: dict[str, Arm], turn: Turn, settings: Settings) -> None:
 def summarise(
     rows: Sequence[TtftRow], zero_rows: Sequence[TtftRow], workload: Workload, min_reused: int
 ) -> dict[str, object]:
-    """The named figures. Ratios are medians over the same requests, compared one by one."""
+    """The named figures. Ratios are medians over the same requests, compared one by one; overheads have intervals."""
     reusable = {(turn.user, turn.turn): turn.num_reusable_tokens for turn in workload.turns}
     chosen = [key for key, tokens in reusable.items() if key[1] >= 2 and tokens >= min_reused]
     by_arm: dict[str, dict[tuple[int, int], TtftRow]] = {}
@@ -153,11 +157,9 @@ def summarise(
         "speedup_device": ratio("recompute", "device, unlimited", chosen),
         "host_vs_device": ratio("host", "device, unlimited", chosen),
         "redis_vs_device": ratio("redis", "device, unlimited", chosen),
-        "zero_reuse_overhead_pct": _overhead_pct(zero_rows, "zero reuse: store", "zero reuse: recompute"),
-        "zero_reuse_write_through_overhead_pct": _overhead_pct(
-            zero_rows, "zero reuse: store, write-through", "zero reuse: recompute"
-        ),
-        "store_down_overhead_pct": 100 * (ratio("store down", "recompute", list(reusable)) - 1),
+        **_overhead("zero_reuse", zero_rows, "store"),
+        "zero_reuse_write_through_overhead_pct": _estimate(zero_rows, "store, write-through").pct,
+        **_overhead("store_down", [*rows, *zero_rows], "store down"),
         "requests_compared": len(chosen),
         "workload_digest": workload.digest,
     }
@@ -167,11 +169,22 @@ def summarise(
     return summary
 
 
-def _overhead_pct(rows: Sequence[TtftRow], over: str, under: str) -> float:
-    pairs: dict[tuple[int, int], dict[str, float]] = {}
+def _overhead(name: str, rows: Sequence[TtftRow], arm: str) -> dict[str, float]:
+    found = _estimate(rows, arm)
+    return {
+        f"{name}_overhead_pct": found.pct,
+        f"{name}_overhead_pct_low": found.low_pct,
+        f"{name}_overhead_pct_high": found.high_pct,
+    }
+
+
+def _estimate(rows: Sequence[TtftRow], arm: str) -> Estimate:
+    """By how much `arm` takes longer than computing, over the requests of both workloads that are among `rows`."""
+    requests: dict[tuple[bool, int, int], dict[str, float]] = {}
     for row in rows:
-        pairs.setdefault((row["user"], row["turn"]), {})[row["arm"]] = row["ttft_s"]
-    return 100 * (statistics.median(pair[over] / pair[under] for pair in pairs.values()) - 1)
+        alone, name = row["arm"].startswith(_ZERO), row["arm"].removeprefix(_ZERO)
+        requests.setdefault((alone, row["user"], row["turn"]), {})[name] = row["ttft_s"]
+    return estimate([math.log(one[arm] / one[BASE]) for one in requests.values()])
 
 
 def by_turn(rows: Sequence[TtftRow]) -> list[dict[str, object]]:
@@ -201,7 +214,7 @@ def by_turn(rows: Sequence[TtftRow]) -> list[dict[str, object]]:
 def present(name: str, rows: list[TtftRow], summary: dict[str, object], json: str | None, html: str | None) -> None:
     """Print the table and the figures beside their targets; write the JSON and the page."""
     env = stamp()
-    table = by_turn([row for row in rows if not row["arm"].startswith("zero")])
+    table = by_turn([row for row in rows if not row["arm"].startswith(_ZERO)])
     table += _zero_table(rows)
     print_table("Time to first token", table, list(table[0]))
     findings: list[tuple[str, object, str, bool | None]] = []
@@ -221,7 +234,7 @@ def present(name: str, rows: list[TtftRow], summary: dict[str, object], json: st
         write_json(json, name, env, [dict(row) for row in rows], summary)  # type: ignore[arg-type]
         print(f"result: {json}")
     if html:
-        reuse = [row for row in rows if not row["arm"].startswith("zero")]
+        reuse = [row for row in rows if not row["arm"].startswith(_ZERO)]
         html_page(
             html,
             "kvstore: time to first token in multi-turn chats",
@@ -242,7 +255,7 @@ def present(name: str, rows: list[TtftRow], summary: dict[str, object], json: st
 
 def in_words(rows: Sequence[TtftRow]) -> Iterator[str]:
     """What a few requests came to: the last turn by where its prefix came from, and what the store costs in vain."""
-    reuse = [row for row in rows if not row["arm"].startswith("zero")]
+    reuse = [row for row in rows if not row["arm"].startswith(_ZERO)]
     last = max(row["turn"] for row in reuse)
 
     def median_s(arm: str) -> float:
@@ -259,8 +272,7 @@ def in_words(rows: Sequence[TtftRow]) -> Iterator[str]:
     ):
         yield f"  {what:24}  {median_s(arm):6.2f} s   {computed_s / median_s(arm):4.1f} times sooner"
     yield f"  with a dead Redis         {median_s('store down'):6.2f} s   computed anew"
-    zero = [row for row in rows if row["arm"].startswith("zero")]
-    added = _overhead_pct(zero, "zero reuse: store", "zero reuse: recompute")
+    added = _estimate([row for row in rows if row["arm"].startswith(_ZERO)], "store").pct
     yield f"Where prompts share nothing, the store changed the time by {added:+.0f} %: of so few, mostly noise."
     same = all(row["equal"] for row in rows)
     yield f"Outputs {'all equal' if same else 'DIFFER from'} those computed without a store."
@@ -268,7 +280,7 @@ def in_words(rows: Sequence[TtftRow]) -> Iterator[str]:
 
 def _zero_table(rows: Sequence[TtftRow]) -> list[dict[str, object]]:
     """All turns of an arm together: where nothing is reused they are alike."""
-    zero = [TtftRow(**{**row, "turn": 0}) for row in rows if row["arm"].startswith("zero")]
+    zero = [TtftRow(**{**row, "turn": 0}) for row in rows if row["arm"].startswith(_ZERO)]
     return [{**line, "turn": "all"} for line in by_turn(zero)]
 
 

@@ -93,6 +93,7 @@ def test_figures_count_only_later_turns_with_enough_reuse() -> None:
         row("zero reuse: store", 1, 1.02),
         row("zero reuse: store, write-through", 1, 1.3),
         row("zero reuse: recompute", 1, 1.0),
+        row("zero reuse: store down", 1, 1.1),
     ]
     summary = summarise(rows_of(arms), zero, workload(), min_reused=1500)
     assert summary["speedup_host"] == 10.0
@@ -100,9 +101,20 @@ def test_figures_count_only_later_turns_with_enough_reuse() -> None:
     assert summary["host_vs_device"] == pytest.approx(1.25)
     assert summary["redis_vs_device"] == pytest.approx(2.5)
     assert summary["store_down_overhead_pct"] == pytest.approx(10)
+    assert summary["store_down_overhead_pct_high"] == pytest.approx(10)
     assert summary["zero_reuse_overhead_pct"] == pytest.approx(2)
     assert summary["zero_reuse_write_through_overhead_pct"] == pytest.approx(30)
     assert summary["requests_compared"] == 1
+
+
+def test_a_dead_store_is_judged_by_the_requests_of_both_workloads() -> None:
+    alike = {name: [1.0, 1.0, 1.0] for name in ("recompute", "host", "redis", "device, unlimited", "store down")}
+    zero = [row(f"zero reuse: {arm}", turn, 1.0) for arm in ZERO_ARMS if arm != "store down" for turn in range(1, 6)]
+    slow = [row("zero reuse: store down", turn, 1.2) for turn in range(1, 6)]
+    summary = summarise(rows_of(alike), [*zero, *slow], workload(), min_reused=1500)
+    assert summary["store_down_overhead_pct_low"] == pytest.approx(0)
+    assert summary["store_down_overhead_pct_high"] == pytest.approx(20)
+    assert 5 < float(str(summary["store_down_overhead_pct"])) < 20
 
 
 def test_one_output_that_differs_is_enough_to_fail_equality() -> None:
@@ -111,6 +123,7 @@ def test_one_output_that_differs_is_enough_to_fail_equality() -> None:
         row("zero reuse: store", 1, 1.0, equal=False),
         row("zero reuse: store, write-through", 1, 1.0),
         row("zero reuse: recompute", 1, 1.0),
+        row("zero reuse: store down", 1, 1.0),
     ]
     assert summarise(rows_of(arms), zero, workload(), 1500)["outputs_equal"] is False
 
