@@ -226,8 +226,8 @@ def _serve(host: BlockPool, request: Request, hint: Hint) -> tuple[int, int]:
     chain, root = request.chain, request.chain.root.id
     found = host.leading(chain.ids, 1, root)
     host.touch(chain.ids, found, Hint(time_s=hint.time_s, prompt_tokens=hint.prompt_tokens, asked=True))
-    reserved, _ = host.reserve(root, layout_of(MODEL), chain.ids, chain.metas, (0,))
-    stop = found + len(host.publish(reserved, hint))
+    reserved, _ = host.filling.reserve(root, layout_of(MODEL), chain.ids, chain.metas, (0,))
+    stop = found + len(host.filling.publish(reserved, hint))
     host.touch(chain.ids, stop, hint)
     return found, stop
 

@@ -62,8 +62,10 @@ class _Filled:
         return Chain(self.root, tokens)
 
     def save(self, chain: Chain, start: int, stop: int) -> int:
-        reserved, _ = self.pool.reserve(self.root.id, _layout(), chain.ids[start:stop], chain.metas, (0,), start)
-        num_saved = len(self.pool.publish(reserved, NO_HINT))
+        reserved, _ = self.pool.filling.reserve(
+            self.root.id, _layout(), chain.ids[start:stop], chain.metas, (0,), start
+        )
+        num_saved = len(self.pool.filling.publish(reserved, NO_HINT))
         self.pool.touch(chain.ids, stop)
         return num_saved
 

@@ -123,8 +123,8 @@ def replay(trace: Trace, policy: Policy, capacity: int) -> Replay:
         hint = Hint(time_s=request.time_s, prompt_tokens=request.prompt_tokens)
         found = pool.leading(chain.ids, 1, root)
         pool.touch(chain.ids, found, Hint(time_s=hint.time_s, prompt_tokens=hint.prompt_tokens, asked=True))
-        reserved, _ = pool.reserve(root, layout, chain.ids, chain.metas, (0,))
-        stop = found + len(pool.publish(reserved, hint))
+        reserved, _ = pool.filling.reserve(root, layout, chain.ids, chain.metas, (0,))
+        stop = found + len(pool.filling.publish(reserved, hint))
         pool.touch(chain.ids, stop, hint)
         num_blocks += len(chain)
         if trace.counted(request):

@@ -107,8 +107,8 @@ class Host:
 
     def save(self, request: Request, hint: Hint, found: int) -> None:
         chain = request.chain
-        reserved, _ = self._pool.reserve(chain.root.id, layout_of(MODEL), chain.ids, chain.metas, (0,))
-        self._pool.touch(chain.ids, found + len(self._pool.publish(reserved, hint)), hint)
+        reserved, _ = self._pool.filling.reserve(chain.root.id, layout_of(MODEL), chain.ids, chain.metas, (0,))
+        self._pool.touch(chain.ids, found + len(self._pool.filling.publish(reserved, hint)), hint)
 
     def odds(self, blocks: Sequence[BlockId]) -> list[float]:
         return self._pool.return_odds(blocks)

@@ -161,15 +161,17 @@ class DeviceOverlay:
         `copy_into(rows)` submits the copies that fill them; if it raises, none is taken in. Blocks that are here
         already are passed over, and so are those that find no room or whose parent is not here.
         """
-        reserved, _ = self._pool.reserve(chain.root.id, self.layout, chain.ids[start:stop], chain.metas, (0,), start)
+        reserved, _ = self._pool.filling.reserve(
+            chain.root.id, self.layout, chain.ids[start:stop], chain.metas, (0,), start
+        )
         if reserved:
             try:
                 places = np.array([(item.at, item.slots[0]) for item in reserved], np.int64)
                 copy_into(Rows(self._memory, places[:, 0], places[:, 1]))
             except BaseException:
-                self._pool.abort(reserved)
+                self._pool.filling.abort(reserved)
                 raise
-        published = self._pool.publish(reserved, self._filled_in(hint))
+        published = self._pool.filling.publish(reserved, self._filled_in(hint))
         self.touch(chain, stop, hint=hint)
         return len(published)
 

@@ -64,7 +64,7 @@ class Fetch:
     def release(self) -> None:
         """Give back what belongs to no block. Nobody reads there, or writes there, any more."""
         with suppress(IndexError):  # none, or somebody else closes it just now
-            self._host.pool.release_scratch(self._scratch.pop())
+            self._host.pool.filling.release_loose(self._scratch.pop())
 
     def _bring(self, tier: Tier, start: int, stop: int) -> bool:
         """True where all of `start` … `stop` was handed out."""
@@ -122,7 +122,7 @@ class Fetch:
     def _acquire_window(self) -> tuple[int, ...] | None:
         """Take slots, giving up pins of consumed blocks from the tail until there is room; None where there is none."""
         sizes = [cell.num_bytes for cell in self._plan.cells()]
-        while (slots := self._host.pool.acquire_scratch(sizes)) is None:
+        while (slots := self._host.pool.filling.acquire_scratch(sizes)) is None:
             if not self._delivery.shorten():
                 return None
         return slots

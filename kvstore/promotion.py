@@ -19,8 +19,9 @@ import numpy as np
 
 from kvstore.block import PartKey, named
 from kvstore.delivery import Delivery, ReadyBlock
+from kvstore.filling import Reservation
 from kvstore.layout import BlockLayout
-from kvstore.pool import Reservation, part_mask
+from kvstore.pool import part_mask
 
 _LEAST_GROUP_BYTES = 2 << 20
 _MOST_GROUP_BYTES = 64 << 20
@@ -98,7 +99,7 @@ class Promotion:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._pool.abort(list(self._filling))
+        self._pool.filling.abort(list(self._filling))
         self._unpin(self._pinned)
 
     def reserve(self, stop: int, *, alone: bool = False) -> dict[PartKey, memoryview]:
@@ -109,11 +110,11 @@ class Promotion:
         """
         plan = self._delivery.plan
         root, ids, cells = plan.chain.root.id, plan.chain.ids, plan.layout.parts
-        reserved, num_refused = self._pool.reserve(
+        reserved, num_refused = self._pool.filling.reserve(
             root, plan.layout, ids[self.stop : stop], plan.chain.metas, plan.parts, self.stop
         )
         if alone and not (reserved and reserved[0].at == self.stop):
-            self._pool.abort(reserved)
+            self._pool.filling.abort(reserved)
             return {}
         self.stop = stop - num_refused
         self._filling += reserved
@@ -163,7 +164,7 @@ class Promotion:
         for _ in items:
             self._filling.popleft()
         plan = self._delivery.plan
-        done = self._pool.publish(items, plan.hint, pins=1, below=plan.stays.get(self._tier_name))
+        done = self._pool.filling.publish(items, plan.hint, pins=1, below=plan.stays.get(self._tier_name))
         self._pinned += done
         self._pool.may_be_shared([item.row for item in done])
         return items[-1].at

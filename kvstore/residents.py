@@ -21,6 +21,7 @@ from kvstore.policies.base import Policy
 from kvstore.quota import Accounts
 
 _MAX_TOUCHES = 256
+_FEW = 12  # below this, row by row is quicker than numpy
 
 
 class Slots(Protocol):
@@ -192,23 +193,29 @@ class Residents:
         return len(shown)
 
     def bury_all(self, rows: Rows) -> None:
-        """Free hidden rows, children before parents, as far as nothing holds them."""
+        """Free hidden rows, children before parents, as far as nothing holds them and no other row hangs from them."""
+        for row in self._drop_all(rows, (self.table.pins[rows] != 0) | (self.table.filling[rows] != 0)):
+            if row not in self.doomed:  # hidden ones have their own turn, or are held
+                self.drop_empty(row)
+
+    def _drop_all(self, rows: Rows, held: npt.NDArray[np.bool_]) -> list[int]:
+        """Free rows, but those that are `held`, or that something hangs from which stays; returns who lost a child."""
         table = self.table
+        parents = np.sort(table.parent[rows])
+        among = np.searchsorted(parents, rows, "right") - np.searchsorted(parents, rows)
         kept: set[int] = set()
-        for row in rows[(table.pins[rows] != 0) | (table.filling[rows] != 0)].tolist():
+        for row in rows[held | (table.children[rows] > among)].tolist():
             while row != NO_ROW and row not in kept:
                 kept.add(row)
                 row = int(table.parent[row])
         gone = rows if not kept else rows[~np.isin(rows, list(kept))]
         if not len(gone):
-            return
+            return []
         self.release_slots(gone)
         self.doomed.difference_update(gone.tolist())
         parents = np.unique(table.parent[gone])
         table.drop_all(gone)
-        for row in parents[~np.isin(parents, gone)].tolist():
-            if row not in self.doomed:  # hidden ones have their own turn, or are held
-                self.drop_empty(row)
+        return [row for row in parents[~np.isin(parents, gone)].tolist() if row != NO_ROW]
 
     def bury(self, row: int) -> None:
         """Free a hidden row once nothing holds it, then its hidden ancestors that only it held."""
@@ -221,11 +228,16 @@ class Residents:
             row = table.drop(row)
 
     def drop_empty(self, row: int) -> None:
-        """Drop a row that has neither bytes nor writers nor children, then its empty ancestors."""
+        """Drop a row that has neither bytes nor writers nor children, then its empty ancestors.
+
+        Nothing happens to a row that is not in use any more, as one that went with another's ancestors.
+        """
         table = self.table
-        while row != NO_ROW and not (table.ready[row] or table.filling[row] or table.children[row]):
+        while table.ids.is_used(row) and not (table.ready[row] or table.filling[row] or table.children[row]):
             self.doomed.discard(row)
             row = table.drop(row)
+            if row == NO_ROW:
+                return
         self.bury(row)
 
     def release_slots(self, rows: Rows) -> None:
@@ -234,18 +246,32 @@ class Residents:
         held = table.slots[rows] != NO_SLOT
         self.slots.release_many(table.slots[rows][held].tolist())
         table.slots[rows] = NO_SLOT
-        num_bytes = (held * self._part_bytes[table.layout[rows]]).sum(axis=1)
-        roots = table.root[rows]
+        self._discharge(rows, (held * self._part_bytes[table.layout[rows]]).sum(axis=1))
+
+    def detach(self, rows: Rows, parts: Sequence[int]) -> None:
+        """Take slots that were being filled out of rows; the caller has them now."""
+        table, cells = self.table, list(parts)
+        table.filling[rows] &= ~np.uint64(mask_of(parts))
+        table.slots[rows[:, None], cells] = NO_SLOT
+        self._discharge(rows, self._part_bytes[table.layout[rows]][:, cells].sum(axis=1))
+
+    def drop_all_empty(self, rows: Rows) -> None:
+        """`drop_empty` of each, of one chain tail first."""
+        if len(rows) < _FEW:
+            for row in rows.tolist():
+                self.drop_empty(row)
+            return
+        is_empty = (self.table.ready[rows] | self.table.filling[rows]) == 0
+        for row in self._drop_all(rows[is_empty], np.zeros(int(is_empty.sum()), bool)):
+            self.drop_empty(row)
+        for row in self.doomed.intersection(rows[~is_empty].tolist()):
+            self.bury(row)
+
+    def _discharge(self, rows: Rows, num_bytes: npt.NDArray[np.int64]) -> None:
+        """Take bytes of each row off its root's account."""
+        roots = self.table.root[rows]
         for number in np.unique(roots).tolist():
             self.accounts.charge(number, -int(num_bytes[roots == number].sum()))
-
-    def detach(self, row: int, parts: Sequence[int]) -> None:
-        """Take slots that were being filled out of a row; the caller has them now."""
-        self.table.filling[row] &= ~np.uint64(mask_of(parts))
-        self.table.slots[row, list(parts)] = NO_SLOT
-        layout = self.layout_of(row)
-        self.accounts.charge(int(self.table.root[row]), -sum(layout.parts[part].num_bytes for part in parts))
-        self.drop_empty(row)
 
 
 def mask_of(parts: Sequence[int]) -> int:

@@ -13,9 +13,10 @@ import numpy as np
 from kvstore.api import ABSENT, Hint, OpenRun
 from kvstore.arena import Arena
 from kvstore.block import Chain
+from kvstore.filling import Reservation
 from kvstore.layout import BlockLayout
 from kvstore.open_blocks import OpenBlocks
-from kvstore.pool import BlockPool, Reservation
+from kvstore.pool import BlockPool
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,9 @@ class BlockSave:
 
     def publish(self, indices: Iterable[int]) -> list[int]:
         """Publish filled blocks; returns those that became matchable. Raises LeaseError for one that is not open."""
-        done = self._pool.publish([self._open.pop(index) for index in self._open.chosen(indices)], self._plan.hint)
+        done = self._pool.filling.publish(
+            [self._open.pop(index) for index in self._open.chosen(indices)], self._plan.hint
+        )
         if done:
             published = [item.at for item in done]
             self._pool.touch(self._plan.chain.ids, published[-1] + 1, self._plan.hint)
@@ -94,13 +97,13 @@ class BlockSave:
         return []
 
     def detach(self) -> tuple[int, ...]:
-        """Like `abort`, but somebody may still be writing: the slots stay out until `pool.release_detached`."""
+        """Like `abort`, but somebody may still be writing: the slots stay out until `Filling.release_loose`."""
         items, self._open = list(self._open.values()), OpenBlocks()
-        return self._pool.detach(items)
+        return self._pool.filling.detach(items)
 
     def abort(self) -> None:
         items, self._open = list(self._open.values()), OpenBlocks()
-        self._pool.abort(items)
+        self._pool.filling.abort(items)
 
     def __enter__(self) -> Self:
         return self

@@ -258,7 +258,9 @@ class KVStore:
         if not 0 <= start <= stop <= len(chain):
             raise ConfigError(f"blocks {start}…{stop} are outside the chain, which has {len(chain)} full blocks")
         plan = SavePlan(chain, layout, cells, start, _filled_in(hint, chain, self._clock.now_s(), asked=False))
-        reserved = self._host.pool.reserve(chain.root.id, layout, chain.ids[start:stop], chain.metas, cells, start)
+        reserved = self._host.pool.filling.reserve(
+            chain.root.id, layout, chain.ids[start:stop], chain.metas, cells, start
+        )
         self._stats.add_all({"save.requests": 1, "save.refused_blocks": reserved[1]})
 
         def committed(indices: Sequence[int]) -> None:
@@ -275,7 +277,7 @@ class KVStore:
 
     def release_detached(self, slots: Sequence[int]) -> None:
         """Give back slots of a save that was detached: nobody writes to them any more."""
-        self._host.pool.release_detached(slots)
+        self._host.pool.filling.release_loose(slots)
 
     # -- looking in --------------------------------------------------------------------------------------------
 

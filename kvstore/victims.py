@@ -168,8 +168,7 @@ class Victims:
         table.drop_all(rows)
         parents = parents[parents != NO_ROW]
         for parent in parents[table.ready[parents] == 0].tolist():
-            if table.ids.is_used(parent):
-                residents.drop_empty(parent)
+            residents.drop_empty(parent)
         residents.num_evicted += len(chosen)
         residents.num_lost += num_lost
         self._progress = True

@@ -95,10 +95,10 @@ class World:
 
     def save(self, chain: Chain, parts: tuple[int, ...] | None = None) -> None:
         cells = self.layout.all_parts if parts is None else parts
-        reserved, _ = self.pool.reserve(chain.root.id, self.layout, chain.ids, chain.metas, cells)
+        reserved, _ = self.pool.filling.reserve(chain.root.id, self.layout, chain.ids, chain.metas, cells)
         keep = self.rng.randrange(len(reserved) + 1) if self.rng.random() < 0.3 else len(reserved)
-        self.pool.publish(reserved[:keep], NO_HINT)
-        self.pool.abort(reserved[keep:])
+        self.pool.filling.publish(reserved[:keep], NO_HINT)
+        self.pool.filling.abort(reserved[keep:])
         self.pool.touch(chain.ids, len(chain))
 
     def step(self) -> None:

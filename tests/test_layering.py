@@ -127,6 +127,7 @@ STORE = (
 # tier is none of them but the gateway that the store is built around.
 UP_TO_4 = (
     *(name for name in UP_TO_2 if name != "kvstore.transfer"),
+    "kvstore.filling",
     "kvstore.pool",
     "kvstore.survey",
     "kvstore.tiers",
@@ -220,8 +221,9 @@ RULES: dict[str, Rule] = {
     "kvstore.health": Rule(3, (*UP_TO_2, "kvstore.residents")),
     "kvstore.survey": Rule(3, (*UP_TO_2, "kvstore.residents")),
     "kvstore.beliefs": Rule(3, (*UP_TO_2, "kvstore.residents")),
+    "kvstore.filling": Rule(3, (*UP_TO_2, "kvstore.residents", "kvstore.victims")),
     "kvstore.pool": Rule(
-        3, (*UP_TO_2, *(f"kvstore.{name}" for name in ("beliefs", "health", "residents", "survey", "victims")))
+        3, (*UP_TO_2, *(f"kvstore.{name}" for name in ("beliefs", "filling", "health", "residents", "survey")))
     ),
     "kvstore.device": Rule(3, (*UP_TO_2, "kvstore.pool", "kvstore.row_copy"), ("torch",)),
     "kvstore.tiers": Rule(3, (*FOUNDATIONS, "kvstore.tiers.base")),

@@ -32,8 +32,8 @@ def pool(root: Root) -> Iterator[BlockPool]:
 
 
 def put(pool: BlockPool, chain: Chain) -> None:
-    reserved, refused = pool.reserve(chain.root.id, layout_of(chain.root.model), chain.ids, chain.metas, (0,))
-    assert (len(pool.publish(reserved, NO_HINT)), refused) == (len(reserved), 0)
+    reserved, refused = pool.filling.reserve(chain.root.id, layout_of(chain.root.model), chain.ids, chain.metas, (0,))
+    assert (len(pool.filling.publish(reserved, NO_HINT)), refused) == (len(reserved), 0)
 
 
 def rows_of(pool: BlockPool, chain: Chain) -> Rows:
@@ -135,16 +135,16 @@ def test_a_block_is_below_where_all_parts_of_it_that_are_here_were_read_from_the
     pool.open(layout)
 
     def fill(num_blocks: int, part: int, below: int | None) -> list[list[bool]]:
-        reserved, _ = pool.reserve(halves.id, layout, chain.ids[:num_blocks], chain.metas, (part,))
-        assert len(pool.publish(reserved, NO_HINT, below=below)) == num_blocks
+        reserved, _ = pool.filling.reserve(halves.id, layout, chain.ids[:num_blocks], chain.metas, (part,))
+        assert len(pool.filling.publish(reserved, NO_HINT, below=below)) == num_blocks
         return [pool.beliefs.holds(rows_of(pool, chain), tier) for tier in (0, 1)]
 
     assert fill(3, 0, 1) == [[False] * 3, [True] * 3]
     assert fill(1, 1, 1) == [[False] * 3, [True] * 3]
     pool.remove(chain.ids[2:])
     rows = rows_of(pool, chain)
-    reserved, _ = pool.reserve(halves.id, layout, chain.ids[1:], chain.metas, (0, 1), 1)
-    pool.publish(reserved, NO_HINT)
+    reserved, _ = pool.filling.reserve(halves.id, layout, chain.ids[1:], chain.metas, (0, 1), 1)
+    pool.filling.publish(reserved, NO_HINT)
     assert pool.beliefs.holds(rows, 1) == [True, False], "one part of the second was made here"
     assert pool.beliefs.holds(rows_of(pool, chain), 1) == [True, False, False]
     pool.beliefs.deny([chain.ids[0], BlockId(bytes(32))], 1)
@@ -156,6 +156,6 @@ def test_a_block_made_here_is_not_below_for_a_part_that_was_read_there(pool: Blo
     layout, chain = layout_of(halves.model), chain_of(halves, 3)
     pool.open(layout)
     for part, below in ((0, None), (1, 0)):
-        reserved, _ = pool.reserve(halves.id, layout, chain.ids, chain.metas, (part,))
-        pool.publish(reserved, NO_HINT, below=below)
+        reserved, _ = pool.filling.reserve(halves.id, layout, chain.ids, chain.metas, (part,))
+        pool.filling.publish(reserved, NO_HINT, below=below)
     assert pool.beliefs.holds(rows_of(pool, chain), 0) == [False] * 3

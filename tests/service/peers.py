@@ -50,12 +50,14 @@ class PeerWithContent(RemoteTier):
             # As a client of the peer would have shown it: a root that nobody has named in full is served to nobody.
             self._server._servicer._namespaces.roots._roots[root] = Root(self._layout.model)
             cells = [key.part for key in parts if (key.root, key.block) == (root, block)]
-            reserved, _ = pool.reserve(root, self._layout, [block], lambda *_, block=block: [meta[block]], cells)
+            reserved, _ = pool.filling.reserve(
+                root, self._layout, [block], lambda *_, block=block: [meta[block]], cells
+            )
             for item in reserved:
                 for part, slot in zip(item.parts, item.slots, strict=True):
                     value = parts[PartKey(root, block, part)]
                     self._store.arena.view(slot, len(value))[:] = value
-            pool.publish(reserved, NO_HINT)
+            pool.filling.publish(reserved, NO_HINT)
         return {key for key in parts if int(pool.survey.ready_masks(key.root, [key.block])[0]) >> key.part & 1}
 
     def remove(self, keys: Sequence[PartKey]) -> None:
