@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Protocol, cast
 
 import torch
@@ -92,9 +93,8 @@ class CudaStreams:
             return stream
 
     def submit(self, stream: Stream, action: Callable[[], None]) -> None:
-        # The device first: leaving a stream of another device than the thread's sets that one again, which makes a
-        # context there. A thread that never chose has the first: half a gigabyte of it for each worker of a machine.
-        with torch.cuda.device(self._device), torch.cuda.stream(cast(torch.cuda.Stream, stream)):
+        # The device first: leaving a stream of another device than the thread's sets that one again.
+        with self._on_device(), torch.cuda.stream(cast(torch.cuda.Stream, stream)):
             action()
 
     def record(self, stream: Stream) -> Moment:
@@ -104,10 +104,17 @@ class CudaStreams:
         cast(torch.cuda.Stream, stream).wait_event(cast(torch.cuda.Event, moment))
 
     def finish(self, moment: Moment) -> None:
-        cast(torch.cuda.Event, moment).synchronize()
+        with self._on_device():  # what torch does by itself for an event that is recorded or waited for, not here
+            cast(torch.cuda.Event, moment).synchronize()
 
     def is_reached(self, moment: Moment) -> bool:
-        return bool(cast(torch.cuda.Event, moment).query())  # type: ignore[no-untyped-call]
+        with self._on_device():
+            return bool(cast(torch.cuda.Event, moment).query())  # type: ignore[no-untyped-call]
+
+    def _on_device(self) -> AbstractContextManager[None]:
+        """CUDA makes a context on the thread's device when it is called there. A thread that never chose one has the
+        first: half a gigabyte of it for each worker of a machine."""
+        return torch.cuda.device(self._device)
 
 
 @functools.cache
