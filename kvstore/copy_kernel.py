@@ -27,6 +27,8 @@ if HAS_TRITON:
 _BLOCK_BYTES = 16 << 10
 _NUM_WARPS = 8
 _MAX_WORD_BYTES = 8
+_MAX_NEAR_WORDS = 1 << 31
+"""What numbers of 32 bits count."""
 _NUMBERS = (
     "planes", "pages", "slots", "slot_step", "items", "num_planes", "chunks", "plane_bytes", "piece_bytes", "step0",
     "step1",
@@ -156,6 +158,7 @@ def _launch(shape: PieceShape, alignment: int, plane_bytes: int, pieces: int, ta
     # Sixteen bytes a thread where everything divides by it: the compiler cannot know what a table holds.
     wide = gcd(16, alignment, plane_bytes, shape.num_bytes, *shape.steps[:2], inner * word) == 16
     unit = 16 if wide and inner_step == 1 else word
+    span = (inner - 1) * inner_step + sum((shape.sizes[at] - 1) * shape.steps[at] // word for at in (0, 1))
     return _Launch(
         chunks=-(-words // block),
         steps=(shape.steps[0] // unit, shape.steps[1] // unit),
@@ -169,6 +172,7 @@ def _launch(shape: PieceShape, alignment: int, plane_bytes: int, pieces: int, ta
             "WORD_BYTES": word,
             "ALIGN": unit,
             "BLOCK": block,
+            "FAR": span >= _MAX_NEAR_WORDS,
             "TABLED": tabled,
             "TO_SLOTS": to_slots,
             "num_warps": _NUM_WARPS,
@@ -241,6 +245,7 @@ def _copy(  # type: ignore[no-untyped-def]  # Triton's own types; the capitals a
     WORD_BYTES: tl.constexpr,  # noqa: N803
     ALIGN: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
+    FAR: tl.constexpr,  # noqa: N803
     TABLED: tl.constexpr,  # noqa: N803
     TO_SLOTS: tl.constexpr,  # noqa: N803
 ):
@@ -249,6 +254,8 @@ def _copy(  # type: ignore[no-untyped-def]  # Triton's own types; the capitals a
     first_slot = slots.to(tl.int64)
     # Times a constant, so that the compiler knows what divides a step. The steps themselves are none: those of a cache
     # that grows are others each time, and would be a kernel each time.
+    if FAR:
+        step0, step1 = step0.to(tl.int64), step1.to(tl.int64)
     far, near = step0 * (ALIGN // WORD_BYTES), step1 * (ALIGN // WORD_BYTES)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         chunk = item % chunks
@@ -277,6 +284,8 @@ def _copy(  # type: ignore[no-untyped-def]  # Triton's own types; the capitals a
         slot_at = tl.multiple_of(slot_at, ALIGN)
         words = chunk * BLOCK + tl.arange(0, BLOCK)
         inside = words < WORDS
+        if FAR:
+            words = words.to(tl.int64)
         # Axes of one are left out by hand: through a remainder by one the compiler loses sight of the alignment.
         if SIZE0 * SIZE1 == 1:
             at = words * STEP2

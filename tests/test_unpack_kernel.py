@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,7 @@ from kvstore.device_copy import Way
 from kvstore.layout import layout_of
 from kvstore.lossy import FORMATS
 from kvstore.transfer import PageCopier, PagedKV
+from tests.compiled import compiled
 from tests.devices import DEVICES
 from tests.devices import test_all_of_this_module_ran_on_cuda_too as test_all_of_this_module_ran_on_cuda_too
 
@@ -193,27 +195,27 @@ def test_a_cache_that_has_grown_needs_no_kernel_of_its_own() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # Triton's own
+@pytest.mark.parametrize("arch", [90, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (80, 100))])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_it_compiles_for_hopper_with_wide_accesses(dtype: str) -> None:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kernel = triton.JITFunction(unpack_kernel._unpack)
-    constants = {
-        "PIECES": 4, "TOKENS": 16, "HEADS": 8, "DIM": 128, "LANES": 128, "KV": 2, "DIM_STEP": 1, "UNIT": 8,
-        "LAYER_BYTES": 2 * 64 * 8 * 128 + 64, "ROWS": 64, "CHUNKS": 2,
-        "SLOT_ALIGN": 16, "PAGE_ALIGN": 16, "DTYPE": dtype,
-    }  # fmt: skip
-    numbers = {name: "i64" if name in ("planes", "pages", "slots") else "i32" for name in unpack_kernel._NUMBERS}
-    source = ASTSource(
-        fn=kernel,
-        signature={**numbers, **dict.fromkeys(constants, "constexpr")},
-        constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
+@pytest.mark.parametrize(
+    ("axes", "page", "heads", "dim", "kv"),
+    [("nhd", 16, 8, 128, 2), ("hnd", 64, 8, 128, 2), ("hnd", 16, 8, 80, 2), ("latent", 64, 1, 576, 1)],
+)
+def test_it_compiles_with_wide_accesses_and_spills_nothing(
+    axes: str, page: int, heads: int, dim: int, kv: int, dtype: str, arch: int, tmp_path: Path
+) -> None:
+    model = identity(tokens=64, heads=heads, dim=dim, dtype=dtype, kv=kv)
+    copier = PageCopier(
+        layout_of(model), pages_of(model, page, AXES.get(axes, "page token dim"), "cpu"), way=Way.STAGED
     )
-    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm["ptx"]
-    stores = [line for line in ptx.splitlines() if "st.global" in line]
-    assert "ld.global.v4.b32" in ptx
-    assert "ld.global.b8" not in ptx
-    assert stores
-    assert all("st.global.v4.b32" in line for line in stores)
+    copier._by_address = False
+    (made,) = copier._on_device()._unpack.values()
+    numbers = dict(zip(unpack_kernel._NUMBERS, (1 << 46, 1 << 46, 1 << 46, 1 << 20, 64, *made._steps), strict=True))
+    found = compiled(unpack_kernel._unpack, numbers, made._keywords, arch, tmp_path)
+    assert found.spilled_bytes == 0
+    stores = {name for name in found.accesses if name.startswith("st.")}
+    assert stores == {"st.global.v4.b32"}
+    # The scales of one head are four bytes: what follows them lies at a multiple of four, and a warp's loads together.
+    codes = "ld.global.b32" if axes == "latent" else "ld.global.v4.b32"
+    assert found.accesses[codes]
+    assert set(found.accesses) == {"ld.global.b64", "ld.global.b32", codes, *stores}
