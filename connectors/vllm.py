@@ -67,6 +67,10 @@ _FOREIGN = (
     "nothing is loaded or saved: this worker's pages are %s, and the scheduler's side took them for %s; where several "
     "connectors are used, list KVStoreConnector first, and none that has a handshake of its own (NIXL, say)"
 )
+_DRAFTS = (
+    "KV of %d draft layers is not stored: where a prefix was loaded hardly a draft will be accepted, and the answer "
+    "takes as long as without drafts; n-grams and Medusa have no such KV"
+)
 
 
 # -- what travels ----------------------------------------------------------------------------------------------
@@ -248,6 +252,8 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
         mine = rank_slice(self._config, get_tensor_model_parallel_rank())
         self._layers = _layers_of(kv_caches, mine.layers)
+        if mine.saves and mine.heads.start == 0 and len(kv_caches) > len(self._layers):
+            log.warning(_DRAFTS, len(kv_caches) - len(self._layers))
         tensors = [kv_caches[name] for name in self._layers]
         if tensors[0].shape[2] != self._page.block_size:
             raise ConfigError(

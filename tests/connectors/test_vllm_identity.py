@@ -34,7 +34,6 @@ def engine(
         is_encoder_decoder=False,
         use_mla=False,
         is_hybrid=False,
-        get_sliding_window=lambda: None,
         get_total_num_hidden_layers=lambda: 4,
         get_total_num_kv_heads=lambda: 4,
         get_head_size=lambda: 16,
@@ -109,7 +108,6 @@ def test_every_head_is_saved_by_one_rank(tp: int, slices: list[tuple[range, bool
         ({"is_encoder_decoder": True}, "encoder-decoder"),
         ({"use_mla": True}, "multi-head latent attention"),
         ({"is_hybrid": True}, "state-space"),
-        ({"get_sliding_window": lambda: 4096}, "sliding window"),
         ({"revision": "main"}, "revision of 'org/model' is not known"),
     ],
 )
@@ -140,17 +138,38 @@ def test_ranks_that_share_a_sequences_tokens_are_refused(which: str) -> None:
         model_id_of(config, VllmSettings())
 
 
-def test_groups_that_keep_less_than_every_token_are_refused() -> None:
-    def group(kind: str = "FullAttentionSpec", **spec: Any) -> Any:
-        made = {"sliding_window": None, "attention_chunk_size": None, **spec}
-        return SimpleNamespace(kv_cache_spec=type(kind, (SimpleNamespace,), {})(**made))
+def group(kind: str = "FullAttentionSpec", **spec: Any) -> Any:
+    known = {"sliding_window": None, "attention_chunk_size": None, "non_causal": False}
+    return SimpleNamespace(kv_cache_spec=type(kind, (SimpleNamespace,), {})(**{**known, **spec}))
 
-    check_groups([group()])
-    for groups in (
-        [group(), group()],
-        [group("MambaSpec")],
-        [group(sliding_window=8)],
-        [group(attention_chunk_size=8)],
-    ):
-        with pytest.raises(ConfigError):
-            check_groups(groups)
+
+SLIDING = group("SlidingWindowSpec", sliding_window=8)
+CHUNKS = group("ChunkedLocalAttentionSpec", attention_chunk_size=8)
+
+
+@pytest.mark.parametrize("spec", [{}, {"sliding_window": 8}, {"attention_chunk_size": 8}])
+def test_one_group_that_keeps_every_token_is_stored_whatever_its_layers_attend_to(spec: dict[str, int]) -> None:
+    check_groups([group(**spec)])
+
+
+@pytest.mark.parametrize(
+    ("groups", "why"),
+    [
+        ([group(), SLIDING], "some layers attend to a window of 8 .* --disable-hybrid-kv-cache-manager"),
+        ([SLIDING, SLIDING, group()], "some layers attend to a window of 8"),
+        ([group(), CHUNKS], "some layers attend to a window of 8"),
+        ([SLIDING], "all layers attend to a window of 8 .* --disable-sliding-window"),
+        ([group(), SLIDING, group("SlidingWindowSpec", sliding_window=16)], "3 groups of KV layers"),
+        ([group(), group()], "2 groups of KV layers"),
+        ([group(), group("MambaSpec")], "2 groups of KV layers"),
+        ([group("MambaSpec")], "1 groups of KV layers"),
+        ([group("CrossAttentionSpec")], "1 groups"),
+        ([group("RSWASpec")], "1 groups"),
+        ([group("SlidingWindowMLASpec", sliding_window=8)], "1 groups"),
+        ([], "0 groups"),
+        ([group(non_causal=True)], "attend to later tokens"),
+    ],
+)
+def test_groups_that_keep_less_or_other_than_a_prefixs_kv_are_refused(groups: list[Any], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        check_groups(groups)

@@ -37,6 +37,7 @@ from tests.engines import (
     vllm_scrambled,
     vllm_shared,
     vllm_tiering_runs,
+    vllm_windows,
 )
 from tests.engines.vllm_support import (
     BLOCK,
@@ -57,12 +58,19 @@ from tests.engines.vllm_support import (
 # -- scenarios -------------------------------------------------------------------------------------------------
 
 
-def turns(workdir: Path, *, prompt_tokens: int = PROMPT, own_store: bool = False, **options: Any) -> Facts:
+def turns(
+    workdir: Path,
+    *,
+    reference: Reference | None = None,
+    prompt_tokens: int = PROMPT,
+    own_store: bool = False,
+    **options: Any,
+) -> Facts:
     """Cold, again, a second turn with the answer in it, and the control.
 
     `own_store`: the engine makes its store from `extra`, as from the flag.
     """
-    reference = Reference(workdir)
+    reference = reference or Reference(workdir)
     given = None if own_store else FaultyStore()
     extra = options.pop("extra", None)
     engine = Engine(reference.directory, given, extra=extra, **options)
@@ -161,6 +169,27 @@ def medusa(workdir: Path) -> dict[str, Any]:
     return {"method": "medusa", "model": str(directory), "num_speculative_tokens": 2}
 
 
+def eagle(workdir: Path) -> dict[str, Any]:
+    """A layer that proposes what the model itself would say next, as `medusa`'s heads do. It has KV of its own."""
+    from safetensors.torch import save_file
+
+    directory = workdir / "eagle"
+    directory.mkdir(exist_ok=True)
+    model = Reference(workdir).model
+    hidden = model.config.hidden_size
+    weights = {
+        f"layers.0.{name}": torch.zeros_like(weight) if "o_proj" in name or "down_proj" in name else weight.clone()
+        for name, weight in model.model.layers[0].state_dict().items()
+        if "input_layernorm" not in name
+    }
+    weights["fc.weight"] = torch.cat([torch.zeros(hidden, hidden), torch.eye(hidden)], 1)
+    weights["embed_tokens.weight"] = model.model.embed_tokens.weight.detach().clone()
+    save_file(weights, directory / "model.safetensors")
+    settings = {**json.loads((workdir / "llama-2" / "config.json").read_text()), "num_hidden_layers": 1}
+    (directory / "config.json").write_text(json.dumps(settings))
+    return {"method": "eagle", "model": str(directory), "num_speculative_tokens": 3}
+
+
 def speculation(workdir: Path, drafts: dict[str, Any], *, clamp: bool = True) -> Facts:
     """Drafts, many of them wrong, in answers that end on a block boundary.
 
@@ -188,7 +217,9 @@ def speculation(workdir: Path, drafts: dict[str, Any], *, clamp: bool = True) ->
         return {**facts, "equal": [outs == wants], "held": engine.close()}
     engine.forget()
     again, hits = engine.generate(prompts)
-    facts |= {"equal": [outs == wants, again == wants], "hits": hits}
+    # What the engine's own cache still has goes before what the store has: all of it, or with EAGLE all but a block.
+    kept, kept_hits = engine.generate(prompts)
+    facts |= {"equal": [outs == wants, again == wants, kept == wants], "hits": hits, "kept_hits": kept_hits}
     longer = [*prompts[0], *wants[0], *tokens_of(2, 50)]
     engine.forget()
     before, _ = engine.generate([longer])
@@ -204,12 +235,12 @@ def control(engine: Engine, store: FaultyStore, prompt: Sequence[int], want: Seq
     return outs[0] != list(want)
 
 
-def preemption(workdir: Path) -> Facts:
+def preemption(workdir: Path, *, reference: Reference | None = None, **options: Any) -> Facts:
     """Four requests that grow beyond the engine's pages."""
-    reference = Reference(workdir)
+    reference = reference or Reference(workdir)
     store = FaultyStore()
     # Without its own prefix cache, or the engine would find what it preempted there.
-    options = {"num_gpu_blocks_override": 36, "max_model_len": 1024, "enable_prefix_caching": False}
+    options |= {"num_gpu_blocks_override": 36, "max_model_len": 1024, "enable_prefix_caching": False}
     engine = Engine(reference.directory, store, **options)
     prompts = [tokens_of(seed, 200) for seed in range(30, 34)]
     wants = [reference.generate(prompt, 200) for prompt in prompts]
@@ -456,17 +487,23 @@ def refusals(workdir: Path) -> Facts:
         base.get_num_new_matched_tokens = renamed
         return start()
 
-    def start(**options: Any) -> Facts:
+    def start(directory: Path = reference.directory, **options: Any) -> Facts:
         try:
-            engine = Engine(reference.directory, FaultyStore(), **options)
+            engine = Engine(directory, FaultyStore(), **options)
         except ConfigError as error:
             return {"refused": str(error)}
         return {"refused": "", "held": engine.close()}
 
     ours = {"kv_connector": "KVStoreConnector", "kv_connector_module_path": "connectors.vllm", "kv_role": "kv_both"}
     extra = {"kv_connector_extra_config": {"block_tokens": BLOCK}}
+    mixed, sliding = vllm_windows.of_some_layers(workdir), vllm_windows.of_all_layers(workdir)
     tried: dict[str, Callable[[], Facts]] = {
         "nothing": start,
+        "windows": lambda: start(directory=mixed.directory),
+        "windows alone": lambda: start(directory=sliding.directory),
+        "windows alone, hybrid manager off": lambda: start(
+            directory=sliding.directory, disable_hybrid_kv_cache_manager=True
+        ),
         "interface": another_interface,
         "policy": lambda: start(transfer={**ours, **extra}),
         "setting": lambda: start(extra={"adress": "unix:/tmp/s"}),
@@ -475,6 +512,9 @@ def refusals(workdir: Path) -> Facts:
     }
     return {name: in_fork(one)["refused"] for name, one in tried.items()}
 
+
+KEPT = {"disable_hybrid_kv_cache_manager": True}
+"""The engine keeps what layers with windows have left behind."""
 
 SCENARIOS: dict[str, Callable[[Path], Facts]] = {
     "partial": partial_blocks,
@@ -494,7 +534,18 @@ SCENARIOS: dict[str, Callable[[Path], Facts]] = {
     "ngram_without_clamp": lambda workdir: speculation(workdir, NGRAM, clamp=False),
     "draft_model": lambda workdir: speculation(workdir, draft_model(workdir)),
     "medusa": lambda workdir: speculation(workdir, medusa(workdir)),
+    "eagle": lambda workdir: speculation(workdir, eagle(workdir)),
     "preemption": preemption,
+    "windows": lambda workdir: turns(
+        workdir, reference=vllm_windows.of_some_layers(workdir), **KEPT, max_num_batched_tokens=64
+    ),
+    "windows_through_preemption": lambda workdir: preemption(
+        workdir, reference=vllm_windows.of_some_layers(workdir), **KEPT
+    ),
+    "windows_off": lambda workdir: turns(
+        workdir, reference=vllm_windows.of_all_layers(workdir, 1024), disable_sliding_window=True, max_model_len=1024
+    ),
+    "chunked_attention": vllm_windows.chunks,
     "faults": faults,
     "faults_beside_the_step": lambda workdir: faults(workdir, 0.0),
     "aborts": aborts,
