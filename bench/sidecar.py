@@ -27,7 +27,7 @@ from kvstore.copying import copy_bytes
 from kvstore.errors import KVStoreError
 from kvstore.service.admin import Admin, Target
 from kvstore.service.client import SidecarStore
-from kvstore.service.client import connect as kvstore_connect
+from kvstore.service.connect import connect as kvstore_connect
 
 _START_S = 60.0
 _spawn = multiprocessing.get_context("spawn")  # a forked child must not touch its parent's channel

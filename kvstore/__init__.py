@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kvstore.errors import KVStoreError as KVStoreError
     from kvstore.layout import BlockLayout as BlockLayout
     from kvstore.layout import layout_of as layout_of
-    from kvstore.service.client import connect as connect
+    from kvstore.service.connect import connect as connect
     from kvstore.store import KVStore as KVStore
 
 __version__ = "0.1.0"
@@ -42,7 +42,7 @@ _HOMES = {
     "Save": "api",
     "Store": "api",
     "StoreConfig": "config",
-    "connect": "service.client",
+    "connect": "service.connect",
     "layout_of": "layout",
 }
 

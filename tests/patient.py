@@ -6,10 +6,10 @@ from __future__ import annotations
 
 from functools import partial
 
-from kvstore.service import client
+from kvstore.service import connect as connecting
 
 CALL_DEADLINE_S = 20.0
 REQUEST = {"lookup_deadline_s": CALL_DEADLINE_S}
 """The section `request` of a store that asks a lower tier."""
 
-connect = partial(client.connect, call_deadline_s=CALL_DEADLINE_S, wait_s=CALL_DEADLINE_S)
+connect = partial(connecting.connect, call_deadline_s=CALL_DEADLINE_S, wait_s=CALL_DEADLINE_S)

@@ -159,8 +159,8 @@ SERVICE = Rule(
 CLIENT = tuple(
     f"kvstore.service.{name}"
     for name in (
-        *("client", "connection", "lending", "link", "mapped", "mapped_save", "plane", "remote", "replies"),
-        "uploads",
+        *("announcement", "client", "connect", "connection", "lending", "link", "mapped", "mapped_save", "plane"),
+        *("remote", "replies", "uploads"),
     )
 )
 SEEN_BY_CLIENTS = (
@@ -241,7 +241,7 @@ RULES: dict[str, Rule] = {
     # 4: the store
     **dict.fromkeys(STORE, Rule(4, UP_TO_4)),
     # 5: the service, and the front door of the package
-    "kvstore": Rule(5, (*UP_TO_4, "kvstore.service.client")),
+    "kvstore": Rule(5, (*UP_TO_4, "kvstore.service.connect")),
     **dict.fromkeys(MESSAGES, Rule(5, MESSAGES, ("grpc", "google"))),
     "kvstore.service": Rule(5),
     "kvstore.service.admin": SERVICE,
@@ -563,6 +563,6 @@ def test_nothing_unpickles_or_evaluates() -> None:
 
 def test_no_test_connects_with_the_deadline_of_an_engine() -> None:
     """It would fail on a machine that stands still for half a second: `tests.patient` has another."""
-    hasty = re.compile(r"^from kvstore\.service\.client import .*\bconnect\b|^[^'\"`]*\bkvstore\.connect\(", re.M)
+    hasty = re.compile(r"^from kvstore\.service\.connect import .*\bconnect\b|^[^'\"`]*\bkvstore\.connect\(", re.M)
     found = [path for path in sorted((ROOT / "tests").rglob("*.py")) if hasty.search(path.read_text())]
     assert found == []

@@ -12,14 +12,10 @@ Invariants
 
 from __future__ import annotations
 
-import itertools
-import os
-import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -29,6 +25,7 @@ from kvstore.api import NO_HINT, Hint, Load, Match, Register, Registration, Save
 from kvstore.block import Chain, ModelId, RootId
 from kvstore.errors import ConfigError, KVStoreError, LeaseError, ServiceUnavailable, UnknownLease
 from kvstore.layout import BlockLayout, layout_of
+from kvstore.service.announcement import SentAnnouncement
 from kvstore.service.buffers import Buffers
 from kvstore.service.connection import Connection, LinkOptions
 from kvstore.service.handshake import MAX_SAVE_PARTS
@@ -37,14 +34,13 @@ from kvstore.service.link import Link
 from kvstore.service.mapped import AdoptedLoad, MappedPlane
 from kvstore.service.mapped_save import JoinedSave, MappedSave
 from kvstore.service.plane import Cells, DataPlane, Down, NoLoad, NoSave
-from kvstore.service.remote import DEFAULT_BUFFER_BYTES, RemotePlane
-from kvstore.service_options import default_address, socket_path
+from kvstore.service.remote import RemotePlane
+from kvstore.service_options import socket_path
 from kvstore.stats import Stats
 from kvstore.wire import kvstore_pb2 as pb
 
 _MAX_MATCHES = 65_536
 _CARE_S = 60.0
-_announcements = itertools.count(1)
 _MISS = Match(0, 0, 0, settled=True)
 
 
@@ -223,12 +219,12 @@ class SidecarStore:
             self._link.up()
             return connection.plane.load(self._link, connection, message, matched.cells)
         except BaseException as error:
-            connection.live_loads.discard(message.lease)
-            if not isinstance(error, (Down, LeaseError)):
-                raise
             # Ran out, or nobody knows whether it began: then it ends with the next call.
+            connection.live_loads.discard(message.lease)
             self._link.ended(connection, load=message.lease, request=request)
-            return NoLoad()
+            if isinstance(error, (Down, LeaseError)):
+                return NoLoad()
+            raise
 
     def adopt(self, shared: bytes) -> Load:
         """A load of another process of this engine, from what its `share()` gave; nothing where servers differ.
@@ -291,14 +287,16 @@ class SidecarStore:
                         ),
                     ),
                 )
-            except (Down, LeaseError):
-                self._link.ended(connection, save=lease)
-                raise Down from None
+                if not reply.indices:
+                    return NoSave(reply.num_refused + stop - most)
+                return connection.plane.save(self._link, connection, lease, cells, reply)
+            except BaseException as error:
+                self._link.ended(connection, save=lease)  # nobody knows whether it began, and it would not lapse
+                if isinstance(error, LeaseError):
+                    raise Down from None
+                raise
         except Down:
             return NoSave(stop - start)
-        if not reply.indices:
-            return NoSave(reply.num_refused + stop - most)
-        return connection.plane.save(self._link, connection, lease, cells, reply)
 
     def adopt_save(self, shared: bytes) -> Save:
         """Write to a save of another process of this engine, from what its `share()` gave.
@@ -313,10 +311,12 @@ class SidecarStore:
             if plane is None:
                 raise Down
             joined = JoinedSave(self._link, connection, message.engine_key, message.lease)
+            sizes = np.frombuffer(message.part_bytes, "<u8").tolist()
+            save = MappedSave(joined, plane.mapping, sizes, message.blocks)
             joined.join()
         except Down:
             return NoSave(len(message.blocks.indices) // 4)
-        return MappedSave(joined, plane.mapping, np.frombuffer(message.part_bytes, "<u8").tolist(), message.blocks)
+        return save
 
     # -- care --------------------------------------------------------------------------------------------------
 
@@ -365,96 +365,6 @@ class SidecarStore:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-class SentAnnouncement:
-    """Implements `kvstore.api.Announcement` by calls."""
-
-    def __init__(self, link: Link, chain: Chain, start: int, stop: int) -> None:
-        self._link = link
-        self._chain = chain
-        self._start = start
-        self._stop = stop
-        self._number = next(_announcements)
-        self._sent: tuple[Connection, pb.Announced] | None = None
-
-    def renew(self) -> None:
-        try:
-            connection = self._link.up()
-            self._link.about(connection, self._chain, lambda delta, _: self._announce(connection, delta))
-        except Down:
-            pass
-
-    def _announce(self, connection: Connection, delta: pb.ChainDelta) -> None:
-        start, stop, number = self._start, self._stop, self._number
-        self._sent = connection, pb.Announced(chain=delta.chain, start=start, stop=stop, number=number)
-        session = connection.session
-        request = pb.AnnounceRequest(session=session, chain=delta, start=start, stop=stop, number=number)
-        self._link.call(connection, connection.stub.Announce, request)
-
-    def withdraw(self) -> None:
-        """Goes with the next call, or soon by itself; what a session announced ends with it."""
-        sent, self._sent = self._sent, None
-        if sent is not None:
-            self._link.ended(sent[0], announced=sent[1])
-
-
-def connect(
-    address: str = "",
-    *,
-    mapped: bool | None = None,
-    name: str = "",
-    token: str = "",
-    tls_ca: str = "",
-    tls_cert: str = "",
-    tls_key: str = "",
-    call_deadline_s: float = 0.5,
-    progress_s: float = 10.0,
-    buffer_bytes: int = DEFAULT_BUFFER_BYTES,
-    wait_s: float = 5.0,
-) -> SidecarStore:
-    """A store whose blocks lie with the server at `address`.
-
-    Args:
-        address: `unix:PATH` or `host:port`; empty for KVSTORE_ADDRESS, or the default Unix socket of this user.
-        mapped: copy from and to the server's memory (Unix sockets only). None: if the address is a Unix socket.
-        name: for people, in `kvstore status`; empty for the program's.
-        token, tls_ca, tls_cert, tls_key: credentials; empty for KVSTORE_TOKEN, KVSTORE_TLS_CA, …
-        call_deadline_s: how long one call may take before it counts as a miss.
-        progress_s: how long a load from lower tiers may go without a block before it ends there.
-        buffer_bytes: memory that bytes of an unmapped client pass through, at most.
-        wait_s: how long to wait for a server that does not answer yet.
-
-    Raises ServiceUnavailable where nobody answers within `wait_s`, AccessDenied or ProtocolError where the server
-    refuses, ConfigError for a setting that makes no sense. Once connected, a server that goes away is a miss.
-    """
-    env = os.environ
-    address = address or env.get("KVSTORE_ADDRESS", "") or default_address()
-    path = socket_path(address)
-    if mapped and path is None:
-        raise ConfigError(
-            f"mapped=True with address {address!r}: only a server on a Unix socket of this host can be mapped"
-        )
-    options = LinkOptions(
-        address=address,
-        mapped=path is not None if mapped is None else mapped,
-        name=name or os.path.basename(sys.argv[0]) or "python",
-        call_deadline_s=call_deadline_s,
-        progress_s=progress_s,
-        buffer_bytes=buffer_bytes,
-        token=token or env.get("KVSTORE_TOKEN", ""),
-        tls_ca=_pem(tls_ca or env.get("KVSTORE_TLS_CA", ""), "tls_ca"),
-        tls_cert=_pem(tls_cert or env.get("KVSTORE_TLS_CERT", ""), "tls_cert"),
-        tls_key=_pem(tls_key or env.get("KVSTORE_TLS_KEY", ""), "tls_key"),
-    )
-    return SidecarStore(options, wait_s=wait_s)
-
-
-def _pem(path: str, name: str) -> bytes:
-    try:
-        return Path(path).read_bytes() if path else b""
-    except OSError as error:
-        raise ConfigError(f"{name} is {path}: it cannot be read: {error.strerror}") from error
 
 
 def _plane_maker(options: LinkOptions, stats: Stats, lending: Lending) -> Callable[[float], DataPlane]:

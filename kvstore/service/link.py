@@ -143,11 +143,13 @@ class Link:
             request.ended.CopyFrom(ended)
         try:
             return method(request, timeout=self.options.call_deadline_s if timeout_s is None else timeout_s)
-        except grpc.RpcError as failure:
+        except BaseException as failure:
             connection.done.put_back(ended)
-            raise self.failed(connection, failure) from None
-        except ValueError:  # what gRPC raises on a channel that the link has closed since
-            raise Down from None
+            if isinstance(failure, grpc.RpcError):
+                raise self.failed(connection, failure) from None
+            if isinstance(failure, ValueError):  # what gRPC raises on a channel that the link has closed since
+                raise Down from None
+            raise
 
     def stream(self, connection: Connection, method: Callable[..., Any], request: Any) -> Replies:
         """A call with many replies, with what is done with on board."""
@@ -289,6 +291,7 @@ class Link:
                 if self._closing:
                     return
             try:
+                self._stall_late()  # up or not: who waits for a reply of a server that rests is told as well
                 if self._connection is not None:
                     backoff_s = _FIRST_BACKOFF_S
                     self._tend(self._connection)
@@ -309,12 +312,14 @@ class Link:
             return _TICK_S
         return _WATCH_S if self._streams else None
 
-    def _tend(self, connection: Connection) -> None:
+    def _stall_late(self) -> None:
         now_s = time.monotonic()
         for number, (deadline_s, stall) in list(self._streams.items()):
             if deadline_s <= now_s:
                 self.unwatch(number)
                 stall()
+
+    def _tend(self, connection: Connection) -> None:
         if not connection.done:
             self._num_quiet += 1
             self._waits = False
@@ -383,14 +388,18 @@ class Link:
                 models = list(self._models)
             for model in models:
                 self._reopen(connection, model)
+            with self._lock:
+                self._connection, self._resting, self._broken, self._refusal = connection, None, None, None
+            # In place by now: a stream that ends at once must find the connection that it is the end of.
             connection.begin_beats(self._take_saved, lambda: self._lose(connection, "its session stream ended"))
         except BaseException:
+            with self._lock:
+                if self._connection is connection:
+                    self._connection = None
             connection.leave(options.call_deadline_s)
             connection.plane.close()
             connection.channel.close()
             raise
-        with self._lock:
-            self._connection, self._resting, self._broken, self._refusal = connection, None, None, None
 
     def _reopen(self, connection: Connection, model: ModelId) -> None:
         try:
@@ -427,6 +436,7 @@ class Link:
         """Give up what a lost connection had: its channel, then its mapping. False while views are out."""
         connection.channel.close()
         if connection.plane.close():
+            self._unmap_from_s = 0.0
             return True
         now_s = time.monotonic()
         self._unmap_from_s = self._unmap_from_s or now_s
@@ -455,13 +465,14 @@ class Link:
         with self._lock:
             if self._closing:
                 return
-            connection = self._connection or self._resting or self._broken
-            up = self._connection is not None
             self._closing = True
-            self._connection = self._resting = None
             self._wake.notify()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join()  # it may bring up another connection yet
+        with self._lock:
+            connection = self._connection or self._resting or self._broken
+            up = self._connection is not None
+            self._connection = self._resting = None
         if connection is None:
             return
         if up:

@@ -171,10 +171,14 @@ class MappedLoad:
         self._checked = 0  # blocks before it were the same when a window moved over them
         self._closed = False
         self._replies: Replies | None = None
-        reply = self._begin(request)
-        self.num_blocks = reply.num_blocks
-        self._first = reply.first
-        self._take(reply)
+        try:
+            reply = self._begin(request)
+            self.num_blocks = reply.num_blocks
+            self._first = reply.first
+            self._take(reply)
+        except BaseException:
+            self._want_no_more()  # or the link would watch over it for ever
+            raise
 
     def _begin(self, request: pb.LoadRequest) -> pb.LoadReply:
         link, connection = self._link, self._connection
@@ -294,13 +298,16 @@ class MappedLoad:
             boot_id=self._connection.opened.boot_id, part_bytes=sizes, blocks=reply
         ).SerializeToString()
 
+    def _want_no_more(self) -> None:
+        if self._replies is not None:
+            self._replies.cancel()
+            self._replies = None
+
     def close(self) -> None:
         if self._closed:
             return
         self._closed = True
-        if self._replies is not None:
-            self._replies.cancel()
-            self._replies = None
+        self._want_no_more()
         self._connection.live_loads.discard(self._lease)
         self._link.ended(self._connection, load=self._lease)
 

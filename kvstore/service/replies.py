@@ -60,5 +60,7 @@ class Replies:
     def cancel(self) -> None:
         """Want no more. Another thread may be waiting for a reply: it gets Down."""
         self._cancelled = True
+        ended, self._ended = self._ended, None
+        self._connection.done.put_back(ended)
         self._link.unwatch(self._watched)
         self._call.cancel()

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection as Pipe
 from pathlib import Path
+from typing import NoReturn, cast
 
 import pytest
 
@@ -22,6 +23,7 @@ from kvstore.service.admin import Admin, Target
 from kvstore.service.client import SidecarStore
 from kvstore.service.mapped import MappedLoad, MappedPlane
 from kvstore.service.mapped_save import MappedSave
+from kvstore.service.plane import DataPlane
 from kvstore.service.server import Server
 from tests.conftest import chain_of, content, load_all, save_all
 from tests.fakes import DictTier
@@ -43,7 +45,7 @@ def connected(server: Server, root: Root, **options: float) -> SidecarStore:
 
 
 def test_kvstore_connect_is_the_client() -> None:
-    assert kvstore.connect is kvstore.service.client.connect
+    assert kvstore.connect is kvstore.service.connect.connect
 
 
 @pytest.mark.alone
@@ -246,6 +248,47 @@ def test_a_save_that_ended_cannot_be_joined(sharing: tuple[Server, SidecarStore]
     with pytest.raises(LeaseError, match="it ended"):
         store.adopt_save(shared)
     store.close()
+
+
+# -- what goes wrong after the server has answered -------------------------------------------------------------
+
+
+class Unfit:
+    """A plane that can make nothing of what the server gives."""
+
+    def __init__(self, plane: DataPlane) -> None:
+        self._plane = plane
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._plane, name)
+
+    def load(self, *_: object) -> NoReturn:
+        raise ProtocolError("no load is like that")
+
+    def save(self, *_: object) -> NoReturn:
+        raise ProtocolError("no save is like that")
+
+
+def test_slots_of_a_save_whose_grant_is_no_good_come_back_and_so_does_the_hold_of_a_load(
+    start_server: StartServer, root: Root
+) -> None:
+    """Those of a save would be out as long as the client lives: nobody else knows whether it writes to them."""
+    server = start_server(request={"hold_s": 60.0})
+    with connected(server, root) as store:
+        chain = chain_of(root, 4)
+        save_all(store, chain)
+        used_bytes = server.stats()["host.used_bytes"]
+        connection = store._link.up()
+        connection.plane, plane = cast(DataPlane, Unfit(connection.plane)), connection.plane
+        with pytest.raises(ProtocolError, match="no save"):
+            store.save(chain_of(root, 4, seed=1), 0, 4)
+        store.match(chain, "r")
+        assert server.stats()["host.pinned_blocks"] == 4
+        with pytest.raises(ProtocolError, match="no load"):
+            store.load("r")
+        connection.plane = plane
+        wait_until(lambda: server.stats()["host.used_bytes"] == used_bytes)
+        wait_until(lambda: server.stats()["host.pinned_blocks"] == 0)
 
 
 # -- forks -----------------------------------------------------------------------------------------------------
