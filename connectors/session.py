@@ -158,6 +158,7 @@ class Session:
         num_tokens: in place, from the start or by what was loaded.
         sound_tokens: leading tokens of the chain whose KV is in `memory` for certain: there from the start, computed,
             or loaded and found intact.
+        load_was_late: whether the pass over the load may have waited for it, or was in vain: its time tells nothing.
         hit_tokens: tokens reused, by tier, those in place as the device's; loaded_bytes: what was copied for them.
         saved_blocks: blocks that the store did not have and now has.
     """
@@ -174,6 +175,7 @@ class Session:
         hint: Hint = NO_HINT,
     ) -> None:
         self.num_tokens = self.sound_tokens = in_place * chain.block_tokens
+        self.load_was_late = False
         self.hit_tokens: dict[str, int] = {}
         self.loaded_bytes = 0
         self.load_s = 0.0
@@ -216,7 +218,7 @@ class Session:
 
     @property
     def is_loading(self) -> bool:
-        """Whether a forward pass ordered now is one that waits for the load."""
+        """Whether a forward pass ordered now is one over the load: `load_was_late` says, once it is settled, more."""
         return self._loading is not None
 
     def settle(self) -> bool:
@@ -231,11 +233,13 @@ class Session:
 
     def _settle_load(self, loading: _Loading) -> bool:
         began_s, late = time.monotonic(), not self._memory.is_done
+        self.load_was_late = late
         self._memory.finish()  # whatever the store does
         ended_s = time.monotonic()
         self.load_s += ended_s - began_s
         if not _let_go(loading.held, self._connection.fail_open, loading.load.intact, False):
             self.num_tokens = loading.start * self._chain.block_tokens
+            self.load_was_late = True
             self._note_saved()
             return False
         in_all = sum(loading.num_blocks.values())

@@ -291,7 +291,7 @@ class TransformersConnector:
                     stopping_criteria=StoppingCriteriaList([on_token, *stopping_criteria]),
                     **{name: value for name, value in options.items() if value is not None},
                 )
-            if not beside:
+            if not (beside and session.load_was_late):
                 self.cost.seen_prefill(num_tokens - computed, computed, on_token.first_s - last_s)
         except torch.OutOfMemoryError:
             self.kept.shrink()
@@ -350,7 +350,7 @@ class TransformersConnector:
                     made = self._again(prompt, cache, session)
                 logits = made.logits[:, -1]
             cache.wait_for_engine()
-            if not beside:
+            if not (beside and session.load_was_late):
                 self.cost.seen_prefill(num_tokens - computed, computed, time.perf_counter() - began_s)
             if on_logits is not None:
                 on_logits(logits)
@@ -402,7 +402,9 @@ class TransformersConnector:
                 cache.set_length(computed)
                 continue
             cache.wait_for_engine()
-            if not beside:  # a pass that waited for a load says nothing about its own time
+            # A pass that waited for a load says nothing about its own time. Were every one over a load left out, who
+            # finds something for each request would never come to know what computing takes, and load whatever it cost.
+            if not (beside and session.load_was_late):
                 self.cost.seen_prefill(stop - computed, computed, time.perf_counter() - began_s)
             session.computed(stop)
             computed = stop

@@ -183,6 +183,28 @@ def test_logits_over_an_overwritten_load_are_computed_again(llama: LlamaForCausa
     assert store.check() == []
 
 
+class Late(BesideEngine):
+    """Copies that are not done before somebody waits for them."""
+
+    def is_reached(self, moment: object) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("how", ["in time", "late", "overwritten"])
+def test_a_pass_over_a_load_tells_what_computing_takes_unless_it_waited_or_was_in_vain(
+    llama: LlamaForCausalLM, how: str
+) -> None:
+    """Who finds something for each request computes no other passes than these."""
+    store, ids = whole(), prompt(CHUNK)
+    device(llama, store, BesideEngine(5)).prefill(ids)
+    for once in (lambda other: other.prefill(ids), lambda other: other.generate(ids, max_new_tokens=2)):
+        other = device(llama, store, (Late if how == "late" else BesideEngine)(5))
+        store.faults.overwritten = how == "overwritten"
+        once(other)
+        assert (other.cost.prefill_s(CHUNK, 0) is not None) == (how == "in time")
+        assert (other.cost.load_s("host", 2) > 0) == (how != "overwritten")
+
+
 def test_what_the_device_had_stays_when_what_the_store_had_does_not(llama: LlamaForCausalLM) -> None:
     store = whole()
     connector = device(llama, store, BesideEngine(6), budget_blocks=2)
