@@ -517,6 +517,8 @@ RESULTS_ASKED = (
             Asked("fp8_gain_32k", "bf16 ÷ fp8, 32k", ">= 1.4", "×"),
             Asked("device_tier_overhead_pct", "device tier over the plain cached forward", "<= 5", "%"),
             Asked("device_rows_overhead_pct", "… where its rows are copied into a cache", "", "%"),
+            Asked("turns_speedup_redis", "more chats than fit: recompute ÷ Redis, always loaded from", "", "×"),
+            Asked("turns_speedup_redis_measured", "… ÷ Redis, loaded from where that is predicted to pay", "", "×"),
             Asked("split_decode_equal", "split-KV decode over reloaded pages equals that over native ones", "yes"),
         ),
         "",

@@ -47,6 +47,7 @@ def decode_beside(board: Board) -> None:
             for _ in range(steps // at_once):
                 step()
 
+        streams = _streams_of_their_own(2)
         default = VllmSettings().save_share
         for arm in (*_large_copies(board), *_copies(rig, dict.fromkeys((1.0, default, *_SHARES)))):
             if board.left_s <= 0:
@@ -58,7 +59,10 @@ def decode_beside(board: Board) -> None:
             for turn in range(1 + board.sizes.repeats):
                 quiet_s = board.timed(run)
                 with ExitStack() as stack:
-                    copying = [stack.enter_context(_Meanwhile(action)) for action, _ in arm.actions]
+                    copying = [
+                        stack.enter_context(_Meanwhile(action, stream))
+                        for (action, _), stream in zip(arm.actions, streams, strict=False)
+                    ]
                     busy_s = _on_engine(board, run)
                 if turn:
                     alone.append(quiet_s / steps)
@@ -119,10 +123,10 @@ def _on_engine(board: Board, run: Callable[[], object]) -> float:
 
 
 class _Meanwhile:
-    """Repeats `action` on a thread until left."""
+    """Repeats `action` on a thread until left, with `stream` as the thread's own."""
 
-    def __init__(self, action: Callable[[], object]) -> None:
-        self._action = action
+    def __init__(self, action: Callable[[], object], stream: AbstractContextManager[object]) -> None:
+        self._action, self._stream = action, stream
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._error: Exception | None = None
@@ -132,7 +136,7 @@ class _Meanwhile:
     def _run(self) -> None:
         try:
             began_s = time.perf_counter()
-            with _stream_of_its_own():
+            with self._stream:
                 while not self._stop.is_set():
                     self._action()
                     self.num_done += 1
@@ -151,12 +155,16 @@ class _Meanwhile:
             raise self._error
 
 
-def _stream_of_its_own() -> AbstractContextManager[object]:
-    """On the thread's default stream a copy would wait for all the steps that were submitted there before it."""
+def _streams_of_their_own(number: int) -> list[AbstractContextManager[object]]:
+    """On a thread's default stream a copy would wait for all the steps that were submitted there before it.
+
+    Made once: torch has 32 of them and hands them out in turns. One for each time was now and then the very stream on
+    which the other direction's copies run.
+    """
     if not torch.cuda.is_available():
-        return nullcontext()
-    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    return torch.cuda.stream(stream)
+        return [nullcontext()] * number
+    streams: list[Any] = [torch.cuda.Stream() for _ in range(number)]  # type: ignore[no-untyped-call]
+    return [torch.cuda.stream(stream) for stream in streams]
 
 
 def _decode_step(board: Board, at_once: int = 1) -> Callable[[], object]:

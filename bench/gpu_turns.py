@@ -4,12 +4,16 @@
 Every user has a context that was served before; users then take turns one after the other, each with some new tokens.
 Their KV is twice the device's budget, so that least-recently-used order throws out what comes next: an arm that has
 nothing below the device recomputes. All arms serve the same turns, one right after the other.
+
+Arms load whatever is there, so that what they show is their tier. `redis_measured` runs as shipped: it loads where that
+is predicted to beat computing, from what its own passes and loads took, and reads what the arm of Redis has written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import LlamaForCausalLM
@@ -26,6 +30,9 @@ from kvstore.tiers.base import Tier
 
 _TURNS = 3
 """The first warms up and does not count."""
+_MEASURED = "redis_measured"
+_NUM_LEARNT = 3
+"""Contexts that it computes before the turns, as it would have had to in the first turns of chats."""
 _LEAST_S = 10.0
 """For what ends the phase: a turn is not begun with less than this left."""
 
@@ -43,16 +50,16 @@ def _arms(board: Board, model: LlamaForCausalLM, total_bytes: int) -> Iterator[l
         return stores[-1]
 
     def arm(name: str, over: KVStore | None, *, budget_bytes: int = total_bytes // 2, lossy: str = "") -> Arm:
+        always: dict[str, Any] = {"load_rule": LoadRule.ALWAYS, "max_wait_s": 30.0}
         connector = TransformersConnector(
             model,
             over,
             revision="random-0",
             block_tokens=board.sizes.block_tokens,
-            load_rule=LoadRule.ALWAYS,
-            max_wait_s=30.0,
             device_budget_bytes=budget_bytes,
             resident_conversations=0,  # an arm is about its tiers
             lossy=lossy,
+            **({} if name == _MEASURED else always),
         )
         return Arm(name, connector, over)
 
@@ -62,9 +69,11 @@ def _arms(board: Board, model: LlamaForCausalLM, total_bytes: int) -> Iterator[l
     try:
         from kvstore.tiers.redis import RedisTier
 
-        made.append(
-            arm("redis", store(total_bytes // 4, [RedisTier(RedisTier.Options(capacity_bytes=3 * total_bytes))]))
-        )
+        shared = RedisTier(RedisTier.Options(capacity_bytes=3 * total_bytes))
+        made.append(arm("redis", store(total_bytes // 4, [shared])))
+        assert shared.server is not None
+        beside = RedisTier(RedisTier.Options(url=shared.server.url, capacity_bytes=3 * total_bytes))
+        made.append(arm(_MEASURED, store(total_bytes // 4, [beside])))
     except (ImportError, OSError, RuntimeError, KVStoreError) as error:
         board.row("turns", arm="redis", skipped=f"{type(error).__name__}: {error}")
     try:
@@ -76,7 +85,7 @@ def _arms(board: Board, model: LlamaForCausalLM, total_bytes: int) -> Iterator[l
         for one in made:
             if one.connector.pinned is not None:
                 one.connector.pinned.close()
-        for over in stores:
+        for over in reversed(stores):  # the server goes with the store that started it
             over.close()
 
 
@@ -93,7 +102,8 @@ def turns(board: Board) -> None:
         draw = torch.Generator().manual_seed(7)
         chats = [torch.randint(0, vocabulary, (1, sizes.context_tokens), generator=draw) for _ in range(sizes.users)]
         with _arms(board, model, total_bytes) as arms:
-            _fill(board, model, arms, chats)
+            _fill(board, model, [arm for arm in arms if arm.name != _MEASURED], chats)
+            _learn(board, arms, draw, vocabulary)
             seconds: dict[str, list[float]] = {arm.name: [] for arm in arms}
             same: dict[str, list[bool]] = {arm.name: [] for arm in arms}
             first_hits = {}
@@ -123,6 +133,13 @@ def _fill(board: Board, model: LlamaForCausalLM, arms: list[Arm], chats: list[to
             arm.keep(native, chat)
 
 
+def _learn(board: Board, arms: list[Arm], draw: torch.Generator, vocabulary: int) -> None:
+    """Have the arm that decides by what things took see what computing takes; loads it sees in the first turn."""
+    for arm in arms:
+        for _ in range(_NUM_LEARNT if arm.name == _MEASURED else 0):
+            arm.serve(board, torch.randint(0, vocabulary, (1, board.sizes.context_tokens), generator=draw))
+
+
 def _turn(
     board: Board,
     arms: list[Arm],
@@ -133,6 +150,9 @@ def _turn(
 ) -> None:
     wanted = -1
     for arm in arms:
+        for one in arms:  # what the last arm left to be written down would go on beside this one
+            if one.store is not None:
+                one.store.flush(60)
         logits, took_s = arm.serve(board, chat)
         chosen = int(logits.argmax())
         wanted = chosen if wanted < 0 else wanted  # the first arm recomputes
@@ -162,7 +182,22 @@ def _figures(
             continue
         hits = {name: value - first_hits[arm.name].get(name, 0.0) for name, value in _reused(arm).items()}
         board.row("turns", arm=arm.name, seconds=took_s, hit_blocks=hits, same_token=same[arm.name])
+        if arm.name == _MEASURED:
+            _decisions(board, arm)
         board.figure(f"turns_ttft_{arm.name}_s", median(took_s))
         board.figure(f"turns_same_token_share_{arm.name}", sum(same[arm.name]) / len(took_s))
         if arm.name != "recompute":
             board.figure(f"turns_speedup_{arm.name}", median(seconds["recompute"]) / median(took_s))
+
+
+def _decisions(board: Board, arm: Arm) -> None:
+    """By which costs it has decided, for a chat as it was before the turns."""
+    cost, tokens = arm.connector.cost, board.sizes.context_tokens
+    num_blocks = tokens // board.sizes.block_tokens
+    board.row(
+        "turns",
+        arm=arm.name,
+        predicted_compute_s=cost.prefill_s(tokens + board.sizes.suffix_tokens, 0),
+        predicted_rest_s=cost.prefill_s(board.sizes.suffix_tokens, tokens),
+        predicted_load_s=cost.load_s("redis", num_blocks),
+    )

@@ -71,7 +71,10 @@ def test_on_the_cpu_the_script_runs_and_judges_no_rate(tmp_path: Path, capsys: p
     arms = {"recompute", "device", "host", "host_fp8"}
     assert {row["arm"] for row in found["rows"] if row["phase"] == "ttft"} >= {*arms, "device_rows"}
     turns = {row["arm"]: row for row in found["rows"] if row["phase"] == "turns" and "hit_blocks" in row}
-    assert set(turns) >= arms
+    assert set(turns) >= {*arms, "redis", "redis_measured"}
+    (decided,) = [row for row in found["rows"] if "predicted_load_s" in row]
+    assert min(decided["predicted_compute_s"], decided["predicted_rest_s"], decided["predicted_load_s"]) > 0
+    assert summary["turns_speedup_redis_measured"] > 0
     # Users overflow the device: there alone most is recomputed, with the host below it nothing is.
     assert turns["host"]["hit_blocks"]["host.hit_blocks"] > turns["device"]["hit_blocks"]["device.hit_blocks"]
     assert [row["faults"] for row in found["rows"] if "faults" in row] == [[]]
