@@ -180,6 +180,24 @@ RESULTS_ASKED = (
         "Real KV is SmolLM2's over a document, in bf16. `auto` begins raw, and takes lz4 where calls are quicker.",
     ),
     Result(
+        "lanes-cpu",
+        "One load over several connections",
+        (
+            Asked("lanes_flow_gain", "each connection carries 0.25 GB/s: up to four ÷ one", "", "×"),
+            Asked("lanes_flow_loads_to_learn", "loads of 64 MiB until four were taken"),
+            *(
+                Asked(f"lanes_{key}_overhead_pct{end}", line, "", "%")
+                for key, place in (("unix", "Unix socket"), ("tcp", "loopback"))
+                for end, line in (
+                    ("", f"{place}, where one is best: all loads, trying included, over one connection always"),
+                    ("_low", "95 % interval: from"),
+                    ("_high", "to"),
+                )
+            ),
+        ),
+        "Client and server share the two cores.",
+    ),
+    Result(
         "service-cpu",
         "The sidecar in a process of its own",
         (
@@ -521,7 +539,8 @@ RESULTS_ASKED = (
             Asked("turns_speedup_redis_measured", "… ÷ Redis, loaded from where that is predicted to pay", "", "×"),
             Asked("split_decode_equal", "split-KV decode over reloaded pages equals that over native ones", "yes"),
         ),
-        "",
+        "Of the commit above: how copies are cut, begun and put off, fp8's way into the pages, and the cache that is"
+        " served in place have changed since, and no device was at hand to measure them.",
     ),
 )
 

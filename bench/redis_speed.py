@@ -14,6 +14,7 @@ import math
 import mmap
 import random
 import shutil
+import socket
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -157,7 +158,7 @@ def settle(client: redis.Redis) -> None:
 def measure_transport(place: Place, parts: Parts, repeats: int, *, redis_py: bool, tick: Tick) -> Rounds:
     """Raw sockets, the tier by itself, and the tier below a store, over one transport."""
     rounds = Rounds()
-    tier = RedisTier(RedisTier.Options(url=place.url, capacity_bytes=16 << 30, sweep_every_s=0))
+    tier = RedisTier(RedisTier.Options(url=place.url, lanes=_CONNECTIONS, capacity_bytes=16 << 30, sweep_every_s=0))
     with redis.Redis.from_url(place.url) as client, KVStore(_store_config(parts.num_bytes), tiers=[tier]) as store:
         store.open(parts.model)
         store.wait_ready()
@@ -361,9 +362,8 @@ def _raw_presence_s(url: str, num_keys: int, per_command: int) -> float:
 # ── all of it ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _free_port() -> int:
-    import socket
-
+def free_port() -> int:
+    """On loopback."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -378,7 +378,7 @@ def measure_redis(
     parts, small = Parts(big, total_bytes, seed), Parts(SMALL, min(total_bytes, 128 << 20), seed)
     tcp, unix, tcp_small = Rounds(), Rounds(), Rounds()
     for num_rounds in shares(repeats):
-        with EmbeddedServer(ServerOptions(port=_free_port())) as server:
+        with EmbeddedServer(ServerOptions(port=free_port())) as server:
             over_tcp, over_unix = Place("valkey tcp", server.url), Place("valkey unix", server.unix_url)
             tcp.extend(measure_transport(over_tcp, parts, num_rounds, redis_py=True, tick=tick))
             unix.extend(measure_transport(over_unix, parts, num_rounds, redis_py=False, tick=tick))
@@ -389,7 +389,7 @@ def measure_redis(
     for verb in ("load", "save"):
         summary[f"redis_{verb}_vs_redispy"] = tcp.ratio(f"redis-py {verb}", f"store {verb}")
     summary |= _ratios(unix, "redis_unix_{verb}_ratio") | _ratios(tcp_small, "redis_small_{verb}_ratio")
-    with EmbeddedServer(ServerOptions(port=_free_port())) as server:
+    with EmbeddedServer(ServerOptions(port=free_port())) as server:
         calls, more = measure_calls(Place("valkey tcp", server.url), repeats, seed)
     summary |= calls
     rows += more
@@ -397,7 +397,7 @@ def measure_redis(
     if binary:
         rounds = Rounds()
         for num_rounds in shares(repeats):
-            with EmbeddedServer(ServerOptions(binary=Path(binary), port=_free_port())) as server:
+            with EmbeddedServer(ServerOptions(binary=Path(binary), port=free_port())) as server:
                 place = Place("redis tcp", server.url)
                 rounds.extend(measure_transport(place, parts, num_rounds, redis_py=False, tick=tick))
         rows += rows_of(rounds, "redis tcp", parts.num_bytes)
@@ -409,7 +409,7 @@ def measure_small(total_bytes: int, repeats: int, seed: int, tick: Tick) -> tupl
     """Those of `measure_redis` that are about parts of 128 KiB."""
     parts, rounds = Parts(SMALL, min(total_bytes, 128 << 20), seed), Rounds()
     for num_rounds in shares(repeats):
-        with EmbeddedServer(ServerOptions(port=_free_port())) as server:
+        with EmbeddedServer(ServerOptions(port=free_port())) as server:
             place = Place("valkey tcp", server.url)
             rounds.extend(measure_transport(place, parts, num_rounds, redis_py=False, tick=tick))
     return _ratios(rounds, "redis_small_{verb}_ratio"), rows_of(rounds, "valkey tcp, 128 KiB", parts.num_bytes)

@@ -28,17 +28,18 @@ _spawn = multiprocessing.get_context("spawn")
 class SlowLink:
     """Listens on a Unix socket of its own, passes on to another. A context manager.
 
-    Commands pass unhindered, unless `both_ways`: then they have as much again for themselves.
+    Commands pass unhindered, unless `both_ways`: then they have as much again for themselves. `each`: every connection
+    has so much for itself, as where a network limits single flows.
     """
 
-    def __init__(self, target: str, *, both_ways: bool = False) -> None:
+    def __init__(self, target: str, *, both_ways: bool = False, each: bool = False) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="kvstore-link-")
         path = str(Path(self._directory.name) / "s")
         self.url = f"unix://{path}"
         self._speed = _spawn.Value("d", 0.0)
         listening = _spawn.Event()
         self._process = _spawn.Process(
-            target=_serve, args=(path, target, self._speed, listening, both_ways), daemon=True
+            target=_serve, args=(path, target, self._speed, listening, both_ways, each), daemon=True
         )
         self._process.start()
         if not listening.wait(_START_S):
@@ -46,7 +47,7 @@ class SlowLink:
 
     @property
     def bytes_per_s(self) -> float:
-        """Of all connections together; 0 is as fast as the proxy goes. May be changed at any time."""
+        """Of all connections together, or of each; 0 is as fast as the proxy goes. May be changed at any time."""
         return float(self._speed.value)
 
     @bytes_per_s.setter
@@ -71,7 +72,7 @@ class SlowLink:
 
 
 class _Link:
-    """What all connections share."""
+    """What connections share, or one has."""
 
     def __init__(self, speed: Synchronized[float]) -> None:
         self._speed = speed
@@ -89,7 +90,7 @@ class _Link:
         time.sleep(max(0.0, due_s - time.monotonic()))
 
 
-def _serve(path: str, target: str, speed: Synchronized[float], listening: Event, both_ways: bool) -> None:
+def _serve(path: str, target: str, speed: Synchronized[float], listening: Event, both_ways: bool, each: bool) -> None:
     link = _Link(speed)
     way_there = _Link(speed) if both_ways else None
     with socket.socket(socket.AF_UNIX) as listener:
@@ -101,7 +102,8 @@ def _serve(path: str, target: str, speed: Synchronized[float], listening: Event,
             far = socket.socket(socket.AF_UNIX)
             far.connect(target)
             threading.Thread(target=_pass, args=(near, far, way_there), daemon=True).start()
-            threading.Thread(target=_pass, args=(far, near, link), daemon=True).start()
+            back = _Link(speed) if each else link
+            threading.Thread(target=_pass, args=(far, near, back), daemon=True).start()
 
 
 def _pass(source: socket.socket, sink: socket.socket, link: _Link | None) -> None:

@@ -19,6 +19,7 @@ out is decided here and not by the server (`maxmemory-policy noeviction`): the l
     redis_growth      what hangs from what          redis_look     what doctor can see
     redis_facts       what a server says of itself  redis_scripts  what it does for the accounts
     redis_tenants     whose which namespace is      redis_stream   sockets under a deadline
+    redis_lanes       several connections a load    redis_beside   reads on threads of their own
     valkey            a server of our own, for url="embedded"
 """
 
@@ -43,6 +44,7 @@ from kvstore.tiers.redis_accounting import Accounting
 from kvstore.tiers.redis_cluster import ClusterBatches
 from kvstore.tiers.redis_codec import AUTO, CodecChoice
 from kvstore.tiers.redis_growth import growth_of
+from kvstore.tiers.redis_lanes import LaneChoice, LanesRead
 from kvstore.tiers.redis_marks import RedisMarks
 from kvstore.tiers.redis_mend import Mender
 from kvstore.tiers.redis_names import MAX_BUCKETS, Names
@@ -95,6 +97,8 @@ class RedisTier(Tier):
             num_buckets: how many ways a namespace is cut, and over how many slots of a Cluster it is spread (64 or
                 more then). Part of key names: stores that share must agree.
             connections: for loads, and as many again for all else, so that loads never wait behind stores.
+            lanes: connections that a large load takes at most, all but one beside those. How many it takes is measured
+                (`redis_lanes`); 1 for never more than one. In a Cluster a load takes one of each node.
             encryption_key_file: file with keys, one a line, that only its owner may read: payloads and token ids are
                 sealed with AES-256-GCM, by the first; `kvstore.wire.seal` says what stays in the clear, and how keys
                 are changed. Values that are not sealed are then not taken. Empty for no encryption.
@@ -118,6 +122,7 @@ class RedisTier(Tier):
         policy: str = LRU
         num_buckets: int = 16
         connections: int = 2
+        lanes: int = 4
         codec: str = AUTO
         encryption_key_file: str = ""
         ttl_s: int = 2 * 86_400
@@ -134,6 +139,8 @@ class RedisTier(Tier):
                 raise ConfigError(f"policy of tier redis is {self.policy!r}: use one of {', '.join(STANDINGS)}")
             if self.connections < 1:
                 raise ConfigError(f"connections is {self.connections}: use at least 1 (2 to 4 is a good choice)")
+            if self.lanes < 1:
+                raise ConfigError(f"lanes is {self.lanes}: use at least 1 (4 is a good default)")
             for name in ("capacity_bytes", "namespace_capacity_bytes", "tenant_capacity_bytes", "ttl_s"):
                 if getattr(self, name) < 0:
                     raise ConfigError(f"{name} is {getattr(self, name)}: it must not be negative")
@@ -162,7 +169,12 @@ class RedisTier(Tier):
         self._nodes = Nodes(
             url,
             self.options.num_buckets,
-            NodeOptions(self.options.connections, self.options.connect_timeout_s, self.options.breaker_open_s),
+            NodeOptions(
+                self.options.connections,
+                self.options.lanes,
+                self.options.connect_timeout_s,
+                self.options.breaker_open_s,
+            ),
             self._note_state,
         )
         self._names = names
@@ -174,6 +186,7 @@ class RedisTier(Tier):
             self._accounting, self._codec, self.options.ttl_s, self._locked, sealer, by_stripe=self._nodes.is_cluster
         )
         self._reader = Reader(names, self._locked, sealer)
+        self._lanes = LaneChoice(self.options.lanes)
         self._marks = RedisMarks(names)
         self._cluster = ClusterBatches(self._nodes, names, self._reader) if self._nodes.is_cluster else None
         self._sweeper = Sweeper(self._accounting)
@@ -234,26 +247,29 @@ class RedisTier(Tier):
                     last = keys[-1]
                     yield keys
                 return
-            with self._nodes.of_stripe(0, deadline).loads.lease(deadline) as wire:
-                took_s = 0.0  # without what the caller does between two values
-                began_s = time.perf_counter()
-                # Closed before the wire is given back: a thread may be receiving from it.
-                with closing(self._reader.read(wire, into, deadline, damaged, counts, more=more)) as reading:
-                    for keys in reading:
-                        took_s += time.perf_counter() - began_s
-                        last = keys[-1]
-                        yield keys
-                        began_s = time.perf_counter()
-                took_s += time.perf_counter() - began_s
-            self._codec.link.received(counts.read_bytes - counts.decoded_saved_bytes, took_s - counts.decode_s)
-            if counts.read_blocks and last is not None and last.root == next(iter(into)).root:
-                self._codec.loaded(last.root, counts.read_bytes, took_s, counts.decoded_blocks / counts.read_blocks)
+            node = self._nodes.of_stripe(0, deadline)
+            reading = LanesRead(self._reader, self._lanes, node, into, more, deadline, damaged, counts)
+            with closing(iter(reading)) as coming:
+                for keys in coming:
+                    last = keys[-1]
+                    yield keys
+            self._note_load(reading, counts, next(iter(into)).root, last)
         finally:
             self._count(asdict(counts))
             if last is not None:
                 self._met(last)
             if damaged:
                 self._upkeep.discard(damaged)
+
+    def _note_load(self, reading: LanesRead, counts: Counts, root: RootId, last: PartKey | None) -> None:
+        """Have the codec's choice learn of a load that ended well."""
+        self.stats.set(f"{self.name}.lanes", self._lanes.best)
+        if reading.is_typical:
+            decode_s = counts.decode_s / reading.num_lanes
+            self._codec.link.received(counts.read_bytes - counts.decoded_saved_bytes, reading.took_s - decode_s)
+            if counts.read_blocks and last is not None and last.root == root:
+                share = counts.decoded_blocks / counts.read_blocks
+                self._codec.loaded(root, counts.read_bytes, reading.took_s, share)
 
     def write(
         self,

@@ -8,98 +8,38 @@ call fail. A key that is elsewhere by now (MOVED) or for this once (ASK) is aske
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass
-from itertools import chain
-from queue import SimpleQueue
 
 from kvstore.block import PartKey
 from kvstore.errors import TierError
+from kvstore.tiers.redis_beside import BesideRead, Moved, end_all
 from kvstore.tiers.redis_names import Names
-from kvstore.tiers.redis_nodes import ASKING, ClusterTalk, Node, Nodes, Redirection
+from kvstore.tiers.redis_nodes import ASKING, ClusterTalk, Node, Nodes
 from kvstore.tiers.redis_pool import WrongBooks
 from kvstore.tiers.redis_presence import present
 from kvstore.tiers.redis_read import Counts, Reader
-from kvstore.tiers.redis_wire import ProtocolBroken, ReplyError, Wire, command
+from kvstore.tiers.redis_wire import ReplyError, command
 from kvstore.tiers.redis_write import Item, SendItems
 
 
-class _Stopped(Exception):
-    """The reader gave up: its wires were shut down under the threads that read from them."""
+class _NodeRead(BesideRead):
+    """One node's share of a read."""
 
-
-@dataclass(frozen=True, slots=True)
-class _Moved:
-    key: PartKey
-    to: Redirection
-
-
-_Event = PartKey | _Moved | TierError | None
-"""What a node's thread reports, in the order of its keys; None at its end."""
-
-
-class _NodeRead:
-    """One node's share of a read, on a thread of its own."""
+    says_moved = True
 
     def __init__(self, node: Node, into: Mapping[PartKey, memoryview]) -> None:
-        self.node = node
-        self.into = into
-        self.events: SimpleQueue[_Event] = SimpleQueue()
-        self.damaged: list[PartKey] = []
-        self.counts = Counts()
-        self.stopped = threading.Event()
-        self._wire: Wire | None = None
-        self._lock = threading.Lock()
-        self.thread: threading.Thread | None = None
-        self._head: list[_Event] = []
+        super().__init__(node.loads, into)
+        self._head: deque[PartKey | Moved | TierError | None] = deque()
 
-    def run(self, reader: Reader, deadline: float) -> None:
-        try:
-            with self.node.loads.lease(deadline) as wire:
-                try:
-                    self._adopt(wire)
-                    moved = lambda key, to: self._say(_Moved(key, to))
-                    reading = reader.read(wire, self.into, deadline, self.damaged, self.counts, moved)
-                    with closing(reading):  # before the wire is given back
-                        for key in chain.from_iterable(reading):
-                            self._say(key)
-                    self._adopt(None)
-                except (ProtocolBroken, OSError):
-                    if self.stopped.is_set():
-                        raise _Stopped from None
-                    raise
-        except _Stopped:
-            pass
-        except TierError as error:
-            self._say(error)
-        finally:
-            self._say(None)
-
-    def _say(self, event: _Event) -> None:
-        self.events.put(event)
-
-    def _adopt(self, wire: Wire | None) -> None:
-        with self._lock:
-            if self.stopped.is_set():
-                raise _Stopped
-            self._wire = wire
-
-    def stop(self) -> None:
-        """End the thread, wherever it is; it writes to no buffer any more once it is joined."""
-        self.stopped.set()
-        with self._lock:
-            if self._wire is not None:
-                self._wire.abort()
-
-    def outcome(self, key: PartKey) -> _Event:
+    def outcome(self, key: PartKey) -> PartKey | Moved | TierError | None:
         """What became of `key`, the next one of this node: itself, where it moved, an error, or None for a miss."""
         if not self._head:
-            self._head.append(self.events.get())
+            said = self.listen()
+            self._head.extend(said if isinstance(said, list) else [said])
         event = self._head[0]
-        if event == key or (isinstance(event, _Moved) and event.key == key):
-            self._head.clear()
-            return event
+        if event == key or (isinstance(event, Moved) and event.key == key):
+            return self._head.popleft()
         return event if isinstance(event, TierError) else None  # a later key, or the end: this one is not there
 
 
@@ -191,17 +131,12 @@ class ClusterBatches:
             reads.append(share)
         try:
             for share in reads:
-                share.thread = threading.Thread(target=share.run, args=(self._reader, deadline), daemon=True)
-                share.thread.start()
+                share.start(self._reader, deadline)
             yield from self._in_order(keys, by_key, into, deadline, damaged, counts)
+            for share in reads:
+                share.join()
         finally:
-            for share in reads:
-                share.stop()
-            for share in reads:
-                if share.thread is not None:
-                    share.thread.join()
-                damaged += share.damaged
-                counts.add(share.counts)
+            end_all(reads, damaged, counts)
 
     def _in_order(
         self,
@@ -217,13 +152,13 @@ class ClusterBatches:
             if isinstance(outcome, TierError):
                 self._nodes.suspect()
                 raise outcome
-            if isinstance(outcome, _Moved):
+            if isinstance(outcome, Moved):
                 yield from self._read_elsewhere(outcome, into[key], deadline, damaged, counts)
             elif outcome is not None:
                 yield [key]
 
     def _read_elsewhere(
-        self, moved: _Moved, buffer: memoryview, deadline: float, damaged: list[PartKey], counts: Counts
+        self, moved: Moved, buffer: memoryview, deadline: float, damaged: list[PartKey], counts: Counts
     ) -> Iterator[list[PartKey]]:
         if not moved.to.asking:
             self._nodes.learn(moved.to)

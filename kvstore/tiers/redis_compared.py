@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether calls are quicker with a codec than without, by what they took: for sure, or not.
+"""Whether calls are quicker with a codec than without, or with more lanes, by what they took: for sure, or not.
+
+What is said of encoded calls here holds of calls with the number of lanes that is on trial.
 
 By ranks (Kendall's tau between the share of a call that was encoded and what a byte of it took, with the correction for
 ties in shares): a call that stalled counts as one slow call, however long it stalled, and nothing is assumed of how

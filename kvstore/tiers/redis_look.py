@@ -129,7 +129,7 @@ def look(url: str, num_buckets: int, timeout_s: float, scan_s: float) -> Look:
         scan_s: for that.
     """
     deadline = time.monotonic() + timeout_s
-    nodes = Nodes(url, num_buckets, Options(1, timeout_s, 0.0), lambda works: None)
+    nodes = Nodes(url, num_buckets, Options(1, 1, timeout_s, 0.0), lambda works: None)
     with contextlib.closing(nodes):
         began_s = time.monotonic()
         lacking, refusal = _trial(nodes, deadline)

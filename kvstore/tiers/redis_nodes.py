@@ -37,25 +37,30 @@ class Options:
     """How to reach nodes; see `RedisTier.Options`."""
 
     connections: int
+    lanes: int
     connect_timeout_s: float
     breaker_open_s: float
 
 
 class Node:
-    """One server: connections for loads, as many for all else, one breaker for both."""
+    """One server: connections for loads, those that large loads take beside, as many as for loads for all else.
+
+    One breaker for all.
+    """
 
     def __init__(self, url: str, options: Options, changed: Callable[[bool], None], place: Place) -> None:
         self.address = place if isinstance(place, tuple) else None
         self.breaker = Breaker(options.breaker_open_s, changed)
-        limits = (options.connections, options.connect_timeout_s, self.breaker, place)
-        self.loads = Connections(url, *limits)
-        self.stores = Connections(url, *limits)
+        how = (options.connect_timeout_s, self.breaker, place)
+        self.loads = Connections(url, options.connections, *how)
+        self.lanes = Connections(url, options.lanes - 1, *how)
+        self.stores = Connections(url, options.connections, *how)
         self.breaker.probe = self.stores.probe
 
     def close(self) -> None:
         self.breaker.close()
-        self.loads.close()
-        self.stores.close()
+        for each in (self.loads, self.lanes, self.stores):
+            each.close()
 
 
 class Nodes:

@@ -235,6 +235,11 @@ class Connections:
             self._breaker.succeeded()
         self._give_place(wire, era if wire.in_step() else None)
 
+    @property
+    def num_free(self) -> int:
+        """Wires that could be had now without waiting for somebody to give one back."""
+        return self._free
+
     def probe(self) -> None:
         """Connect anew and see whether the server takes part. Raises TierError; leaves the breaker alone."""
         deadline = time.monotonic() + self._connect_timeout_s

@@ -12,7 +12,9 @@ import redis
 
 from kvstore.block import ModelId
 from kvstore.layout import layout_of
+from kvstore.tiers import redis_lanes
 from kvstore.tiers.redis import RedisTier
+from kvstore.tiers.redis_lanes import LaneChoice
 from kvstore.tiers.valkey import EmbeddedServer, ServerOptions, embedded_binary
 from tests.redis.pair import Pair, Pointer
 from tests.redis.rights import add_user, as_user
@@ -62,6 +64,15 @@ def own_server() -> Iterator[EmbeddedServer]:
     """A Valkey that the test may stop, fill or kill."""
     with EmbeddedServer() as server:
         yield server
+
+
+@pytest.fixture(params=[1, 3], ids=["one-lane", "three-lanes"])
+def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """As many connections are taken by any load at all, a value of each in turns."""
+    monkeypatch.setattr(LaneChoice, "draw", lambda self: request.param)
+    monkeypatch.setattr(redis_lanes, "_LEAST_LANE_BYTES", 1)
+    monkeypatch.setattr(redis_lanes, "_GROUP_BYTES", 1)
+    return int(request.param)
 
 
 @pytest.fixture

@@ -75,6 +75,22 @@ def chain_on(cluster: Cluster, root: Root, num_blocks: int, node: int) -> tuple[
 # ── spread ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def test_a_read_that_brought_everything_keeps_its_connections(cluster: Cluster, tier: RedisTier, root: Root) -> None:
+    """Many were cut, where a node's thread had brought its last key and not yet said that it was done."""
+    content = Content(root, 40)
+    assert content.write(tier) == set(content.keys)
+    assert content.read(tier) == content.keys
+    assert tier.settle(DEADLINE_S)
+
+    def num_connections() -> int:
+        return sum(int(node.client.info("stats")["total_connections_received"]) for node in cluster.nodes)
+
+    before = num_connections()
+    for _ in range(100):
+        assert content.read(tier) == content.keys
+    assert num_connections() == before
+
+
 def test_a_chain_is_spread_over_all_nodes_and_comes_back_in_order(
     cluster: Cluster, tier: RedisTier, root: Root
 ) -> None:
@@ -440,7 +456,7 @@ def test_a_hung_node_costs_the_deadline_and_then_nothing(cluster: Cluster, make_
 
 @pytest.mark.alone
 def test_a_node_that_hangs_takes_no_more_than_its_share_of_the_time_to_learn_who_has_what(cluster: Cluster) -> None:
-    with closing(Nodes(cluster.url, NUM_STRIPES, Options(1, 0.2, 30.0), lambda works: None)) as nodes:
+    with closing(Nodes(cluster.url, NUM_STRIPES, Options(1, 1, 0.2, 30.0), lambda works: None)) as nodes:
         learned = time.monotonic()
         first = nodes.of_stripe(0, learned + DEADLINE_S)
         with first.stores.lease(learned + DEADLINE_S):

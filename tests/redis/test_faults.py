@@ -117,9 +117,9 @@ def checked(
 
 @pytest.mark.parametrize("after", [0, 1, 5, 100, 300, 5000, 1_000_000, 1_048_900, 2_500_000, 4_194_000])
 def test_reply_cut_anywhere_gives_a_prefix_and_an_error_and_the_next_call_works(
-    after: int, proxy: Proxy, own_server: EmbeddedServer, make_tier: MakeTier, root: Root
+    after: int, lanes: int, proxy: Proxy, own_server: EmbeddedServer, make_tier: MakeTier, root: Root
 ) -> None:
-    content = large(root)
+    content = large(root, 4 * lanes)
     content.write(make_tier(own_server.url))
     handshake = 200  # what the server says while connecting is shorter
     proxy.rule = lambda passed, data: data[: max(0, after + handshake - passed)]
@@ -133,6 +133,7 @@ def test_reply_cut_anywhere_gives_a_prefix_and_an_error_and_the_next_call_works(
     assert content.read(tier) == content.keys
 
 
+@pytest.mark.usefixtures("lanes")
 def test_connection_killed_by_the_server_is_replaced(tier: RedisTier, client: redis.Redis, root: Root) -> None:
     content = Content(root, 6)
     content.write(tier)
@@ -161,6 +162,7 @@ def test_connection_killed_in_the_middle_of_a_read_gives_an_error_and_no_wrong_b
     assert content.read(tier) == content.keys
 
 
+@pytest.mark.usefixtures("lanes")
 def test_connections_killed_at_random_never_deliver_wrong_bytes(
     server: EmbeddedServer, client: redis.Redis, make_tier: MakeTier, root: Root
 ) -> None:
@@ -187,6 +189,7 @@ def test_connections_killed_at_random_never_deliver_wrong_bytes(
     assert content.read(tier) == content.keys
 
 
+@pytest.mark.usefixtures("lanes")
 def test_server_that_answers_with_other_bytes_delivers_nothing(
     proxy: Proxy, own_server: EmbeddedServer, make_tier: MakeTier, root: Root
 ) -> None:
@@ -204,6 +207,7 @@ def test_server_that_answers_with_other_bytes_delivers_nothing(
     owner.clear(None)
 
 
+@pytest.mark.usefixtures("lanes")
 @pytest.mark.parametrize("fault", [("STRLEN", "list"), ("SET", "list", "mine")])
 def test_who_gives_up_at_an_error_leaves_no_other_reply_for_the_next(
     fault: tuple[str, ...], own_server: EmbeddedServer
@@ -230,6 +234,7 @@ def test_who_gives_up_at_an_error_leaves_no_other_reply_for_the_next(
     connections.close()
 
 
+@pytest.mark.usefixtures("lanes")
 def test_read_closed_early_gives_up_its_connection(tier: RedisTier, root: Root) -> None:
     content = large(root, 12)
     tier.open(content.layout)
@@ -279,6 +284,7 @@ def stopped(own_server: EmbeddedServer, make_tier: MakeTier) -> Iterator[Callabl
     os.kill(own_server.pid, signal.SIGCONT)
 
 
+@pytest.mark.usefixtures("lanes")
 @pytest.mark.alone
 @pytest.mark.parametrize("call", ["contains", "read", "write", "marked_to"])
 def test_hung_server_costs_the_deadline_and_no_more(
@@ -375,6 +381,7 @@ def test_while_attempts_to_connect_do_not_end_no_more_are_begun(trickling: tuple
     connections.close()
 
 
+@pytest.mark.usefixtures("lanes")
 def test_nothing_is_written_to_buffers_after_a_timeout(
     own_server: EmbeddedServer, make_tier: MakeTier, root: Root
 ) -> None:

@@ -20,6 +20,8 @@ from tests.redis.content import DEADLINE_S, Content
 from tests.test_frame import FIELDS
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.usefixtures("lanes")
+
 HURT = 2
 
 
