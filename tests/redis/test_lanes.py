@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
+from typing import cast
 
 import pytest
 import redis
 
-from kvstore.block import PartKey, Root
+from kvstore.block import BlockId, PartKey, Root
 from kvstore.errors import ConfigError
 from kvstore.tiers.redis import RedisTier
+from kvstore.tiers.redis_beside import BesideRead, end_all
 from kvstore.tiers.redis_lanes import LaneChoice
+from kvstore.tiers.redis_pool import Connections
+from kvstore.tiers.redis_read import Counts, Reader
 from kvstore.tiers.valkey import EmbeddedServer
 from tests.redis.conftest import MakeTier
 from tests.redis.content import DEADLINE_S, Content
@@ -197,3 +202,40 @@ def test_a_choice_is_made_and_shown(tier: RedisTier, content: Content, monkeypat
 def test_no_lane_at_all_is_refused() -> None:
     with pytest.raises(ConfigError, match="lanes is 0"):
         RedisTier.Options(lanes=0)
+
+
+class _Late:
+    """A reader that writes to its buffer when it may, and a wire whose end it does not notice at once."""
+
+    def __init__(self) -> None:
+        self.reads, self.may_write, self.aborted = threading.Event(), threading.Event(), threading.Event()
+
+    @contextmanager
+    def lease(self, deadline: float) -> Iterator[_Late]:
+        yield self
+
+    def abort(self) -> None:
+        self.aborted.set()
+
+    def read(self, wire: object, into: Mapping[PartKey, memoryview], *_: object) -> Iterator[list[PartKey]]:
+        self.reads.set()
+        self.may_write.wait(DEADLINE_S)
+        for key, buffer in into.items():
+            buffer[:1] = b"!"
+            yield [key]
+
+
+def test_who_ends_a_read_waits_until_it_writes_no_more(root: Root) -> None:
+    late, key = _Late(), PartKey(root.id, BlockId(b"b" * 32), 0)
+    buffer = memoryview(bytearray(8))
+    read = BesideRead(cast(Connections, late), {key: buffer})
+    read.start(cast(Reader, late), DEADLINE_S)
+    assert late.reads.wait(DEADLINE_S)
+    ending = threading.Thread(target=end_all, args=([read], [], Counts()))
+    ending.start()
+    assert late.aborted.wait(DEADLINE_S)
+    ending.join(0.1)
+    assert ending.is_alive(), "it may write yet"
+    late.may_write.set()
+    ending.join(DEADLINE_S)
+    assert not ending.is_alive()
