@@ -183,7 +183,13 @@ RESULTS_ASKED = (
         "lanes-cpu",
         "One load over several connections",
         (
-            Asked("lanes_flow_gain", "each connection carries 0.25 GB/s: up to four ÷ one", "", "×"),
+            Asked(
+                "lanes_flow_gain",
+                "each connection carries 0.25 GB/s: up to four ÷ one",
+                "",
+                "×",
+                "Redis where each connection carries 0.25 GB/s: load by up to four ÷ by one",
+            ),
             Asked("lanes_flow_loads_to_learn", "loads of 64 MiB until four were taken"),
             *(
                 Asked(f"lanes_{key}_overhead_pct{end}", line, "", "%")

@@ -146,6 +146,7 @@ _OF_A_TIER = {
     "raw_namespaces": _Name("raw_namespaces", "Namespaces written raw now.", counter=False),
     "send_bytes_per_s": _Name("send_bytes_per_second", "What writes to the server carry, lately.", counter=False),
     "receive_bytes_per_s": _Name("receive_bytes_per_second", "What reads carry, lately.", counter=False),
+    "lanes": _Name("lanes", "Connections that a large load takes, as was measured to be fastest.", counter=False),
     "touched_blocks": _Name("touched_blocks", "Blocks whose time of last use was renewed."),
     "retired_blocks": _Name("retired_blocks", "Parts of blocks that go first now: closed, or in a host alone."),
     "dropped_touches": _Name("dropped_touches", "Chains used whose time of last use was not renewed: too many waited."),
