@@ -379,6 +379,7 @@ class KVStore:
         gauges = {
             **self._host.gauges(),
             **self._mover.gauges(),
+            **{name: value for tier in self._tiers for name, value in tier.gauges().items()},
             "lease.live": len(self._leases),
             "marks.live": len(self._marks),
         }

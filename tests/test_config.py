@@ -177,6 +177,7 @@ def test_a_registry_takes_names_from_outside_the_tree() -> None:
         "tiers.redis.connect_timeout_s",
         "tiers.redis.sweep_every_s",
         "tiers.redis.breaker_open_s",
+        "tiers.redis.ping_every_s",
         "tiers.remote.call_timeout_s",
         "mover.write_deadline_s",
         "request.lease_s",

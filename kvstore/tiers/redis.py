@@ -109,8 +109,10 @@ class RedisTier(Tier):
                 than half of it may end all values at once: a cold cache.
             connect_timeout_s: for resolving a name, connecting and authenticating, within the call's deadline.
             call_timeout_s: deadline of calls that are given none, and of background work.
-            breaker_open_s: how often a server that failed is tried in the background; calls are refused at once
-                meanwhile. With 0 every call tries.
+            breaker_open_s: how often a server that failed is tried in the background (a fifth as often after it was
+                away for fifty times as long); calls are refused at once meanwhile. With 0 every call tries.
+            ping_every_s: how long a server may be silent before it is asked whether it is there, in the background
+                (`redis_upkeep` says what that costs); 0 for never: then only the next use finds out.
             sweep_every_s: how often one of all stores repairs what crashes and expiry left; 0 for never. It looks
                 at every header: about 0.1 s for a thousand parts, in the background.
         """
@@ -129,6 +131,7 @@ class RedisTier(Tier):
         connect_timeout_s: float = 1.0
         call_timeout_s: float = 5.0
         breaker_open_s: float = 1.0
+        ping_every_s: float = 3.0
         sweep_every_s: float = 3600.0
 
         def __post_init__(self) -> None:
@@ -146,7 +149,7 @@ class RedisTier(Tier):
                     raise ConfigError(f"{name} is {getattr(self, name)}: it must not be negative")
             if self.ttl_s > _MAX_TTL_S:
                 raise ConfigError(f"ttl_s is {self.ttl_s}: give at most {_MAX_TTL_S} (ten years), or 0 for none")
-            for name in ("sweep_every_s", "breaker_open_s"):
+            for name in ("sweep_every_s", "breaker_open_s", "ping_every_s"):
                 check_seconds(name, getattr(self, name), least=0)
             for name in ("connect_timeout_s", "call_timeout_s"):
                 check_seconds(name, getattr(self, name))
@@ -197,6 +200,7 @@ class RedisTier(Tier):
             ttl_s=self.options.ttl_s,
             call_timeout_s=self.options.call_timeout_s,
             sweep_every_s=self.options.sweep_every_s,
+            ping_every_s=self.options.ping_every_s,
         )
         self._upkeep.absent = lambda blocks: self.absent(blocks)
         self._writer.met, self._writer.grew = self._met, self._grew

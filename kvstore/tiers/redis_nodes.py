@@ -10,6 +10,7 @@ the keys it held, until its replica has taken over.
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -70,7 +71,7 @@ class Nodes:
         url: as redis-py reads them; `redis+cluster://host:port,host:port` (or `rediss+cluster`) names some nodes of a
             Cluster, which names the rest; `redis+sentinel://…` Sentinels that know the primary (`redis_sentinel`).
         num_stripes: stripes to find nodes for.
-        changed: told True when all nodes work, False when one does not.
+        changed: told True when all nodes in use work, False when one does not.
     """
 
     def __init__(self, url: str, num_stripes: int, options: Options, changed: Callable[[bool], None]) -> None:
@@ -79,7 +80,6 @@ class Nodes:
         self._options = options
         self._changed = changed
         self._lock = threading.Lock()
-        self._num_failing = 0
         self._slots = [key_slot(b"{%03d}" % stripe) for stripe in range(num_stripes)]
         self._known: dict[Address | None, Node] = {}
         self._of_stripe: list[Node] = []
@@ -93,14 +93,14 @@ class Nodes:
         node = self._known.get(address)
         if node is None:
             place = self._sentinels.primary if self._sentinels else address
-            node = self._known[address] = Node(self._url, self._options, self._note, place)
+            node = self._known[address] = Node(self._url, self._options, lambda _: self._tell(), place)
         return node
 
-    def _note(self, works: bool) -> None:
+    def _tell(self) -> None:
+        """Say how it stands now. One that died and whose replica took over is in nobody's way."""
         with self._lock:
-            self._num_failing += -1 if works else 1
-            num_failing = self._num_failing
-        self._changed(num_failing == 0)
+            used = self._of_stripe or self._known.values()
+            self._changed(not any(node.breaker.is_open for node in used))
 
     # ── topology ───────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -155,9 +155,22 @@ class Nodes:
             with self._lock:
                 self._of_stripe = [self._node(address) for address in addresses]
                 self._stale = False
+            self._tell()
             return
         if not self._of_stripe:
             raise error
+
+    def ping(self, silent_s: float) -> float:
+        """`Connections.ping` of each node in use; after how many seconds to come again."""
+        if self._stale:
+            with contextlib.suppress(TierError), map_redis_errors():
+                self._refresh(time.monotonic() + self._options.connect_timeout_s)
+        left_s = silent_s
+        for node in dict.fromkeys(self._of_stripe):
+            left_s = min(left_s, node.stores.ping(silent_s))
+            if node.breaker.is_open:
+                self.suspect()
+        return left_s
 
     def split(self, stripes: Iterable[int], deadline: float) -> dict[Node, list[int]]:
         """Positions of `stripes` by node."""
@@ -169,14 +182,14 @@ class Nodes:
     # ── conversations ──────────────────────────────────────────────────────────────────────────────────────────
 
     @contextlib.contextmanager
-    def talk(self, deadline: float) -> Iterator[Talk]:
-        """A conversation with all nodes that is no load. Raises TierError."""
+    def talk(self, deadline: float, ask_s: float = math.inf) -> Iterator[Talk]:
+        """A conversation with all nodes that is no load; `ask_s`: how long one `ask` may take. Raises TierError."""
         if self.is_cluster:
             with map_redis_errors():  # what its replies turn out to be
-                yield ClusterTalk(self, len(self._slots))
+                yield ClusterTalk(self, len(self._slots), ask_s)
             return
         with self._of_stripe[0].stores.lease(deadline) as wire:
-            yield Talk(wire)
+            yield Talk(wire, ask_s)
 
     def close(self) -> None:
         with self._lock:
@@ -191,8 +204,9 @@ class Talk:
     by_stripe: ClassVar[bool] = False
     """A command's keys must be of one stripe."""
 
-    def __init__(self, wire: Wire) -> None:
+    def __init__(self, wire: Wire, ask_s: float = math.inf) -> None:
         self.wire = wire
+        self._ask_s = ask_s
 
     def places(self, deadline: float) -> list[int]:
         """A stripe of each node, for commands that are about a node."""
@@ -200,6 +214,7 @@ class Talk:
 
     def ask(self, commands: Sequence[bytes], deadline: float, place: int | None = None) -> list[Reply | ReplyError]:
         """Replies to commands, in order, errors as values; all to the node of stripe `place` where one is given."""
+        deadline = min(deadline, time.monotonic() + self._ask_s)
         self.wire.send([b"".join(commands)], deadline)
         return [self.wire.reply(deadline) for _ in commands]
 
@@ -220,8 +235,9 @@ class ClusterTalk(Talk):
 
     by_stripe: ClassVar[bool] = True
 
-    def __init__(self, nodes: Nodes, num_stripes: int) -> None:
+    def __init__(self, nodes: Nodes, num_stripes: int, ask_s: float = math.inf) -> None:
         self._nodes = nodes
+        self._ask_s = ask_s
         self._num_stripes = num_stripes
 
     def places(self, deadline: float) -> list[int]:
@@ -229,6 +245,7 @@ class ClusterTalk(Talk):
 
     def ask(self, commands: Sequence[bytes], deadline: float, place: int | None = None) -> list[Reply | ReplyError]:
         """As of one server; a node that failed answers with the error `UNREACHABLE`."""
+        deadline = min(deadline, time.monotonic() + self._ask_s)
         replies: list[Reply | ReplyError] = [None] * len(commands)
         pending = list(range(len(commands)))
         for _ in range(_ROUNDS):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import random
 import socket
 import threading
 import time
@@ -36,6 +37,10 @@ _FAIR_WAIT_S = 0.09
 """A working server answers something within this, even behind a few large values of others."""
 _DOUBTS_ARE_FAILURE = 3
 _MOST_LEFT = 16
+_RARER = 0.1
+_MOST_RARE = 5.0
+"""A probe comes after a tenth of the time that the server is away, at most this many times as late as the first: a
+restart is noticed at once, and a thousand stores that wait for one which is away for long try 200 times a second."""
 _NO_WRITES = frozenset({"OOM", "NOREPLICAS", "MISCONF"})
 """What it answers to writes that it cannot take now, for want of memory, of replicas, of a disk that works."""
 
@@ -78,9 +83,9 @@ class Breaker:
     """Closed while the server works; open after a failure, until a probe finds it working again.
 
     While open all calls are refused at once. A refusal costs microseconds, so a dead server costs its callers nothing
-    but shorter hits. `probe` is tried every `open_s` on a thread that lives as long as the breaker is open; with no
-    probe, or an `open_s` of 0, one call in `open_s` is let through to try. `changed` is told True when the server is
-    believed to work again, and False when not.
+    but shorter hits. `probe` is tried every `open_s`, rarer where it goes on for long, on a thread that lives as long
+    as the breaker is open; with no probe, or an `open_s` of 0, one call in `open_s` is let through to try. `changed` is
+    told True when the server is believed to work again, and False when not.
     """
 
     def __init__(self, open_s: float, changed: Callable[[bool], None] = lambda closed: None) -> None:
@@ -89,6 +94,8 @@ class Breaker:
         self._lock = threading.Lock()
         self._failing = False
         self._num_doubts = 0
+        self.heard_at = float("-inf")
+        """When the server last worked, in monotonic seconds."""
         self.num_failures = 0
         """How often it has opened, or could have."""
         self._retry_at = 0.0
@@ -110,6 +117,11 @@ class Breaker:
         raise TierUnavailable(TIER, f"not tried again yet after: {self._last_error}")
 
     @property
+    def is_open(self) -> bool:
+        """Whether the server is believed not to work. Waits for nobody."""
+        return self._failing
+
+    @property
     def refuses(self) -> bool:
         """Whether a call made now would be refused. Waits for nobody."""
         return self._failing and (self._probes or time.monotonic() < self._retry_at)
@@ -119,7 +131,12 @@ class Breaker:
         return self.probe is not None and self._open_s > 0
 
     def _keep_probing(self, probe: Callable[[], None]) -> None:
-        while self._failing and not self._closed.wait(self._open_s):
+        began_at = time.monotonic()
+        while self._failing:
+            away_s = time.monotonic() - began_at
+            wait_s = min(max(self._open_s, _RARER * away_s), _MOST_RARE * self._open_s)
+            if self._closed.wait(wait_s * random.uniform(0.8, 1.0)):  # stores that lost it at once do not come at once
+                return
             try:
                 probe()
             except TierError as error:
@@ -132,7 +149,9 @@ class Breaker:
         self._closed.set()
 
     def succeeded(self) -> None:
+        """The server answered."""
         self._num_doubts = 0
+        self.heard_at = time.monotonic()
         if not self._failing:
             return
         with self._lock:
@@ -216,7 +235,8 @@ class Connections:
                 yield wire
         except TierError as exc:
             if isinstance(exc, Refused):
-                pass  # loads go on; replies may still be on their way here, so the wire does not
+                # Loads go on; replies may still be on their way here, so the wire does not.
+                self._breaker.heard_at = time.monotonic()
             elif era != self._breaker.num_failures:
                 # It began before a failure that is known: a late word on the server of then. Taken for one on that of
                 # now, each call that still waited for a lost primary turned off the one that had taken over.
@@ -231,7 +251,7 @@ class Connections:
         except BaseException:
             self._give_place(wire, None)
             raise
-        if era == self._breaker.num_failures:  # else it tells of the server of then, which was left since
+        if wire.heard and era == self._breaker.num_failures:  # else it tells of a server that was left since
             self._breaker.succeeded()
         self._give_place(wire, era if wire.in_step() else None)
 
@@ -246,15 +266,32 @@ class Connections:
         with map_redis_errors():
             wire = self._connect(deadline)
             try:
-                wire.send([command("PING"), command("HELLO", "2")], deadline)
-                reply, about = wire.reply(deadline), wire.reply(deadline)
+                self._greet(wire, deadline)
             finally:
                 wire.close()
-            if isinstance(reply, ReplyError):  # LOADING, MASTERDOWN
-                raise reply
-            # In a Cluster the topology says who is what.
-            if not isinstance(self._place, tuple) and isinstance(about, list) and b"replica" in about:
-                raise ReplyError("READONLY it is a replica, and takes no writes")
+
+    def ping(self, silent_s: float) -> float:
+        """See whether the server still takes part, where it was not heard for `silent_s`: the breaker learns of it.
+
+        Returns after how many seconds to come again. Nothing is sent where the breaker refuses calls: it has a probe.
+        """
+        left_s = self._breaker.heard_at + silent_s - time.monotonic()
+        if left_s > 0:
+            return left_s
+        deadline = time.monotonic() + self._connect_timeout_s
+        with contextlib.suppress(TierError), self.lease(deadline) as wire:
+            self._greet(wire, deadline)
+        return silent_s
+
+    def _greet(self, wire: Wire, deadline: float) -> None:
+        """Raises ReplyError, or what sockets raise, where the server does not work, or takes no writes."""
+        wire.send([command("PING"), command("HELLO", "2")], deadline)
+        reply, about = wire.reply(deadline), wire.reply(deadline)
+        if isinstance(reply, ReplyError):  # LOADING, MASTERDOWN
+            raise reply
+        # In a Cluster the topology says who is what.
+        if not isinstance(self._place, tuple) and isinstance(about, list) and b"replica" in about:
+            raise ReplyError("READONLY it is a replica, and takes no writes")
 
     def _take_place(self, deadline: float) -> None:
         with self._changed:

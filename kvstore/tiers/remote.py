@@ -27,7 +27,6 @@ from kvstore.clock import check_seconds
 from kvstore.errors import ConfigError, TierError, TierTimeout
 from kvstore.layout import BlockLayout
 from kvstore.service.peer import MAX_IDS, Counts, Peer, PeerOptions
-from kvstore.stats import Stats
 from kvstore.tiers.base import AS_USED, Later, Tier
 
 _MAX_SEEN = 65_536
@@ -148,9 +147,8 @@ class RemoteTier(Tier):
     def close(self) -> None:
         self._peer.close()
 
-    def bind(self, stats: Stats) -> None:
-        super().bind(stats)
-        stats.set(f"{self.name}.available", self._peer.is_up)
+    def gauges(self) -> dict[str, float]:
+        return {f"{self.name}.available": float(self._peer.is_up)}
 
     def _left_s(self, deadline: float) -> float:
         left_s = deadline - time.monotonic()
@@ -159,7 +157,6 @@ class RemoteTier(Tier):
         return left_s
 
     def _note(self, blocks: set[BlockId]) -> None:
-        self.stats.set(f"{self.name}.available", self._peer.is_up)
         with self._lock:
             for block in blocks:
                 self._seen[block] = None

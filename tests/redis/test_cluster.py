@@ -381,7 +381,7 @@ def test_a_killed_primary_costs_its_keys_until_its_replica_took_over(
         return False
 
     until(writes_again)
-    assert tier.stats.get("redis.available") in (0, 1)
+    until(lambda: tier.stats.get("redis.available") == 1)  # the one that died is in nobody's way
 
 
 def test_nodes_killed_one_after_the_other_under_load_never_give_a_wrong_byte(
