@@ -45,7 +45,9 @@ def _greet(tier: Tier, config: StoreConfig) -> None:
         tier.contains([nothing], config.request.read_deadline_s)
     except TierError as error:
         if config.request.require_tiers:
-            raise ConfigError(f"lower tier does not answer: {error}") from error
+            raise ConfigError(
+                f"lower tier does not answer: {error}: start it, or set request.require_tiers = false to do without"
+            ) from error
         log.warning("lower tier does not answer, starting without it until it does: %s", error)
 
 

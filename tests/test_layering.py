@@ -290,6 +290,7 @@ RULES: dict[str, Rule] = {
     ),
     "kvstore.service.preflight": Rule(5, (*FOUNDATIONS, "kvstore.numa")),
     "kvstore.service.prompt": Rule(5, FOUNDATIONS, ("jinja2", "transformers")),
+    "kvstore.service.reach": Rule(5, (*FOUNDATIONS, "kvstore.service_options")),
     "kvstore.service.handshake": Rule(5, (*FOUNDATIONS, *MESSAGES), ("google",)),
     "kvstore.service.server": replace(SERVICE, modules=(*SERVICE.modules, "kvstore", "kvstore.tiers.base")),
     "kvstore.service.spans": Rule(5),

@@ -22,8 +22,9 @@ from kvstore.block import FORMAT_VERSION, Chain, ModelId
 from kvstore.errors import ConfigError, KVStoreError, ProtocolError, ServiceUnavailable
 from kvstore.service.handshake import MAX_MESSAGE_BYTES, PROTOCOL_VERSIONS, hash_vector, model_message, model_of
 from kvstore.service.knock import trust_socket
+from kvstore.service.reach import unreachable
 from kvstore.service.status import UnknownSession, error_of, is_transport
-from kvstore.service_options import check_token_is_hidden, default_address, perhaps_tls, socket_path
+from kvstore.service_options import check_token_is_hidden, default_address, socket_path
 from kvstore.wire import kvstore_pb2 as pb
 from kvstore.wire.kvstore_pb2_grpc import KVStoreStub
 
@@ -276,7 +277,7 @@ class _Translated:
 
     def __init__(self, target: Target, deadline_s: float) -> None:
         self._address = target.address
-        self._perhaps = perhaps_tls(target.address, encrypted=target.encrypted)
+        self._encrypted = target.encrypted
         self._deadline_s = deadline_s
 
     def __enter__(self) -> None: ...
@@ -296,10 +297,7 @@ class _Translated:
             return error_of(failure)
         if failure.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
             return ServiceUnavailable(f"the server at {self._address} did not answer within {self._deadline_s:g} s")
-        return ServiceUnavailable(
-            f"no server answers at {self._address}: start one with `kvstore serve`, or name another with --address"
-            f"{self._perhaps}"
-        )
+        return unreachable(self._address, encrypted=self._encrypted)
 
 
 def _channel_to(target: Target) -> grpc.Channel:

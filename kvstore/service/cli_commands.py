@@ -10,7 +10,6 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,13 +17,21 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from kvstore.block import ModelId
-from kvstore.errors import ConfigError
+from kvstore.errors import ConfigError, ServiceUnavailable, TierError
 from kvstore.service import cli_serve, doctor, kv_events, top
 from kvstore.service.admin import Admin, Target
+from kvstore.service.cli_tables import (
+    WIDE,
+    block_row,
+    blocks_table,
+    event_line,
+    events,
+    models_table,
+    settings_table,
+    where_of,
+)
 from kvstore.service.findings import Finding, Verdict
 from kvstore.service.follow import follow
 from kvstore.service.handshake import model_of
@@ -35,9 +42,10 @@ from kvstore.wire import kvstore_pb2 as pb
 app = typer.Typer(
     name="kvstore",
     help="Keeps the KV cache of prompt prefixes for LLM engines, on this host and in a shared Redis or Valkey.\n\n"
-    "Start one server on each host:   kvstore serve --host-capacity 32GiB --redis-url redis://cache:6379\n\n"
-    "See whether all is well:         kvstore doctor\n\n"
-    "Watch it work:                   kvstore top",
+    "Start one server on each host:\n\n"
+    "kvstore serve --host-capacity 32GiB --redis-url redis://cache:6379\n\n"
+    "See whether all is well:  kvstore doctor\n\n"
+    "Watch it work:            kvstore top",
     epilog="Which server: --address, else KVSTORE_ADDRESS, else this user's own. "
     "For TCP: KVSTORE_TOKEN, KVSTORE_TLS_CA, KVSTORE_TLS_CERT, KVSTORE_TLS_KEY.",
     no_args_is_help=True,
@@ -62,7 +70,8 @@ TieringMode = Annotated[
     str, typer.Option("--tiering", metavar="NAME", help="inclusive, or exclusive: down at eviction. (mover.tiering)")
 ]
 Model = Annotated[
-    str, typer.Option("--model", help="JSON or TOML file with the fields of ModelId; else the one that is open.")
+    str,
+    typer.Option("--model", metavar="FILE", help="JSON or TOML with the fields of ModelId; else the one that is open."),
 ]
 Tokenizer = Annotated[str, typer.Option("--tokenizer", help="For text: a name or path, as transformers takes it.")]
 Chat = Annotated[
@@ -111,13 +120,15 @@ def serve(
 ) -> None:
     """Run the server on this host until it is told to stop.
 
-    Settings come from --config, then the environment (KVSTORE_HOST__CAPACITY_BYTES=32GiB), then flags. The settings
-    in effect are printed, each with its source, and then one line that begins with "ready:".
+    Settings come from --config, then the environment
+    (KVSTORE_HOST__CAPACITY_BYTES=32GiB), then flags. The settings in effect are
+    printed, each with its source, and then one line that begins with "ready:".
 
-    SIGTERM lets clients finish for service.drain_s seconds, a second one stops at once; SIGHUP reads tokens again.
-    With --tiering exclusive what the host alone holds goes to Redis in that time.
+    SIGTERM lets clients finish for service.drain_s seconds, a second one stops
+    at once; SIGHUP reads tokens again. With --tiering exclusive what the host
+    alone holds goes to Redis in that time.
 
-    Example:  kvstore serve --host-capacity 32GiB --redis-url redis://cache:6379 --set mover.write=through
+    Example:  kvstore serve --host-capacity 32GiB --redis-url redis://cache:6379
     """
     named = {
         "service.listen": listen,
@@ -140,9 +151,10 @@ def examine(
 ) -> None:
     """Check this host, the server and Redis; each line is ok, or a problem and its fix.
 
-    Give it the settings that the server has. Exits with 1 where there is a problem.
+    Give it the settings that the server has. Exits with 1 where there is a
+    problem.
 
-    Example:  kvstore doctor --config /etc/kvstore/kvstore.toml, or --host-capacity 32GiB before the first start
+    Example:  kvstore doctor --config /etc/kvstore/kvstore.toml
     """
     named = {"host.capacity_bytes": host_capacity, "tiers.redis.url": redis_url}
     read = cli_serve.read_config(config, named, settings or [])
@@ -185,6 +197,9 @@ def status(
 ) -> None:
     """Show what the server holds, whom it serves, and how it is set.
 
+    Exits with 0 as long as the server answers, whatever its tiers do: for those
+    there is kvstore doctor.
+
     Example:  kvstore status --json | jq '.values["host.used_bytes"]'
     """
     with Admin(Target.of(address)) as admin:
@@ -198,11 +213,11 @@ def status(
     console.print(top.draw(server, sample, None))
     if reply.models:
         console.print()
-        console.print(_models_table(map(model_of, reply.models)))
+        console.print(models_table(map(model_of, reply.models)))
     changed = [row for row in reply.settings if settings or row.source != "default"]
     if changed:
         console.print()
-        console.print(_settings_table((row.key, row.value, row.source) for row in changed))
+        console.print(settings_table((row.key, row.value, row.source) for row in changed))
 
 
 def _status_of(server: top.Server, reply: pb.StatsReply) -> dict[str, object]:
@@ -226,27 +241,6 @@ def _status_of(server: top.Server, reply: pb.StatsReply) -> dict[str, object]:
     }
 
 
-def _models_table(models: Iterable[ModelId]) -> Table:
-    """`layout` says who can read a model's blocks: canonical ones any engine, opaque ones the engines they name."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for name in ("model", "revision", "kv dtype", "block", "layout"):
-        table.add_column(name, no_wrap=True)
-    for model in models:
-        row = (model.model[:48], model.revision[:12], model.kv_dtype, str(model.block_tokens), model.layout[:48])
-        # Clients have named them, and may have meant this terminal.
-        table.add_row(*(Text("".join(letter if letter.isprintable() else "?" for letter in cell)) for cell in row))
-    return table
-
-
-def _settings_table(rows: Iterable[tuple[str, str, str]]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for name in ("setting", "value", "from"):
-        table.add_column(name, no_wrap=True)
-    for row in rows:
-        table.add_row(*map(Text, row))
-    return table
-
-
 @app.command(name="top")
 def show_top(
     address: Address = "",
@@ -258,7 +252,9 @@ def show_top(
 
     Example:  kvstore top --every 0.5
 
-    With --json, a line an interval:  kvstore top --json | jq '.per_second["match.requests"]'
+    With --json it prints a line an interval:
+
+    kvstore top --json | jq '.per_second["match.requests"]'
     """
     with Admin(Target.of(address), name="kvstore top") as admin:
         if as_json:
@@ -284,9 +280,20 @@ def inspect(
 ) -> None:
     """Show which blocks of a prompt are there, where, and what holds them.
 
-    An engine's chat endpoint wraps what it is sent in the model's chat template: --chat does so here.
+    An engine's chat endpoint wraps what it is sent in the model's chat
+    template: --chat does so here.
 
     Example:  kvstore inspect prompt.txt --tokenizer Qwen/Qwen3-8B --chat
+
+    Where engines have opened several models, or none since the server started,
+    --model FILE says which is meant. This gets the file of one that is open,
+    from this server or from one like it:
+
+    kvstore status --json | jq '.models[0]' > model.json
+
+    It looks like {"model": "Qwen/Qwen3-8B", "revision": "main", "kv_dtype":
+    "bfloat16", "num_layers": 36, "num_kv_heads": 8, "head_dim": 128}, with more
+    fields that have defaults; all of them count.
     """
     block = as_hash(prompt)
     namespace = _namespace(model, salt, adapter, secret_file)
@@ -294,11 +301,17 @@ def inspect(
         if block is not None:
             blocks = admin.inspect(block)
         else:
-            blocks = admin.inspect_chain(read_prompt(prompt, _with_open(namespace, admin), tokenizer, chat=chat))
+            chain = read_prompt(prompt, _with_open(namespace, admin), tokenizer, chat=chat)
+            known = admin.models()  # before: asking opens it
+            blocks = admin.inspect_chain(chain)
+            if known and chain.root.model not in known and not any(map(where_of, blocks)):
+                _say("no engine has opened this very model here: compare with .models of `kvstore status --json`")
+        _say_away(admin)
     if as_json:
-        _print_json([_block(info) for info in blocks])
-    else:
-        _console().print(_blocks_table(blocks, along=block is None))
+        _print_json([block_row(info) for info in blocks])
+        return
+    console = _console()
+    console.print(blocks_table(blocks, along=block is None, whole_ids=console.width >= WIDE))
 
 
 def _namespace(model: str, salt: str, adapter: str, secret_file: str) -> Namespace:
@@ -315,50 +328,10 @@ def _with_open(namespace: Namespace, admin: Admin) -> Namespace:
     return namespace if namespace.model else replace(namespace, open_models=admin.models())
 
 
-def _block(info: pb.BlockInfo) -> dict[str, object]:
-    return {
-        "id": info.id.hex(),
-        "resident": info.resident,
-        "tiers": list(info.tiers),
-        "root": info.root.hex(),
-        "parent": info.parent.hex(),
-        "depth": info.depth,
-        "ready_parts": info.ready_parts,
-        "pins": info.num_pins,
-        "children": info.num_children,
-        "tokens": _tokens(info.tokens),
-    }
-
-
-def _tokens(packed: bytes) -> list[int]:
-    return memoryview(packed).cast("I").tolist() if sys.byteorder == "little" else []
-
-
-def _blocks_table(blocks: Iterable[pb.BlockInfo], *, along: bool) -> Table:
-    """`along`: the blocks are a chain's, so that where each stands is known of those that are not there as well."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("block", justify="right")
-    for name in ("id", "where"):
-        table.add_column(name, no_wrap=True)
-    for name in ("parts", "pins", "children", "tokens"):
-        table.add_column(name, justify="right")
-    num_there = num_blocks = 0
-    for info in blocks:
-        num_blocks += 1
-        where = [*(["host"] if info.resident and "host" not in info.tiers else []), *info.tiers]
-        num_there += bool(where)
-        table.add_row(
-            str(info.depth) if where or along else "–",
-            info.id.hex(),
-            Text(", ".join(where)) if where else Text("not here", "dim"),
-            str(info.ready_parts.bit_count()) if info.resident else "–",
-            str(info.num_pins) if info.resident else "–",
-            str(info.num_children) if info.resident else "–",
-            str(len(info.tokens) // 4) if info.tokens else "–",
-        )
-    table.caption = f"{num_there} of {num_blocks} blocks are there"
-    table.caption_justify = "left"
-    return table
+def _say_away(admin: Admin) -> None:
+    """That what lies in a tier is not seen now, where that is so."""
+    for tier in top.tiers_away(admin.stats().values):
+        _say(f"{tier} does not answer: what lies there is not counted (`kvstore doctor` says why)")
 
 
 @app.command()
@@ -374,8 +347,12 @@ def watch(
 ) -> None:
     """Print blocks as they come and go, until Ctrl-C; or publish them in the format of vLLM's KV events.
 
-    A server that goes away is waited for. A line of the kind "gap" says that events were missed, through a restart for
-    example: what was printed before it says nothing any more. With --snapshot what is there follows anew.
+    A server that goes away is waited for. A line of the kind "gap" says that
+    events were missed, through a restart for example: what was printed before
+    it says nothing any more. With --snapshot what is there follows anew.
+
+    A line is one event in 80 columns, ids by their beginning; --json has all of
+    it, and is what scripts should read.
 
     Example:  kvstore watch --json | jq -r .kind
     """
@@ -385,35 +362,12 @@ def watch(
             kv_events.publish(zmq, topic, lambda: follow(admin, snapshot=True, with_tokens=True, say=_say))
             return
         for reply in follow(admin, snapshot=snapshot, with_tokens=tokens, say=_say):
-            for line in events(reply):
-                text = json.dumps(line) if as_json else "  ".join(f"{value}" for value in line.values() if value != "")
-                print(text, flush=True)
+            for event in events(reply):
+                print(json.dumps(event) if as_json else event_line(event), flush=True)
 
 
 def _say(sentence: str) -> None:
     print(f"kvstore: {sentence}", file=sys.stderr, flush=True)
-
-
-def events(reply: pb.WatchReply) -> Iterable[Mapping[str, object]]:
-    """What a reply says, one row a block."""
-    if reply.gap:
-        yield {"kind": "gap", "sequence": reply.sequence}
-    for event in reply.events:
-        for at in range(0, len(event.ids) or 32, 32):
-            line: dict[str, object] = {
-                "kind": pb.BlockEvent.Kind.Name(event.kind).lower(),
-                "tier": event.tier,
-                "id": event.ids[at : at + 32].hex(),
-                "depth": event.depth + at // 32,
-                "root": event.root.hex(),
-                "sequence": reply.sequence,
-            }
-            if event.tokens:
-                width = len(event.tokens) * 32 // len(event.ids)
-                line["tokens"] = _tokens(event.tokens[at // 32 * width : (at // 32 + 1) * width])
-            yield line
-    if reply.snapshot_done:
-        yield {"kind": "snapshot_done", "sequence": reply.sequence}
 
 
 # ---- care ----
@@ -428,7 +382,8 @@ def clear(
 ) -> None:
     """Remove blocks from every tier of this server, the shared ones included: those of one namespace, or all of them.
 
-    Other hosts keep what lies in their own memory, and write it down again when it is next used there.
+    Other hosts keep what lies in their own memory, and write it down again when
+    it is next used there.
 
     Example:  kvstore clear --root 1f0c… --yes
     """
@@ -441,7 +396,13 @@ def clear(
             if not sys.stdin.isatty():
                 raise ConfigError(f"this removes {what}: say --yes")
             typer.confirm(f"Remove {what}?", abort=True, err=True)
-        num_blocks = admin.clear(root_id or b"")
+        try:
+            num_blocks = admin.clear(root_id or b"")
+        except TierError as error:
+            raise ServiceUnavailable(
+                f"the server's memory was cleared, but not all below it ({error}): what is left there will be found "
+                "again, so repeat this once `kvstore status` shows the tier as ok"
+            ) from error
     if as_json:
         _print_json({"blocks": num_blocks})
     else:
@@ -469,6 +430,7 @@ def warm(
     with Admin(Target.of(address)) as admin:
         chain = read_prompt(prompt, _with_open(namespace, admin), tokenizer, chat=chat)
         reply = admin.warm(chain, timeout)
+        _say_away(admin)
     if as_json:
         _print_json({"blocks": len(chain), "host_blocks": reply.num_host_blocks, "promoted": reply.num_promoted})
     else:

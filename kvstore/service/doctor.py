@@ -64,7 +64,8 @@ def _met(target: Target, server: Running) -> Generator[Finding, None, bool]:
     except ServiceUnavailable as error:
         yield problem("server", str(error), "kvstore serve")
     except AccessDenied as error:
-        yield problem("server", f"it lets us not in: {error}", "set KVSTORE_TOKEN to a token of its tokens file")
+        fix = "set KVSTORE_TOKEN to a token of its tokens file" if socket_path(target.address) is None else "as it says"
+        yield problem("server", f"it lets us not in: {error}", fix)
     except KVStoreError as error:
         yield problem("server", str(error), "install the same version of kvstore on both sides")
     return running
@@ -119,7 +120,7 @@ def _socket(address: str) -> Finding:
     except OSError as error:
         return problem("socket", f"{path}: {error.strerror}", "run as the server's user, or join its group")
     if not stat.S_ISSOCK(status.st_mode):
-        return problem("socket", f"{path} is no socket", f"rm {path}, then kvstore serve")
+        return problem("socket", f"{path} is no socket", "name the server's with --address, or move that file away")
     if status.st_mode & 0o007:
         return problem("socket", f"{path} is open to every user", f"chmod o= {path}")
     try:

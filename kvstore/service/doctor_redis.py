@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from kvstore.config import StoreConfig
 from kvstore.errors import ConfigError, TierError
-from kvstore.service.findings import Finding, note, ok, problem
+from kvstore.service.findings import Finding, Verdict, note, ok, problem
 
 if TYPE_CHECKING:
     from kvstore.tiers.redis_look import Look, Server
@@ -61,13 +61,22 @@ def examine_tiers(config: StoreConfig, running: Running) -> Iterator[Finding]:
         if section.startswith("tiers.") and name == "url":
             urls.setdefault(section.removeprefix("tiers."), value)
     for name, url in urls.items():
+        gone = False
         if url == "embedded":
             yield ok(name, "a server of our own, started with the store")
         elif _HIDDEN in url:
             yield note(name, f"the server uses {url}, with a password we do not have", "give doctor the same --config")
         elif url:
             mended = int(running.values.get(f"{name}.foreign_books", 0))
-            yield from examine_redis(name, url, TierSettings.of(config.tiers.get(name)), mended)
+            for finding in examine_redis(name, url, TierSettings.of(config.tiers.get(name)), mended):
+                gone |= finding.name == name and finding.verdict is Verdict.PROBLEM
+                yield finding
+        if not gone and running.values.get(f"{name}.available") == 0:
+            yield problem(
+                f"{name} of the server",
+                "the running server gets no answer from it, and serves what is in its own memory alone",
+                "look in the server's log: its network, user or password are not those of this command",
+            )
         yield from _encryption(name, config, running.settings)
     if not urls:
         yield note("redis", "no lower tier is configured: blocks are kept on this host only")

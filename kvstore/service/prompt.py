@@ -18,6 +18,11 @@ from typing import Any, cast
 from kvstore.block import Chain, ModelId, Root
 from kvstore.errors import ConfigError
 
+MODEL_EXAMPLE = (
+    'The file looks like {"model": "Qwen/Qwen3-8B", "revision": "main", "kv_dtype": "bfloat16", "num_layers": 36, '
+    '"num_kv_heads": 8, "head_dim": 128}'
+)
+MODEL_FILE = "`kvstore status --json | jq '.models[0]' > model.json` writes the file"
 _HASH = re.compile(r"[0-9a-fA-F]{64}")
 
 
@@ -47,7 +52,8 @@ class Namespace:
         if len(self.open_models) > 1:
             names = ", ".join(sorted({_told_apart(model) for model in self.open_models}))
             raise ConfigError(
-                f"the server has {len(self.open_models)} models open ({names}): say which by --model FILE"
+                f"the server has {len(self.open_models)} models open ({names}): say which by --model FILE, where "
+                f"{MODEL_FILE.replace('.models[0]', '.models[N]')}"
             )
         return self.open_models[0]
 
@@ -65,8 +71,9 @@ def read_model(path: str) -> ModelId:
     """The model in a file. Raises ConfigError naming the field that is wrong."""
     if not path:
         raise ConfigError(
-            "a prompt's hashes depend on its model: give --model FILE, a JSON or TOML file with the fields of ModelId "
-            "(model, revision, kv_dtype, num_layers, num_kv_heads, head_dim, …), or give a block hash instead"
+            "no engine has opened a model since this server started, and a prompt's hashes depend on its model: give "
+            f"--model FILE, or a block hash in place of the prompt. {MODEL_EXAMPLE}, and all fields count: once an "
+            f"engine has connected, to this server or one like it, {MODEL_FILE}"
         )
     try:
         text = Path(path).read_text()

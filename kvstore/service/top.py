@@ -17,7 +17,7 @@ import tty
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleDimensions, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -30,6 +30,7 @@ _BAR_CELLS = 8
 _FIRST_LOOK_S = 0.25
 _UNITS = (("B", 1), ("KiB", 1 << 10), ("MiB", 1 << 20), ("GiB", 1 << 30), ("TiB", 1 << 40))
 _MAX_CLIENTS = 20
+_COLUMNS = 80
 _QUIT = ("q", "Q", "\x03", "\x1b")
 
 
@@ -51,11 +52,16 @@ class Server:
     boot_id: str
 
 
-def draw(server: Server, now: Sample, before: Sample | None, fault: str = "") -> RenderableType:
+def draw(
+    server: Server, now: Sample, before: Sample | None, fault: str = "", max_clients: int = _MAX_CLIENTS
+) -> RenderableType:
     """The screen. Without an earlier sample rates are left out; `fault` says why the figures are old."""
-    parts: list[RenderableType] = [_head(server, fault), Text(), _tiers(now, before), Text(), _requests(now, before)]
-    if now.clients:
-        parts += [Text(), _clients(now)]
+    parts: list[RenderableType] = [_head(server, fault), Text(), _tiers(now, before)]
+    for tier in tiers_away(now.values):
+        parts.append(Text(f"{tier} does not answer: hits are shorter until it does. Why: kvstore doctor", "bold red"))
+    parts += [Text(), _requests(now, before)]
+    if now.clients and max_clients > 0:
+        parts += [Text(), _clients(now, max_clients)]
     return Group(*parts)
 
 
@@ -122,19 +128,19 @@ def _labelled(label: str, text: str) -> Text:
     return Text.assemble((f"{label} ", "dim"), text)
 
 
-def _clients(now: Sample) -> Table:
+def _clients(now: Sample, max_clients: int) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column(f"clients ({len(now.clients)})", no_wrap=True)
     for name in ("pid", "leases", "since"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("memory")
     shown = sorted(now.clients, key=lambda client: (-client.num_leases, client.name, client.pid))
-    for client in shown[:_MAX_CLIENTS]:
+    for client in shown[:max_clients]:
         name = "".join(letter if letter.isprintable() else "?" for letter in client.name[:40])
         way = "mapped" if client.mapped else "remote"
         table.add_row(Text(name or "–"), str(client.pid), f"{client.num_leases:,}", duration(client.age_s), way)
-    if len(shown) > _MAX_CLIENTS:
-        table.add_row(f"… and {len(shown) - _MAX_CLIENTS} more")
+    if len(shown) > max_clients:
+        table.add_row(f"… and {len(shown) - max_clients} more")
     return table
 
 
@@ -145,6 +151,11 @@ def tier_names(values: Mapping[str, float]) -> list[str]:
     """Host first, then whatever else counts hits, in the order of names."""
     found = {key.partition(".")[0] for key in values if key.endswith((".hit_blocks", ".available", ".used_bytes"))}
     return ["host", *sorted(found - {"host"})]
+
+
+def tiers_away(values: Mapping[str, float]) -> list[str]:
+    """Those whose breaker lets no calls through."""
+    return [tier for tier in tier_names(values) if not values.get(f"{tier}.available", 1)]
 
 
 def _occupancy(values: Mapping[str, float]) -> Text:
@@ -230,13 +241,27 @@ def run(admin: Admin, *, once: bool, every_s: float, console: Console | None = N
         console.print(draw(server_of(admin), now, before))
         return
     with _keys() as keyboard, Live(console=console, screen=True, auto_refresh=False) as live:
-        live.update(draw(server_of(admin), now, before), refresh=True)
+        live.update(fitted(console.size, server_of(admin), now, before), refresh=True)
         while not _quits(keyboard, every_s):
             try:
                 before, now, fault = now, look(admin), ""
             except KVStoreError as error:
                 fault = f"figures are {duration(time.monotonic() - now.time_s)} old: {error}"
-            live.update(draw(server_of(admin), now, before, fault), refresh=True)
+            live.update(fitted(console.size, server_of(admin), now, before, fault), refresh=True)
+
+
+def fitted(
+    space: ConsoleDimensions, server: Server, now: Sample, before: Sample | None, fault: str = ""
+) -> RenderableType:
+    """The screen as far as it fits: clients last; or what it would need."""
+    # A head, titles, the tiers, three rows of requests, three empty lines; and what is said where something is wrong.
+    num_lines = 8 + len(tier_names(now.values)) + len(tiers_away(now.values)) + 2 * bool(fault)
+    if space.width < _COLUMNS or space.height < num_lines:
+        return Text(
+            f"This terminal is {space.width} x {space.height}: enlarge it to {_COLUMNS} x {num_lines}, or press q and "
+            "use kvstore status, or top --json."
+        )
+    return draw(server, now, before, fault, min(_MAX_CLIENTS, space.height - num_lines - 3))
 
 
 def follow(admin: Admin, *, once: bool, every_s: float) -> Iterator[dict[str, object]]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import pty
@@ -17,24 +18,29 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from kvstore.block import Chain, ModelId, Root
 from kvstore.errors import AccessDenied, ConfigError, ServiceUnavailable
 from kvstore.layout import layout_of
 from kvstore.service.admin import Admin, Target
-from kvstore.service.cli_commands import app, events
+from kvstore.service.cli_commands import app
 from kvstore.service.cli_serve import notify, read_config
+from kvstore.service.cli_tables import blocks_table, event_line, events
 from kvstore.service.handshake import model_message
 from kvstore.tiers.redis import RedisTier
-from kvstore.tiers.valkey import EmbeddedServer
+from kvstore.tiers.valkey import EmbeddedServer, ServerOptions
 from kvstore.wire import kvstore_pb2 as pb
 from kvstore.wire.kvstore_pb2_grpc import KVStoreStub
+from tests.conftest import save_all
 from tests.patient import connect
+from tests.ports import free_ports
 from tests.redis.content import Content
 from tests.service.certificates import Authority
 from tests.waiting import eventually
@@ -572,3 +578,99 @@ def test_events_are_one_line_a_block() -> None:
         ((b"a" * 32).hex(), 4, [0, 1]),
         ((b"b" * 32).hex(), 5, [2, 3]),
     ]
+    assert list(map(event_line, lines)) == [
+        "gap      events were missed: what came before is out of date  event 9",
+        "stored   host    616161616161  block 4      2 tokens: 0 1",
+        "stored   host    626262626262  block 5      2 tokens: 2 3",
+        "cleared          all of 000000000000  event 9",
+        "snapshot is complete: events follow  event 9",
+    ]
+
+
+def test_a_line_of_an_event_fits_80_columns() -> None:
+    event = pb.BlockEvent(kind=pb.BlockEvent.REMOVED, tier="remote", root=b"r" * 32, ids=b"a" * 32, depth=99_999)
+    for tokens in (b"", b"".join(number.to_bytes(4, "little") for number in range(150_000, 150_064))):
+        event.tokens = tokens
+        ((line,),) = [map(event_line, events(pb.WatchReply(sequence=10**9, events=[event])))]
+        assert 60 < len(line) <= 80, line
+        assert "616161616161  block 99999" in line
+        assert "event 1000000000" in line or "64 tokens: 150000 150001" in line
+    assert len(event_line({"kind": "gap", "sequence": 10**5})) <= 80
+
+
+def test_a_redis_that_dies_is_shown_by_every_command_though_nobody_uses_it(
+    tmp_path: Path, serve: MakeServing, model: ModelId
+) -> None:
+    (port,) = free_ports(1)
+    tokens = json.dumps(list(range(2 * model.block_tokens)))
+    with EmbeddedServer(ServerOptions(port=port)) as valkey:
+        words = ["--redis-url", valkey.url, "--set", "tiers.redis.ping_every_s=0.1"]
+        server = serve(*words, "--set", "service.metrics_listen=127.0.0.1:0")
+        (line,) = [line for line in server.log.read_text().splitlines() if "metrics at" in line]
+        with connect(server.address) as store:
+            store.open(model)
+            save_all(store, Chain(Root(model), json.loads(tokens)))
+        assert eventually(lambda: server.values()["redis.available"] == 1)
+        assert "does not answer" not in server.ask("status").stdout
+    assert eventually(lambda: server.values()["redis.available"] == 0)
+    with urllib.request.urlopen(line.split()[-1], timeout=5) as reply:
+        assert "kvstore_redis_breaker_closed 0.0" in reply.read().decode()
+    for command in ("status", "top --once --every 0.1"):
+        shown = server.ask(*command.split())
+        assert "redis does not answer: hits are shorter until it does. Why: kvstore doctor" in shown.stdout
+        assert shown.returncode == 0  # the sidecar is well
+    for command in ("inspect", "warm"):
+        shown = server.ask(command, tokens)
+        assert (
+            shown.stderr
+            == "kvstore: redis does not answer: what lies there is not counted (`kvstore doctor` says why)\n"
+        )
+        assert shown.returncode == 0
+    cleared = server.ask("clear", "--yes")
+    assert cleared.returncode == 2
+    assert cleared.stderr.startswith("kvstore: the server's memory was cleared, but not all below it (redis: ")
+    assert server.values()["host.blocks"] == 0
+    assert server.ask("doctor").returncode == 1
+
+
+def test_the_model_of_a_running_server_makes_a_file_for_inspect(
+    tmp_path: Path, serve: MakeServing, model: ModelId
+) -> None:
+    server = serve()
+    none = server.ask("inspect", "[1]")
+    assert none.returncode == 2
+    assert "no engine has opened a model since this server started" in none.stderr
+    tokens = json.dumps(list(range(2 * model.block_tokens)))
+    with connect(server.address) as store:
+        store.open(model)
+        store.open(replace(model, model="other"))
+        save_all(store, Chain(Root(model), json.loads(tokens)))
+    several = server.ask("inspect", tokens)
+    assert several.returncode == 2
+    assert "jq '.models[N]' > model.json" in several.stderr
+    file = tmp_path / "model.json"
+    for at, opened in enumerate(json.loads(server.ask("status", "--json").stdout)["models"]):
+        file.write_text(json.dumps(opened))  # what jq '.models[N]' prints
+        found = server.ask("inspect", tokens, "--model", str(file))
+        there = opened["model"] == model.model
+        assert f"{2 * there} of 2 blocks are there" in found.stdout, (at, found)
+        assert found.stderr == ""
+    file.write_text(json.dumps({**opened, "revision": "another"}))
+    assert "no engine has opened this very model here" in server.ask("inspect", tokens, "--model", str(file)).stderr
+
+
+def test_a_narrow_terminal_has_ids_by_their_beginning_and_all_columns(serve: MakeServing, model: ModelId) -> None:
+    server = serve()
+    block = "ab" * 32
+    wide = server.ask("inspect", block).stdout
+    assert block in wide
+    assert "whole ids" not in wide
+    console = Console(file=io.StringIO(), width=80)
+    info = pb.BlockInfo(id=bytes.fromhex(block), tiers=["host", "redis"], resident=True)
+    console.print(blocks_table([info], along=True, whole_ids=False))
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= 80
+    assert {"block", "id", "where", "parts", "pins", "children", "tokens"} == set(text.splitlines()[0].split())
+    assert "abababababab " in text
+    assert "1 of 1 blocks are there; --json has whole ids" in text

@@ -16,7 +16,7 @@ from kvstore.block import ModelId, Root
 from kvstore.config import StoreConfig
 from kvstore.service.admin import Target
 from kvstore.service.doctor import examine
-from kvstore.service.doctor_redis import about_clock
+from kvstore.service.doctor_redis import Running, about_clock, examine_tiers
 from kvstore.service.findings import Finding, Verdict
 from kvstore.service.server import Server
 from kvstore.tiers.redis import RedisTier
@@ -244,3 +244,19 @@ def test_a_host_with_too_little_memory_is_a_problem_before_the_server_is_started
     found = findings_of(tmp_path, {"host": {"capacity_bytes": "900TiB"}})
     assert "memory" in problems(found)
     assert "lower host.capacity_bytes" in found["memory"].fix
+
+
+def test_a_redis_that_we_reach_and_the_running_server_does_not_is_a_problem(valkey: EmbeddedServer) -> None:
+    config = StoreConfig.load({}, environ={})
+
+    def seen(url: str, available: float) -> dict[str, Finding]:
+        running = Running(settings={"tiers.redis.url": url}, values={"redis.available": available})
+        return {finding.name: finding for finding in examine_tiers(config, running)}
+
+    assert "redis of the server" not in seen(valkey.url, 1.0)
+    told = seen(valkey.url, 0.0)["redis of the server"]
+    assert told.verdict is Verdict.PROBLEM
+    assert "the running server gets no answer from it" in told.detail
+    assert problems(seen("redis://127.0.0.1:1", 0.0)) == {"redis"}  # one cause, one line
+    hidden = seen("redis://:***@127.0.0.1:1", 0.0)  # then what the server says is all there is
+    assert problems(hidden) == {"redis of the server"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from kvstore.block import Chain, ModelId, Root
 from kvstore.errors import ConfigError
-from kvstore.service.prompt import Namespace, as_hash, read_prompt
+from kvstore.service.prompt import Namespace, as_hash, read_model, read_prompt
 
 TOKENS = list(range(40))
 
@@ -88,9 +89,14 @@ def test_a_wrong_model_file_is_one_clear_sentence(tmp_path: Path, name: str, tex
         read_prompt("[1]", Namespace(model=str(tmp_path / name)))
 
 
-def test_without_a_model_the_error_says_what_to_give() -> None:
-    with pytest.raises(ConfigError, match="give --model FILE"):
+def test_without_a_model_the_error_says_what_to_give_and_how_to_get_it(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="give --model FILE") as caught:
         read_prompt("[1]", Namespace(model=""))
+    said = str(caught.value)
+    assert "`kvstore status --json | jq '.models[0]' > model.json` writes the file" in said
+    (example,) = re.findall(r"{.*?}", said)
+    (tmp_path / "m.json").write_text(example)
+    assert read_model(str(tmp_path / "m.json")).model == "Qwen/Qwen3-8B"
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         read_prompt("[1]", Namespace(model="/nowhere/model.json"))
 

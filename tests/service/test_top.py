@@ -6,9 +6,9 @@ from __future__ import annotations
 import io
 
 import pytest
-from rich.console import Console
+from rich.console import Console, ConsoleDimensions
 
-from kvstore.service.top import Sample, Server, draw, duration, size, tier_names
+from kvstore.service.top import Sample, Server, draw, duration, fitted, size, tier_names
 from kvstore.wire import kvstore_pb2 as pb
 
 SERVER = Server("unix:/run/kvstore/kvstore.sock", "0.1.0", "3f2a9c00" * 4)
@@ -105,3 +105,31 @@ def test_sizes_are_for_people(num_bytes: int, text: str) -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(3, "3 s"), (150, "2 min"), (7300, "2 h"), (400_000, "5 d")])
 def test_durations_are_for_people(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def shown(width: int, height: int, now: Sample, fault: str = "") -> list[str]:
+    """What a screen of this size has to show."""
+    console = Console(file=io.StringIO(), width=width, force_terminal=False)
+    console.print(fitted(ConsoleDimensions(width, height), SERVER, now, Sample(10.0, BEFORE), fault))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("fault", ["", "figures are 3 s old: " + "it does not answer, " * 4])
+@pytest.mark.parametrize("available", [0.0, 1.0])
+@pytest.mark.parametrize("height", range(5, 45))
+def test_a_screen_is_never_higher_than_its_terminal(height: int, available: float, fault: str) -> None:
+    values = {**NOW, "redis.available": available, "ttft.saved_s": 3.0}
+    clients = tuple(pb.Client(name=f"engine {number}", pid=number) for number in range(40))
+    lines = shown(80, height, Sample(12.0, values, clients), fault)
+    assert len(lines) <= height
+    if height < 10:
+        assert lines[0].startswith(f"This terminal is 80 x {height}: enlarge it to 80 x")
+    if height >= 24:
+        assert "… and" in lines[-1]
+        assert any(line.startswith("redis does not answer") for line in lines) is (not available)
+
+
+def test_a_terminal_that_is_too_narrow_is_told_what_is_needed_and_what_else_there_is() -> None:
+    text = " ".join(line.strip() for line in shown(60, 24, Sample(12.0, NOW)))
+    assert "This terminal is 60 x 24: enlarge it to 80 x 10, or press q and use kvstore status" in text
