@@ -82,8 +82,7 @@ class Arm:
             connector.overlay.save(chain, 0, len(chain), cache.read_rows)
         if self.store is not None:
             with self.store.save(chain, 0, len(chain)) as save:
-                for index in save.indices:
-                    cache.read_block(index, save.views(index))
+                cache.read_blocks(save.open_run())
                 cache.finish()
                 save.commit()
             self.store.flush(60)

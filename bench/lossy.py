@@ -97,8 +97,7 @@ class Rig:
         chain = Chain(Root(connector.model_id), text.prefix)
         view = computed.seen_as(connector.layout)
         with self.store.save(chain, 0, len(chain)) as save:
-            for index in save.indices:
-                view.read_block(index, save.views(index))
+            view.read_blocks(save.open_run())
             view.finish()
             save.commit()
         before = self._hits()

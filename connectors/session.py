@@ -3,77 +3,25 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from connectors.base import CostModel, FailOpen, plan_save
-from kvstore.api import (
-    DEVICE_TIER,
-    HOST_TIER,
-    NO_HINT,
-    Announcement,
-    GivesRun,
-    Hint,
-    KnowsWindows,
-    Load,
-    LoadedRun,
-    Match,
-    Save,
-    SaysWhole,
-    Store,
-)
+from connectors.engine_memory import EngineMemory
+from connectors.session_announcement import KeptAnnouncement
+from connectors.session_load import Loading
+from kvstore.api import DEVICE_TIER, HOST_TIER, NO_HINT, GivesOpenRun, Hint, Match, Save, Store
 from kvstore.block import Chain
 from kvstore.device import DeviceOverlay
-from kvstore.row_copy import Rows
 
 T = TypeVar("T")
 
 _PENDING_POLL_S = 0.002
 _PENDING_POLL_SHARE = 0.01
 """Between two looks at pending blocks, of what they are predicted to take: who waits must not slow who computes."""
-_RENEW_S = 1.0
-"""Between renewals of an announcement; a mark lives for 2.5 s."""
-_BATCH_BYTES = 64 << 20
-"""Copies of blocks that arrive one by one are begun when there are so many: a window's worth of a device's copies."""
-
-
-class EngineMemory(Protocol):
-    """Where an engine keeps one sequence's KV, block by block.
-
-    On a device, copies run beside the engine's work, which waits for them where it has to: work that is ordered after
-    a copy in finds its bytes, and work that is ordered after a copy out may write over them. The caller waits in
-    `finish` alone. Elsewhere a copy is done when it is asked for.
-    """
-
-    def write_block(self, index: int, views: Sequence[memoryview]) -> None:
-        """Copy a stored block in: one view a part, all parts of the layout; they are read until `finish`."""
-
-    def write_run(self, run: LoadedRun) -> None:
-        """`write_block` of all blocks of a run."""
-
-    def read_block(self, index: int, views: Sequence[memoryview | None]) -> None:
-        """Copy a block out into slots; None where the part is there already. They are written until `finish`."""
-
-    def write_rows(self, rows: Rows) -> None:
-        """Copy in blocks that lie on the device."""
-
-    def read_rows(self, rows: Rows) -> None:
-        """Copy blocks out into device memory."""
-
-    def begin(self) -> None:
-        """Begin what `write_block` and `read_block` may have put off until there is more of it."""
-
-    @property
-    def is_done(self) -> bool:
-        """Whether `finish` would return at once."""
-
-    def finish(self) -> None:
-        """Return when the copies so far are done, whatever they run on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,54 +34,6 @@ class Connection:
     fail_open: FailOpen
     max_wait_s: float
     """Longest wait of a request for an answer of lower tiers."""
-
-
-class KeptAnnouncement:
-    """An announcement that stays alive while a forward pass keeps the engine's thread busy."""
-
-    def __init__(
-        self, mark: Announcement, fail_open: FailOpen, predicted_s: float | None, *, every_s: float = _RENEW_S
-    ) -> None:
-        """`predicted_s`: what the pass will take; None where nobody knows."""
-        self._every_s = every_s
-        self._mark = mark
-        self._fail_open = fail_open
-        self._done = threading.Event()
-        self._thread: threading.Thread | None = None
-        if predicted_s is None or predicted_s > every_s:
-            self._thread = threading.Thread(target=self._renew, name="kvstore-announce", daemon=True)
-            self._thread.start()
-
-    def _renew(self) -> None:
-        while not self._done.wait(self._every_s):
-            self._fail_open.call(self._mark.renew, None)
-
-    def withdraw(self) -> None:
-        self._done.set()
-        if self._thread is not None:
-            self._thread.join()  # a renewal after this would announce again
-        self._fail_open.call(self._mark.withdraw, None)
-
-
-@dataclass(eq=False)
-class _Loading:
-    """A load whose copies may still be under way.
-
-    Attributes:
-        held: lets go of the load, when its copies are done.
-        start, stop: whole blocks that it brings; partial_tokens: what the block after them begins with.
-        tiers: seconds and blocks by tier.
-        begun_s: when the last of its copies was begun.
-    """
-
-    held: ExitStack
-    load: Load
-    start: int
-    stop: int
-    partial_tokens: int
-    seconds: dict[str, float]
-    num_blocks: dict[str, int]
-    begun_s: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,10 +88,11 @@ class Session:
         self._in_place = in_place
         self._hint = hint
         self._announcement: KeptAnnouncement | None = None
-        self._loading: _Loading | None = None
+        self._loading: Loading | None = None
         self._saving: _Saving | None = None
         self._on_device = 0  # leading blocks the overlay has
         self._in_store = 0  # leading blocks the store's host tier has
+        self._holds = False  # whether the store may keep something for this request
         self._refused = False
 
     # -- loading ---------------------------------------------------------------------------------------------
@@ -231,7 +132,7 @@ class Session:
         loading, self._loading = self._loading, None
         return loading is None or self._settle_load(loading)
 
-    def _settle_load(self, loading: _Loading) -> bool:
+    def _settle_load(self, loading: Loading) -> bool:
         began_s, late = time.monotonic(), not self._memory.is_done
         self.load_was_late = late
         self._memory.finish()  # whatever the store does
@@ -240,6 +141,7 @@ class Session:
         if not _let_go(loading.held, self._connection.fail_open, loading.load.intact, False):
             self.num_tokens = loading.start * self._chain.block_tokens
             self.load_was_late = True
+            self._in_store = 0  # what was there may be gone; what is not is passed over
             self._note_saved()
             return False
         in_all = sum(loading.num_blocks.values())
@@ -282,11 +184,12 @@ class Session:
         self._count(DEVICE_TIER, num_blocks, in_place=self._in_place)
         return num_blocks
 
-    def _load_from_store(self, on_device: int) -> _Loading | None:
+    def _load_from_store(self, on_device: int) -> Loading | None:
         """Begin to load what follows `on_device` blocks. Raises what the store raises."""
         store = self._connection.store
         assert store is not None
         match = self._match(store, on_device)
+        self._holds = True
         self._in_store = match.num_host_blocks
         if on_device:
             # Served from above, the chain's head would go cold below.
@@ -299,60 +202,10 @@ class Session:
         with ExitStack() as held:
             load = held.enter_context(store.load(self._request, stop, start=on_device, partial_tokens=partial_tokens))
             held.callback(self._memory.finish)  # before the load goes, however this ends
-            made = _Loading(held, load, on_device, on_device, 0, {}, {}, time.monotonic())
-            at = self._bring(made, stop + bool(partial_tokens))
-            made.stop, made.partial_tokens = min(at, stop), partial_tokens if at > stop else 0
+            made = Loading(load, on_device)
+            made.bring(self._memory, stop, partial_tokens, self._connection.cost.block_bytes)
             made.held = held.pop_all()
         return made
-
-    def _bring(self, loading: _Loading, last: int) -> int:
-        """Copy in the load's blocks as they come, or begin to; returns where they end."""
-        load, memory, block_bytes = loading.load, self._memory, self._connection.cost.block_bytes
-        if isinstance(load, SaysWhole) and load.is_whole:
-            return self._bring_whole(loading)
-        at = begun = loading.start
-        then_s = time.monotonic()
-        for block in load:
-            if block.index != at:
-                break
-            memory.write_block(at, block.views)
-            at += 1
-            stays = isinstance(load, KnowsWindows) and (at >= last or not load.comes_in_windows(at))
-            if not stays:
-                memory.finish()  # the block may be gone as soon as the next one is asked for
-            elif (at - begun) * block_bytes >= _BATCH_BYTES:
-                memory.begin()
-                begun = at
-            now_s = time.monotonic()
-            loading.num_blocks[block.tier] = loading.num_blocks.get(block.tier, 0) + 1
-            loading.seconds[block.tier] = loading.seconds.get(block.tier, 0.0) + now_s - then_s
-            then_s = now_s
-        memory.begin()
-        loading.begun_s = time.monotonic()
-        return at
-
-    def _bring_whole(self, loading: _Loading) -> int:
-        """`_bring` where all are there, in one call for all of them: their first layers then come first."""
-        memory, load, at, began_s = self._memory, loading.load, loading.start, time.monotonic()
-        run = load.run() if isinstance(load, GivesRun) else None
-        if run is not None and run.start == at and len(run.offsets):
-            memory.write_run(run)
-            at += len(run.offsets)
-            loading.num_blocks[run.tier] = len(run.offsets)
-        elif run is None:
-            tiers: list[str] = []
-            for block in load:
-                if block.index != at:
-                    break
-                memory.write_block(at, block.views)
-                tiers.append(block.tier)
-                at += 1
-            loading.num_blocks.update(Counter(tiers))
-        took_s, in_all = time.monotonic() - began_s, at - loading.start
-        loading.seconds.update((tier, took_s * count / in_all) for tier, count in loading.num_blocks.items())
-        memory.begin()
-        loading.begun_s = time.monotonic()
-        return at
 
     def _match_partial(self, store: Store, match: Match, stop: int) -> int:
         """Tokens after `stop` blocks that the beginning of another chain's block brings."""
@@ -426,9 +279,9 @@ class Session:
         with ExitStack() as held:
             save = held.enter_context(store.save(self._chain, blocks.start, blocks.stop, hint=self._hint))
             held.callback(self._memory.finish)  # before slots are given up, however this ends
-            for index in save.indices:
-                self._memory.read_block(index, save.views(index))
-            self._memory.begin()
+            if save.indices:  # by arrays where that goes: views of each are 4 us of the engine's thread
+                views = ((index, save.views(index)) for index in save.indices)
+                self._memory.read_blocks(save.open_run() if isinstance(save, GivesOpenRun) else views)
             # Refused for room or for a missing parent: what comes after it would be refused as well.
             self._refused = save.num_refused > 0
             self._in_store = blocks.stop
@@ -459,7 +312,8 @@ class Session:
         if store is not None:
             if mark is not None:
                 mark.withdraw()
-            self._connection.fail_open.call(lambda: store.forget(self._request), None)
+            if self._holds:
+                self._connection.fail_open.let_go(lambda: store.forget(self._request))
 
 
 def _let_go(held: ExitStack, fail_open: FailOpen, last: Callable[[], T], otherwise: T) -> T:

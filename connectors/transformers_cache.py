@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TypeVar
 
@@ -13,11 +13,21 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from kvstore.api import LoadedRun
+from kvstore.api import ABSENT, LoadedRun, OpenRun
 from kvstore.errors import ConfigError
 from kvstore.layout import BlockLayout, engine_dtype, layout_of
 from kvstore.row_copy import RowCopier, Rows
-from kvstore.transfer import Copying, PageCopier, PagedKV, SlotViews, Streams, copy_rows, streams_of, to_tensor
+from kvstore.transfer import (
+    Blocks,
+    Copying,
+    PageCopier,
+    PagedKV,
+    SlotViews,
+    Streams,
+    copy_rows,
+    streams_of,
+    to_tensor,
+)
 
 T = TypeVar("T")
 
@@ -61,7 +71,6 @@ class BlockCache(Cache):
         self._in_pages = self._beside or bool(layout.packed)
         self._page_copier: PageCopier | None = None
         self._row_copier: RowCopier | None = None
-        self._to_read: list[tuple[int, SlotViews]] = []
         self._to_write: list[tuple[int, SlotViews]] = []
         self._runs: list[LoadedRun] = []
         self._reading: list[Copying] = []
@@ -170,13 +179,11 @@ class BlockCache(Cache):
 
     def begin(self) -> None:
         """Begin the copies noted, all blocks in one call. The engine waits for them, for what it needs of them."""
-        if not self._to_read and not self._to_write and not self._runs:
+        if not self._to_write and not self._runs:
             return
         copier = self._pages()
         table = range(copier.paged.num_pages)
         # Taken out of the list first: what fails once is not tried again.
-        if reads := self._taken(self._to_read):
-            self._ordered(lambda: copier.start_gather(table, reads))
         if writes := self._taken(self._to_write):
             self._writing.append(copier.start_scatter(table, writes, step_layers=self._step_of(len(writes))))
         for run in self._taken(self._runs):
@@ -207,14 +214,11 @@ class BlockCache(Cache):
         for copying in self._writing:
             copying.order(layer)  # of those that wait for one another once does
 
-    def _note(self, index: int, views: SlotViews, into: list[tuple[int, SlotViews]]) -> None:
-        if (index + 1) * self._block_tokens > self.capacity:
-            self.reserve((index + 1) * self._block_tokens)
-        into.append((index, views))
-
-    def write_block(self, index: int, views: Sequence[memoryview]) -> None:
+    def write_block(self, index: int, views: SlotViews) -> None:
         if self._in_pages:
-            self._note(index, views, self._to_write)
+            if (index + 1) * self._block_tokens > self.capacity:
+                self.reserve((index + 1) * self._block_tokens)
+            self._to_write.append((index, views))
             return
         for cell, slot in self._cells(index, views):
             copy_rows(cell, slot)
@@ -224,18 +228,29 @@ class BlockCache(Cache):
             self.reserve((run.start + len(run.offsets)) * self._block_tokens)
             self._runs.append(run)
             return
-        sizes = [part.num_bytes for part in self._block_layout.parts]
-        for index, offsets in enumerate(run.offsets.tolist(), run.start):
-            self.write_block(index, [run.memory[at : at + size] for at, size in zip(offsets, sizes, strict=True)])
+        for index, views in enumerate(self._views_of(run), run.start):
+            self.write_block(index, views)
 
-    def read_block(self, index: int, views: Sequence[memoryview | None]) -> None:
+    def read_blocks(self, blocks: Blocks | OpenRun) -> None:
         if self._in_pages:
-            self._note(index, views, self._to_read)
+            self.begin()  # what is to be written first is read as it will be
+            copier = self._pages()
+            self._ordered(lambda: copier.start_gather(range(copier.paged.num_pages), blocks))
             return
-        for cell, slot in self._cells(index, views):
-            copy_rows(slot, cell)
+        if isinstance(blocks, OpenRun):
+            blocks = zip(blocks.indices.tolist(), self._views_of(blocks), strict=True)
+        for index, views in blocks:
+            for cell, slot in self._cells(index, views):
+                copy_rows(slot, cell)
 
-    def _cells(self, index: int, views: Sequence[memoryview | None]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _views_of(self, run: LoadedRun | OpenRun) -> Iterator[SlotViews]:
+        """Of each block of a run, one a part."""
+        memory, sizes = run.memory, [part.num_bytes for part in self._block_layout.parts]
+        for offsets in run.offsets.tolist():
+            places = zip(offsets, sizes, strict=True)
+            yield [None if at == ABSENT else memory[at : at + size] for at, size in places]
+
+    def _cells(self, index: int, views: SlotViews) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(where a part lies in the cache, its slot as a tensor), for each slot."""
         block = self.block(index)
         return [
@@ -273,7 +288,7 @@ class BlockCache(Cache):
             return
         if slots:
             views = [memoryview(bytearray(part.num_bytes)) for part in self._block_layout.parts]
-            self.read_block(0, views)
+            self.read_blocks([(0, views)])
             self.finish()
             self.write_block(0, views)
         if rows:
@@ -285,9 +300,7 @@ class BlockCache(Cache):
 
     @property
     def is_done(self) -> bool:
-        return not (self._to_read or self._to_write or self._runs) and all(
-            one.is_done for one in (*self._reading, *self._writing)
-        )
+        return not (self._to_write or self._runs) and all(one.is_done for one in (*self._reading, *self._writing))
 
     def finish(self) -> None:
         self.begin()

@@ -302,7 +302,12 @@ RULES: dict[str, Rule] = {
     "connectors.hints": Rule(6, PUBLIC),
     "connectors.base": Rule(6, (*PUBLIC, "connectors.fit")),
     "connectors.fit": Rule(6, ()),
-    "connectors.session": Rule(6, (*PUBLIC, "connectors.base"), ("torch",)),
+    "connectors.engine_memory": Rule(6, PUBLIC),
+    "connectors.session": Rule(
+        6, (*PUBLIC, "connectors.base", "connectors.engine_memory", "connectors.session_*"), ("torch",)
+    ),
+    "connectors.session_announcement": Rule(6, (*PUBLIC, "connectors.base")),
+    "connectors.session_load": Rule(6, (*PUBLIC, "connectors.engine_memory")),
     "connectors.transformers": Rule(
         6,
         (*PUBLIC, "kvstore.config", "connectors.base", "connectors.session", "connectors.transformers_*"),

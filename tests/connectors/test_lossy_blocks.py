@@ -10,12 +10,14 @@ import pytest
 pytest.importorskip("torch", reason="the connector copies torch tensors")
 pytest.importorskip("transformers", reason="the connector serves transformers models")
 
+import numpy as np
 import torch
 from transformers import LlamaForCausalLM
 
 from bench.models import random_llama
 from connectors.base import LoadRule
 from connectors.transformers import BlockCache, TransformersConnector
+from kvstore.api import ABSENT, OpenRun
 from kvstore.config import StoreConfig
 from kvstore.store import KVStore
 
@@ -107,7 +109,12 @@ def test_a_cache_copied_as_pages_holds_what_one_copied_by_address_holds(
         cache.finish()
     out = [[memoryview(bytearray(layout.block_bytes)) for _ in blocks] for _ in caches]
     for cache, slots in zip(caches, out, strict=True):
-        for index, slot in enumerate(slots):
-            cache.read_block(index, [slot])
+        cache.read_blocks((index, [slot]) for index, slot in enumerate(slots))
         cache.finish()
     assert out[0] == out[1] == blocks
+    size = layout.block_bytes
+    for cache in caches:
+        memory = memoryview(bytearray(3 * size))
+        cache.read_blocks(OpenRun(np.array([0, 1, 2]), memory, np.array([[2 * size], [ABSENT], [0]])))
+        cache.finish()
+        assert [memory[:size], memory[size : 2 * size], memory[2 * size :]] == [blocks[2], bytes(size), blocks[0]]

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from connectors.base import FailOpen
-from connectors.session import KeptAnnouncement
+from connectors.session_announcement import KeptAnnouncement
 from connectors.vllm_announced import Announced
 from kvstore.errors import ServiceUnavailable
 from tests.waiting import wait_until
@@ -53,6 +53,15 @@ def test_a_renewal_that_fails_is_a_failure_of_the_store_and_of_nothing_else() ->
     kept = KeptAnnouncement(mark, fail_open, None, every_s=0.001)
     wait_until(lambda: fail_open.num_failures >= 2)
     kept.withdraw()
+    assert mark.told[-1] == "withdraw"
+
+
+def test_an_announcement_is_withdrawn_while_the_store_is_left_alone_too() -> None:
+    """Others would wait for what nobody computes any more until the mark lapses."""
+    mark, fail_open = Mark(failing=True), FailOpen(backoff_s=60.0)
+    fail_open.call(mark.renew, None)
+    assert fail_open.resting
+    KeptAnnouncement(mark, fail_open, 0.0).withdraw()
     assert mark.told[-1] == "withdraw"
 
 

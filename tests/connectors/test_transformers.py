@@ -225,6 +225,33 @@ def test_blocks_overwritten_while_they_were_copied_are_computed_again(llama: Lla
     assert torch.equal(done.sequences, plain(llama, ids))
 
 
+def test_blocks_that_were_gone_from_the_store_when_their_copies_were_done_are_saved_anew(
+    llama: LlamaForCausalLM,
+) -> None:
+    store = FakeStore()
+    connector = connect(llama, store)
+    ids = prompt(120)
+    connector.generate(ids, max_new_tokens=NEW)
+    before = set(store.blocks)
+    store.faults.overwritten = True
+    store.when_asked = store.blocks.clear
+    connector.generate(ids, max_new_tokens=NEW)
+    assert set(store.blocks) == before
+
+
+@pytest.mark.parametrize("method", ["load", "touch", "save"])
+def test_a_store_that_is_left_alone_keeps_nothing_for_a_request(llama: LlamaForCausalLM, method: str) -> None:
+    store = FakeStore()
+    connector = connect(llama, store, device_budget_bytes=1 << 20)
+    connector.fail_open.backoff_s = 1e9
+    connector.generate(prompt(120), max_new_tokens=NEW)
+    connector.overlay.clear()
+    store.faults.failing = {method}
+    connector.generate(prompt(160), max_new_tokens=NEW)
+    assert connector.fail_open.resting == (method != "touch")
+    assert store.check() == []
+
+
 @pytest.mark.parametrize("method", ["match", "load", "save", "announce", "forget", "touch", "all"])
 def test_a_store_that_fails_costs_no_token(llama: LlamaForCausalLM, method: str) -> None:
     store = FakeStore()
