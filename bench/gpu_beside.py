@@ -55,24 +55,35 @@ def decode_beside(board: Board) -> None:
                 continue
             alone: list[float] = []
             beside: list[float] = []
+            by_clock: list[float] = []
             rates: list[list[float]] = [[] for _ in arm.actions]
             for turn in range(1 + board.sizes.repeats):
-                quiet_s = board.timed(run)
+                board.sync()
+                quiet_s, _ = _on_engine(board, run)
                 with ExitStack() as stack:
                     copying = [
                         stack.enter_context(_Meanwhile(action, stream))
                         for (action, _), stream in zip(arm.actions, streams, strict=False)
                     ]
-                    busy_s = _on_engine(board, run)
+                    busy_s, clock_s = _on_engine(board, run)
                 if turn:
                     alone.append(quiet_s / steps)
                     beside.append(busy_s / steps)
+                    by_clock.append(clock_s / steps)
                     for into, copies, (_, num_bytes) in zip(rates, copying, arm.actions, strict=True):
                         into.append(copies.num_done * num_bytes / max(copies.took_s, 1e-9))
             if board.on_cuda and not all(map(max, rates)):
                 raise RuntimeError(f"nothing was copied beside the steps ({arm.name})")
             slowdown = 100 * (median(beside) / median(alone) - 1)
-            board.row("decode", arm=arm.name, alone_s=alone, beside_s=beside, slowdown_pct=slowdown, bytes_per_s=rates)
+            board.row(
+                "decode",
+                arm=arm.name,
+                alone_s=alone,
+                beside_s=beside,
+                beside_by_clock_s=by_clock,
+                slowdown_pct=slowdown,
+                bytes_per_s=rates,
+            )
             board.figure(f"decode_slowdown_pct_{arm.name}", slowdown)
             board.figure(f"decode_beside_gb_per_s_{arm.name}", sum(map(median, rates)) / 1e9)
             board.write()
@@ -113,13 +124,22 @@ def _copies(rig: CopyRig, shares: Iterable[float]) -> list[_Beside]:
     return made
 
 
-def _on_engine(board: Board, run: Callable[[], object]) -> float:
-    """Seconds until the engine's own stream is done, whatever the others still do."""
+def _on_engine(board: Board, run: Callable[[], object]) -> tuple[float, float]:
+    """Seconds that `run` takes on the engine's own stream, whatever the others still do: the device's, the clock's.
+
+    By the clock it ends when this thread has the GIL again, for which it waits longer the more threads copy.
+    """
     began_s = time.perf_counter()
+    if not board.on_cuda:
+        run()
+        return (took_s := time.perf_counter() - began_s), took_s
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    first.record()
     run()
-    if board.on_cuda:
-        torch.cuda.current_stream().synchronize()
-    return time.perf_counter() - began_s
+    last.record()
+    last.synchronize()
+    took_s = time.perf_counter() - began_s
+    return first.elapsed_time(last) / 1e3, took_s
 
 
 class _Meanwhile:
