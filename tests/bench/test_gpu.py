@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import shutil
+import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -15,6 +19,7 @@ import torch
 
 from bench import gpu, gpu_preflight
 from bench.gpu_preflight import Lack
+from kvstore import native
 
 OWN = "tests.bench.gpu_phases"
 
@@ -41,6 +46,18 @@ def test_every_figure_that_was_promised_has_a_target() -> None:
 
 def test_all_phases_together_stay_under_eight_minutes() -> None:
     assert sum(phase.limit_s for phase in gpu.PHASES) <= gpu._LIMIT_S < 480
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="NOT TESTED HERE: there is no C compiler")
+def test_all_loops_in_c_are_built_as_an_installation_builds_them(tmp_path: Path) -> None:
+    root = Path(native.__file__).parent
+    command = gpu.native_command(root, tmp_path / "loops.so")
+    (extension,) = tomllib.loads((root.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"]
+    assert [str(Path(one).relative_to(root.parent)) for one in command if one.endswith(".c")] == extension["sources"]
+    subprocess.run(command, check=True)
+    loops = ctypes.CDLL(str(tmp_path / "loops.so"))
+    for name in ("copy", "hash_chain", "touch_rows", "receive_begin", "sound_frames", "xxh3"):
+        assert hasattr(loops, f"kvstore_{name}"), name
 
 
 def patient(name: str) -> str:
