@@ -235,8 +235,10 @@ def link(board: Board) -> None:
                 board.figure(f"{direction}_ratio_{name.split()[1]}", share)
             else:
                 board.figure(f"{direction}_ceiling_gb_per_s", rate / 1e9)
-        chosen = rig.copier()._on_device().way.value
+        device = rig.copier()._on_device()
+        chosen = device.way.value
         board.figure("way", chosen)
+        board.figure("copy_engine", type(device._engine).__name__)
         for direction in ("d2h", "h2d", "bidi"):
             board.figure(f"{direction}_ratio", rates[f"{direction} {chosen}"] / rates[f"{direction} ceiling"])
 

@@ -9,12 +9,17 @@ HostCopies    the CPU's, which says what the others must do
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+log = logging.getLogger("kvstore.copies")
 
 Addresses = npt.NDArray[np.int64]
 
@@ -128,11 +133,40 @@ def _device_bytes(address: int, num_bytes: int) -> torch.Tensor:
     return torch.as_tensor(cast(Any, _AtAddress(address, num_bytes)), device="cuda")
 
 
-def engine_of(device: torch.device) -> CopyEngine:
-    """The quickest there is for `device`."""
-    if device.type != "cuda":
+@functools.cache
+def engine_of(device: torch.device, make: Callable[[], CopyEngine] = BatchCopies) -> CopyEngine:
+    """The quickest there is for `device`; `make` makes what is tried first where that is none of the host's."""
+    if device.type == "cpu":
         return HostCopies()
     try:
-        return BatchCopies()
+        engine = make()
     except (OSError, AttributeError):
         return TorchCopies()
+    if why := fault(engine, device):
+        log.warning("a device's copies take one call each, which costs a thread ten times as much: %s", why)
+        return TorchCopies()
+    return engine
+
+
+def fault(engine: CopyEngine, device: torch.device) -> str:
+    """Why `engine` cannot be used with `device`; empty where it can. Tries it on a few bytes, there and back."""
+    on_cuda = device.type == "cuda"
+    with _on_side_stream(device) if on_cuda else nullcontext():
+        host = torch.arange(64, dtype=torch.uint8, pin_memory=on_cuda)
+        back = torch.zeros(64, dtype=torch.uint8, pin_memory=on_cuda)
+        there = torch.zeros(64, dtype=torch.uint8, device=device)
+        starts, sizes = np.array([0, 24], np.int64), np.array([24, 40], np.int64)
+        try:
+            engine.copy(there.data_ptr() + starts, host.data_ptr() + starts, sizes, to_host=False)
+            engine.copy(back.data_ptr() + starts, there.data_ptr() + starts, sizes, to_host=True)
+            if on_cuda:
+                torch.cuda.current_stream().synchronize()
+        except Exception as error:  # noqa: BLE001  # a driver has many: whatever it is, there is another way
+            return f"{type(error).__name__}: {error}"
+        return "" if torch.equal(back, host) else "it copied other bytes than it was given"
+
+
+@contextmanager
+def _on_side_stream(device: torch.device) -> Iterator[None]:
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
+        yield

@@ -12,7 +12,9 @@ pytest.importorskip("torch", reason="copy engines go through torch")
 import numpy as np
 import torch
 
-from kvstore.copy_engine import BatchCopies, CopyEngine, HostCopies, engine_of
+from kvstore.copy_engine import BatchCopies, CopyEngine, HostCopies, TorchCopies, engine_of, fault
+from tests.devices import DEVICES
+from tests.devices import test_all_of_this_module_ran_on_cuda_too as test_all_of_this_module_ran_on_cuda_too
 
 
 class Call:
@@ -22,7 +24,7 @@ class Call:
     restype: type | None = None
 
     def __init__(self) -> None:
-        self.error = 0
+        self.error = self.shift = 0
         self.seen: list[tuple[int, ...]] = []
 
     def __call__(self, *arguments: int) -> int:
@@ -36,7 +38,7 @@ class Call:
             return self.error
         words = [(ctypes.c_uint64 * count).from_address(at) for at in (into, sources, sizes)]
         for to, source, size in zip(*words, strict=True):
-            ctypes.memmove(to, source, size)
+            ctypes.memmove(to + self.shift, source, size - self.shift)
         return 0
 
 
@@ -85,6 +87,26 @@ def test_nothing_is_asked_of_the_driver_for_no_copies() -> None:
 def test_a_driver_without_the_call_has_no_batches() -> None:
     with pytest.raises(AttributeError):
         BatchCopies(object())
+
+
+def test_a_driver_that_has_the_call_and_refuses_it_costs_time_and_no_copy(caplog: pytest.LogCaptureFixture) -> None:
+    refusing, beside = Driver(), Driver()
+    refusing.cuMemcpyBatchAsync.error = 801
+    beside.cuMemcpyBatchAsync.shift = 1
+    cpu = torch.device("cpu")
+    assert fault(BatchCopies(Driver(), lambda: 77), cpu) == ""
+    assert fault(BatchCopies(beside, lambda: 77), cpu) == "it copied other bytes than it was given"
+    with caplog.at_level("WARNING"):
+        meta = torch.device("meta")  # a device that is not the CPU, whose memory nobody can read
+        assert isinstance(engine_of(meta, lambda: BatchCopies(refusing, lambda: 77)), TorchCopies)
+    assert "CUDA error 801" in caplog.text
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_is_chosen_here_is_quick_and_works(device: str) -> None:
+    chosen = engine_of(torch.device(device))
+    assert not isinstance(chosen, TorchCopies)
+    assert fault(chosen, torch.device(device)) == ""
 
 
 def test_the_cpu_needs_no_driver() -> None:
