@@ -10,28 +10,14 @@ converted here, so fp8 and bf16 are just bytes; the one exception is a namespace
 (`kvstore.lossy`), which is packed and unpacked on the engine's device.
 
 Invariants: nothing outside the named pages, layers and heads is read or written; page ids and sizes are
-checked before the first byte moves; when `gather` or `scatter` returns, its copies are done, on a device too. What a
-device's copies wait for is in `kvstore.device_copy`.
-
-On the CPU a block is one strided copy per page over all layers at once, on the caller's thread and without the
-GIL. Measured with 32 layers of 32 KiB rows (16-token pages in random order, 512 MiB, one thread), as a share of
-one memmove of 512 MiB (memmove in pieces of 8 MiB: 0.66–0.74):
-
-    streaming stores, all layers at once   gather 0.77, scatter 0.77   chosen; see kvstore.copying
-    numpy, all layers at once              gather 0.60, scatter 0.60   what it falls back to where no C was built
-    the same on two threads                gather 0.55, scatter 0.55   one thread fills the memory bus
-    np.take(out=, mode="clip")             gather 0.60                 no scatter; copies a source with gaps
-    torch copy_ / _foreach_copy_           gather 0.55 / 0.57          0.1–0.5 on two threads of a busy box
-    numpy, layer by layer                  gather 0.50, scatter 0.47
-    ctypes.memmove per row                 gather 0.44
-    numpy, in the destination's order      gather 0.43
-
-Short rows cost more: 4-token pages (8 KiB rows) reach 0.4, pages with heads before tokens (256-byte rows) 0.65.
+checked before the first byte moves; when `gather` or `scatter` returns, its copies are done, on a device too. How they
+are done is in `kvstore.cpu_copy` and `kvstore.device_copy`.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -44,13 +30,13 @@ from kvstore.api import ABSENT, LoadedRun, OpenRun
 from kvstore.copy_under_way import Copying as Copying
 from kvstore.copy_under_way import LinkShare as LinkShare
 from kvstore.copy_windows import Ints, PartWork, address_of
-from kvstore.copying import Shape, assign, copy_places
+from kvstore.copying import assign
+from kvstore.cpu_copy import CpuCopier
 from kvstore.device_copy import DeviceCopier
 from kvstore.device_copy import Way as Way
 from kvstore.layout import BlockLayout, PartLayout
 from kvstore.paged import PagedKV as PagedKV
 from kvstore.paged import Planes, check_fit, extent_of, kind_of
-from kvstore.streams import InOrder
 from kvstore.streams import Moment as Moment
 from kvstore.streams import Streams as Streams
 from kvstore.streams import streams_of as streams_of
@@ -100,22 +86,6 @@ def copy_rows(into: torch.Tensor, source: torch.Tensor) -> None:
         steps = tuple(axis[at] for axis in axes)
         views.append(np.ndarray(shape, row, _memory(tensor.data_ptr(), extent_of(tensor)), strides=steps))
     assign(views[0], views[1])
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """Consecutive layers of one part whose addresses form an arithmetic progression: one strided copy a piece."""
-
-    address: int
-    """Of the run's first layer and first of keys and values, page 0, in the engine."""
-    page_step: int
-    piece_step: int
-    """Bytes between pages, and between pieces of a page, in the engine."""
-    slot_offset: int
-    slot_piece_step: int
-    """Where the run begins in the slot, and bytes between pieces there."""
-    into_slot: Shape
-    into_engine: Shape
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -174,14 +144,10 @@ class PageCopier:
         self._pieces = model.block_tokens // self._piece_tokens
         self._layer_at = layers.start
         self._head_at = heads.start
-        self._runs: list[list[_Run]] = []
         self._by_address = paged.device.type == "cpu" and not layout.packed and streams is None
         self._way, self._streams = way, streams
         self._device: DeviceCopier | None = None
         self._lock = threading.Lock()
-        if self._by_address:
-            for cell in self._cells:
-                self._plan(cell)
 
     @property
     def block_bytes(self) -> int:
@@ -191,7 +157,7 @@ class PageCopier:
     @property
     def num_views(self) -> int:
         """Strided copies that a piece of a page costs, over all parts."""
-        return sum(map(len, self._runs))
+        return self._on_cpu.num_views
 
     def gather(self, page_ids: Sequence[int], blocks: Blocks | OpenRun) -> int:
         """Copy blocks from the engine into slots; returns the bytes copied.
@@ -256,59 +222,11 @@ class PageCopier:
             raise ValueError(f"block {numbers[at]}: page {page} is outside the engine's {num_pages} pages")
         return np.stack((pages, tokens % page_tokens // self._piece_tokens), axis=-1)
 
-    def _copy_part(self, at: int, found: Ints, addresses: Ints, to_slots: bool) -> None:
-        chosen = addresses != 0
-        slots = addresses[chosen].tolist()
-        places = found[chosen].reshape(-1, 2).tolist()
-        for run in self._runs[at]:
-            engine = [run.address + page * run.page_step + piece * run.piece_step for page, piece in places]
-            first = run.slot_offset
-            held = [slot + first + piece * run.slot_piece_step for slot in slots for piece in range(self._pieces)]
-            if to_slots:
-                copy_places(held, engine, run.into_slot)
-            else:
-                copy_places(engine, held, run.into_engine)
-
     def _planes_of(self, cell: PartLayout) -> Planes:
         """A part's planes, cut to its heads."""
         heads = slice(cell.heads.start - self._head_at, cell.heads.stop - self._head_at)
         layers = slice(cell.layers.start - self._layer_at, cell.layers.stop - self._layer_at)
         return self.paged.cut(layers, heads)
-
-    def _plan(self, cell: PartLayout) -> None:
-        """Strided copies between engine and slot for one part: as few runs, and as long rows, as can be."""
-        planes = self._planes_of(cell)
-        plane = planes.first
-        item = plane.element_size()
-        page_step, token_step, head_step, dim_step = (step * item for step in plane.stride())
-        _, num_kv, tokens, heads, dim = cell.shape
-        slot_token = heads * dim * item
-        slot_kv = tokens * slot_token
-        addresses = planes.addresses.reshape(-1, num_kv)
-        runs: list[_Run] = []
-        for layers, kv in _progressions(addresses, extent_of(plane)):
-            starts = addresses[layers, kv]
-            layer_step = int(starts[1, 0] - starts[0, 0]) if starts.shape[0] > 1 else 0
-            axes = [
-                (starts.shape[0], num_kv * slot_kv, layer_step),
-                (starts.shape[1], slot_kv, int(starts[0, -1] - starts[0, 0])),
-                (self._piece_tokens, slot_token, token_step),
-                (heads, dim * item, head_step),
-                (dim, item, dim_step),
-            ]
-            shape = Shape.of(axes, item)
-            runs.append(
-                _Run(
-                    address=int(starts[0, 0]),
-                    page_step=page_step,
-                    piece_step=token_step * self._piece_tokens,
-                    slot_offset=(layers.start * num_kv + kv.start) * slot_kv,
-                    slot_piece_step=slot_token * self._piece_tokens,
-                    into_slot=shape,
-                    into_engine=shape.turned(),
-                )
-            )
-        self._runs.append(runs)
 
     def start_gather(
         self, page_ids: Sequence[int], blocks: Blocks | OpenRun, *, after: Moment = None, put_off: bool = False
@@ -389,14 +307,11 @@ class PageCopier:
         step_layers: int = 0,
         put_off: bool = False,
     ) -> Copying:
-        places = self._places(page_ids, slots.numbers)
-        if not self._by_address:
-            parts = self._parts_of(places, slots)
-            device = self._on_device()
-            return device.start(parts, to_slots=to_slots, after=after, step_layers=step_layers, put_off=put_off)
-        for at in range(len(self._cells)):
-            self._copy_part(at, places, slots.addresses[:, at], to_slots)
-        return Copying(int(((slots.addresses != 0) * self._sizes).sum()), InOrder())
+        parts = self._parts_of(self._places(page_ids, slots.numbers), slots)
+        if self._by_address:
+            return self._on_cpu.start(parts, to_slots=to_slots)
+        device = self._on_device()
+        return device.start(parts, to_slots=to_slots, after=after, step_layers=step_layers, put_off=put_off)
 
     def _parts_of(self, places: Ints, slots: _Slots, cut: slice | None = None) -> list[tuple[int, PartWork]]:
         parts: list[tuple[int, PartWork]] = []
@@ -406,6 +321,10 @@ class PageCopier:
                 pages, pieces = places[chosen, :, 0], places[chosen, :, 1]
                 parts.append((at, PartWork(pages, pieces, addresses[chosen], slots.held, cut)))
         return parts
+
+    @functools.cached_property
+    def _on_cpu(self) -> CpuCopier:
+        return CpuCopier(self._cells, [self._planes_of(cell) for cell in self._cells], self._piece_tokens)
 
     def _on_device(self) -> DeviceCopier:
         with self._lock:
@@ -435,28 +354,3 @@ def _chosen(page_ids: Sequence[int], entries: Ints) -> Ints:
 
 def _memory(address: int, num_bytes: int) -> memoryview:
     return memoryview((ctypes.c_char * num_bytes).from_address(address))
-
-
-def _progressions(addresses: npt.NDArray[np.int64], extent: int) -> list[tuple[slice, slice]]:
-    """Split [layer, kv] addresses into blocks of (layers, kv) in which each axis has one constant step.
-
-    Allocators hand out equal tensors at equal distances, mostly; then a block is all the layers. Keys and
-    values stay together unless they lie far apart: numpy copies twice where source and destination seem to
-    overlap, as they do when the slots lie between the two.
-    """
-    gaps = addresses[:, -1] - addresses[:, 0]
-    if np.abs(gaps).max() > 2 * extent:
-        kv_slices = [slice(at, at + 1) for at in range(addresses.shape[1])]
-        gaps = np.zeros_like(gaps)
-    else:
-        kv_slices = [slice(0, addresses.shape[1])]
-    blocks: list[tuple[slice, slice]] = []
-    for kv in kv_slices:
-        steps = np.diff(addresses[:, kv.start])
-        first = 0
-        for at in range(1, len(addresses) + 1):
-            if at < len(addresses) and gaps[at] == gaps[first] and steps[at - 1] == steps[first]:
-                continue
-            blocks.append((slice(first, at), kv))
-            first = at
-    return blocks

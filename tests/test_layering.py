@@ -85,6 +85,7 @@ COPIES = tuple(
         "copy_pages",
         "copy_under_way",
         "copy_windows",
+        "cpu_copy",
         "device_copy",
         "lossy",
         "paged",
@@ -203,6 +204,13 @@ RULES: dict[str, Rule] = {
     "kvstore.copy_kernel": Rule(2, FOUNDATIONS, ("torch", "triton")),
     "kvstore.copy_pages": Rule(2, (*FOUNDATIONS, "kvstore.copy_kernel", "kvstore.copy_windows"), ("torch",)),
     "kvstore.copy_windows": Rule(2, (*FOUNDATIONS, "kvstore.copy_kernel", "kvstore.paged"), ("torch",)),
+    "kvstore.cpu_copy": Rule(
+        2,
+        (
+            *FOUNDATIONS,
+            *(f"kvstore.{name}" for name in ("copy_under_way", "copy_windows", "copying", "paged", "streams")),
+        ),
+    ),
     "kvstore.device_copy": Rule(2, (*FOUNDATIONS, *COPIES), ("torch",)),
     "kvstore.lossy": Rule(2, FOUNDATIONS, ("torch",)),
     "kvstore.paged": Rule(2, FOUNDATIONS, ("torch",)),
