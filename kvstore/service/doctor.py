@@ -23,6 +23,7 @@ from kvstore.service.doctor_redis import Running, examine_tiers
 from kvstore.service.findings import Finding, note, ok, problem
 from kvstore.service.knock import knock
 from kvstore.service.preflight import Needs, preflight
+from kvstore.service.reach import MayNotConnect
 from kvstore.service.rights import Gate, read_secret
 from kvstore.service_options import socket_path
 
@@ -61,11 +62,12 @@ def _met(target: Target, server: Running) -> Generator[Finding, None, bool]:
         with Admin(target, name="kvstore doctor") as admin:
             running = True
             yield from _server(admin, server)
+    except MayNotConnect as error:
+        yield problem("server", str(error), "run as the server's user, or join its group")
     except ServiceUnavailable as error:
         yield problem("server", str(error), "kvstore serve")
     except AccessDenied as error:
-        fix = "set KVSTORE_TOKEN to a token of its tokens file" if socket_path(target.address) is None else "as it says"
-        yield problem("server", f"it lets us not in: {error}", fix)
+        yield problem("server", f"it lets us not in: {error}", "set KVSTORE_TOKEN to a token of its tokens file")
     except KVStoreError as error:
         yield problem("server", str(error), "install the same version of kvstore on both sides")
     return running

@@ -19,7 +19,7 @@ from kvstore.block import Chain, ModelId, Root
 from kvstore.errors import ConfigError
 
 MODEL_EXAMPLE = (
-    'The file looks like {"model": "Qwen/Qwen3-8B", "revision": "main", "kv_dtype": "bfloat16", "num_layers": 36, '
+    '{"model": "Qwen/Qwen3-8B", "revision": "main", "kv_dtype": "bfloat16", "num_layers": 36, '
     '"num_kv_heads": 8, "head_dim": 128}'
 )
 MODEL_FILE = "`kvstore status --json | jq '.models[0]' > model.json` writes the file"
@@ -71,9 +71,8 @@ def read_model(path: str) -> ModelId:
     """The model in a file. Raises ConfigError naming the field that is wrong."""
     if not path:
         raise ConfigError(
-            "no engine has opened a model since this server started, and a prompt's hashes depend on its model: give "
-            f"--model FILE, or a block hash in place of the prompt. {MODEL_EXAMPLE}, and all fields count: once an "
-            f"engine has connected, to this server or one like it, {MODEL_FILE}"
+            "no engine has opened a model since this server started: give --model FILE, or a block hash; "
+            f"{MODEL_FILE} where an engine has opened one, and it looks like {MODEL_EXAMPLE}"
         )
     try:
         text = Path(path).read_text()

@@ -11,26 +11,30 @@ import os
 import socket
 from pathlib import Path
 
-from kvstore.errors import AccessDenied, KVStoreError, ServiceUnavailable
+from kvstore.errors import ServiceUnavailable
 from kvstore.service_options import host_and_port, perhaps_tls, socket_path
 
 _TRY_S = 1.0
 
 
-def unreachable(address: str, *, encrypted: bool) -> KVStoreError:
-    """What to raise where a call could not be made to `address`; AccessDenied where this user may not connect."""
+class MayNotConnect(ServiceUnavailable):
+    """The socket is there, and this user may not open it now: nor may one of its group while a server starts."""
+
+
+def unreachable(address: str, *, encrypted: bool) -> ServiceUnavailable:
+    """What to raise where a call could not be made to `address`."""
     path = socket_path(address)
     return _no_socket(address, path) if path is not None else _no_port(address, encrypted=encrypted)
 
 
-def _no_socket(address: str, path: Path) -> KVStoreError:
+def _no_socket(address: str, path: Path) -> ServiceUnavailable:
     try:
         is_other = path.exists() and not path.is_socket()
         with socket.socket(socket.AF_UNIX) as tried:
             tried.settimeout(_TRY_S)
             tried.connect(os.fspath(path))
     except PermissionError:
-        return AccessDenied(
+        return MayNotConnect(
             f"this user (uid {os.geteuid()}) may not connect to {address}: run as the server's user, or set "
             "service.group there and join that group"
         )
@@ -48,7 +52,7 @@ def _no_socket(address: str, path: Path) -> KVStoreError:
     )
 
 
-def _no_port(address: str, *, encrypted: bool) -> KVStoreError:
+def _no_port(address: str, *, encrypted: bool) -> ServiceUnavailable:
     host, port = host_and_port(address, "address")
     try:
         socket.create_connection((host, port), _TRY_S).close()
