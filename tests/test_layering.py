@@ -181,7 +181,7 @@ RULES: dict[str, Rule] = {
         1,
         (
             *SEEN_BY_POLICIES,
-            *(f"kvstore.policies.{name}" for name in ("bands", "base", "leaves", "odds", "runs", "shadow")),
+            *(f"kvstore.policies.{name}" for name in ("bands", "base", "heaps", "leaves", "odds", "runs", "shadow")),
         ),
         library_of_its_own=True,
         never=POLICY_NEVER,

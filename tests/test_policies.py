@@ -276,8 +276,8 @@ def test_entries_that_are_out_of_date_are_dropped_some_at_a_time_and_none_that_c
     for turn in range(100):
         for block in range(200):
             runs.touch(ids(block), NO_HINT)
-            most = max(most, sum(map(len, runs._heaps)))
-            assert runs._num_entries == sum(map(len, runs._heaps))
+            most = max(most, sum(map(len, runs._heaps.lists)))
+            assert runs._heaps.num_entries == sum(map(len, runs._heaps.lists))
         if turn % 10 == 0:
             assert order(runs) == list(range(200))
     assert at_once == 1 or most < 2 * 200 + 1024 + 1024
@@ -288,7 +288,7 @@ def test_a_use_adds_no_entry_and_moves_none_until_it_comes_up() -> None:
     for turn in range(50):
         for block in range(200):
             chat(runs, block, known=turn and 1)
-    assert runs._num_entries == 200
+    assert runs._heaps.num_entries == 200
     assert order(runs) == list(range(200))
 
 

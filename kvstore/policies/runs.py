@@ -12,18 +12,16 @@ has 25 blocks, too few for arrays to pay. It keeps 170 bytes a block where `lru`
 
 No call should be long with a million blocks, and none that meets a full garbage collection, which walks every list in
 whichever thread it befalls: so ids lie in many small dicts (one took 63 ms where it doubled) and in tuples, which the
-collector leaves alone; queues are compacted, and levels learned anew, some at a time.
+collector leaves alone; queues are compacted (`kvstore.policies.heaps`), and levels learned anew, some at a time.
 
 Invariants
 1. The blocks of a run follow each other in one chain; what hangs from a run hangs from its last block.
-2. Every end has one entry that stands for it, in the heap where it belongs, with its key or one that it had before:
-   a use changes none, and one that turns out too low when it comes up is put back. Other entries stand for nothing.
+2. Every end that was touched, or was there when a walk began, has an entry in the heap where it belongs.
 3. Blocks that were yielded count as gone until the next walk begins, then as there again where nobody removed them.
 """
 
 from __future__ import annotations
 
-import heapq
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 
@@ -31,12 +29,11 @@ from kvstore.api import Hint
 from kvstore.block import BlockId
 from kvstore.policies.bands import ORDINARY, Bands, Wish, wishes
 from kvstore.policies.base import Policy
+from kvstore.policies.heaps import NOWHERE, Heaps
 
-_SPARE_ENTRIES = 1024
-
+_MOST_UNTOUCHED = 1024
 
 _NO_CHILDREN: set[Run] = set()  # never added to
-_NONE = -1
 
 
 class Run:
@@ -69,7 +66,7 @@ class Run:
         self.bank = 0
         """Where the queues of its priority begin."""
         self.key = 0
-        self.entry_heap, self.entry_key = _NONE, 0
+        self.entry_heap, self.entry_key = NOWHERE, 0
         """Where the entry is that stands for it, and what it says of `key`."""
         self.queue = 0
         self.kind = 0
@@ -108,13 +105,7 @@ class RunPolicy(Policy):
         self._num_blocks = 0
         self._runs: dict[int, Run] = {}
         self._num_runs = 0
-        self._heaps: list[list[tuple[int, int]]] = [[] for _ in range(self.num_queues)]
-        self._num_entries = 0
-        self._compacted_heap = 0
-        self._old: list[tuple[int, int]] = []
-        """Entries of that heap as they were; those before `_old_at` that count, and new ones, are kept."""
-        self._old_at = 0
-        self._kept: dict[tuple[int, int], None] = {}
+        self._heaps = Heaps(self.num_queues, self._runs)
         self._untouched: list[int] = []
         """Runs that were admitted: without entries, until a touch or a walk."""
         self._num_uses = 0
@@ -159,7 +150,7 @@ class RunPolicy(Policy):
             self._num_blocks += run.length
             self._enter(run, hint)
             self._untouched.append(run.number)
-            if len(self._untouched) > _SPARE_ENTRIES:
+            if len(self._untouched) > _MOST_UNTOUCHED:
                 self._push_untouched()
 
     def touch(self, blocks: Sequence[BlockId], hint: Hint) -> None:
@@ -202,13 +193,13 @@ class RunPolicy(Policy):
         self._turn_to(self._bands.lowest)
         self._walk_begins()
         while walk == self._walks and (queue := self._next_heap()) >= 0:
-            run = self._runs[self._heaps[queue][0][1]]
+            run = self._runs[self._heaps.lists[queue][0][1]]
             self._out[run.number] = run
             run.num_out += 1
             self._yielded(run)
             block = run.ids[run.length - run.num_out]
             if run.num_out == run.length:
-                self._pop(queue, run)
+                self._heaps.pop(queue, run)
                 self._changed.add(queue - self._bank)
                 self._uncover(run)
             yield block
@@ -228,44 +219,11 @@ class RunPolicy(Policy):
 
     def _head(self, queue: int) -> Run | None:
         """The lowest end of a queue."""
-        at = self._bank + queue
-        heap = self._heaps[at]
-        while heap:
-            run = self._run_of(at, heap[0])
-            if run is None or run.bank + run.queue != at or not run.is_end:
-                self._pop(at, run)
-            elif run.key != heap[0][0]:
-                self._pop(at, run)
-                self._put(at, run)
-            else:
-                return run
-        return None
-
-    def _run_of(self, heap: int, entry: tuple[int, int]) -> Run | None:
-        """The run that an entry of a heap stands for; None where another does, or none."""
-        key, number = entry
-        run = self._runs.get(number)
-        return run if run is not None and run.entry_heap == heap and run.entry_key == key else None
-
-    def _pop(self, heap: int, run: Run | None) -> None:
-        """Drop the lowest entry of a heap, which stands for `run`."""
-        heapq.heappop(self._heaps[heap])
-        self._num_entries -= 1
-        if run is not None:
-            run.entry_heap = _NONE
-
-    def _put(self, heap: int, run: Run) -> None:
-        entry = run.key, run.number
-        heapq.heappush(self._heaps[heap], entry)
-        run.entry_heap, run.entry_key = heap, run.key
-        self._num_entries += 1
-        if self._old and heap == self._compacted_heap:
-            self._kept[entry] = None
+        return self._heaps.lowest(self._bank + queue)
 
     def _push(self, run: Run) -> None:
-        """See to it that a run has an entry where it belongs. One that is too low will do: uses only raise keys."""
-        if run.entry_heap != run.bank + run.queue:
-            self._put(run.bank + run.queue, run)
+        """See to it that an end has an entry where it belongs."""
+        self._heaps.place(run)
         if run.bank == self._bank:
             self._changed.add(run.queue)
         elif self._bands.priority_of(run.bank) < self._bands.priority_of(self._bank):
@@ -278,10 +236,10 @@ class RunPolicy(Policy):
                 self._push(run)
         self._untouched.clear()
 
-    def _private(self, runs: Sequence[Run]) -> Sequence[Run]:
-        """Those of a chain's runs, from its tail on, that no other known chain uses."""
-        shared = [at for at, run in enumerate(runs) if run.forked]
-        return runs[shared[-1] + 1 :] if shared else runs
+    @staticmethod
+    def _num_shared(runs: Sequence[Run]) -> int:
+        """How many of a chain's runs, from its head on, other known chains use too."""
+        return max((at + 1 for at, run in enumerate(runs) if run.forked), default=0)
 
     def _put_back(self) -> None:
         """End the walk: what it yielded and nobody removed is there again."""
@@ -295,28 +253,10 @@ class RunPolicy(Policy):
                     run.parent.out_children = 0
                 if not run.children:
                     self._push(run)
-        if self._old or self._num_entries > 2 * len(self._runs) + _SPARE_ENTRIES:
-            self._compact_some()
-
-    def _compact_some(self) -> None:
-        """Drop what is out of date, or there twice, from one heap after the other, some entries each time.
-
-        There would be an entry a change of queue. All heaps at once took 60 ms with a million blocks, after every
-        learning; one no less, where it had most of the runs.
-        """
-        if not self._old:
-            self._compacted_heap = (self._compacted_heap + 1) % len(self._heaps)
-            self._old, self._kept, self._old_at = list(self._heaps[self._compacted_heap]), {}, 0
-        heap = self._compacted_heap
-        some = self._old[self._old_at : self._old_at + self.compacted_at_once]
-        self._old_at += len(some)
-        self._kept.update(dict.fromkeys(entry for entry in some if self._run_of(heap, entry) is not None))
-        if self._old_at == len(self._old):
-            kept, self._kept, self._old = list(self._kept), {}, []
-            heapq.heapify(kept)
-            self._num_entries -= len(self._heaps[heap]) - len(kept)
-            self._heaps[heap] = kept
-            self._changed.add(heap % self.num_queues)
+        if self._heaps.is_crowded:
+            heap = self._heaps.compact_some(self.compacted_at_once)
+            if heap != NOWHERE:
+                self._changed.add(heap % self.num_queues)
 
     # -- what callers wish for ---------------------------------------------------------------------------------
 
@@ -327,12 +267,12 @@ class RunPolicy(Policy):
             if self._bands.is_over(run.bank):
                 self._move(run, Wish(0, num_blocks, 0, private=False))
         for wish in self._bands.wished(hint, num_blocks):
-            self._make_heaps()
+            self._heaps.grow(self._bands.num_heaps)
             for at in (wish.start, wish.stop):
                 self._cut_at(at, runs, starts)
-            meant = self._private(runs) if wish.private else runs
-            for run, start in zip(runs, starts, strict=True):
-                if wish.start <= start < wish.stop and run in meant:
+            first = self._num_shared(runs) if wish.private else 0
+            for run, start in zip(runs[first:], starts[first:], strict=True):
+                if wish.start <= start < wish.stop:
                     self._move(run, wish)
 
     def _cut_at(self, at: int, runs: list[Run], starts: list[int]) -> None:
@@ -355,9 +295,6 @@ class RunPolicy(Policy):
             if run.is_end:
                 self._push(run)
 
-    def _make_heaps(self) -> None:
-        self._heaps += [[] for _ in range(self._bands.num_heaps - len(self._heaps))]
-
     def _turn_to(self, bank: int) -> None:
         self._bank = bank
         self._changed.update(range(self.num_queues))
@@ -365,7 +302,7 @@ class RunPolicy(Policy):
     def _next_heap(self) -> int:
         """The heap whose lowest end goes next, from the lowest band on that has one; -1 where none has."""
         while (queue := self._next_queue()) < 0:
-            bank = self._bands.next_higher(self._bank, self._heaps)
+            bank = self._bands.next_higher(self._bank, self._heaps.lists)
             if bank < 0:
                 return -1
             self._turn_to(bank)
