@@ -204,7 +204,8 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             elif fresh:
                 self._pages.setdefault(request, []).extend(fresh[0])
             computed[request] = cached.num_computed_tokens[at]
-        step = Scheduled(scheduler_output.num_scheduled_tokens, computed, self._pages)
+        preempted = scheduler_output.preempted_req_ids or ()
+        step = Scheduled(scheduler_output.num_scheduled_tokens, computed, self._pages, preempted)
         side = self._side()
         orders = side.orders(step)
         return KVStoreMetadata(orders, side.model) if orders is not NO_ORDERS else _NOTHING_TO_DO
@@ -287,6 +288,11 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         """None of canonical bytes: of several connectors vLLM passes on only what the first one says."""
         return KVStoreHandshake(self._model, self._why_opaque) if self._model.is_opaque else None
+
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        """The first call of a step: pages that were taken back may have other owners, who have written nothing yet."""
+        if self._worker is not None and isinstance(kv_connector_metadata, KVStoreMetadata):
+            self._worker.leave_pages(kv_connector_metadata.orders)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)

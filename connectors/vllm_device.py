@@ -2,7 +2,7 @@
 """Loads and saves of vLLM's worker on a device: one batched copy an order, on side streams, which nobody waits for.
 
     DeviceLoad   copies of one load; the engine's stream waits for them, whole or layer by layer
-    DeviceSave   the copy of one save; the engine's stream waits until its pages are read, a thread for the rest
+    DeviceSave   the copy of one save; a thread waits for it, and the engine's stream where its pages are written again
 
 Invariants
 1. A load counts only if its blocks were `intact` after the last of its copies was done.
@@ -160,8 +160,12 @@ class DeviceSave:
             copying = None
             if save.indices:
                 copying = pages.start_save(order.pages, _to_fill(save), put_off=share is not None)
-                copying.order()  # the pages may be another's with the next step
             return cls(order, save, copying, held.pop_all(), share)
+
+    def leave_pages(self) -> None:
+        """On the engine's thread: what it orders from now on may write the pages, and waits until they were read."""
+        if self.copying is not None:
+            self.copying.order()
 
     def publish(self) -> tuple[int, int]:
         """(blocks published, blocks refused). Raises what the store raises."""

@@ -19,6 +19,7 @@ _INTERFACE: Mapping[str, tuple[str, ...]] = {
     "update_connector_output": ("connector_output",),
     "on_new_request": ("request",),
     "register_kv_caches": ("kv_caches",),
+    "handle_preemptions": ("kv_connector_metadata",),
     "get_finished": ("finished_req_ids",),
     "get_block_ids_with_load_errors": (),
     "start_load_kv": ("forward_context",),

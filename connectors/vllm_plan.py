@@ -8,7 +8,7 @@ for drafts that may be rejected, and the last sampled token has no KV at all; `s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -165,11 +165,13 @@ class Scheduled:
         num_scheduled: tokens to compute, by request; drafts among them.
         computed: tokens with KV before the step, of each of those requests.
         pages: whole page tables, of those requests at least.
+        preempted: requests that have lost their pages since the step before.
     """
 
     num_scheduled: Mapping[str, int]
     computed: Mapping[str, int]
     pages: Mapping[str, Sequence[int]]
+    preempted: Collection[str] = ()
 
 
 # -- to workers ------------------------------------------------------------------------------------------------
@@ -248,13 +250,15 @@ class Proof:
 class Orders:
     """What one step asks of every worker.
 
-    `idle`: the step computes nothing, so workers may wait for loads. `reset`: loads that were ordered before bring
-    nothing any more; to be said in the report.
+    `ended`: requests that are over and whose pages nothing holds. `rewritten`: others whose pages may be written again,
+    by whoever has them in this step. `idle`: the step computes nothing, so workers may wait for loads. `reset`: loads
+    that were ordered before bring nothing any more; to be said in the report.
     """
 
     loads: tuple[LoadOrder, ...] = ()
     saves: tuple[SaveOrder, ...] = ()
     ended: tuple[str, ...] = ()
+    rewritten: tuple[str, ...] = ()
     proofs: tuple[Proof, ...] = ()
     idle: bool = False
     reset: bool = False

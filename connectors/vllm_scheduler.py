@@ -213,32 +213,51 @@ class SchedulerSide:
         loads = self._leases.take_orders()
         self._learning.scheduled(step, loads)
         self._resets.go_on()
-        if self._settings.save:
-            for request_id, num_scheduled in step.num_scheduled.items():
-                tracked = self._tracked.get(request_id)
-                computed = step.computed[request_id]
-                if (
-                    tracked is None
-                    or tracked.from_before
-                    or computed + num_scheduled < (tracked.num_saved + 1) * self._block_tokens  # most steps
-                ):
-                    continue
-                request = tracked.request
-                if self._saves_later and request.num_tokens + 1 < request.num_prompt_tokens + request.max_tokens:
-                    num_scheduled = 0  # a step follows, unless pages are taken back: what they held is lost then
-                stop = storable_running(computed, num_scheduled, request.num_tokens, self._block_tokens)
-                pages = step.pages[request_id]
-                if stop > tracked.num_saved and not self._leases.are_under(pages):
-                    self._save(tracked, stop, pages, holds=False)
+        rewritten = self._order_saves(step)
         if not step.num_scheduled and self._matching.num_waiting and not loads:
             time.sleep(_REST_S)
         self._matching.num_waiting = 0
         proofs, idle = self._proofs(step), not step.num_scheduled
-        if not (loads or self._saves or self._ended or proofs or self._reset or idle):
+        if not (loads or self._saves or self._ended or rewritten or proofs or self._reset or idle):
             return NO_ORDERS
-        made = Orders(loads, tuple(self._saves), tuple(self._ended), proofs, idle=idle, reset=self._reset)
+        made = Orders(loads, tuple(self._saves), tuple(self._ended), rewritten, proofs, idle=idle, reset=self._reset)
         self._saves, self._ended, self._reset = [], [], False
         return made
+
+    def _order_saves(self, step: Scheduled) -> tuple[str, ...]:
+        """Have saved what the step, or the one before, fills.
+
+        Returns requests whose pages may be written in it though saves ordered before may be reading them, each named
+        once: preempted ones, whose pages may be others' already, and those that compute again what was saved.
+        """
+        rewritten = []
+        for request_id in step.preempted:
+            tracked = self._tracked.get(request_id)
+            if tracked is not None and tracked.read_to:
+                tracked.read_to = 0
+                rewritten.append(request_id)
+        for request_id, num_scheduled in step.num_scheduled.items():
+            tracked = self._tracked.get(request_id)
+            if tracked is None:
+                continue
+            computed = step.computed[request_id]
+            if computed < tracked.read_to:
+                tracked.read_to = computed
+                rewritten.append(request_id)
+            if (
+                not self._settings.save
+                or tracked.from_before
+                or computed + num_scheduled < (tracked.num_saved + 1) * self._block_tokens  # most steps
+            ):
+                continue
+            request = tracked.request
+            if self._saves_later and request.num_tokens + 1 < request.num_prompt_tokens + request.max_tokens:
+                num_scheduled = 0  # a step follows, unless pages are taken back: what they held is lost then
+            stop = storable_running(computed, num_scheduled, request.num_tokens, self._block_tokens)
+            pages = step.pages[request_id]
+            if stop > tracked.num_saved and not self._leases.are_under(pages):
+                self._save(tracked, stop, pages, holds=False)
+        return tuple(rewritten)
 
     def _proofs(self, step: Scheduled) -> tuple[Proof, ...]:
         """What to look at again when the step has run, in which the engine reads adapters it does not have."""
@@ -284,7 +303,7 @@ class SchedulerSide:
                 files=tracked.adapter.result().files,
             )
         )
-        tracked.num_saved = stop
+        tracked.num_saved, tracked.read_to = stop, max(tracked.read_to, stop * self._block_tokens)
         return True
 
     def ended(self, request: EngineRequest, pages: Sequence[int]) -> bool:

@@ -36,6 +36,8 @@ class Tracked:
     """Blocks that a worker was told to save, or that a match has found: to offer those again took 1 ms of a hit."""
     told: int = 0
     """Tokens that workers' copies of the chain have."""
+    read_to: int = 0
+    """Tokens up to here may be being read where they lie in the engine's pages, by saves."""
     asked_s: float | None = None
     lower_s: float | None = 0.0
     """How long lower tiers are worth waiting for, from `asked_s` on; None: they are not asked."""

@@ -72,6 +72,11 @@ class WorkerSide:
 
     # -- before and in the forward pass ------------------------------------------------------------------------
 
+    def leave_pages(self, orders: Orders) -> None:
+        """Before anything of the step writes to pages: some may have a new owner and still be read by a save."""
+        if orders.ended or orders.rewritten:
+            self._saves.leave_pages({*orders.ended, *orders.rewritten})
+
     def load(self, orders: Orders, *, layered: bool = False) -> None:
         """Carry out loads that belong to this step, start the others. Before the forward pass where any is in it.
 

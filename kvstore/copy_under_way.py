@@ -8,8 +8,7 @@
 A save reads the engine's pages into stages and sends the stages to slots. The engine may write its pages again when
 the last window is in a stage, so to put off a window that lies in one holds nobody up, until the stage is wanted: then
 it is sent at once (`kvstore.stages`). So all of a save but its last windows, as many as there are stages, crosses at
-the link's rate, while the engine waits for it and computes nothing that a copy could slow down; the rest crosses at a
-share of it, beside the engine's next steps.
+the link's rate, since pages are read no sooner; the rest crosses at a share of it.
 """
 
 from __future__ import annotations

@@ -46,6 +46,8 @@ class LazyStreams:
         self._random = random.Random(seed)
         self._streams = {"engine": LazyStream("engine")}
         self.log: list[str] = []
+        self.waits: list[tuple[str, str]] = []
+        """(stream, stream that it was told to wait for), of all times."""
 
     def engine(self) -> LazyStream:
         mine = threading.get_ident()
@@ -66,6 +68,7 @@ class LazyStreams:
 
     def wait(self, stream: LazyStream, moment: LazyMoment) -> None:
         with self._lock:
+            self.waits.append((stream.name, moment.stream.name))
             stream.queue.append(moment)
             stream.num_given += 1
 

@@ -133,14 +133,17 @@ class Device:
     def look(self, layer: int, pages: Pages) -> None:
         self.read[layer] = [set(self.tensors[layer][page].unique().tolist()) for page in pages]
 
-    def orders(self, *scheduled: tuple[FakeRequest, int, Pages]) -> Orders:
+    def orders(self, *scheduled: tuple[FakeRequest, int, Pages], preempted: Sequence[str] = ()) -> Orders:
+        """Of the step that begins: what it may write to is left to it."""
         made = self.side.orders(
             Scheduled(
                 {one.request_id: count for one, count, _ in scheduled},
                 {one.request_id: one.num_computed_tokens for one, _, _ in scheduled},
                 {one.request_id: list(pages) for one, _, pages in scheduled},
+                preempted,
             )
         )
+        self.worker.leave_pages(made)
         for one, count, _ in scheduled:
             one.num_computed_tokens += count
         return made
@@ -206,24 +209,110 @@ class Device:
         self.store.close()
 
 
-@SEEDS
-def test_a_save_reads_what_the_step_computed_and_the_next_owner_of_its_pages_waits(seed: int) -> None:
+WAIT_FOR_A_SAVE = ("engine", "save kernels")
+
+
+def under_way(seed: int, num_tokens: int = 64) -> tuple[Device, FakeRequest]:
+    """A device with a save under way of what the first step of request r has computed: 2, 12, … in pages 0 to 7."""
     device = Device(seed)
-    request, pages = FakeRequest("r", tokens(64)), range(8)
+    request, pages = FakeRequest("r", tokens(num_tokens)), range(num_tokens // PAGE)
     device.side.arrived(request)
     orders = device.orders((request, 64, pages))
     device.fill(pages, 1.0)
-    device.streams.run_engine(lambda: device.fill(pages, 2.0))
+    device.streams.run_engine(lambda: device.fill(pages[:8], 2.0))
     device.streams.may_finish.clear()
     device.worker.save(orders)
-    device.streams.run_engine(lambda: device.fill(pages, 3.0))
     assert device.report() == (set(), set())
     assert device.stored(64) == [], "nothing is published that was not copied"
+    return device, request
+
+
+def assert_saved(device: Device, num_tokens: int = 64) -> None:
+    """What was under way is published, with the bytes of its time."""
     device.streams.may_finish.set()
     assert eventually(lambda: not (device.report(), device.worker._saves.beside)[1])
     device.streams.drain()
-    assert device.stored(64) == [{2.0 + 10 * number} for number in range(8)]
+    assert device.stored(num_tokens) == [{2.0 + 10 * number} for number in range(num_tokens // PAGE)]
+
+
+@SEEDS
+def test_no_step_waits_for_a_save_whose_pages_nobody_may_write(seed: int) -> None:
+    device, request = under_way(seed, 128)
+    other = FakeRequest("other", [5] * 64)
+    device.side.arrived(other)
+    for at in range(2):  # a chunk, a decoded token
+        count = (64, 1)[at]
+        orders = device.orders((request, count, range(17)), (other, 32, range(20, 28)))
+        device.streams.run_engine(lambda: device.fill(range(8, 17), 82.0))
+        device.worker.save(orders)
+    request.num_computed_tokens = 128
+    assert device.side.ended(request, list(range(17))) is False
+    assert WAIT_FOR_A_SAVE not in device.streams.waits
+    device.orders()
+    assert WAIT_FOR_A_SAVE in device.streams.waits, "its pages are another's from now on"
+    device.streams.run_engine(lambda: device.fill(range(17), 500.0))
+    assert_saved(device, 128)
+    device.side.ended(other, [])
+    device.close()
+
+
+@SEEDS
+@pytest.mark.parametrize("why", ["ended", "preempted", "preempted and back", "computes again"])
+def test_who_may_write_to_pages_that_a_save_reads_waits(why: str, seed: int) -> None:
+    device, request = under_way(seed)
+    pages = range(8)
+    other = FakeRequest("other", [5] * 64)
+    device.side.arrived(other)
+    if why == "ended":
+        assert device.side.ended(request, list(pages)) is False, "nothing of it is left to be saved"
+        device.orders((other, 64, pages))
+    elif why == "preempted":
+        request.num_computed_tokens = 0
+        device.orders((other, 64, pages), preempted=["r"])
+    elif why == "preempted and back":
+        request.num_computed_tokens = 0
+        device.orders((request, 32, pages[4:]), (other, 32, pages[:4]), preempted=["r"])
+        again = device.orders((request, 32, pages), (other, 1, pages[:5]))
+        assert again.rewritten == (), "it is named once"
+    else:
+        request.num_computed_tokens = 32
+        device.orders((request, 32, pages))
+    device.streams.run_engine(lambda: device.fill(pages, 3.0))
+    assert_saved(device)
+    for each in (request, other):
+        device.side.ended(each, [])
+    device.close()
+
+
+@SEEDS
+def test_a_load_into_pages_that_a_save_reads_waits(seed: int) -> None:
+    device = Device(seed)
+    device.store_blocks(32, 2.0)
+    request, pages = FakeRequest("r", tokens(64)), range(8)
+    device.side.arrived(request)
+    orders = device.orders((request, 64, pages))
+    device.streams.run_engine(lambda: device.fill(pages, 2.0))
+    device.streams.may_finish.clear()
+    device.worker.save(orders)
     device.side.ended(request, list(pages))
+    other, orders = device.matched(48, (4, 5, 6, 7, 30, 31))
+    device.worker.load(orders)
+    device.streams.may_finish.set()
+    device.worker.save(orders)
+    assert_saved(device)
+    device.side.ended(other, [])
+    device.close()
+
+
+@SEEDS
+def test_pages_that_a_last_save_would_have_held_are_not_written_while_those_before_it_read_them(seed: int) -> None:
+    device, request = under_way(seed, 80)
+    request.num_computed_tokens = 80
+    assert device.side.ended(request, list(range(10))) is True
+    device.worker._saves.carry_out(device.orders(), {9}, lambda files: True)  # it stood on a load that failed
+    assert device.report() == ({"r"}, set())
+    device.streams.run_engine(lambda: device.fill(range(10), 3.0))
+    assert_saved(device)
     device.close()
 
 

@@ -147,6 +147,7 @@ def test_preempted_requests_come_back_from_the_store(run: Run, scenario: str) ->
     assert facts["equal"] == [True]
     assert facts["preemptions"] > 0
     assert facts["loads"] == facts["preemptions"]
+    assert facts["lost"] == facts["preemptions"], "who has lost its pages is named in the step that may give them away"
     assert facts["error"] < 1e-4
     assert healthy(facts)
 

@@ -244,11 +244,15 @@ def preemption(workdir: Path, *, reference: Reference | None = None, **options: 
     engine = Engine(reference.directory, store, **options)
     prompts = [tokens_of(seed, 200) for seed in range(30, 34)]
     wants = [reference.generate(prompt, 200) for prompt in prompts]
+    side, lost = engine.connector._side(), []
+    orders = side.orders
+    side.orders = lambda step: lost.extend(step.preempted) or orders(step)
     outs, _ = engine.generate(prompts, 200)
     errors = [worst_error(store, engine.model_id, reference, [*p, *w])[0] for p, w in zip(prompts, wants, strict=True)]
     return {
         "equal": [outs == wants],
         "preemptions": engine.metric("vllm:num_preemptions"),
+        "lost": len(lost),
         "loads": engine.connector._scheduler.figures.counts.get("loads", 0),
         "error": max(errors),
         "control_differs": control(engine, store, prompts[0], wants[0]),
