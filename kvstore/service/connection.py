@@ -40,6 +40,15 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.use_local_subchannel_pool", 1),  # a new connection never takes over the socket of a dead one
     ("SingleThreadedUnaryStream", 1),
 )
+_ELSEWHERE = (
+    # A server that hangs, or a host that is cut off, is lost within 22 s though nothing is asked of it. By gRPC's own
+    # threads: no Python runs, and a server that is busy answers. Servers hang up on who pings oftener than every 10 s.
+    ("grpc.keepalive_time_ms", 12_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    *SEND_AHEAD,
+)
+"""Of clients whose bytes come by streams."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -290,7 +299,7 @@ def open_channel(options: LinkOptions) -> grpc.Channel:
     """A channel to the server, with TLS where there are files for it."""
     if (place := socket_path(options.address)) is not None:
         trust_socket(place)
-    channel_options = CHANNEL_OPTIONS if options.mapped else (*CHANNEL_OPTIONS, *SEND_AHEAD)
+    channel_options = CHANNEL_OPTIONS if options.mapped else (*CHANNEL_OPTIONS, *_ELSEWHERE)
     if not options.encrypted:
         return grpc.insecure_channel(options.address, options=channel_options)
     credentials = grpc.ssl_channel_credentials(

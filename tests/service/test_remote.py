@@ -660,6 +660,27 @@ def test_store_starts_without_its_peer_and_finds_it_later(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_peer_that_goes_away_is_shown_as_gone_and_back_though_nobody_asks_it(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    def available(store: KVStore) -> bool:
+        return bool(store.stats()["remote.available"])
+
+    with serving(tmp_path, "s") as server, reading_from(server.address, call_timeout_s=0.5) as cold:
+        wait_until(lambda: available(cold))
+        server.send(number)
+        wait_until(lambda: not available(cold), 30)
+        if number is signal.SIGSTOP:
+            server.send(signal.SIGCONT)
+        else:
+            server.process.wait()
+            (tmp_path / "s.log").unlink()
+        with serving(tmp_path, "s") if number is signal.SIGKILL else contextlib.nullcontext():
+            wait_until(lambda: available(cold), 30)
+
+
+@pytest.mark.slow
 def test_restarted_peer_is_read_again(tmp_path: Path) -> None:
     chain = chain_of(Root(BIG), 3)
     with contextlib.ExitStack() as stack:
