@@ -38,6 +38,9 @@ _RELIEF = 1.03
 _TRY_SHARE = 0.05
 """A try of a tier that was slow when last seen may make its request so much longer. Trying all that the tier had made
 single requests two and three times as long, where they were the slowest already."""
+_FIRST_BYTES = 256 << 20
+"""Of the first load from a lower tier, while nobody knows how slow it is. All that it has of a prompt of 32k tokens of
+an 8B model would take 40 s over a link of 0.1 GB/s, where computing them takes a second and a half."""
 _FREE_SHARE = 0.01
 """A load that takes so little of what computing takes is worth it, whatever the prefill is predicted to gain by it:
 computing less takes no longer, and what is loaded shows what the rest takes. By the fit alone a single short pass that
@@ -88,8 +91,8 @@ class CostModel:
     Prefill of `new` tokens after `past` ones takes a·new + b·new·(past + new/2) + c seconds: a for the matrix
     products, b for attention, c for what every pass costs. Loading from a tier takes so much a byte, and so much a
     load. All are fitted by least squares on relative errors, newest first. What was never seen is taken as free to
-    load or dear to compute: the first try of everything is a load, and is measured. Not thread-safe; races cost
-    precision alone.
+    load or dear to compute: the first try of everything is a load, and is measured; of a lower tier no more than would
+    soon be there from a slow one. Not thread-safe; races cost precision alone.
     """
 
     def __init__(self, block_tokens: int, block_bytes: int, *, rule: LoadRule = LoadRule.MEASURED) -> None:
@@ -142,7 +145,7 @@ class CostModel:
         Args:
             start: leading blocks the engine has already; they cost nothing and are not loaded.
         """
-        cap = min(match.num_blocks, self.max_blocks(prompt_tokens))
+        cap = min(match.num_blocks, self.max_blocks(prompt_tokens), self._first_stop(match, start))
         best, best_s = min(start, cap), self._rest_s(prompt_tokens, min(start, cap))
         if best_s is None or not match.tiers or self.rule is LoadRule.ALWAYS:
             return max(cap, best)
@@ -170,6 +173,15 @@ class CostModel:
                 passed_over.append(tier)
         self._relieve(passed_over)
         return best if best <= sure else self._plan_try(match, prompt_tokens, start, sure, sure_s, best)
+
+    def _first_stop(self, match: Match, start: int) -> int:
+        """Where a load is to end, if it goes to a lower tier for the first time."""
+        at = 0
+        for tier, count in match.tiers:
+            if self.rule is not LoadRule.ALWAYS and tier != HOST_TIER and tier not in self._loads:
+                return max(at, start) + max(1, _FIRST_BYTES // self.block_bytes)
+            at += count
+        return match.num_blocks
 
     def _plan_try(self, match: Match, prompt_tokens: int, start: int, sure: int, sure_s: float, most: int) -> int:
         """How much to load where only more than `sure` would show whether a tier has become faster.

@@ -638,12 +638,13 @@ def test_real_weights_say_the_same_with_and_without_reuse(dtype: torch.dtype) ->
         assert torch.equal(warm.sequences, plain(chat.model, ids, 24))
 
 
-def test_what_a_load_saved_is_reported_to_the_store(llama: LlamaForCausalLM) -> None:
+def test_what_a_load_saved_is_reported_to_the_store(llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     store = FakeStore()
     connector = connect(llama, store)
     for _ in range(3):
         connector.generate(prompt(160), max_new_tokens=1)
-    connector.cost.seen_prefill(160, 0, 100.0)  # computing is dear: what the next load takes is nothing beside it
+    # Computing is dear: what the next load takes is nothing beside it, also on a busy machine.
+    monkeypatch.setattr(connector.cost, "prefill_s", lambda new, past: 1.0 * new)
     before = store.saved_s
     assert hits(connector.generate(prompt(160), max_new_tokens=1)) > 0
     assert store.saved_s > before
