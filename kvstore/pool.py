@@ -142,7 +142,6 @@ class BlockPool:
             if doomed:
                 for row in doomed.intersection(rows[table.pins[rows] == 0].tolist()):
                     self._residents.bury(row)
-            self._changed.notify_all()
 
     def slots_of(self, row: int) -> list[int]:
         """Slot of each part of a pinned row."""

@@ -33,6 +33,8 @@ class Victims:
         self._order: Iterator[BlockId] | None = None
         self._rows = NO_ROWS
         self._progress = False
+        self._stuck: set[int] = set()
+        """Where extents begin of which something was held when they were to be emptied."""
 
     def take(self, sizes: Sequence[int], count: int) -> list[tuple[int, ...]]:
         """Slots of `sizes` for up to `count` blocks, each whole, evicting as needed."""
@@ -180,13 +182,17 @@ class Victims:
         """
         residents, table = self._residents, self._residents.table
         extent = residents.slots.extent_of(max(table.slots[row].tolist()))
+        if extent.start in self._stuck:
+            return False  # each of its blocks would be a walk over all there is, with the lock held
         if any(slot in extent for slot in residents.loose):
+            self._stuck.add(extent.start)
             return False
         rows = table.live_rows()
         slots = table.slots[rows]
         inside = ((slots >= extent.start) & (slots < extent.stop)).any(axis=1)
         doomed = residents.with_descendants(rows[inside])
         if table.pins[doomed].any() or table.filling[doomed].any():
+            self._stuck.add(extent.start)
             return False
         residents.num_lost += len(doomed) - int(np.count_nonzero(table.below[doomed]))
         residents.num_evicted += residents.hide(doomed)

@@ -15,6 +15,7 @@ from kvstore.arena import PAGE_BYTES, Arena
 from kvstore.block import BlockId, Chain, ModelId, Root
 from kvstore.filling import Reservation
 from kvstore.health import _family_faults
+from kvstore.index import Rows
 from kvstore.layout import BlockLayout, layout_of
 from kvstore.policies import POLICIES
 from kvstore.policies.lru import LruPolicy
@@ -242,6 +243,38 @@ def test_a_second_model_gets_its_share_of_a_full_arena(make_pool: MakePool, mode
     other = chain_of(Root(bigger), 4)
     assert put(pool, other) == 4
     assert pool.leading(other.ids, 1, other.root.id) == 4
+    assert pool.check() == []
+
+
+def test_an_extent_with_something_pinned_is_looked_at_once_and_not_for_each_of_its_blocks(
+    model: ModelId, root: Root
+) -> None:
+    arena = Arena(800 * PAGE_BYTES, prefault=False)
+    pool = BlockPool(arena, LruPolicy())
+    pool.open(layout_of(model))
+    chains = [chain_of(root, 1, seed=seed) for seed in range(800)]
+    extents: dict[int, Chain] = {}
+    for chain in chains:
+        put(pool, chain)
+        extents.setdefault(arena.extent_of(pool.slots_of(pool._table.ids.get(chain.ids[0]))[0]).start, chain)
+    pinned = [pool.pin_leading(chain.ids, 1, root.id) for chain in extents.values()]
+    walks: list[int] = []
+    inner = pool._residents.with_descendants
+
+    def counted(rows: Rows) -> Rows:
+        walks.append(len(rows))
+        return inner(rows)
+
+    pool._residents.with_descendants = counted  # type: ignore[method-assign]
+    bigger = dataclasses.replace(model, num_layers=8)
+    pool.open(layout_of(bigger))
+    other = chain_of(Root(bigger), 1)
+    assert reserve(pool, other) == ([], 1)
+    assert len(walks) == len(extents) == 8
+    pool.unpin(pinned[3])
+    assert put(pool, other) == 1
+    for rows in pinned[:3] + pinned[4:]:
+        pool.unpin(rows)
     assert pool.check() == []
 
 

@@ -51,8 +51,12 @@ class Buffers:
             dropped.close()
         if self._total_bytes + num_bytes > self._budget_bytes:
             return None
+        try:
+            slab = Stretch(num_bytes)
+        except OSError:  # the host has none: as if the budget had
+            return None
         self._total_bytes += num_bytes
-        return Stretch(num_bytes)
+        return slab
 
     def give_back(self, slabs: list[Stretch]) -> None:
         with self._lock:

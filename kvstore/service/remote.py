@@ -170,6 +170,9 @@ class RemoteLoad:
             self.refusal = error
         except Misfit as error:
             self.refusal = self._give_up(error)
+        except BaseException:
+            self.close()  # nobody else can: its stream would be watched over for ever
+            raise
 
     def _begin(self) -> None:
         message = self._stream.next()

@@ -128,7 +128,8 @@ class RemoteSave:
 def upload(channel: grpc.Channel, messages: Iterator[bytes], progress_s: float) -> list[int]:
     """Send messages by Write; returns what was published.
 
-    Raises Down, or grpc.RpcError: also, by cancelling, where the server takes nothing for `progress_s`.
+    Raises Down, or grpc.RpcError: also, by cancelling, where the server takes nothing for `progress_s`. Nothing is sent
+    any more once it has ended, in whatever way.
     """
     sent = 0
 
@@ -150,6 +151,9 @@ def upload(channel: grpc.Channel, messages: Iterator[bytes], progress_s: float) 
                 raise Stalled(f"the server took nothing for {progress_s:g} s") from None
         except grpc.FutureCancelledError:
             raise Stalled("the call was cancelled") from None
+        except BaseException:
+            call.cancel()  # it would go on to send what lies in the save's memory by then, whosever that is
+            raise
         else:
             return list(np.frombuffer(reply.published, "<u4").tolist())
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn, cast
 
 import grpc
 import numpy as np
@@ -30,7 +31,7 @@ from kvstore.service.connection import Connection
 from kvstore.service.link import Link
 from kvstore.service.plane import Cells, DataPlane, Down
 from kvstore.service.remote import RemoteLoad
-from kvstore.service.uploads import RemoteSave, SaveTicket
+from kvstore.service.uploads import RemoteSave, SaveTicket, upload
 from kvstore.store import KVStore
 from kvstore.tiers.remote import RemoteTier
 from kvstore.wire import kvstore_pb2 as pb
@@ -489,6 +490,58 @@ def test_load_that_is_never_answered_is_refused() -> None:
     load = RemoteLoad(Script([], "away"), [5000], Buffers(1 << 24), start=0, unfit=lambda error: error)
     assert isinstance(load.refusal, Down)
     load.close()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_load_that_is_interrupted_before_it_has_begun_leaves_nothing_behind(error: type[BaseException]) -> None:
+    class Interrupted(Script):
+        def next(self) -> bytes | None:
+            raise error
+
+    script, closed = Interrupted([], "end"), []
+    with pytest.raises(error):
+        RemoteLoad(
+            script, [5000], Buffers(1 << 24), start=0, unfit=lambda error: error, closed=lambda: closed.append(True)
+        )
+    assert script.cancelled
+    assert closed == [True]
+
+
+@dataclass
+class Writing:
+    """A call of Write under way, whose caller is interrupted; the channel that it is on."""
+
+    cancelled: bool = False
+
+    def stream_unary(self, *_: object) -> Writing:
+        return self
+
+    unary_stream = stream_unary
+
+    def future(self, messages: Iterator[bytes]) -> Writing:
+        return self
+
+    def result(self, timeout: float) -> NoReturn:
+        raise KeyboardInterrupt
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+def test_save_that_is_interrupted_sends_nothing_of_what_its_memory_holds_later() -> None:
+    writing = Writing()
+    with pytest.raises(KeyboardInterrupt):
+        upload(cast(grpc.Channel, writing), iter([b"x"]), 1.0)
+    assert writing.cancelled
+
+
+def test_memory_that_the_host_does_not_give_counts_for_nothing() -> None:
+    buffers = Buffers(1 << 62)
+    assert buffers.rent(1, 1 << 55).num_blocks == 0
+    assert buffers.total_bytes == 0
+    rented = buffers.rent(1, 5000)
+    assert rented.num_blocks == 1
+    rented.give_back()
 
 
 def test_windowed_load_reuses_memory_only_after_the_iterator_moved_on() -> None:
