@@ -88,8 +88,18 @@ class LazyStreams:
 
     def drain(self) -> None:
         with self._lock:
-            while any(stream.queue for stream in self._streams.values()):
+            while self._has_more():
                 self.step()
+
+    def go_on(self, count: int) -> None:
+        """Do so many things, or all there is."""
+        with self._lock:
+            for _ in range(count):
+                if self._has_more():
+                    self.step()
+
+    def _has_more(self) -> bool:
+        return any(stream.queue for stream in self._streams.values())
 
     def step(self) -> None:
         """Do one thing of a stream that may go on."""

@@ -184,9 +184,9 @@ class Device:
         request.num_computed_tokens = found
         return request, self.orders((request, num_tokens - found, pages))
 
-    def stored(self, num_tokens: int) -> list[set[float]]:
+    def stored(self, num_tokens: int, ids: Sequence[int] | None = None) -> list[set[float]]:
         """Values of each page's worth of tokens, as the store has them."""
-        request = FakeRequest("look", tokens(num_tokens + 1))
+        request = FakeRequest("look", [*(tokens(num_tokens) if ids is None else ids), 1])
         found, _ = self.side.match(request, 0)
         values: list[set[float]] = []
         if found:
