@@ -282,6 +282,7 @@ def test_a_last_turn_of_high_priority_lifts_the_conversation_it_hangs_from(
     chain = chain_of(root, 6)
     save_all(store, chain, 0, 4)
     assert store.flush(5)
+    assert tier.settle(5)
     before = of(client, chain)
     with store.save(chain, 4, 6, hint=Hint(retention=(Retention(4 * BLOCK, None, 100),))) as save:
         save.commit()
