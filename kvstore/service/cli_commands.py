@@ -361,6 +361,8 @@ def watch(
         if zmq:
             kv_events.publish(zmq, topic, lambda: follow(admin, snapshot=True, with_tokens=True, say=_say))
             return
+        if sys.stderr.isatty():
+            _say(f"events of {admin.target.address} as they come, until Ctrl-C")
         for reply in follow(admin, snapshot=snapshot, with_tokens=tokens, say=_say):
             for event in events(reply):
                 print(json.dumps(event) if as_json else event_line(event), flush=True)
