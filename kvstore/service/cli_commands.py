@@ -35,7 +35,7 @@ from kvstore.service.cli_tables import (
 from kvstore.service.findings import Finding, Verdict
 from kvstore.service.follow import follow
 from kvstore.service.handshake import model_of
-from kvstore.service.prompt import Namespace, as_hash, read_prompt
+from kvstore.service.prompt import Namespace, as_hash, read_model, read_prompt
 from kvstore.service.rights import read_secret_file
 from kvstore.wire import kvstore_pb2 as pb
 
@@ -285,9 +285,9 @@ def inspect(
 
     Example:  kvstore inspect prompt.txt --tokenizer Qwen/Qwen3-8B --chat
 
-    Where engines have opened several models, or none since the server started,
-    --model FILE says which is meant. This gets the file of one that is open,
-    from this server or from one like it:
+    Where engines have opened several models, and not one alone has some of the
+    prompt, or none since the server started, --model FILE says which is meant.
+    This gets the file of one that is open, from this server or one like it:
 
     kvstore status --json | jq '.models[0]' > model.json
 
@@ -301,10 +301,9 @@ def inspect(
         if block is not None:
             blocks = admin.inspect(block)
         else:
-            chain = read_prompt(prompt, _with_open(namespace, admin), tokenizer, chat=chat)
-            known = admin.models()  # before: asking opens it
-            blocks = admin.inspect_chain(chain)
-            if known and chain.root.model not in known and not any(map(where_of, blocks)):
+            known = admin.models()  # before: asking opens the one that is named
+            blocks = _along(admin, replace(namespace, open_models=known), prompt, tokenizer, chat=chat)
+            if namespace.model and read_model(namespace.model) not in known and not any(map(where_of, blocks)):
                 _say("no engine has opened this very model here: compare with .models of `kvstore status --json`")
         _say_away(admin)
     if as_json:
@@ -312,6 +311,18 @@ def inspect(
         return
     console = _console()
     console.print(blocks_table(blocks, along=block is None, whole_ids=console.width >= WIDE))
+
+
+def _along(admin: Admin, namespace: Namespace, prompt: str, tokenizer: str, *, chat: bool) -> list[pb.BlockInfo]:
+    """What is known of a prompt's blocks. Of several open models the one that has some of them, if it is one alone."""
+    models = namespace.open_models
+    if not namespace.model and len(models) > 1:
+        each = [replace(namespace, open_models=(model,)) for model in models]
+        chains = [read_prompt(prompt, one, tokenizer, chat=chat) for one in each]
+        found = [blocks for blocks in map(admin.inspect_chain, chains) if any(map(where_of, blocks))]
+        if len(found) == 1:
+            return found[0]
+    return admin.inspect_chain(read_prompt(prompt, namespace, tokenizer, chat=chat))
 
 
 def _namespace(model: str, salt: str, adapter: str, secret_file: str) -> Namespace:

@@ -12,6 +12,7 @@ import json
 import re
 import tomllib
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -174,6 +175,7 @@ def _templated(loaded: Any, text: str, name: str) -> list[int]:
     return cast("list[int]", tokens)
 
 
+@cache
 def _tokenizer(name: str) -> Any:
     if not name:
         raise ConfigError(

@@ -645,7 +645,8 @@ def test_the_model_of_a_running_server_makes_a_file_for_inspect(
         store.open(model)
         store.open(replace(model, model="other"))
         save_all(store, Chain(Root(model), json.loads(tokens)))
-    several = server.ask("inspect", tokens)
+    assert "2 of 2 blocks are there" in server.ask("inspect", tokens).stdout  # in one alone
+    several = server.ask("inspect", json.dumps([7] * 2 * model.block_tokens))
     assert several.returncode == 2
     assert "jq '.models[N]' > model.json" in several.stderr
     file = tmp_path / "model.json"
