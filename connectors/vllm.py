@@ -37,7 +37,7 @@ except ImportError as error:
     raise not_importable(error) from error
 
 from connectors.vllm_device import goes_by_layers
-from connectors.vllm_identity import check_groups, model_id_of, rank_slice
+from connectors.vllm_identity import check_groups, drafter_with_kv, model_id_of, rank_slice
 from connectors.vllm_layout import Worker, agreed_model, platform_of, stored_pages
 from connectors.vllm_link import CLOSED, embedded, sidecar
 from connectors.vllm_plan import NO_ORDERS, Orders, PageLayout, Report, Scheduled, VllmSettings
@@ -68,8 +68,8 @@ _FOREIGN = (
     "connectors are used, list KVStoreConnector first, and none that has a handshake of its own (NIXL, say)"
 )
 _DRAFTS = (
-    "KV of %d draft layers is not stored: where a prefix was loaded hardly a draft will be accepted, and the answer "
-    "takes as long as without drafts; n-grams and Medusa have no such KV"
+    "nothing is loaded: the drafter (%s) has KV of its own, which is not stored, so that after a load hardly a draft "
+    "would be accepted, and answers would take as long as without drafts; load_with_drafts loads all the same"
 )
 
 
@@ -117,9 +117,12 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._config = vllm_config
         transfer = vllm_config.kv_transfer_config
         settings = VllmSettings.of(transfer.kv_connector_extra_config or {})
-        self._settings = replace(
-            settings, load=settings.load and transfer.is_kv_consumer, save=settings.save and transfer.is_kv_producer
-        )
+        loads = settings.load and transfer.is_kv_consumer
+        if loads and not settings.load_with_drafts and (drafter := drafter_with_kv(vllm_config)):
+            loads = False
+            if role == KVConnectorRole.SCHEDULER:
+                log.warning(_DRAFTS, drafter)
+        self._settings = replace(settings, load=loads, save=settings.save and transfer.is_kv_producer)
         check_groups(kv_cache_config.kv_cache_groups)
         self._page = kv_cache_config.kv_cache_groups[0].kv_cache_spec
         self._model: ModelId = model_id_of(vllm_config, self._settings)
@@ -253,8 +256,6 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
         mine = rank_slice(self._config, get_tensor_model_parallel_rank())
         self._layers = _layers_of(kv_caches, mine.layers)
-        if mine.saves and mine.heads.start == 0 and len(kv_caches) > len(self._layers):
-            log.warning(_DRAFTS, len(kv_caches) - len(self._layers))
         tensors = [kv_caches[name] for name in self._layers]
         if tensors[0].shape[2] != self._page.block_size:
             raise ConfigError(

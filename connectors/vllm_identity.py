@@ -145,6 +145,12 @@ def check_groups(groups: Sequence[Any]) -> None:
     )
 
 
+def drafter_with_kv(config: VllmConfig) -> str:
+    """How the engine drafts, where that keeps KV of the prompt beside the model's own (EAGLE, MTP, a draft model)."""
+    drafting = config.speculative_config
+    return str(drafting.method) if drafting is not None and drafting.uses_draft_kv_cache() else ""
+
+
 def revision_of(model: str, revision: str | None, config: Any = None) -> str:
     """What tells these weights from any others: the hub's commit, or a digest of the weight files.
 

@@ -61,6 +61,7 @@ class VllmSettings:
             begins when the first are there. 0: it waits for the whole load. A pass that is one CUDA graph does as well.
         save_share: on a device, of the link's time, what saves take beside the steps, which they slow down; 1 for as
             much as there is. Only what no page waits for any more is put off: 256 MiB at most.
+        load_with_drafts: loads also where a drafter has KV of its own, which is not stored: see `vllm.md`.
         load, save: False leaves that half out; vLLM's roles kv_producer and kv_consumer do the same.
         secret: keys block ids, so that nobody without it can guess them from prompts.
     """
@@ -83,6 +84,7 @@ class VllmSettings:
     load_threads: int = 2
     step_layers: int = 4
     save_share: float = 0.5
+    load_with_drafts: bool = False
     load: bool = True
     save: bool = True
     secret: str = field(default="", repr=False)

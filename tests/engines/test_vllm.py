@@ -113,6 +113,16 @@ def test_rejected_drafts_are_never_stored(run: Run, scenario: str) -> None:
     assert healthy(facts)
 
 
+def test_nothing_is_loaded_beside_a_drafter_with_kv_of_its_own_whose_drafts_would_then_be_in_vain(run: Run) -> None:
+    facts = run("drafter_alone")
+    assert facts["equal"] == [True]
+    assert facts["hits"] == [0] * 4
+    assert facts["num_blocks"] > 8
+    before, after = facts["accepted"]
+    assert after >= before / 2 > 0
+    assert facts["held"] == facts["check"] == []
+
+
 def test_without_the_save_boundary_rejected_drafts_would_be_stored(run: Run) -> None:
     facts = run("ngram_without_clamp")
     assert facts["num_blocks"] == [12]

@@ -199,7 +199,7 @@ def speculation(workdir: Path, drafts: dict[str, Any], *, clamp: bool = True) ->
     store = FaultyStore()
     if not clamp:
         vllm_scheduler.storable_finished = lambda computed, prompt, tokens, block: tokens // block
-    engine = Engine(reference.directory, store, speculative_config=drafts)
+    engine = Engine(reference.directory, store, extra={"load_with_drafts": True}, speculative_config=drafts)
     prompts = [tokens_of(seed) for seed in range(10, 18)]
     wants = [reference.generate(prompt, NEW) for prompt in prompts]
     outs, _ = engine.generate(prompts)
@@ -225,6 +225,26 @@ def speculation(workdir: Path, drafts: dict[str, Any], *, clamp: bool = True) ->
     before, _ = engine.generate([longer])
     facts["control_differs"] = control(engine, store, longer, before[0])
     return {**facts, "held": engine.close(), "check": store.check()}
+
+
+def drafter_alone(workdir: Path) -> Facts:
+    """A draft model as shipped: what it computes is stored, and nothing is loaded for it."""
+    reference = Reference(workdir)
+    store = FaultyStore()
+    engine = Engine(reference.directory, store, speculative_config=draft_model(workdir))
+    prompts = [tokens_of(seed) for seed in range(10, 14)]
+    engine.generate(prompts)
+    accepted = engine.metric("vllm:spec_decode_num_accepted_tokens")
+    engine.forget()
+    outs, hits = engine.generate(prompts)
+    return {
+        "equal": [outs == [reference.generate(prompt, NEW) for prompt in prompts]],
+        "hits": hits,
+        "num_blocks": worst_error(store, engine.model_id, reference, prompts[0])[1],
+        "accepted": [accepted, engine.metric("vllm:spec_decode_num_accepted_tokens") - accepted],
+        "held": engine.close(),
+        "check": store.check(),
+    }
 
 
 def control(engine: Engine, store: FaultyStore, prompt: Sequence[int], want: Sequence[int]) -> bool:
@@ -539,6 +559,7 @@ SCENARIOS: dict[str, Callable[[Path], Facts]] = {
     "draft_model": lambda workdir: speculation(workdir, draft_model(workdir)),
     "medusa": lambda workdir: speculation(workdir, medusa(workdir)),
     "eagle": lambda workdir: speculation(workdir, eagle(workdir)),
+    "drafter_alone": drafter_alone,
     "preemption": preemption,
     "windows": lambda workdir: turns(
         workdir, reference=vllm_windows.of_some_layers(workdir), **KEPT, max_num_batched_tokens=64
