@@ -249,7 +249,7 @@ class Reader:
         if ahead.is_in_turn():
             return
         run = ahead.run(position, shape.length - shape.head_bytes)
-        if len(run) < 2 and shape.length < _RUN_BYTES:
+        if not run or (len(run) < 2 and shape.length < _RUN_BYTES):
             return
         asking = ahead.asking(position, run)
         asked, buffers = _asked(run), [buffer for _, buffer in run]
@@ -274,7 +274,10 @@ class Reader:
             ahead.num_asked = max(ahead.num_asked, position + num_asked)
             ahead.ran(seen, len(run))
         if failure is not None:
-            raise failure
+            try:
+                raise failure
+            finally:
+                del failure  # its traceback has this frame, and with it the buffers
 
     def _sound(
         self,

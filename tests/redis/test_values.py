@@ -216,6 +216,17 @@ def test_values_of_many_sizes_come_back(server: EmbeddedServer, make_tier: MakeT
         assert content.read(tier) == content.keys
 
 
+def test_small_values_come_after_large_ones_of_another_model(tier: RedisTier, root: Root) -> None:
+    """What was received last says how the next value may begin, and not that there is one like it."""
+    contents = [Content(Root(dataclasses.replace(root.model, head_dim=head_dim)), 3) for head_dim in (8192, 32)]
+    for content in contents:
+        tier.open(content.layout)
+        assert content.write(tier) == set(content.keys)
+    for content in (*contents, *contents):
+        assert content.read(tier) == content.keys
+    tier.clear(None)
+
+
 def test_values_go_from_memory_to_socket_and_back_with_no_copy_between(tier: RedisTier, root: Root) -> None:
     content = Content(Root(dataclasses.replace(root.model, head_dim=8192)), 16)  # 2 MiB each
     tier.open(content.layout)
