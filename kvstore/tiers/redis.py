@@ -267,7 +267,8 @@ class RedisTier(Tier):
 
     def _note_load(self, reading: LanesRead, counts: Counts, root: RootId, last: PartKey | None) -> None:
         """Have the codec's choice learn of a load that ended well."""
-        self.stats.set(f"{self.name}.lanes", self._lanes.best)
+        if reading.is_large:
+            self.stats.set(f"{self.name}.lanes", self._lanes.best)
         if reading.is_typical:
             decode_s = counts.decode_s / reading.num_lanes
             self._codec.link.received(counts.read_bytes - counts.decoded_saved_bytes, reading.took_s - decode_s)

@@ -7,24 +7,21 @@ what it says, puts the reads' keys in the order of the call, and has all of them
 
 from __future__ import annotations
 
+import os
 import threading
-import time
 from collections.abc import Iterable, Mapping
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import ClassVar
 
 from kvstore.block import PartKey
-from kvstore.errors import TierError
-from kvstore.tiers.base import More
 from kvstore.tiers.redis_nodes import Redirection
-from kvstore.tiers.redis_pool import Connections
 from kvstore.tiers.redis_read import Counts, Reader
 from kvstore.tiers.redis_wire import ProtocolBroken, Wire
 
 
-class Stopped(Exception):
+class _Stopped(Exception):
     """The caller gave up: the wire was shut down under the thread that reads from it."""
 
 
@@ -36,78 +33,90 @@ class Moved:
     to: Redirection
 
 
-Said = list[PartKey] | Moved | TierError | None
-"""Keys that have come, in order; None at the end."""
-
-
 class BesideRead:
     """One of the reads.
 
     Attributes:
         damaged, counts: as `Reader.read` fills them. For the caller when the thread has ended.
-        took_s: of the read, waiting for a connection included.
+        heard: whether the server said anything. Likewise.
     """
 
     says_moved: ClassVar[bool] = False
     """Else a redirection is an error."""
 
-    def __init__(self, connections: Connections, into: Mapping[PartKey, memoryview]) -> None:
+    def __init__(self, lease: AbstractContextManager[Wire], into: Mapping[PartKey, memoryview]) -> None:
+        """`lease` is entered once, on the thread."""
         self.into = into
         self.damaged: list[PartKey] = []
         self.counts = Counts()
-        self.took_s = 0.0
-        self.stopped = threading.Event()
-        self._connections = connections
-        self._said: SimpleQueue[Said] = SimpleQueue()
+        self.heard = False
+        self._lease = lease
+        self._said: SimpleQueue[list[PartKey] | Moved | BaseException | None] = SimpleQueue()
+        self._stopped = False
         self._wire: Wire | None = None
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._owner = os.getpid()
 
-    def start(self, reader: Reader, deadline: float, more: More | None = None) -> None:
-        """`more`: as in `Tier.read_on`, but on the thread; it may raise Stopped."""
-        thread = threading.Thread(target=self._run, args=(reader, deadline, more), daemon=True)
+    def start(self, reader: Reader, deadline: float) -> None:
+        thread = threading.Thread(target=self._run, args=(reader, deadline), daemon=True)
         thread.name = "kvstore-redis-read"
-        thread.start()
-        self._thread = thread
+        try:
+            thread.start()
+        except RuntimeError:  # no more threads are to be had
+            self._run(reader, deadline)
+        else:
+            self._thread = thread
 
-    def _run(self, reader: Reader, deadline: float, more: More | None) -> None:
-        began_s = time.perf_counter()
+    def _run(self, reader: Reader, deadline: float) -> None:
         moved = (lambda key, to: self._said.put(Moved(key, to))) if self.says_moved else None
         try:
-            with self._connections.lease(deadline) as wire:
+            with self._lease as wire:
                 try:
                     self._adopt(wire)
-                    reading = reader.read(wire, self.into, deadline, self.damaged, self.counts, moved, more)
+                    reading = reader.read(wire, self.into, deadline, self.damaged, self.counts, moved)
                     with closing(reading):  # before the wire is given back
                         for keys in reading:
                             self._said.put(keys)
                     self._adopt(None)
                 except (ProtocolBroken, OSError):
-                    if self.stopped.is_set():
-                        raise Stopped from None
+                    if self._stopped:
+                        raise _Stopped from None
                     raise
-        except Stopped:
+                finally:
+                    self.heard = wire.heard
+        except _Stopped:
             pass
-        except TierError as error:
+        except BaseException as error:  # noqa: BLE001 (whoever listens has it)
             self._said.put(error)
         finally:
-            self.took_s = time.perf_counter() - began_s
             self._said.put(None)
 
     def _adopt(self, wire: Wire | None) -> None:
         with self._lock:
-            if self.stopped.is_set():
-                raise Stopped
+            if self._stopped:
+                raise _Stopped
             self._wire = wire
 
-    def listen(self) -> Said:
-        """What it says next; not to be asked after the end."""
-        return self._said.get()
+    def listen(self) -> list[PartKey] | Moved | None:
+        """What it says next: keys that have come, in order, or None at the end, after which it is not to be asked.
+
+        Raises what ended the read, whatever that is.
+        """
+        said = self._said.get()
+        if isinstance(said, BaseException):
+            try:
+                raise said
+            finally:
+                del said  # its traceback has this frame, and others that hold the buffers
+        return said
 
     def stop(self) -> None:
-        """Shut its connection down under it, if it has not ended."""
-        self.stopped.set()
+        """Shut its connection down under it, if it has not ended. Not in a forked child, whose connection it is not."""
+        if os.getpid() != self._owner:
+            return
         with self._lock:
+            self._stopped = True
             if self._wire is not None:
                 self._wire.abort()
 
@@ -115,6 +124,10 @@ class BesideRead:
         """Return when it has ended, by itself: its connection is then kept."""
         if self._thread is not None:
             self._thread.join()
+
+    def forget(self) -> None:
+        """Let go of what it said and nobody asked for: an error's traceback leads to the buffers, and back here."""
+        self._said = SimpleQueue()
 
 
 def end_all(reads: Iterable[BesideRead], damaged: list[PartKey], counts: Counts) -> None:
@@ -124,5 +137,6 @@ def end_all(reads: Iterable[BesideRead], damaged: list[PartKey], counts: Counts)
         read.stop()
     for read in reads:
         read.join()
+        read.forget()
         damaged += read.damaged
         counts.add(read.counts)

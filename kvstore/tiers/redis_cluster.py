@@ -28,19 +28,22 @@ class _NodeRead(BesideRead):
 
     says_moved = True
 
-    def __init__(self, node: Node, into: Mapping[PartKey, memoryview]) -> None:
-        super().__init__(node.loads, into)
-        self._head: deque[PartKey | Moved | TierError | None] = deque()
+    def __init__(self, node: Node, into: Mapping[PartKey, memoryview], deadline: float) -> None:
+        super().__init__(node.loads.lease(deadline), into)
+        self._head: deque[PartKey | Moved | None] = deque()
 
-    def outcome(self, key: PartKey) -> PartKey | Moved | TierError | None:
-        """What became of `key`, the next one of this node: itself, where it moved, an error, or None for a miss."""
+    def outcome(self, key: PartKey) -> PartKey | Moved | None:
+        """What became of `key`, the next one of this node: itself, where it moved, or None for a miss.
+
+        Raises what ended the node's read before that.
+        """
         if not self._head:
             said = self.listen()
             self._head.extend(said if isinstance(said, list) else [said])
         event = self._head[0]
         if event == key or (isinstance(event, Moved) and event.key == key):
             return self._head.popleft()
-        return event if isinstance(event, TierError) else None  # a later key, or the end: this one is not there
+        return None  # a later key, or the end: this one is not there
 
 
 class ClusterBatches:
@@ -126,7 +129,7 @@ class ClusterBatches:
         reads: list[_NodeRead] = []
         by_key: dict[PartKey, _NodeRead] = {}
         for node, positions in shares.items():
-            share = _NodeRead(node, {keys[position]: into[keys[position]] for position in positions})
+            share = _NodeRead(node, {keys[position]: into[keys[position]] for position in positions}, deadline)
             by_key |= dict.fromkeys(share.into, share)
             reads.append(share)
         try:
@@ -148,10 +151,11 @@ class ClusterBatches:
         counts: Counts,
     ) -> Iterator[list[PartKey]]:
         for key in keys:
-            outcome = by_key[key].outcome(key)
-            if isinstance(outcome, TierError):
+            try:
+                outcome = by_key[key].outcome(key)
+            except TierError:
                 self._nodes.suspect()
-                raise outcome
+                raise
             if isinstance(outcome, Moved):
                 yield from self._read_elsewhere(outcome, into[key], deadline, damaged, counts)
             elif outcome is not None:

@@ -41,6 +41,8 @@ _RARER = 0.1
 _MOST_RARE = 5.0
 """A probe comes after a tenth of the time that the server is away, at most this many times as late as the first: a
 restart is noticed at once, and a thousand stores that wait for one which is away for long try 200 times a second."""
+_PREPARED_EVERY_S = 10.0
+"""Where connecting ahead of need has failed."""
 _NO_WRITES = frozenset({"OOM", "NOREPLICAS", "MISCONF"})
 """What it answers to writes that it cannot take now, for want of memory, of replicas, of a disk that works."""
 
@@ -209,7 +211,9 @@ class Connections:
         self._breaker = breaker
         self._changed = threading.Condition()
         self._idle: list[tuple[int, Wire]] = []
-        self._free = limit
+        self._limit = self._free = limit
+        self._prepares = False
+        self._prepare_at_s = float("-inf")
         self._num_left = 0
         """Attempts to connect that nobody waits for any more, and that have not ended."""
         self._closed = False
@@ -255,10 +259,77 @@ class Connections:
             self._breaker.succeeded()
         self._give_place(wire, era if wire.in_step() else None)
 
+    # ── wires beside a lease ───────────────────────────────────────────────────────────────────────────────
+
     @property
-    def num_free(self) -> int:
-        """Wires that could be had now without waiting for somebody to give one back."""
-        return self._free
+    def num_idle(self) -> int:
+        """Wires that lie here, connected."""
+        return min(self._free, len(self._idle))
+
+    def spare(self) -> contextlib.AbstractContextManager[Wire] | None:
+        """A wire that lies here, for who has a lease already and may use more; None where there is none. To be entered.
+
+        Neither waits nor connects, and tells the breaker nothing: what fails of a conversation is told once.
+        """
+        with self._changed:
+            if not self.num_idle or self._closed or os.getpid() != self._owner:
+                return None
+            self._free -= 1
+        era = self._breaker.num_failures
+        wire = self._idle_wire()
+        if wire is None:
+            self._give_place(None, None)
+            return None
+        wire.heard = False
+        return self._lend(wire, era)
+
+    @contextlib.contextmanager
+    def _lend(self, wire: Wire, era: int) -> Iterator[Wire]:
+        try:
+            yield wire
+        except BaseException:
+            self._give_place(wire, None)
+            raise
+        self._give_place(wire, era if wire.in_step() else None)
+
+    def prepare(self, num_wires: int) -> None:
+        """Have so many connected before long, for `spare`. A server that lets nobody in any more is no failure."""
+        with self._changed:
+            is_due = not self._closed and time.monotonic() >= self._prepare_at_s
+            if self._prepares or not is_due or self._num_wires >= num_wires:
+                return
+            self._prepares = True
+        thread = threading.Thread(target=self._prepare, args=(num_wires,), daemon=True)
+        thread.name = "kvstore-redis-prepare"
+        try:
+            thread.start()
+        except RuntimeError:  # no more threads are to be had
+            self._prepares = False
+
+    @property
+    def _num_wires(self) -> int:
+        return self._limit - self._free + len(self._idle)
+
+    def _prepare(self, num_wires: int) -> None:
+        try:
+            while True:
+                with self._changed:
+                    if self._closed or self._num_wires >= min(num_wires, self._limit):
+                        return
+                    self._free -= 1
+                era, wire = self._breaker.num_failures, None
+                try:
+                    with map_redis_errors():
+                        wire = self._connect(time.monotonic() + self._connect_timeout_s)
+                finally:
+                    self._give_place(wire, era)
+        except TierError as error:
+            log.debug("redis: no further connection for loads: %s", error)
+            self._prepare_at_s = time.monotonic() + _PREPARED_EVERY_S
+        finally:
+            self._prepares = False
+
+    # ── connecting ─────────────────────────────────────────────────────────────────────────────────────────
 
     def probe(self) -> None:
         """Connect anew and see whether the server takes part. Raises TierError; leaves the breaker alone."""

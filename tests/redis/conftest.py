@@ -12,9 +12,11 @@ import redis
 
 from kvstore.block import ModelId
 from kvstore.layout import layout_of
+from kvstore.tiers import redis as redis_tier
 from kvstore.tiers import redis_lanes
 from kvstore.tiers.redis import RedisTier
-from kvstore.tiers.redis_lanes import LaneChoice
+from kvstore.tiers.redis_lanes import LaneChoice, Sizes
+from kvstore.tiers.redis_pool import Connections
 from kvstore.tiers.valkey import EmbeddedServer, ServerOptions, embedded_binary
 from tests.redis.pair import Pair, Pointer
 from tests.redis.rights import add_user, as_user
@@ -68,11 +70,16 @@ def own_server() -> Iterator[EmbeddedServer]:
 
 @pytest.fixture(params=[1, 3], ids=["one-lane", "three-lanes"])
 def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """As many connections are taken by any load at all, a value of each in turns."""
-    monkeypatch.setattr(LaneChoice, "draw", lambda self: request.param)
-    monkeypatch.setattr(redis_lanes, "_LEAST_LANE_BYTES", 1)
-    monkeypatch.setattr(redis_lanes, "_GROUP_BYTES", 1)
+    """As many connections are taken by any load at all, a value of each in turns; the first load finds them there."""
+    take_lanes(monkeypatch, request.param, Sizes(1, 1))
     return int(request.param)
+
+
+def take_lanes(monkeypatch: pytest.MonkeyPatch, count: int, sizes: Sizes | None = None) -> None:
+    """Tiers made from now on take so many for each load that is large enough, and try no others."""
+    monkeypatch.setattr(redis_tier, "LaneChoice", lambda most: LaneChoice(most, min(most, count), sizes or Sizes()))
+    monkeypatch.setattr(redis_lanes, "_FIRST_S", 1e9)
+    monkeypatch.setattr(Connections, "prepare", Connections._prepare)
 
 
 @pytest.fixture

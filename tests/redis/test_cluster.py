@@ -23,6 +23,7 @@ from kvstore.service.findings import Verdict
 from kvstore.tiers.redis import RedisTier
 from kvstore.tiers.redis_names import Names
 from kvstore.tiers.redis_nodes import Nodes, Options, stripe_of
+from kvstore.tiers.redis_read import Reader
 from kvstore.tiers.redis_wire import command
 from tests.redis.cluster import Cluster, caught_up, until
 from tests.redis.conftest import SERVERS, MakeTier, binary_of
@@ -171,6 +172,23 @@ def test_large_blocks_of_several_nodes_arrive_in_order(cluster: Cluster, tier: R
     assert content.write(tier) == set(content.keys)
     for _ in range(5):
         assert content.read(tier) == content.keys
+
+
+def test_what_a_nodes_thread_fails_of_the_caller_hears(
+    tier: RedisTier, root: Root, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it is: values that were not read do not look like missing ones."""
+    content = Content(root, 12)
+    assert content.write(tier) == set(content.keys)
+
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Reader, "read", fail)
+    with pytest.raises(MemoryError):
+        content.read(tier)
+    monkeypatch.undo()
+    assert content.read(tier) == content.keys
 
 
 def test_read_closed_early_stops_all_nodes_and_the_breaker_stays_closed(
