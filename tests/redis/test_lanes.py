@@ -436,6 +436,30 @@ def test_buffers_are_nobodys_once_a_load_ended(
     tier.clear(None)
 
 
+def test_an_error_that_was_heard_keeps_no_buffers(root: Root) -> None:
+    def fail(wire: object, into: Mapping[PartKey, memoryview], *_: object) -> Iterator[list[PartKey]]:
+        raise BrokenPipeError
+        yield
+
+    late = _Late()
+    late.read = fail  # type: ignore[assignment]
+    buffer = memoryview(bytearray(8))
+    kept = weakref.ref(buffer)
+    gc.disable()
+    try:
+        read = BesideRead(
+            cast(AbstractContextManager[Wire], late.lease()), {PartKey(root.id, BlockId(b"b" * 32), 0): buffer}
+        )
+        read.start(cast(Reader, late), DEADLINE_S)
+        with suppress(BrokenPipeError):
+            read.listen()
+        end_all([read], [], Counts())
+        del read, buffer
+        assert kept() is None
+    finally:
+        gc.enable()
+
+
 def test_a_forked_child_that_gives_up_a_load_leaves_it_to_its_parent(tier: RedisTier, content: Content) -> None:
     assert content.read(tier) == content.keys
     into = content.buffers()
@@ -540,14 +564,32 @@ def test_a_tier_closed_while_loads_run_ends_them_or_lets_them_end(
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("kvstore-redis")]
 
 
+@pytest.fixture
+def shares(monkeypatch: pytest.MonkeyPatch) -> list[list[PartKey]]:
+    """What lanes beside the first are to bring."""
+    seen: list[list[PartKey]] = []
+
+    class Seen(BesideRead):
+        def start(self, reader: Reader, deadline: float) -> None:
+            seen.append(list(self.into))
+            super().start(reader, deadline)
+
+    monkeypatch.setattr(redis_lanes, "BesideRead", Seen)
+    return seen
+
+
 @pytest.mark.parametrize("repeats", [0, 1, 5])
-def test_more_that_gives_nothing_or_keys_again_or_fails(repeats: int, tier: RedisTier, content: Content) -> None:
+def test_more_that_gives_nothing_or_keys_again_or_fails(
+    repeats: int, tier: RedisTier, content: Content, shares: list[list[PartKey]]
+) -> None:
     assert content.read(tier) == content.keys
     into = content.buffers()
     early = {key: into[key] for key in content.keys[:9]}
     assert list(chain.from_iterable(tier.read_on(dict(into), dict, DEADLINE_S))) == content.keys
     again = lambda: {key: into[key] for key in content.keys[9 - repeats :]}
+    shares.clear()
     come = list(chain.from_iterable(tier.read_on(early, again, DEADLINE_S)))
+    assert bool(shares) is not bool(repeats), "two lanes never write to one buffer"
     assert come == content.keys[:9] + content.keys[9 - repeats :]
     assert into == content.parts
 
@@ -559,20 +601,13 @@ def test_more_that_gives_nothing_or_keys_again_or_fails(repeats: int, tier: Redi
     assert content.read(tier) == content.keys
 
 
-def test_first_values_count_when_the_others_are_dealt(tier: RedisTier, content: Content) -> None:
+def test_first_values_count_when_the_others_are_dealt(
+    tier: RedisTier, content: Content, shares: list[list[PartKey]]
+) -> None:
     """All lanes bring as much: the first began with eight values, and gets none before the others have as many."""
     assert content.read(tier) == content.keys
-    into, shares = content.buffers(), list[list[PartKey]]()
-    start = BesideRead.start
-
-    class Seen(BesideRead):
-        def start(self, reader: Reader, deadline: float) -> None:
-            shares.append(list(self.into))
-            start(self, reader, deadline)
-
-    early = {key: into[key] for key in content.keys[:8]}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(redis_lanes, "BesideRead", Seen)
-        rest = lambda: {key: into[key] for key in content.keys[8:]}
-        assert list(chain.from_iterable(tier.read_on(early, rest, DEADLINE_S))) == content.keys
+    into = content.buffers()
+    early, rest = ({key: into[key] for key in keys} for keys in (content.keys[:8], content.keys[8:]))
+    shares.clear()
+    assert list(chain.from_iterable(tier.read_on(early, lambda: rest, DEADLINE_S))) == content.keys
     assert [len(share) for share in shares] == [8, 8]
