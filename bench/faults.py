@@ -21,7 +21,7 @@ import statistics
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,10 +35,12 @@ from bench.host_hits import LARGE, bytes_of, measure_host_hits, save_content, st
 from bench.options import whole
 from bench.redis_proxy import ERRORS, KINDS, Fault, FaultProxy
 from bench.report import print_table, write_json
-from kvstore.block import Chain, ModelId, Root
+from kvstore.block import Chain, ModelId, PartKey, Root
 from kvstore.layout import layout_of
 from kvstore.store import KVStore
+from kvstore.tiers.base import More
 from kvstore.tiers.redis import RedisTier
+from kvstore.tiers.redis_lanes import LaneChoice, Sizes, Turn
 from kvstore.tiers.valkey import EmbeddedServer, ServerOptions
 
 HELP = "a slow, stopped or lying Redis: what host hits pay, what the breaker lets through, a soak of random faults"
@@ -51,6 +53,7 @@ MODEL = ModelId(
 """Blocks of 8 KiB."""
 SERVER_FAULTS = ("client kill", "flushall", "value lost")
 _WORKERS = 4
+_LANES = 3
 _BREAKER_S = 0.02
 """Of half of the workers; the others' breaker lets every call try."""
 _LOOKUP_S = 0.15
@@ -118,11 +121,13 @@ def _match_s(store: KVStore, chain: Chain) -> float:
 
 @dataclass
 class Soak:
-    """What came of a soak. All but the first three must be zero, and `recovered` true."""
+    """What came of a soak. All but the first four must be zero, and `recovered` true."""
 
     faults: Counter[str] = field(default_factory=Counter)
     operations: int = 0
     blocks_served: int = 0
+    loads_over_lanes: int = 0
+    """By several connections each."""
     wrong_bytes: int = 0
     late_calls: int = 0
     leaked_slots: int = 0
@@ -138,6 +143,7 @@ class Soak:
         self.broken += other.broken
         self.operations += other.operations
         self.blocks_served += other.blocks_served
+        self.loads_over_lanes += other.loads_over_lanes
         self.wrong_bytes += other.wrong_bytes
         self.late_calls += other.late_calls
         self.leaked_slots += other.leaked_slots
@@ -151,10 +157,36 @@ class Soak:
         )
 
 
+class _ManyLanes(LaneChoice):
+    """Loads take up to three connections, however small they are, and are counted."""
+
+    def __init__(self, soak: Soak) -> None:
+        super().__init__(_LANES, _LANES, Sizes(1, 1))
+        self._soak = soak
+
+    def took(self, turn: Turn, num_bytes: int, seconds: float) -> None:
+        super().took(turn, num_bytes, seconds)
+        self._soak.loads_over_lanes += turn.num_lanes > 1
+
+
+class _SpreadTier(RedisTier):
+    """Whose loads do."""
+
+    def __init__(self, options: RedisTier.Options, soak: Soak) -> None:
+        super().__init__(options)
+        self.lanes = _ManyLanes(soak)
+
+    def read_on(self, into: Mapping[PartKey, memoryview], more: More, deadline_s: float) -> Iterator[list[PartKey]]:
+        """Of small blocks all are asked for early, by one: here the first alone is."""
+        (first, buffer), *rest = into.items()
+        return super().read_on({first: buffer}, lambda: {**dict(rest), **more()}, deadline_s)
+
+
 class _Worker:
     """A store of its own, behind a proxy of its own, on the shared server.
 
-    Every second one over TCP; of each two one with a breaker that keeps calls away for a while.
+    Every second one over TCP; the middle ones with a breaker that keeps calls away for a while; loads of the
+    last two over up to three connections, however small they are.
     """
 
     def __init__(self, server: EmbeddedServer, soak: Soak, lock: threading.Lock, seed: int, number: int) -> None:
@@ -166,10 +198,10 @@ class _Worker:
             url=self.proxy.url,
             capacity_bytes=4 << 20,
             sweep_every_s=0,
-            breaker_open_s=_BREAKER_S if number // 2 % 2 else 0,
+            breaker_open_s=_BREAKER_S if number in (1, 2) else 0,
             call_timeout_s=_WRITE_S,
         )
-        self.tier = RedisTier(options)
+        self.tier = RedisTier(options) if number < _WORKERS // 2 else _SpreadTier(options, soak)
         self.store = KVStore(store_config(_LOOKUP_S, _READ_S, _WRITE_S), tiers=[self.tier])
         self._num_bytes = self.store.open(MODEL).block_bytes
         self.store.wait_ready()
@@ -356,6 +388,7 @@ def main(argv: list[str]) -> int:
         "fault_soak": float(sum(soak.faults.values())),
         "fault_soak_s": time.monotonic() - began,
         "fault_soak_blocks_served": soak.blocks_served,
+        "fault_soak_loads_over_lanes": soak.loads_over_lanes,
         "fault_soak_wrong_bytes": soak.wrong_bytes,
         "fault_soak_late_calls": soak.late_calls,
         "fault_soak_leaked_slots": soak.leaked_slots,

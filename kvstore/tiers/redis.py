@@ -189,7 +189,7 @@ class RedisTier(Tier):
             self._accounting, self._codec, self.options.ttl_s, self._locked, sealer, by_stripe=self._nodes.is_cluster
         )
         self._reader = Reader(names, self._locked, sealer)
-        self._lanes = LaneChoice(self.options.lanes)
+        self.lanes = LaneChoice(self.options.lanes)
         self._marks = RedisMarks(names)
         self._cluster = ClusterBatches(self._nodes, names, self._reader) if self._nodes.is_cluster else None
         self._sweeper = Sweeper(self._accounting)
@@ -252,7 +252,7 @@ class RedisTier(Tier):
                     yield keys
                 return
             node = self._nodes.of_stripe(0, deadline)
-            reading = LanesRead(self._reader, self._lanes, node, into, more, deadline, damaged, counts)
+            reading = LanesRead(self._reader, self.lanes, node, into, more, deadline, damaged, counts)
             with closing(iter(reading)) as coming:
                 for keys in coming:
                     last = keys[-1]
@@ -268,7 +268,7 @@ class RedisTier(Tier):
     def _note_load(self, reading: LanesRead, counts: Counts, root: RootId, last: PartKey | None) -> None:
         """Have the codec's choice learn of a load that ended well."""
         if reading.is_large:
-            self.stats.set(f"{self.name}.lanes", self._lanes.best)
+            self.stats.set(f"{self.name}.lanes", self.lanes.best)
         if reading.is_typical:
             decode_s = counts.decode_s / reading.num_lanes
             self._codec.link.received(counts.read_bytes - counts.decoded_saved_bytes, reading.took_s - decode_s)

@@ -41,8 +41,8 @@ _RARER = 0.1
 _MOST_RARE = 5.0
 """A probe comes after a tenth of the time that the server is away, at most this many times as late as the first: a
 restart is noticed at once, and a thousand stores that wait for one which is away for long try 200 times a second."""
-_PREPARED_EVERY_S = 10.0
-"""Where connecting ahead of need has failed."""
+_PREPARE_RARER = 10
+"""Where connecting ahead of need has failed, it comes so many times as late as the first probe of a server that did."""
 _NO_WRITES = frozenset({"OOM", "NOREPLICAS", "MISCONF"})
 """What it answers to writes that it cannot take now, for want of memory, of replicas, of a disk that works."""
 
@@ -91,7 +91,7 @@ class Breaker:
     """
 
     def __init__(self, open_s: float, changed: Callable[[bool], None] = lambda closed: None) -> None:
-        self._open_s = open_s
+        self.open_s = open_s
         self._changed = changed
         self._lock = threading.Lock()
         self._failing = False
@@ -114,7 +114,7 @@ class Breaker:
             with self._lock:
                 if not self.refuses:
                     # This call is the probe; others wait for its outcome.
-                    self._retry_at = time.monotonic() + self._open_s
+                    self._retry_at = time.monotonic() + self.open_s
                     return
         raise TierUnavailable(TIER, f"not tried again yet after: {self._last_error}")
 
@@ -130,13 +130,13 @@ class Breaker:
 
     @property
     def _probes(self) -> bool:
-        return self.probe is not None and self._open_s > 0
+        return self.probe is not None and self.open_s > 0
 
     def _keep_probing(self, probe: Callable[[], None]) -> None:
         began_at = time.monotonic()
         while self._failing:
             away_s = time.monotonic() - began_at
-            wait_s = min(max(self._open_s, _RARER * away_s), _MOST_RARE * self._open_s)
+            wait_s = min(max(self.open_s, _RARER * away_s), _MOST_RARE * self.open_s)
             if self._closed.wait(wait_s * random.uniform(0.8, 1.0)):  # stores that lost it at once do not come at once
                 return
             try:
@@ -168,7 +168,7 @@ class Breaker:
             self._num_doubts = 0
             self.num_failures += 1
             self._last_error = str(error)
-            self._retry_at = time.monotonic() + self._open_s
+            self._retry_at = time.monotonic() + self.open_s
             if self._failing:
                 return
             self._failing = True
@@ -325,7 +325,7 @@ class Connections:
                     self._give_place(wire, era)
         except TierError as error:
             log.debug("redis: no further connection for loads: %s", error)
-            self._prepare_at_s = time.monotonic() + _PREPARED_EVERY_S
+            self._prepare_at_s = time.monotonic() + _PREPARE_RARER * self._breaker.open_s
         finally:
             self._prepares = False
 

@@ -30,6 +30,7 @@ from kvstore.tiers.redis import RedisTier
 from kvstore.tiers.redis_beside import BesideRead, end_all
 from kvstore.tiers.redis_lanes import LaneChoice
 from kvstore.tiers.redis_names import Names
+from kvstore.tiers.redis_pool import Breaker, Connections
 from kvstore.tiers.redis_read import Counts, Reader
 from kvstore.tiers.redis_wire import Wire
 from kvstore.tiers.valkey import EmbeddedServer
@@ -234,7 +235,7 @@ def test_a_choice_is_made_and_shown(tier: RedisTier, content: Content, monkeypat
     took = LaneChoice.took
     monkeypatch.setattr(LaneChoice, "took", lambda self, turn, *_: took(self, turn, 24 << 20, 1.0 / turn.num_lanes))
     monkeypatch.setattr(redis_lanes, "_FIRST_S", 5.0)
-    tier._lanes = LaneChoice(4)
+    tier.lanes = LaneChoice(4)
     for _ in range(36):
         assert content.read(tier) == content.keys
     assert tier.stats.snapshot()["redis.lanes"] == 2, "24 MiB are worth three, and lanes double"
@@ -545,7 +546,7 @@ def test_many_loads_at_once_all_end_and_presence_is_told_meanwhile(
     for thread in threads:
         thread.join()
     assert ended == [True] * 64
-    assert tier._lanes._under_way == set()
+    assert tier.lanes._under_way == set()
 
 
 def test_a_tier_closed_while_loads_run_ends_them_or_lets_them_end(
@@ -611,3 +612,24 @@ def test_first_values_count_when_the_others_are_dealt(
     shares.clear()
     assert list(chain.from_iterable(tier.read_on(early, lambda: rest, DEADLINE_S))) == content.keys
     assert [len(share) for share in shares] == [8, 8]
+
+
+def test_where_nobody_is_let_in_connecting_ahead_is_not_tried_with_each_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = threading.Semaphore(0)
+
+    def refused(self: Connections, limit_s: float) -> None:
+        tried.release()
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(Connections, "_connected", refused)
+    breaker = Breaker(DEADLINE_S)
+    connections = Connections("redis://nowhere", 3, DEADLINE_S, breaker)
+    for _ in range(20):
+        connections.prepare(3)
+        wait_until(lambda: not connections._prepares)
+    assert tried.acquire(blocking=False)
+    assert not tried.acquire(blocking=False)
+    assert breaker.num_failures == 0
+    assert connections.num_idle == 0
+    assert connections.spare() is None
+    connections.close()

@@ -38,6 +38,7 @@ def test_stores_under_random_faults_serve_right_bytes_on_time_and_recover(server
     assert soak.passed
     assert sum(soak.faults.values()) >= 200
     assert soak.blocks_served > 0
+    assert soak.loads_over_lanes > 0
 
 
 @pytest.mark.slow
