@@ -98,6 +98,11 @@ class BesideRead:
                 raise _Stopped
             self._wire = wire
 
+    @property
+    def is_silent(self) -> bool:
+        """Whether `listen` would wait."""
+        return self._said.empty()
+
     def listen(self) -> list[PartKey] | Moved | None:
         """What it says next: keys that have come, in order, or None at the end, after which it is not to be asked.
 

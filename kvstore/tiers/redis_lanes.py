@@ -12,11 +12,11 @@ A load says something where it could have had either number of lanes, by its siz
 other large one was under way: what one takes of a link or of cores by more connections, the other lacks, and both look
 at themselves alone. One that failed took as long as it might have: else who always failed would never be known to.
 
-The first lane is the load's own connection, and its caller reads from it. Others come from connections of their own
-(`lanes` − 1 for all loads of a process together), each read by a thread, and only from what lies there connected: more
-are connected beside, for loads to come. So a load makes do with fewer where others have taken them or where the server
-lets nobody in any more; nobody waits for a lane, none fails of one that it did not get, and what the breaker hears of a
-load it hears once.
+The first lane is the load's own connection, from which its caller reads, also while it waits for others. Those come
+from connections beside (`lanes` − 1 for all loads of a process together), each read by a thread, and only where they
+lie there connected: more are connected meanwhile, for loads to come. So a load makes do with fewer where others have
+taken them or where the server lets nobody in any more; nobody waits for a lane, none fails of one that it did not get,
+and what the breaker hears of a load it hears once.
 
 Its values are dealt by groups of some megabytes, each to the lane that has least: all end at about the same time, and
 what is needed first comes first. The first values are asked for before the caller knows what follows, as by one lane.
@@ -25,9 +25,10 @@ By simulation, loads of 256 MiB that scatter by 30 %: where flows are limited fo
 median, 52 at most; also where one load in twenty stalls (35, 68) or sizes differ a thousandfold (31, 49). Where each
 further lane costs 20 % of the rate, trying costs 0.6 % of the first 500 loads and 0.27 % of 2,000; 10 %, 0.10 % of
 10,000. Where four lanes became the slower ones, it takes 670 loads by median until loads take one.
-What lost: counting whatever number of lanes a load ended up with (small loads made one lane look slow); counting loads
-beside others, or drawing lots for them (14 to 19 % lost where two to six shared cores); waiting up to 64 times as long
-after comparisons in vain (2,750 loads until four that became slower were given up).
+What lost: drawing lots for loads beside others, too (14 to 19 % of the rate where two to six at once shared cores), and
+waiting up to 64 times as long after comparisons in vain (2,750 loads until four lanes that grew slower were given up).
+On a link that gives each connection 0.25 GB/s, 96 MiB take 402 ms by one lane, 104 by four; 118 where groups went round
+by turns, whatever the first lane had early, and 125 where it stood still while others were waited for.
 
 Not in a Cluster: there a load has a connection to each node as it is.
 """
@@ -42,6 +43,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 from kvstore.block import PartKey
@@ -320,37 +322,55 @@ class LanesRead:
         self, first: list[PartKey] | None, reading: Generator[list[PartKey], None, None]
     ) -> Iterator[list[PartKey]]:
         own = _Lane(self._own, lambda: next(reading, None), first or [])
-        lanes = [own, *(_Lane(read.into, cast(Hear, read.listen)) for read in self._beside)]
+
+        def heard(read: BesideRead) -> list[PartKey] | None:
+            while not own.has_ended and read.is_silent:
+                own.listen()  # it must not stand still while the others are awaited
+            return cast(list[PartKey] | None, read.listen())
+
+        lanes = [own, *(_Lane(read.into, partial(heard, read), []) for read in self._beside)]
         for lane, num_keys in self._order:
             yield from lanes[lane].take(num_keys)
         for read in self._beside:
             read.join()
 
 
-Hear = Callable[[], list[PartKey] | None]
-"""The next keys that have come, in order; None at the end, after which it is not called."""
-
-
 class _Lane:
-    """What one connection brings, handed out by as many keys as the caller's order has of it in a row."""
+    """What one connection brings, handed out by as many keys as the caller's order has of it in a row.
 
-    def __init__(self, keys: Iterable[PartKey], hear: Hear, come: list[PartKey] = []) -> None:  # noqa: B006 (only read)
+    Args:
+        keys: that it is to bring.
+        hear: gives the next of them that have come, in order, or None at the end.
+        come: those that have come already.
+    """
+
+    def __init__(self, keys: Iterable[PartKey], hear: Callable[[], list[PartKey] | None], come: list[PartKey]) -> None:
+        self.has_ended = False
         self._numbers = {key: number for number, key in enumerate(keys)}
         self._hear = hear
-        self._come: list[PartKey] | None = come
+        self._come = come
         self._num_passed = 0
+
+    def listen(self) -> None:
+        """Wait for more, or the end. Raises what `hear` does."""
+        said = self._hear()
+        if said is None:
+            self.has_ended = True
+        else:
+            self._come = self._come + said
 
     def take(self, num_keys: int) -> Iterator[list[PartKey]]:
         """Those of the next `num_keys` keys that come. Raises what `hear` does."""
         self._num_passed += num_keys
-        while self._come is not None:
+        while True:
             until = bisect_left(self._come, self._num_passed, key=self._numbers.__getitem__)
             found, self._come = self._come[:until], self._come[until:]
             if found:
                 yield found
-            if self._come or (found and self._numbers[found[-1]] == self._num_passed - 1):
-                return  # what is missing of them, is: later ones are there
-            self._come = self._hear()
+            # Later ones are there: what is missing of these, is.
+            if self.has_ended or self._come or (found and self._numbers[found[-1]] == self._num_passed - 1):
+                return
+            self.listen()
 
 
 def _groups(into: Mapping[PartKey, memoryview], num_bytes: int) -> Iterator[dict[PartKey, memoryview]]:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
 from itertools import chain
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import redis
@@ -612,6 +612,24 @@ def test_first_values_count_when_the_others_are_dealt(
     shares.clear()
     assert list(chain.from_iterable(tier.read_on(early, lambda: rest, DEADLINE_S))) == content.keys
     assert [len(share) for share in shares] == [8, 8]
+
+
+def test_the_first_lane_goes_on_while_its_caller_waits_for_others(
+    tier: RedisTier, content: Content, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert content.read(tier) == content.keys
+    read, has_all = Reader.read, threading.Event()
+
+    def read_last(self: Reader, wire: Wire, *args: Any, **more: Any) -> Iterator[list[PartKey]]:
+        if threading.current_thread().name == "kvstore-redis-read":
+            assert has_all.wait(DEADLINE_S), "the first stands still"
+            yield from read(self, wire, *args, **more)
+        else:
+            yield from read(self, wire, *args, **more)
+            has_all.set()
+
+    monkeypatch.setattr(Reader, "read", read_last)
+    assert content.read(tier, 2 * DEADLINE_S) == content.keys
 
 
 def test_where_nobody_is_let_in_connecting_ahead_is_not_tried_with_each_load(monkeypatch: pytest.MonkeyPatch) -> None:
