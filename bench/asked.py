@@ -425,12 +425,12 @@ RESULTS_ASKED = (
     ),
     Result(
         "policies-synthetic",
-        "… on a synthetic trace",
+        "Eviction on a synthetic trace",
         _WORST,
     ),
     Result(
         "policies-generated",
-        "… on generated traces",
+        "Eviction on generated traces",
         _WORST,
     ),
     Result(

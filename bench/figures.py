@@ -42,12 +42,13 @@ def lines(result: Result, summary: Mapping[str, object], *, headlines: bool = Fa
         value = summary[figure.key] if figure.asked else summary.get(figure.key)
         unit = f" {figure.unit}" if figure.unit else ""
         met = figure.met(value)
-        verdict = {None: "", True: "met", False: "**not met**"}[met]
+        verdict = {None: "", True: "met", False: _NOT_MET}[met]
         measured = number(value) + (unit if value is not None else "")
         text = figure.headline if headlines else figure.text
         yield f"| {text} | `{figure.key}` | {measured} | {figure.bound or '–'} | {verdict} |"
 
 
+_NOT_MET = "**not met**"
 HEAD = "| | figure | measured | asked | |\n|---|---|---|---|---|\n"
 
 
@@ -70,18 +71,22 @@ def page(results: Path = RESULTS) -> str:
 
 
 def headlines(results: Path = RESULTS) -> str:
-    """The table of the project's README: the headlines, then how many figures in all were met."""
+    """The tables of the project's README: the headlines, how many figures in all were met, and each that was not."""
     rows: list[str] = []
+    failures: list[str] = []
     verdicts: list[bool | None] = []
     for result in RESULTS_ASKED:
         record = _record(results, result.stem)
         if record is None:
             continue
         rows += lines(result, record["summary"], headlines=True)
+        whole = lines(result, record["summary"])
+        failures += [f"| {result.title}: {row[2:]}" for row in whole if row.endswith(f"{_NOT_MET} |")]
         verdicts += [figure.met(record["summary"][figure.key]) for figure in result.figures if figure.asked]
     met, missed, unknown = (verdicts.count(verdict) for verdict in (True, False, None))
     closing = f"Of {len(verdicts)} figures asked, {met} are met, {missed} are not, {unknown} are not measured"
-    return f"{HEAD}{chr(10).join(rows)}\n\n{closing}: [bench/results](bench/results/README.md) has all of them.\n"
+    text = f"{HEAD}{chr(10).join(rows)}\n\n{closing}: [bench/results](bench/results/README.md) has all of them.\n"
+    return f"{text}\n{HEAD}{chr(10).join(failures)}\n" if failures else text
 
 
 def with_table(readme: str, results: Path = RESULTS) -> str:
