@@ -43,6 +43,8 @@ class BesideRead:
 
     says_moved: ClassVar[bool] = False
     """Else a redirection is an error."""
+    may_wait: ClassVar[bool] = False
+    """For its connection."""
 
     def __init__(self, lease: AbstractContextManager[Wire], into: Mapping[PartKey, memoryview]) -> None:
         """`lease` is entered once, on the thread."""
@@ -52,6 +54,7 @@ class BesideRead:
         self.heard = False
         self._lease = lease
         self._said: SimpleQueue[list[PartKey] | Moved | BaseException | None] = SimpleQueue()
+        self._began = False
         self._stopped = False
         self._wire: Wire | None = None
         self._lock = threading.Lock()
@@ -88,7 +91,8 @@ class BesideRead:
         except _Stopped:
             pass
         except BaseException as error:  # noqa: BLE001 (whoever listens has it)
-            self._said.put(error)
+            if not self._stopped:
+                self._said.put(error)
         finally:
             self._said.put(None)
 
@@ -96,6 +100,7 @@ class BesideRead:
         with self._lock:
             if self._stopped:
                 raise _Stopped
+            self._began = True
             self._wire = wire
 
     @property
@@ -116,14 +121,18 @@ class BesideRead:
                 del said  # its traceback has this frame, and others that hold the buffers
         return said
 
-    def stop(self) -> None:
-        """Shut its connection down under it, if it has not ended. Not in a forked child, whose connection it is not."""
+    def stop(self) -> bool:
+        """Shut its connection down under it, if it has not ended; whether it is to be joined.
+
+        Not in a forked child, whose connection it is not.
+        """
         if os.getpid() != self._owner:
-            return
+            return False
         with self._lock:
             self._stopped = True
             if self._wire is not None:
                 self._wire.abort()
+            return self._began or not self.may_wait
 
     def join(self) -> None:
         """Return when it has ended, by itself: its connection is then kept."""
@@ -131,17 +140,21 @@ class BesideRead:
             self._thread.join()
 
     def forget(self) -> None:
-        """Let go of what it said and nobody asked for: an error's traceback leads to the buffers, and back here."""
+        """Let go of buffers, and of what nobody asked for: an error's traceback leads to them, and back here."""
+        self.into = {}
         self._said = SimpleQueue()
 
 
 def end_all(reads: Iterable[BesideRead], damaged: list[PartKey], counts: Counts) -> None:
-    """End reads, wherever they are, and take over what they found out: then nothing writes to a buffer any more."""
+    """End reads, wherever they are, and take over what they found out: then nothing writes to a buffer any more.
+
+    One that still waits for a connection is left to that: it gives it back as soon as it gets it.
+    """
     reads = list(reads)
-    for read in reads:
-        read.stop()
-    for read in reads:
+    begun = [read for read in reads if read.stop()]
+    for read in begun:
         read.join()
+    for read in reads:
         read.forget()
         damaged += read.damaged
         counts.add(read.counts)

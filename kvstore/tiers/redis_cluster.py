@@ -26,7 +26,7 @@ from kvstore.tiers.redis_write import Item, SendItems
 class _NodeRead(BesideRead):
     """One node's share of a read."""
 
-    says_moved = True
+    says_moved = may_wait = True
 
     def __init__(self, node: Node, into: Mapping[PartKey, memoryview], deadline: float) -> None:
         super().__init__(node.loads.lease(deadline), into)

@@ -230,6 +230,26 @@ def test_read_closed_early_does_not_wait_for_a_node_that_hangs(
     until(lambda: b"cluster_state:ok" in cluster.nodes[2].do("CLUSTER INFO"))
 
 
+def test_read_closed_early_does_not_wait_for_a_node_whose_connections_others_have(
+    cluster: Cluster, make_tier: MakeTier, root: Root
+) -> None:
+    tier = make_tier(cluster.url, num_buckets=NUM_STRIPES, connections=1)
+    content = Content(root, 40)
+    content.write(tier)
+    assert content.read(tier) == content.keys
+    shares = tier._nodes.split([Names(NUM_STRIPES).stripe(key) for key in content.keys], time.monotonic() + DEADLINE_S)
+    first = next(node for node, positions in shares.items() if 0 in positions)
+    other = next(node for node in shares if node is not first)
+    with other.loads.lease(time.monotonic() + DEADLINE_S):
+        reading = tier.read(content.buffers(), 2 * DEADLINE_S)
+        assert next(reading)[0] == content.keys[0]
+        began = time.monotonic()
+        reading.close()  # type: ignore[attr-defined]
+        assert time.monotonic() - began < DEADLINE_S / 2
+    until(lambda: not [thread for thread in threading.enumerate() if thread.name == "kvstore-redis-read"])
+    assert content.read(tier) == content.keys
+
+
 def test_watermark_holds_over_all_nodes_and_tails_go_before_heads(
     cluster: Cluster, make_tier: MakeTier, root: Root
 ) -> None:

@@ -28,7 +28,7 @@ from kvstore.errors import ConfigError, TierTimeout, TierUnavailable
 from kvstore.tiers import redis_lanes
 from kvstore.tiers.redis import RedisTier
 from kvstore.tiers.redis_beside import BesideRead, end_all
-from kvstore.tiers.redis_lanes import LaneChoice
+from kvstore.tiers.redis_lanes import LaneChoice, Turn
 from kvstore.tiers.redis_names import Names
 from kvstore.tiers.redis_pool import Breaker, Connections
 from kvstore.tiers.redis_read import Counts, Reader
@@ -239,6 +239,22 @@ def test_a_choice_is_made_and_shown(tier: RedisTier, content: Content, monkeypat
     for _ in range(36):
         assert content.read(tier) == content.keys
     assert tier.stats.snapshot()["redis.lanes"] == 2, "24 MiB are worth three, and lanes double"
+
+
+@pytest.mark.parametrize("is_trial", [True, False])
+def test_how_quick_a_trial_was_is_not_for_the_codecs_choice(is_trial: bool, tier: RedisTier, content: Content) -> None:
+    """Loads from now on are not like it; of others it learns, by however many lanes they went."""
+
+    class Tried(LaneChoice):
+        def begin(self, num_bytes: int, num_ready: int) -> Turn:
+            turn = super().begin(num_bytes, num_ready)
+            turn.is_trial = is_trial
+            return turn
+
+    tier.lanes = Tried(4, 4)
+    for _ in range(5):
+        assert content.read(tier) == content.keys
+    assert len(tier._codec.link._receives) == (0 if is_trial else 5)
 
 
 def test_no_lane_at_all_is_refused() -> None:
