@@ -12,15 +12,15 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from bench.asked import figures_of, print_figures
+from bench.asked import Asked, figures_of, print_figures
 from bench.engines import ENGINES, Arm, Memory
 from bench.env import stamp
 from bench.models import ChatModel, smollm2
@@ -75,12 +75,14 @@ def run(settings: Settings, chat: ChatModel | None = None) -> tuple[list[TtftRow
         new_tokens=settings.new_tokens,
         seed=settings.seed,
     )
+    zero = zero_reuse(chat.encode, reuse, settings.seed, settings.zero_requests)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     # Drawn between requests only: a refreshing thread would take a core from what is timed.
     with Progress(*columns, auto_refresh=False) as progress:
-        rows = _replay(progress, "reuse", reuse.turns, _start(engine.arms, REUSE_ARMS), settings)
-        zero = zero_reuse(chat.encode, reuse, settings.seed, settings.zero_requests)
-        zero_rows = _replay(progress, "zero reuse", zero.turns, _start(engine.arms, ZERO_ARMS), settings)
+        first = progress.add_task("reuse", total=len(reuse.turns) * len(REUSE_ARMS))
+        second = progress.add_task("zero reuse", total=len(zero.turns) * len(ZERO_ARMS))
+        rows = _replay(progress, first, reuse.turns, _start(engine.arms, REUSE_ARMS), settings)
+        zero_rows = _replay(progress, second, zero.turns, _start(engine.arms, ZERO_ARMS), settings)
     for row in zero_rows:
         row["arm"] = _ZERO + row["arm"]
     summary = summarise(rows, zero_rows, reuse, settings.min_reused)
@@ -92,10 +94,9 @@ def _start(known: Mapping[str, Callable[[], Arm]], names: Sequence[str]) -> dict
 
 
 def _replay(
-    progress: Progress, title: str, turns: Sequence[Turn], arms: dict[str, Arm], settings: Settings
+    progress: Progress, task: TaskID, turns: Sequence[Turn], arms: dict[str, Arm], settings: Settings
 ) -> list[TtftRow]:
     """Serve each turn in every arm, in an order that rotates, so that no arm always follows the same one."""
-    task = progress.add_task(title, total=len(turns) * len(arms))
     rows: list[TtftRow] = []
     names = list(arms)
     try:
@@ -124,11 +125,22 @@ def _replay(
             for row in rows[-len(names) :]:
                 row["equal"] = outputs[row["arm"]] == outputs[BASE]
             if not progress.console.is_terminal:  # a bar in a file is seen when all is over
-                print(f"{title}: {number + 1} of {len(turns)} requests, in {len(names)} arms each", flush=True)
+                title, left = progress.tasks[task].description, _left(progress)
+                print(f"{title}: {number + 1} of {len(turns)} requests, in {len(names)} arms each{left}", flush=True)
     finally:
         for arm in arms.values():
             arm.close()
     return rows
+
+
+def _left(progress: Progress) -> str:
+    """How long it still takes, as requests of all arms went so far."""
+    num_done = sum(task.completed for task in progress.tasks)
+    num_left = sum(task.total or 0 for task in progress.tasks) - num_done
+    if not num_left:
+        return ""
+    left_s = (progress.tasks[0].elapsed or 0) / num_done * num_left
+    return f"; about {left_s / 60:.0f} min left" if left_s >= 90 else f"; about {left_s:.0f} s left"
 
 
 def _warm_up(arms: dict[str, Arm], turn: Turn, settings: Settings) -> None:
@@ -158,7 +170,7 @@ def summarise(
         "host_vs_device": ratio("host", "device, unlimited", chosen),
         "redis_vs_device": ratio("redis", "device, unlimited", chosen),
         **_overhead("zero_reuse", zero_rows, "store"),
-        "zero_reuse_write_through_overhead_pct": _estimate(zero_rows, "store, write-through").pct,
+        "zero_reuse_write_through_overhead_pct": compared(zero_rows, "store, write-through").pct,
         **_overhead("store_down", [*rows, *zero_rows], "store down"),
         "requests_compared": len(chosen),
         "workload_digest": workload.digest,
@@ -170,7 +182,7 @@ def summarise(
 
 
 def _overhead(name: str, rows: Sequence[TtftRow], arm: str) -> dict[str, float]:
-    found = _estimate(rows, arm)
+    found = compared(rows, arm)
     return {
         f"{name}_overhead_pct": found.pct,
         f"{name}_overhead_pct_low": found.low_pct,
@@ -178,7 +190,7 @@ def _overhead(name: str, rows: Sequence[TtftRow], arm: str) -> dict[str, float]:
     }
 
 
-def _estimate(rows: Sequence[TtftRow], arm: str) -> Estimate:
+def compared(rows: Sequence[TtftRow], arm: str) -> Estimate:
     """By how much `arm` takes longer than computing, over the requests of both workloads that are among `rows`."""
     requests: dict[tuple[bool, int, int], dict[str, float]] = {}
     for row in rows:
@@ -211,30 +223,44 @@ def by_turn(rows: Sequence[TtftRow]) -> list[dict[str, object]]:
     return table
 
 
-def present(name: str, rows: list[TtftRow], summary: dict[str, object], json: str | None, html: str | None) -> None:
+def present(rows: list[TtftRow], summary: dict[str, object], json: str | None, html: str | None) -> None:
     """Print the table and the figures beside their targets; write the JSON and the page."""
-    env = stamp()
-    table = by_turn([row for row in rows if not row["arm"].startswith(_ZERO)])
-    table += _zero_table(rows)
+    table = by_turn(reused(rows)) + _zero_table(rows)
     print_table("Time to first token", table, list(table[0]))
-    findings: list[tuple[str, object, str, bool | None]] = []
-    for key, figure in figures_of("ttft-cpu").items():
-        if not figure.asked:
-            continue
-        if name == "ttft":
-            findings.append((key, summary[key], figure.bound, figure.met(summary[key])))
-        else:  # a short form has shorter prefixes and a handful of requests: nothing to judge by
-            findings.append((key, summary[key], f"the full run asks {figure.bound}", None))
-    if name == "ttft":
-        print_figures("ttft-cpu", summary)
-    else:
-        for line in in_words(rows):
-            print(line)
+    print_figures("ttft-cpu", summary)
+    findings = [(key, summary[key], figure.bound, figure.met(summary[key])) for key, figure in asked().items()]
+    write("ttft", rows, summary, findings, json, html)
+
+
+def reused(rows: Sequence[TtftRow]) -> list[TtftRow]:
+    """Those of the chats."""
+    return [row for row in rows if not row["arm"].startswith(_ZERO)]
+
+
+def alone(rows: Sequence[TtftRow]) -> list[TtftRow]:
+    """Those of requests that share nothing."""
+    return [row for row in rows if row["arm"].startswith(_ZERO)]
+
+
+def asked() -> dict[str, Asked]:
+    """Figures that have targets."""
+    return {key: figure for key, figure in figures_of("ttft-cpu").items() if figure.asked}
+
+
+def write(
+    name: str,
+    rows: list[TtftRow],
+    summary: dict[str, object],
+    findings: list[tuple[str, object, str, bool | None]],
+    json: str | None,
+    html: str | None,
+) -> None:
+    """The JSON and the page, with figures beside their targets."""
+    env = stamp()
     if json:
         write_json(json, name, env, [dict(row) for row in rows], summary)  # type: ignore[arg-type]
         print(f"result: {json}")
     if html:
-        reuse = [row for row in rows if not row["arm"].startswith(_ZERO)]
         html_page(
             html,
             "kvstore: time to first token in multi-turn chats",
@@ -243,8 +269,8 @@ def present(name: str, rows: list[TtftRow], summary: dict[str, object], json: st
             "KV of the prompt's prefix came from.",
             findings,  # type: ignore[arg-type]
             [
-                ("Time to first token by turn; each dot is a request.", plot_ttft_by_turn(reuse)),
-                ("Where the prompt's tokens came from.", plot_hits_by_tier(reuse)),
+                ("Time to first token by turn; each dot is a request.", plot_ttft_by_turn(reused(rows))),
+                ("Where the prompt's tokens came from.", plot_hits_by_tier(reused(rows))),
             ],
             [dict(row) for row in rows],
             ["arm", "user", "turn", "prompt_tokens", "hit_tokens", "ttft_s", "bytes_moved", "equal"],
@@ -253,34 +279,9 @@ def present(name: str, rows: list[TtftRow], summary: dict[str, object], json: st
         print(f"report: {html}")
 
 
-def in_words(rows: Sequence[TtftRow]) -> Iterator[str]:
-    """What a few requests came to: the last turn by where its prefix came from, and what the store costs in vain."""
-    reuse = [row for row in rows if not row["arm"].startswith(_ZERO)]
-    last = max(row["turn"] for row in reuse)
-
-    def median_s(arm: str) -> float:
-        return statistics.median(row["ttft_s"] for row in reuse if (row["arm"], row["turn"]) == (arm, last))
-
-    tokens = statistics.mean(row["prompt_tokens"] for row in reuse if row["turn"] == last)
-    computed_s = median_s(BASE)
-    yield f"Turn {last}, prompts of {tokens:,.0f} tokens, from the request to the first token:"
-    yield f"  computed anew             {computed_s:6.2f} s"
-    for arm, what in (
-        ("redis", "prefix from Redis"),
-        ("host", "from pinned host memory"),
-        ("device, unlimited", "kept on the device"),
-    ):
-        yield f"  {what:24}  {median_s(arm):6.2f} s   {computed_s / median_s(arm):4.1f} times sooner"
-    yield f"  with a dead Redis         {median_s('store down'):6.2f} s   computed anew"
-    added = _estimate([row for row in rows if row["arm"].startswith(_ZERO)], "store").pct
-    yield f"Where prompts share nothing, the store changed the time by {added:+.0f} %: of so few, mostly noise."
-    same = all(row["equal"] for row in rows)
-    yield f"Outputs {'all equal' if same else 'DIFFER from'} those computed without a store."
-
-
 def _zero_table(rows: Sequence[TtftRow]) -> list[dict[str, object]]:
     """All turns of an arm together: where nothing is reused they are alike."""
-    zero = [TtftRow(**{**row, "turn": 0}) for row in rows if row["arm"].startswith(_ZERO)]
+    zero = [TtftRow(**{**row, "turn": 0}) for row in alone(rows)]
     return [{**line, "turn": "all"} for line in by_turn(zero)]
 
 
@@ -292,7 +293,12 @@ def parser() -> argparse.ArgumentParser:
     )
     add = made.add_argument
     add("--scenario", choices=SCENARIOS, default=SCENARIOS[0], help="others have options of their own: add --help")
-    add("--engine", choices=list(ENGINES), default=defaults.engine, help="or vllm: see `python -m bench vllm --help`")
+    add(
+        "--engine",
+        choices=[*ENGINES, "vllm"],
+        default=defaults.engine,
+        help="vllm has options of its own: see `python -m bench vllm --help`",
+    )
     add("--users", type=whole(1, 64), default=defaults.users, help="chats (default: %(default)s)")
     add("--turns", type=whole(2, 64), default=defaults.turns, help="requests a chat (default: %(default)s)")
     add("--documents", type=whole(1, 64), default=defaults.documents, help="shared documents (default: %(default)s)")
@@ -363,5 +369,5 @@ def main(argv: list[str]) -> int:
     if html is None and json is not None:
         html = str(Path(json).with_suffix(".html"))
     rows, summary = run(Settings(**options))
-    present("ttft", rows, summary, json, html)
+    present(rows, summary, json, html)
     return 0

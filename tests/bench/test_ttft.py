@@ -58,7 +58,7 @@ def test_every_arm_gives_the_uncached_output_and_takes_its_prefix_from_its_tier(
     assert tiers["recompute"] == tiers["store down"] == set()
     assert "host" in tiers["device+host"], "the device budget must overflow"
     assert not any(row["hit_tokens"] for row in rows if row["arm"].startswith("zero"))
-    present("ttft", rows, summary, str(tmp_path / "out.json"), str(tmp_path / "out.html"))
+    present(rows, summary, str(tmp_path / "out.json"), str(tmp_path / "out.html"))
     result = json.loads((tmp_path / "out.json").read_text())
     assert set(result) == {"name", "env", "rows", "summary"}
     assert len(result["rows"]) == len(rows)
