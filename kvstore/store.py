@@ -141,6 +141,20 @@ class KVStore:
         soon: bool = False,
     ) -> Match:
         """See `kvstore.api.Store.match`."""
+        return self._match(chain, request, hint, parts, wait_s, soon=soon, counted=True)
+
+    def _match(
+        self,
+        chain: Chain,
+        request: str,
+        hint: Hint,
+        parts: Sequence[int] | None,
+        wait_s: float | None,
+        *,
+        soon: bool = False,
+        counted: bool,
+    ) -> Match:
+        """As `match`; `counted`: it is a request's, which hits and misses in the host are the share of."""
         layout = self._layout(chain)
         cells = _cells(layout, parts)
         now_s = self._clock.now_s()
@@ -160,15 +174,17 @@ class KVStore:
             if wait_s:
                 hold.lookup.wait(wait_s)
         if first_time:
-            self._note_match(hold, rows)
+            self._note_match(hold, rows, counted=counted)
         return hold.match(self._marks)
 
-    def _note_match(self, hold: Hold, rows: Rows) -> None:
+    def _note_match(self, hold: Hold, rows: Rows, *, counted: bool) -> None:
         """Keep the chain warm everywhere, and count."""
         num_host = len(rows)
         self._host.pool.touch(hold.chain.ids, num_host, hold.hint)
         self._mover.touched(hold.chain, num_host, hold.parts, hold.hint)
         self._mover.reused(hold.chain, rows, hold.layout.block_bytes, hold.hint)
+        if not counted:
+            return
         self._stats.add_all(
             {
                 "match.requests": 1,
@@ -302,7 +318,8 @@ class KVStore:
         need = part_mask(self._layout(chain), None)
         request = f"kvstore.warm.{next(self._warm_numbers)}"
         give_up_s = self._clock.now_s() + deadline_s
-        found = self.match(chain, request, wait_s=deadline_s)
+        # Not a request's match: what it does not find in the host yet would be called missed.
+        found = self._match(chain, request, NO_HINT, None, deadline_s, counted=False)
         num_promoted = 0
         with self.load(request, start=found.num_host_blocks) as load:
             for block in load:

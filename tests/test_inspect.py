@@ -72,8 +72,11 @@ def test_warming_brings_a_prefix_from_below_into_the_host(make_store: MakeStore,
     assert store.flush(5)
     store.drop_host()
     save_all(store, chain, 0, 2)
+    counted = ("match.requests", "host.hit_blocks", "host.missed_blocks")
+    before = [store.stats().get(name, 0) for name in counted]
     assert store.warm(chain, 5.0) == (6, 4)
     assert store.warm(chain, 5.0) == (6, 0)
+    assert [store.stats().get(name, 0) for name in counted] == before, "no request asked"
     assert store.stats()["host.pinned_blocks"] == 0
 
 
