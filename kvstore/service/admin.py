@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -184,6 +185,24 @@ class Admin:
     def reopen(self) -> None:
         """Open another session, where the server was lost. Raises what opening the first one does."""
         self.opened = self._open()
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Within it the session does not end for want of calls; where the server opens another, that one is kept."""
+        done = threading.Event()
+
+        def keep() -> None:
+            while not done.is_set():
+                self._beat(self.opened.session, done)
+                done.wait(_BEAT_S)  # the server is away, or the next call opens another session
+
+        beating = threading.Thread(target=keep, name="kvstore-beat", daemon=True)
+        beating.start()
+        try:
+            yield
+        finally:
+            done.set()
+            beating.join(1.0)
 
     def watch(
         self, *, snapshot: bool, with_tokens: bool, boot_id: bytes = b"", after_sequence: int = 0

@@ -29,6 +29,7 @@ from kvstore.service.cli_tables import (
     event_line,
     events,
     models_table,
+    setting_value,
     settings_table,
     where_of,
 )
@@ -69,6 +70,7 @@ RedisPolicy = Annotated[
 TieringMode = Annotated[
     str, typer.Option("--tiering", metavar="NAME", help="inclusive, or exclusive: down at eviction. (mover.tiering)")
 ]
+Listen = Annotated[str, typer.Option(help="unix:PATH, or host:port. (service.listen)")]
 Model = Annotated[
     str,
     typer.Option("--model", metavar="FILE", help="JSON or TOML with the fields of ModelId; else the one that is open."),
@@ -111,7 +113,7 @@ def _root(
 @app.command()
 def serve(
     config: Config = None,
-    listen: Annotated[str, typer.Option(help="unix:PATH, or host:port. (service.listen)")] = "",
+    listen: Listen = "",
     host_capacity: HostCapacity = "",
     redis_url: RedisUrl = "",
     redis_policy: RedisPolicy = "",
@@ -130,33 +132,41 @@ def serve(
 
     Example:  kvstore serve --host-capacity 32GiB --redis-url redis://cache:6379
     """
-    named = {
+    named = _named(listen, host_capacity, redis_url, redis_policy, tiering)
+    raise typer.Exit(cli_serve.serve(cli_serve.read_config(config, named, settings or [])))
+
+
+def _named(listen: str, host_capacity: str, redis_url: str, redis_policy: str, tiering: str) -> dict[str, str]:
+    """Settings that have flags, by key."""
+    return {
         "service.listen": listen,
         "host.capacity_bytes": host_capacity,
         "tiers.redis.url": redis_url,
         "tiers.redis.policy": redis_policy,
         "mover.tiering": tiering,
     }
-    raise typer.Exit(cli_serve.serve(cli_serve.read_config(config, named, settings or [])))
 
 
 @app.command(name="doctor")
 def examine(
     config: Config = None,
+    listen: Listen = "",
     host_capacity: HostCapacity = "",
     redis_url: RedisUrl = "",
+    redis_policy: RedisPolicy = "",
+    tiering: TieringMode = "",
     settings: Set = None,
     address: Address = "",
     as_json: Json = False,
 ) -> None:
     """Check this host, the server and Redis; each line is ok, or a problem and its fix.
 
-    Give it the settings that the server has. Exits with 1 where there is a
+    Give it the flags that the server has. Exits with 1 where there is a
     problem.
 
     Example:  kvstore doctor --config /etc/kvstore/kvstore.toml
     """
-    named = {"host.capacity_bytes": host_capacity, "tiers.redis.url": redis_url}
+    named = _named(listen, host_capacity, redis_url, redis_policy, tiering)
     read = cli_serve.read_config(config, named, settings or [])
     listed = read.service.listen if "service.listen" in read.sources else ""
     target = Target.of(address, default=listed)
@@ -217,7 +227,7 @@ def status(
     changed = [row for row in reply.settings if settings or row.source != "default"]
     if changed:
         console.print()
-        console.print(settings_table((row.key, row.value, row.source) for row in changed))
+        console.print(settings_table((row.key, setting_value(row.key, row.value), row.source) for row in changed))
 
 
 def _status_of(server: top.Server, reply: pb.StatsReply) -> dict[str, object]:
@@ -256,7 +266,7 @@ def show_top(
 
     kvstore top --json | jq '.per_second["match.requests"]'
     """
-    with Admin(Target.of(address), name="kvstore top") as admin:
+    with Admin(Target.of(address), name="kvstore top") as admin, admin.kept():
         if as_json:
             for line in top.follow(admin, once=once, every_s=every):
                 print(json.dumps(line), flush=True)

@@ -22,6 +22,7 @@ from typing import Any
 
 from kvstore.config import StoreConfig
 from kvstore.errors import ConfigError
+from kvstore.service.cli_tables import setting_value
 from kvstore.service.logs import set_up_logging
 from kvstore.service.metrics import MetricsEndpoint
 from kvstore.service.preflight import Needs, lift_file_limit, preflight
@@ -58,7 +59,10 @@ def _put(tree: dict[str, Any], key: str, value: str) -> None:
 
 def print_settings(config: StoreConfig) -> None:
     """Every setting in effect, with its source."""
-    rows = [(key, "–" if value in ("", (), {}) else str(value), source) for key, value, source in config.explain()]
+    rows = [
+        (key, "–" if value in ("", (), {}) else setting_value(key, str(value)), source)
+        for key, value, source in config.explain()
+    ]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     for key, value, source in rows:
         print(f"{key:{widths[0]}}  {value:{widths[1]}}  {source}")
@@ -74,6 +78,9 @@ def look_ahead(config: StoreConfig) -> None:
         numa_node=config.host.numa_node,
         max_sessions=options.max_sessions,
     )
+    for name, tier in config.tiers.items():
+        if getattr(tier, "url", "") == "embedded" and f"tiers.{name}.url" not in config.sources:
+            log.warning("tiers.%s.url is not set: a private server is started for it, which no other host shares", name)
     lift_file_limit(options.max_sessions)
     for found in preflight(needs):
         if found.ok:
@@ -91,11 +98,11 @@ def serve(config: StoreConfig) -> int:
     options = config.service
     set_up_logging(options.log_format, options.log_level)
     with _signals() as signals:
-        print_settings(config)
         look_ahead(config)
         gate = Gate(options)
         server = Server(config, gate=gate)
         server.start()
+        print_settings(config)  # not before: an error that prevents the start would stand below a screen of them
         with contextlib.ExitStack() as stack:
             stack.callback(server.stop)
             if options.metrics_listen:

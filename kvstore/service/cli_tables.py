@@ -35,6 +35,14 @@ def models_table(models: Iterable[ModelId]) -> Table:
     return table
 
 
+def setting_value(key: str, value: str) -> str:
+    """A size in the largest unit that gives it exactly: 256 MiB; all else as it is."""
+    if "_bytes" not in key.rpartition(".")[2] or not value.isdecimal() or not int(value):
+        return value
+    power = next((power for power in (4, 3, 2, 1) if int(value) % 1024**power == 0), 0)
+    return f"{int(value) // 1024**power} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
 def settings_table(rows: Iterable[tuple[str, str, str]]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for name in ("setting", "value", "from"):

@@ -20,9 +20,9 @@ from kvstore.errors import AccessDenied, KVStoreError, ServiceUnavailable
 from kvstore.lower_tiers import NOT_CHECKED
 from kvstore.service.admin import Admin, Target
 from kvstore.service.doctor_redis import Running, examine_tiers
-from kvstore.service.findings import Finding, note, ok, problem
+from kvstore.service.findings import Finding, Verdict, note, ok, problem
 from kvstore.service.knock import knock
-from kvstore.service.preflight import Needs, preflight
+from kvstore.service.preflight import Needs, preflight, size
 from kvstore.service.reach import MayNotConnect
 from kvstore.service.rights import Gate, read_secret
 from kvstore.service_options import socket_path
@@ -41,27 +41,36 @@ def examine(config: StoreConfig, target: Target, *, expected: bool = True) -> It
         yield _rights(config)
     server = Running()
     running = False
+    away: dict[str, Finding] = {}
     if not expected and path is not None and not path.exists():
         yield note("server", f"none yet: {path} does not exist", "kvstore serve")
     else:
         yield _socket(target.address)
-        running = yield from _met(target, server)
-    if path is not None or config.tiers or any(key.startswith("tiers.") for key in server.settings):
-        yield from examine_tiers(config, server)
+        running = yield from _met(target, server, away)
+    if config.tiers or server.settings:
+        for finding in examine_tiers(config, server):
+            if finding.verdict is Verdict.PROBLEM:
+                away.pop(finding.name.removesuffix(" of the server"), None)
+            yield finding
     else:
         yield note(
-            "redis", "not looked at: no settings of a lower tier are known here", "give doctor the same --config"
+            "redis", "not checked: no settings of one are known here", "give the server's --config or --redis-url"
         )
+    yield from away.values()  # of tiers that have no line of their own which says so
     yield from _memory(config, running)
 
 
-def _met(target: Target, server: Running) -> Generator[Finding, None, bool]:
-    """What the server says, and whether it let us in; what it shows of itself goes into `server`."""
+def _met(target: Target, server: Running, away: dict[str, Finding]) -> Generator[Finding, None, bool]:
+    """What the server says, and whether it let us in; what it shows of itself goes into `server`.
+
+    What it could not look at now goes into `away`, by tier.
+    """
     running = False
     try:
         with Admin(target, name="kvstore doctor") as admin:
             running = True
             yield from _server(admin, server)
+            yield from _store(admin, away)
     except MayNotConnect as error:
         yield problem("server", str(error), "run as the server's user, or join its group")
     except ServiceUnavailable as error:
@@ -127,13 +136,13 @@ def _socket(address: str) -> Finding:
         return problem("socket", f"{path} is open to every user", f"chmod o= {path}")
     try:
         with knock(path, _DOOR_TIMEOUT_S) as opened:
-            capacity = opened.capacity_bytes / 2**30
+            capacity = size(opened.capacity_bytes)
     except AccessDenied as error:
         return note("socket", f"{path} is there, but memory is not shared with us: {error}")
     except KVStoreError as error:
         return problem("socket", str(error), "kvstore serve; a server that was killed left the socket behind")
     mode = stat.S_IMODE(status.st_mode)
-    return ok("socket", f"{path}, mode {mode:04o}, uid {status.st_uid}; its door gives {capacity:.1f} GiB to map")
+    return ok("socket", f"{path}, mode {mode:04o}, uid {status.st_uid}; its door gives {capacity} to map")
 
 
 def _server(admin: Admin, server: Running) -> Iterator[Finding]:
@@ -159,10 +168,9 @@ def _server(admin: Admin, server: Running) -> Iterator[Finding]:
     stats = admin.stats()
     server.settings.update({setting.key: setting.value for setting in stats.settings})
     server.values.update(stats.values)
-    yield from _store(admin)
 
 
-def _store(admin: Admin) -> Iterator[Finding]:
+def _store(admin: Admin, away: dict[str, Finding]) -> Iterator[Finding]:
     try:
         faults = admin.check()
     except AccessDenied:
@@ -171,14 +179,13 @@ def _store(admin: Admin) -> Iterator[Finding]:
     except ServiceUnavailable as error:
         yield problem("store", str(error), "try again while the server is less busy")
         return
-    away = [fault for fault in faults if fault.startswith(NOT_CHECKED)]
     broken = [fault for fault in faults if not fault.startswith(NOT_CHECKED)]
     for fault in broken:
         yield problem("store", fault, "report it with the server's log; kvstore clear empties the store")
-    for fault in away:
-        # Blocks in the host are served all the same, and what is wrong with the tier has a line of its own.
-        why = fault.removeprefix(NOT_CHECKED).removeprefix(": ")
-        yield note("store", f"no account of a tier that does not answer now ({why})", "see that tier's line")
+    for fault in faults:
+        if fault.startswith(NOT_CHECKED):  # blocks in the host are served all the same
+            tier, _, why = fault.removeprefix(NOT_CHECKED).removeprefix(": ").partition(": ")
+            away[tier] = note("store", f"{tier} was not looked at, since it did not answer: {why}", "run this again")
     if not broken:
         yield ok("store", "no invariant is broken" + (" in what could be looked at" if away else ""))
 

@@ -195,13 +195,13 @@ def _available_memory(capacity_bytes: int, host: Host) -> Finding:
     available = _meminfo(host).get("MemAvailable")
     need = capacity_bytes + _ROOM_BYTES if capacity_bytes else 0
     if available is None:
-        return Finding("memory", True, _size(need), "unknown: /proc/meminfo does not say")
+        return Finding("memory", True, size(need), "unknown: /proc/meminfo does not say")
     ok = need <= available
     fix = (
-        f"lower host.capacity_bytes to {_size(max(0, available - _ROOM_BYTES))} or free memory; after a crash, wait "
+        f"lower host.capacity_bytes to {size(max(0, available - _ROOM_BYTES))} or free memory; after a crash, wait "
         "until clients have let go of the old arena"
     )
-    return Finding("memory", ok, _size(need), _size(available), "" if ok else fix)
+    return Finding("memory", ok, size(need), size(available), "" if ok else fix)
 
 
 def _reserved_huge_pages(capacity_bytes: int, host: Host) -> Finding:
@@ -212,7 +212,7 @@ def _reserved_huge_pages(capacity_bytes: int, host: Host) -> Finding:
     ok = need <= free
     more = info.get("HugePages_Total", 0) + need - free
     fix = f"sysctl vm.nr_hugepages={more}, best at boot, or turn host.huge_pages off"
-    return Finding("huge pages", ok, f"{need} × {_size(page)}", f"{free} × {_size(page)}", "" if ok else fix)
+    return Finding("huge pages", ok, f"{need} × {size(page)}", f"{free} × {size(page)}", "" if ok else fix)
 
 
 def _transparent_huge_pages(host: Host) -> Finding:
@@ -223,7 +223,8 @@ def _transparent_huge_pages(host: Host) -> Finding:
         fix = "use a kernel with CONFIG_TRANSPARENT_HUGEPAGE"
         return Finding(name, False, wanted, "not in this kernel", fix, needed=False)
     if chosen[1] == "never" and _release(host.kernel) >= (6, 1):
-        return Finding(name, True, "", "made when asked for, as Linux 6.1 and later do whatever is set", needed=False)
+        found = "set to never, which Linux 6.1 and later heed only where a program does not ask for them: kvstore asks"
+        return Finding(name, True, "", found, needed=False)
     ok = chosen[1] not in ("never", "deny")
     fix = f"echo advise > {_SHMEM_HUGE}: clients then map the arena at once instead of page by page"
     return Finding(name, ok, wanted, chosen[1], "" if ok else fix, needed=False)
@@ -253,15 +254,15 @@ def _cgroup(capacity_bytes: int, host: Host) -> Finding:
     need = capacity_bytes + _ROOM_BYTES if capacity_bytes else 0
     levels = [level for level in _levels(host) if level[1] < _NO_LIMIT]
     if not levels:
-        return Finding("cgroup memory limit", True, _size(need), "no limit")
+        return Finding("cgroup memory limit", True, size(need), "no limit")
     path, limit, used = min(levels, key=lambda level: level[1] - level[2])
     free = max(0, limit - used)
     ok = need <= free
     fix = (
-        f"raise the memory limit of the container or unit ({path}) to {_size(used + need)}, or lower "
-        f"host.capacity_bytes to {_size(max(0, free - _ROOM_BYTES))}"
+        f"raise the memory limit of the container or unit ({path}) to {size(used + need)}, or lower "
+        f"host.capacity_bytes to {size(max(0, free - _ROOM_BYTES))}"
     )
-    return Finding("cgroup memory limit", ok, _size(need), f"{_size(free)} of {_size(limit)}", "" if ok else fix)
+    return Finding("cgroup memory limit", ok, size(need), f"{size(free)} of {size(limit)}", "" if ok else fix)
 
 
 def _levels(host: Host) -> list[tuple[str, int, int]]:
@@ -297,15 +298,15 @@ def _memlock(capacity_bytes: int, host: Host) -> Finding:
     name, limit = "locked memory limit", host.memlock_bytes()
     capabilities = re.search(r"^CapEff:\s+([0-9a-f]+)$", host.read("/proc/self/status") or "", re.M)
     if capabilities and int(capabilities[1], 16) >> _CAP_IPC_LOCK & 1:
-        return Finding(name, True, _size(capacity_bytes), "no limit (CAP_IPC_LOCK)")
+        return Finding(name, True, size(capacity_bytes), "no limit (CAP_IPC_LOCK)")
     if limit is None:
-        return Finding(name, True, _size(capacity_bytes), "no limit")
+        return Finding(name, True, size(capacity_bytes), "no limit")
     ok = capacity_bytes <= limit
     fix = (
         "set LimitMEMLOCK=infinity in the systemd unit, memlock in /etc/security/limits.conf, or --ulimit memlock=-1 "
         "for a container; or turn service.pin_memory off"
     )
-    return Finding(name, ok, _size(capacity_bytes), _size(limit), "" if ok else fix)
+    return Finding(name, ok, size(capacity_bytes), size(limit), "" if ok else fix)
 
 
 def _open_files(max_sessions: int, host: Host) -> Finding:
@@ -353,7 +354,7 @@ def _number(text: str | None) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-def _size(num_bytes: int) -> str:
+def size(num_bytes: int) -> str:
     """For people: one decimal, binary units."""
     value, unit = float(num_bytes), "B"
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):

@@ -165,6 +165,8 @@ def _occupancy(values: Mapping[str, float]) -> Text:
         return Text(f"{'':{_BAR_CELLS}} {size(used)}")
     share = min(1.0, used / capacity)
     cells = round(share * _BAR_CELLS)
+    if not values.get("available", 1):
+        return Text(f"{'last saw':{_BAR_CELLS}} {_used_of(used, capacity)}", "dim")
     figures = f" {_used_of(used, capacity)} {share:.0%}"
     return Text.assemble(("█" * cells, "green"), ("░" * (_BAR_CELLS - cells), "bright_black"), figures)
 

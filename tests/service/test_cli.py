@@ -470,9 +470,39 @@ def test_doctor_says_that_the_store_is_sound_where_only_redis_is_away(serve: Mak
     server = serve("--redis-url", "redis://127.0.0.1:1")
     report = json.loads(server.ask("doctor", "--json").stdout)
     store = [(found["verdict"], found["detail"]) for found in report["findings"] if found["name"] == "store"]
-    assert [verdict for verdict, _ in store] == ["note", "ok"]
-    assert store[0][1].startswith("no account of a tier that does not answer now (")
+    assert store == [("ok", "no invariant is broken in what could be looked at")]
     assert {found["name"] for found in report["findings"] if found["verdict"] == "problem"} == {"redis"}
+    (socket_line,) = [found["detail"] for found in report["findings"] if found["name"] == "socket"]
+    assert socket_line.endswith("its door gives 1 MiB to map")
+
+
+def test_doctor_takes_the_flags_of_serve_and_finds_the_server_by_them(serve: MakeServing) -> None:
+    server = serve()
+    flags = ("--listen", server.address, "--tiering", "inclusive", "--redis-policy", "lru", "--redis-url", "embedded")
+    asked = run("doctor", *flags)
+    assert asked.returncode == 0, asked.stdout + asked.stderr
+    assert f"socket: {server.directory}/k.sock" in asked.stdout
+
+
+def test_what_prevents_the_start_stands_alone(tmp_path: Path) -> None:
+    failed = run("serve", "--listen", f"unix:{tmp_path}/k.sock", "--host-capacity", "900TiB")
+    assert (failed.returncode, failed.stdout) == (2, "")
+    assert len(failed.stderr.splitlines()) == 1
+    assert "lower host.capacity_bytes" in failed.stderr
+
+
+def test_a_redis_that_nobody_named_is_said_to_be_private(serve: MakeServing) -> None:
+    says = "tiers.redis.url is not set: a private server is started"
+    assert says in serve("--set", "tiers.redis.lanes=2").log.read_text()
+
+
+def test_sizes_are_shown_in_units_and_given_to_scripts_in_bytes(serve: MakeServing) -> None:
+    server = serve()
+    rows = {line.split()[0]: line.split()[1:3] for line in server.printed[:-1]}
+    assert rows["host.capacity_bytes"] == ["1", "MiB"]
+    assert re.search(r"^host\.capacity_bytes +1 MiB +command line", server.ask("status").stdout, re.MULTILINE)
+    reply = json.loads(server.ask("status", "--json").stdout)
+    assert reply["settings"]["host.capacity_bytes"]["value"] == "1048576"
 
 
 def test_clear_asks_before_it_empties_everything(serve: MakeServing) -> None:

@@ -72,7 +72,14 @@ def test_of_another_host_nothing_is_said_that_is_not_known(tmp_path: Path) -> No
     config = StoreConfig.load({"host": {"capacity_bytes": "1MiB"}}, environ={})
     found = {each.name: each for each in examine(config, Target(address="127.0.0.1:1", deadline_s=2.0))}
     assert "rights" not in found
-    assert "not looked at" in found["redis"].detail
+    assert found["redis"].detail.startswith("not checked")
+
+
+def test_what_tiers_a_dead_server_had_is_not_guessed(tmp_path: Path) -> None:
+    found = findings_of(tmp_path)["redis"]
+    assert found.verdict is Verdict.NOTE
+    assert found.detail.startswith("not checked")
+    assert found.fix == "give the server's --config or --redis-url"
 
 
 def test_a_socket_left_by_a_killed_server_is_told_from_a_missing_one(tmp_path: Path) -> None:

@@ -62,6 +62,12 @@ def test_a_tier_that_is_not_asked_says_so() -> None:
     assert row(lines, "host").split()[-1] == "ok"
 
 
+def test_what_a_tier_that_is_away_held_is_said_to_be_what_was_seen_last() -> None:
+    full = {**NOW, "redis.capacity_bytes": 200.0 * 2**30, "redis.available": 0.0}
+    assert "last saw 120/200 GiB " in row(screen(Sample(12.0, full)), "redis")
+    assert "last saw" not in row(screen(Sample(12.0, {**full, "redis.available": 1.0})), "redis")
+
+
 def test_a_server_that_began_again_shows_no_negative_rates() -> None:
     lines = screen(Sample(12.0, BEFORE), Sample(10.0, NOW))
     assert row(lines, "matches").split()[1] == "0/s"
