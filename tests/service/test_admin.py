@@ -119,6 +119,13 @@ def test_a_watch_keeps_its_session_alive_while_it_waits(admin: Admin) -> None:
 
 
 def test_a_session_that_is_kept_beats_while_nothing_is_asked(admin: Admin, recorder: Recorder) -> None:
+    with admin.kept():
+        assert recorder.beats.acquire(timeout=10)
+        assert recorder.beats.acquire(timeout=10), "again, though nothing was asked"
+    assert not recorder.left.is_set()
+
+
+def test_leaving_is_said_so_that_status_shows_no_ghosts(recorder: Recorder, tmp_path: Path) -> None:
     with Admin(Target(address=f"unix:{tmp_path}/k.sock")):
         assert not recorder.left.is_set()
     assert recorder.left.wait(5)
