@@ -111,7 +111,8 @@ class ServiceOptions:
             `kvstore.sock` in XDG_RUNTIME_DIR, or in /tmp/kvstore-UID, which the server makes for its user alone.
         listen_tcp: a second address, `host:port`, for clients and sidecars on other hosts; empty for none.
         group: name or number of the group that may use the Unix socket (mode 0660); empty: this user alone (0600).
-        allowed_uids: users who may map the arena. Empty: the server's own, and with `group` the group's members.
+        allowed_uids: users who may map the arena. Empty: the server's own, and with `group` the group's members. Not
+            looked at where the tokens file names a user.
         tls_cert, tls_key: PEM files of the server, for TCP.
         client_ca: PEM file; clients must then show a certificate that it signed.
         tokens_file: who may do what, as TOML (`kvstore.service.rights`). Must be readable by its owner only.

@@ -20,9 +20,9 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvstore.block import FORMAT_VERSION, Chain, ModelId
-from kvstore.errors import ConfigError, KVStoreError, ProtocolError, ServiceUnavailable
+from kvstore.errors import AccessDenied, ConfigError, KVStoreError, ProtocolError, ServiceUnavailable
 from kvstore.service.handshake import MAX_MESSAGE_BYTES, PROTOCOL_VERSIONS, hash_vector, model_message, model_of
-from kvstore.service.knock import trust_socket
+from kvstore.service.knock import ticket_of, trust_socket
 from kvstore.service.reach import unreachable
 from kvstore.service.status import UnknownSession, error_of, is_transport
 from kvstore.service_options import check_token_is_hidden, default_address, socket_path
@@ -112,6 +112,16 @@ class Admin:
             client_name=self._name,
             pid=os.getpid(),
         )
+        try:
+            return self._opened(request)
+        except AccessDenied:
+            path = socket_path(self.target.address)
+            if request.token or path is None:
+                raise
+        request.ticket = ticket_of(path, self.target.deadline_s)  # the server may tell users apart
+        return self._opened(request)
+
+    def _opened(self, request: pb.OpenRequest) -> pb.OpenReply:
         with self._errors():
             reply: pb.OpenReply = self._stub.Open(request, timeout=self.target.deadline_s)
         return reply

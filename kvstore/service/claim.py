@@ -71,7 +71,8 @@ def _claim(path: str) -> int:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(fd)
-        raise ConfigError(f"another service runs at {path}: stop it, or choose another service.listen") from error
+        place = path.removesuffix(".door")  # as its user knows it
+        raise ConfigError(f"another service runs at {place}: stop it, or choose another service.listen") from error
     return fd
 
 

@@ -29,6 +29,7 @@ from kvstore.service.announcement import SentAnnouncement
 from kvstore.service.buffers import Buffers
 from kvstore.service.connection import Connection, LinkOptions
 from kvstore.service.handshake import MAX_SAVE_PARTS
+from kvstore.service.knock import Unmapped
 from kvstore.service.lending import Lending
 from kvstore.service.link import Link
 from kvstore.service.mapped import AdoptedLoad, MappedPlane
@@ -368,11 +369,20 @@ class SidecarStore:
 
 
 def _plane_maker(options: LinkOptions, stats: Stats, lending: Lending) -> Callable[[float], DataPlane]:
-    if options.mapped:
-        path = socket_path(options.address)
-        assert path is not None, "checked by connect"
-        return lambda timeout_s: MappedPlane(path, timeout_s, lending)
     buffers = Buffers(options.buffer_bytes)
+    if options.mapped:
+        place = socket_path(options.address)
+        assert place is not None, "checked by connect"
+
+        def mapped(timeout_s: float) -> DataPlane:
+            try:
+                return MappedPlane(place, timeout_s, lending)
+            except Unmapped as known:
+                if not options.may_stream:
+                    raise
+                return RemotePlane(buffers, stats, known.ticket)
+
+        return mapped
     return lambda _: RemotePlane(buffers, stats)
 
 

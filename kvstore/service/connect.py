@@ -32,7 +32,8 @@ def connect(
 
     Args:
         address: `unix:PATH` or `host:port`; empty for KVSTORE_ADDRESS, or the default Unix socket of this user.
-        mapped: copy from and to the server's memory (Unix sockets only). None: if the address is a Unix socket.
+        mapped: copy from and to the server's memory (Unix sockets only). None: if the address is a Unix socket, and
+            this user may have the memory; one with limited rights by its `uid` may not.
         name: for people, in `kvstore status`; empty for the program's.
         token, tls_ca, tls_cert, tls_key: credentials; empty for KVSTORE_TOKEN, KVSTORE_TLS_CA, …
         call_deadline_s: how long one call may take before it counts as a miss.
@@ -53,6 +54,7 @@ def connect(
     options = LinkOptions(
         address=address,
         mapped=path is not None if mapped is None else mapped,
+        may_stream=mapped is None,
         name=name or os.path.basename(sys.argv[0]) or "python",
         call_deadline_s=call_deadline_s,
         progress_s=progress_s,

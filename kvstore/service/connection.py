@@ -17,10 +17,10 @@ import numpy as np
 
 from kvstore.block import FORMAT_VERSION, Chain, ModelId
 from kvstore.clock import check_seconds
-from kvstore.errors import ConfigError, ServiceUnavailable
+from kvstore.errors import AccessDenied, ConfigError, KVStoreError, ServiceUnavailable
 from kvstore.service.handlers import SEND_AHEAD
 from kvstore.service.handshake import MAX_MESSAGE_BYTES, PROTOCOL_VERSIONS, hash_vector
-from kvstore.service.knock import trust_socket
+from kvstore.service.knock import Unmapped, knock, trust_socket
 from kvstore.service.lane import LaneStub
 from kvstore.service.plane import DataPlane
 from kvstore.service.status import error_of
@@ -57,6 +57,7 @@ class LinkOptions:
 
     Attributes:
         address: unix:PATH or host:port. mapped: map the arena; otherwise bytes come and go by streams.
+        may_stream: also where mapped, if this user has limited rights, for which there is no map.
         call_deadline_s: of each call. progress_s: of each next block of a load from lower tiers.
         buffer_bytes: memory that bytes of an unmapped client pass through, at most.
         token, tls_ca, tls_cert, tls_key: credentials; files in PEM.
@@ -65,6 +66,7 @@ class LinkOptions:
     address: str
     mapped: bool
     name: str
+    may_stream: bool = False
     call_deadline_s: float = 0.5
     progress_s: float = 10.0
     buffer_bytes: int = 1 << 30
@@ -264,7 +266,7 @@ def open_session(options: LinkOptions, plane: DataPlane, before: Connection | No
     Raises ServiceUnavailable, or what the server refuses; then the plane is closed.
     """
     try:
-        channel = open_channel(options)
+        channel = open_channel(options, mapped=plane.lane is not None)
     except BaseException:
         plane.close()
         raise
@@ -282,10 +284,7 @@ def open_session(options: LinkOptions, plane: DataPlane, before: Connection | No
             pid=os.getpid(),
             previous_session=b"" if before is None else before.session,
         )
-        try:
-            opened: pb.OpenReply = stub.Open(request, timeout=max(options.call_deadline_s, 1.0))
-        except grpc.RpcError as failure:
-            raise error_of(failure) from None
+        opened = _open(stub, request, options)
         if plane.boot_id and plane.boot_id != opened.boot_id:
             raise ServiceUnavailable("the server was restarted between its door and its answer")
     except BaseException:
@@ -295,11 +294,37 @@ def open_session(options: LinkOptions, plane: DataPlane, before: Connection | No
     return Connection(channel, stub, plane, opened)
 
 
-def open_channel(options: LinkOptions) -> grpc.Channel:
+def _open(stub: Any, request: pb.OpenRequest, options: LinkOptions) -> pb.OpenReply:
+    """Where the server tells users apart, and was not told which this is, the door tells it."""
+    timeout_s = max(options.call_deadline_s, 1.0)
+    try:
+        opened: pb.OpenReply = stub.Open(request, timeout=timeout_s)
+    except grpc.RpcError as failure:
+        error, path = error_of(failure), socket_path(options.address)
+        if not isinstance(error, AccessDenied) or request.ticket or request.token or path is None:
+            raise error from None
+        try:
+            knock(path, options.call_deadline_s).close()
+        except Unmapped as known:
+            request.ticket = known.ticket
+        except AccessDenied:
+            raise
+        except KVStoreError:
+            raise error from None
+        else:
+            raise error from None
+        try:
+            opened = stub.Open(request, timeout=timeout_s)
+        except grpc.RpcError as again:
+            raise error_of(again) from None
+    return opened
+
+
+def open_channel(options: LinkOptions, *, mapped: bool) -> grpc.Channel:
     """A channel to the server, with TLS where there are files for it."""
     if (place := socket_path(options.address)) is not None:
         trust_socket(place)
-    channel_options = CHANNEL_OPTIONS if options.mapped else (*CHANNEL_OPTIONS, *_ELSEWHERE)
+    channel_options = CHANNEL_OPTIONS if mapped else (*CHANNEL_OPTIONS, *_ELSEWHERE)
     if not options.encrypted:
         return grpc.insecure_channel(options.address, options=channel_options)
     credentials = grpc.ssl_channel_credentials(

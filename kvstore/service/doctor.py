@@ -114,7 +114,8 @@ def _rights(config: StoreConfig) -> Finding:
             f"{', '.join(options.tcp_addresses)} serves anyone who reaches it",
             "set service.tls_cert, service.tls_key and service.tokens_file, and take the flag away",
         )
-    return ok("rights", "TLS and access are set" if options.tcp_addresses else "Unix socket only")
+    said = "TLS and access are set" if options.tcp_addresses else "Unix socket only"
+    return ok("rights", said + (f"; clients of {options.tokens_file}" if options.tokens_file else ""))
 
 
 # ---- the server ----

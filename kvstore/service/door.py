@@ -6,7 +6,8 @@ words, and of a lane (`kvstore.service.lane`). The ticket in the header goes int
 which process a session belongs to, and learns from a pidfd when that process is dead.
 
 Invariants
-1. Only users who are let in get descriptors; a refusal says why.
+1. Only users who are let in get descriptors; a refusal says why. Users with limited rights get a ticket alone, by which
+   `Open` knows who they are.
 2. A ticket is good for one `Open`, within 10 s. Nobody can guess one.
 3. Of a redeemed ticket's process, `on_exit` is called once, when the kernel says that it is dead, never for an id
    that another process may have taken over; or never, if it was forgotten first.
@@ -44,10 +45,15 @@ TICKET_S = 10.0
 """How long a ticket waits to be redeemed."""
 
 HEADER = struct.Struct("<8sHHQ16s16s")
-"""Magic, version, status, arena bytes, boot id, ticket. A refusal goes on with its reason in UTF-8."""
-OPEN, DENIED, BUSY = 0, 1, 2
+"""Magic, version, status, arena bytes, boot id, ticket. What is not OPEN goes on with its reason in UTF-8."""
+OPEN, DENIED, BUSY, UNMAPPED = 0, 1, 2, 3
+"""UNMAPPED: a ticket without descriptors."""
 MAX_MESSAGE = 1024
 _REST_S = 0.1
+_REMEDY = (
+    "name it in service.allowed_uids or, where service.tokens_file names users, there; "
+    "or connect with mapped=False and a token"
+)
 CREDENTIALS = struct.Struct("iII")
 _SO_PEERGROUPS = 59
 _SO_PEERPIDFD = 77  # Linux 6.5
@@ -96,6 +102,7 @@ class Door:
         *,
         on_exit: Callable[[Peer], None],
         allowed_uids: frozenset[int] | None = None,
+        unmapped_uids: frozenset[int] = frozenset(),
         group: str = "",
         max_peers: int = 256,
     ) -> None:
@@ -104,6 +111,7 @@ class Door:
         Args:
             on_exit: told of each redeemed peer whose process died, one after the other, on a thread of its own.
             allowed_uids: users let in; None for this process's own and root, and with `group` its members.
+            unmapped_uids: users who get a ticket alone, whatever else is said of them.
             group: name or number of the group that may use the socket (mode 0660); empty: this user alone (0600).
             max_peers: passages at once, each of which costs a file descriptor.
 
@@ -117,11 +125,12 @@ class Door:
         self._boot_id = boot_id
         self._on_exit = on_exit
         self._gid = group_id(group)
-        self.allow(allowed_uids)
+        self.allow(allowed_uids, unmapped_uids)
         self._max_peers = max_peers
         self._lock = threading.Lock()
         self._passages: dict[int, _Passage] = {}
         self._tickets: dict[bytes, _Passage] = {}
+        self._introduced: dict[bytes, tuple[int, float]] = {}  # user, deadline
         self._number = 0
         self._closing = False
         self._resting_until_s: float | None = None
@@ -150,6 +159,12 @@ class Door:
             passage.redeemed = True
             return passage.peer
 
+    def introduced(self, ticket: bytes) -> int | None:
+        """The user that a ticket without descriptors was given to, once; None where it is unknown, used, or too old."""
+        with self._lock:
+            uid, deadline_s = self._introduced.pop(bytes(ticket), (None, 0.0))
+        return uid if deadline_s > time.monotonic() else None
+
     def take_lane(self, peer: Peer) -> socket.socket | None:
         """The server's end of a peer's lane, once: the caller's to close. None where it is dead, or it was taken."""
         with self._lock:
@@ -169,8 +184,9 @@ class Door:
         with self._lock:
             self._drop(peer.number)
 
-    def allow(self, uids: frozenset[int] | None) -> None:
+    def allow(self, uids: frozenset[int] | None, unmapped_uids: frozenset[int] = frozenset()) -> None:
         """From now on only these users come through, as with `allowed_uids`. Who is inside stays."""
+        self._unmapped_uids = unmapped_uids
         self._uids = uids if uids is not None else frozenset({os.geteuid(), 0})
         self._let_group = uids is None and self._gid is not None
 
@@ -261,8 +277,11 @@ class Door:
         pid, uid, gid = CREDENTIALS.unpack(
             connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
         )
+        if uid in self._unmapped_uids:
+            self._introduce(connection, uid)
+            return
         if uid not in self._uids and not (self._let_group and self._gid in _groups(connection, gid)):
-            self._refuse(connection, DENIED, f"user {uid} may not map this arena: name it in service.allowed_uids")
+            self._refuse(connection, DENIED, f"user {uid} may not map this arena: {_REMEDY}")
             return
         if len(self._passages) >= self._max_peers:
             self._refuse(connection, BUSY, f"{self._max_peers} processes have the arena already, which is the limit")
@@ -299,6 +318,21 @@ class Door:
             self._passages[peer.number] = self._tickets[passage.ticket] = passage
             self._selector.register(pidfd, selectors.EVENT_READ, peer.number)
         return passage
+
+    def _introduce(self, connection: socket.socket, uid: int) -> None:
+        """A ticket that says who it is, and nothing to map. It leaves nothing to watch, so it lapses by itself."""
+        now_s = time.monotonic()
+        with self._lock:
+            self._introduced = {each: known for each, known in self._introduced.items() if known[1] > now_s}
+            is_full = len(self._introduced) >= self._max_peers
+            ticket = secrets.token_bytes(16)
+            if not is_full:
+                self._introduced[ticket] = (uid, now_s + TICKET_S)
+        if is_full:
+            self._refuse(connection, BUSY, f"{self._max_peers} tickets wait to be used, which is the limit")
+            return
+        reason = f"user {uid} has limited rights here and may not map this arena: connect with mapped=False"
+        connection.sendmsg([HEADER.pack(MAGIC, VERSION, UNMAPPED, 0, self._boot_id, ticket) + reason.encode()])
 
     def _refuse(self, connection: socket.socket, status: int, reason: str) -> None:
         log.info("the door refused a client: %s", reason)

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Self
 
 from kvstore.errors import AccessDenied, ProtocolError, ServiceUnavailable
-from kvstore.service.door import BUSY, CREDENTIALS, HEADER, MAGIC, MAX_MESSAGE, OPEN, VERSION, door_path
+from kvstore.service.door import BUSY, CREDENTIALS, HEADER, MAGIC, MAX_MESSAGE, OPEN, UNMAPPED, VERSION, door_path
 from kvstore.service_options import user_of
 
 _TIMEVAL = struct.Struct("@ll")
@@ -52,12 +52,21 @@ class Opened:
         self.close()
 
 
+class Unmapped(AccessDenied):
+    """The door knows this user, and gives it no map: `Open` takes the ticket for its rights."""
+
+    def __init__(self, reason: str, ticket: bytes) -> None:
+        super().__init__(reason)
+        self.ticket = ticket
+
+
 def knock(path: str | Path, timeout_s: float) -> Opened:
     """Ask the service at the Unix socket `path` for its arena.
 
     Raises ServiceUnavailable where nobody is there, answers within `timeout_s`, or has room; AccessDenied where the
-    door does not let this user in, or is a stranger's (neither this user's, nor root's, nor of the user who owns the
-    directory); ProtocolError where the other side is no door, or one of another version.
+    door does not let this user in (Unmapped: gives it a ticket and no memory), or is a stranger's (neither this user's,
+    nor root's, nor of the user who owns the directory); ProtocolError where the other side is no door, or one of
+    another version.
     """
     place, until_s = door_path(path), time.monotonic() + timeout_s
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
@@ -86,6 +95,15 @@ def knock(path: str | Path, timeout_s: float) -> Opened:
         for fd in fds:
             os.close(fd)
         raise
+
+
+def ticket_of(path: str | Path, timeout_s: float) -> bytes:
+    """A ticket that says which user this is, for who moves no bytes. Raises as `knock` does, but for Unmapped."""
+    try:
+        with knock(path, timeout_s) as opened:
+            return opened.ticket
+    except Unmapped as known:
+        return known.ticket
 
 
 def limit(connection: socket.socket, option: int, seconds: float) -> None:
@@ -144,6 +162,8 @@ def _opened(place: str, message: bytes, fds: list[int], truncated: bool) -> Open
     reason = message[HEADER.size :].decode(errors="replace")
     if status == BUSY:
         raise ServiceUnavailable(f"the door at {place} is full: {reason}")
+    if status == UNMAPPED:
+        raise Unmapped(f"the door at {place}: {reason}", ticket)
     if status != OPEN:
         raise AccessDenied(f"the door at {place} refused: {reason}")
     if truncated or len(fds) != 3:

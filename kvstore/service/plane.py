@@ -48,7 +48,7 @@ class DataPlane(Protocol):
     """How bytes come and go over one connection. Made before the session is opened.
 
     Attributes:
-        ticket: for Open; empty without a mapping.
+        ticket: for Open; empty where the door was not asked.
         boot_id: of the server that the ticket is for; empty where any will do.
         lane: the short way for small calls; None without a mapping.
     """

@@ -50,11 +50,11 @@ class RemotePlane:
     `buffers` and `stats` are the client's, and outlive a connection.
     """
 
-    ticket = b""
     boot_id = b""
     lane = None
 
-    def __init__(self, buffers: Buffers, stats: Stats) -> None:
+    def __init__(self, buffers: Buffers, stats: Stats, ticket: bytes = b"") -> None:
+        self.ticket = ticket
         self._buffers = buffers
         self._stats = stats
 

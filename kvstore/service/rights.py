@@ -15,7 +15,8 @@ Invariants
 1. What nobody granted is refused. An unknown key, a group-readable file, an entry without a credential: errors.
 2. A token is compared by its digest, in constant time, with every entry.
 3. Once an entry names a uid (a certificate), other uids than the server's own and root (other certificates) are
-   refused.
+   refused, and `service.allowed_uids` is not looked at. A user with limited rights gets no map, be it the server's own
+   or root.
 4. A reload that fails leaves the rights as they were. After one that does not, nobody has more than the file gives:
    clients whose rights changed are let in anew, or not.
 
@@ -178,15 +179,22 @@ class Gate:
             return None
         trusted = {entry.uid for entry in named if entry.rights.sees_all}
         listed = () if named else self._options.allowed_uids
-        return frozenset({os.geteuid(), 0, *listed, *(uid for uid in trusted if uid is not None)})
+        uids = frozenset({os.geteuid(), 0, *listed, *(uid for uid in trusted if uid is not None)})
+        return uids - self.unmapped_uids()
+
+    def unmapped_uids(self) -> frozenset[int]:
+        """Users with limited rights: the door tells the server who they are, and gives them no arena."""
+        return _limited_uids(self._entries)
 
     def _by_uid(self, entries: tuple[_Entry, ...], uid: int) -> Rights:
         for entry in entries:
             if entry.uid == uid:
                 return entry.rights
-        if uid in (os.geteuid(), 0) or (self._is_let_in(uid) and all(entry.uid is None for entry in entries)):
+        named = any(entry.uid is not None for entry in entries)
+        if uid in (os.geteuid(), 0) or (self._is_let_in(uid) and not named):
             return FULL
-        raise AccessDenied(f"user {uid} has no rights here: add it to service.allowed_uids, or to the tokens file")
+        where = "the tokens file" if named else "service.allowed_uids, or to the tokens file"
+        raise AccessDenied(f"user {uid} has no rights here: add it to {where}")
 
     def _is_let_in(self, uid: int) -> bool:
         """Listed; or, where a group and no list is set, let in by the mode of the socket."""
@@ -196,11 +204,19 @@ class Gate:
     def _unseen(self, entries: tuple[_Entry, ...]) -> Rights:
         """Rights of a client of the Unix socket that did not pass the door: the socket's mode let it in.
 
-        Where the mode lets a group in and not all of it has the same rights, that is not enough.
+        Where not all that it lets in have the same rights, that is not enough.
         """
-        if self._options.group and (self._options.allowed_uids or any(entry.uid is not None for entry in entries)):
-            raise AccessDenied("this server tells users apart: send an access token, or pass the door")
+        if self._options.group:
+            told_apart = bool(self._options.allowed_uids) or any(entry.uid is not None for entry in entries)
+        else:
+            told_apart = bool(_limited_uids(entries) & {os.geteuid(), 0})
+        if told_apart:
+            raise AccessDenied("this server tells users apart: send an access token, or connect with mapped=True")
         return FULL
+
+
+def _limited_uids(entries: tuple[_Entry, ...]) -> frozenset[int]:
+    return frozenset(entry.uid for entry in entries if entry.uid is not None and not entry.rights.sees_all)
 
 
 def _by_token(entries: tuple[_Entry, ...], digest: bytes) -> Rights:

@@ -187,6 +187,7 @@ class Server:
             self.boot_id,
             on_exit=self._process_died,
             allowed_uids=self._gate.mapping_uids(),
+            unmapped_uids=self._gate.unmapped_uids(),
             group=options.group,
             max_peers=options.max_sessions,
         )

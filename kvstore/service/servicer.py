@@ -131,11 +131,11 @@ class Servicer(KVStoreServicer):
             )
         if len(request.client_name.encode()) > _MAX_NAME_BYTES:
             raise ConfigError(f"client_name has {len(request.client_name)} characters: at most {_MAX_NAME_BYTES} bytes")
-        peer = self._redeem(request.ticket)
+        peer, uid = self._redeem(request.ticket)
         try:
             shown = Shown.of(
                 request.token,
-                uid=None if peer is None else peer.uid,
+                uid=uid,
                 certificate_name=_certificate_name(context),
                 local=context.peer().startswith("unix:"),
             )
@@ -178,13 +178,17 @@ class Servicer(KVStoreServicer):
         self._sessions.process_died(peer)
         self.lanes.finish(peer)
 
-    def _redeem(self, ticket: bytes) -> Peer | None:
+    def _redeem(self, ticket: bytes) -> tuple[Peer | None, int | None]:
+        """The process that has the memory, if it has, and its user, if the door told it."""
         if not ticket:
-            return None
+            return None, None
         peer = self._door.redeem(ticket) if self._door is not None else None
-        if peer is None:
+        if peer is not None:
+            return peer, peer.uid
+        uid = self._door.introduced(ticket) if self._door is not None else None
+        if uid is None:
             raise AccessDenied("the ticket is unknown, used or too old: pass the door again")
-        return peer
+        return None, uid
 
     def _end_previous(self, session_id: bytes, successor: Session) -> None:
         """The client has a new session, and has stopped using this one."""
@@ -195,7 +199,7 @@ class Servicer(KVStoreServicer):
     def judge_again(self) -> None:
         """Rights were read again: who has others now has to come anew, and who has none does not get in."""
         if self._door is not None:
-            self._door.allow(self._gate.mapping_uids())
+            self._door.allow(self._gate.mapping_uids(), self._gate.unmapped_uids())
         for session in self._sessions.all():
             if not self._gate.still_gives(session.rights, session.shown):
                 self._sessions.revoke(session)

@@ -235,6 +235,9 @@ def test_unsafe_rights_are_a_problem_before_the_server_is_started(tmp_path: Path
     tokens.write_text("")
     tokens.chmod(0o644)
     assert "chmod 600" in findings_of(tmp_path, {"service": {"tokens_file": str(tokens)}})["rights"].detail
+    tokens.chmod(0o600)
+    found = findings_of(tmp_path, {"service": {"tokens_file": str(tokens)}})["rights"]
+    assert found.detail == f"Unix socket only; clients of {tokens}"
     naked = {"service": {"listen": "0.0.0.0:1"}}
     assert "without TLS" in findings_of(tmp_path, naked)["rights"].detail
     naked["service"]["serve_anyone_on_the_network_without_authentication"] = "true"

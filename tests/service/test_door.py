@@ -25,7 +25,7 @@ from kvstore.errors import AccessDenied, ConfigError, ProtocolError, ServiceUnav
 from kvstore.mapping import ArenaMapping
 from kvstore.service import door as door_module
 from kvstore.service.door import Door, Peer
-from kvstore.service.knock import knock
+from kvstore.service.knock import Unmapped, knock
 from tests.descriptors import descriptors
 from tests.waiting import eventually
 
@@ -381,6 +381,39 @@ def test_users_that_are_not_named_are_refused(make_door: MakeDoor, path: str) ->
     assert door.num_peers == 0
 
 
+@root_only
+def test_a_user_with_limited_rights_gets_a_ticket_and_no_memory_whatever_else_lets_it_in(
+    make_door: MakeDoor, path: str
+) -> None:
+    door = make_door(allowed_uids=frozenset({4242}), unmapped_uids=frozenset({4242}))
+    os.chmod(door.path, 0o666)
+    answer = knock_as(path, "os.setgroups([]); os.setgid(4242); os.setuid(4242)")
+    assert answer.startswith("Unmapped")
+    assert "user 4242 has limited rights here and may not map this arena" in answer
+    assert door.num_peers == 0
+    (ticket,) = door._introduced
+    assert (door.introduced(ticket), door.introduced(ticket)) == (4242, None)
+
+
+def test_a_ticket_without_memory_is_good_for_ten_seconds_and_so_many_at_once(
+    make_door: MakeDoor, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    door = make_door(unmapped_uids=frozenset({os.getuid()}), max_peers=2)
+    tickets = []
+    for _ in range(2):
+        with pytest.raises(Unmapped) as known:
+            knock(path, TIMEOUT_S)
+        tickets.append(known.value.ticket)
+        assert door.redeem(known.value.ticket) is None, "it is no process with the memory"
+    with pytest.raises(ServiceUnavailable, match="2 tickets wait to be used"):
+        knock(path, TIMEOUT_S)
+    assert door.introduced(tickets[0]) == os.getuid()
+    assert door.introduced(bytes(16)) is None
+    now_s = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now_s + door_module.TICKET_S + 1)
+    assert door.introduced(tickets[1]) is None
+
+
 DOOR_OF_ITS_OWN = """
 import sys
 from kvstore.arena import Arena
@@ -509,7 +542,7 @@ def test_a_socket_that_answers_is_not_replaced(path: str, make_door: MakeDoor, k
 def test_a_second_door_at_the_same_path_is_refused_and_the_first_lives_on(
     door: Door, path: str, make_door: MakeDoor
 ) -> None:
-    with pytest.raises(ConfigError, match="another service runs at"):
+    with pytest.raises(ConfigError, match=rf"another service runs at {path}: stop it"):
         make_door()
     with knock(path, TIMEOUT_S):
         pass

@@ -13,6 +13,7 @@ import pytest
 
 from kvstore.block import ModelId, Root
 from kvstore.errors import AccessDenied
+from kvstore.service.admin import Admin, Target
 from kvstore.service.knock import knock
 from kvstore.service.rights import Gate, Rights, Shown
 from kvstore.service.server import Server
@@ -221,6 +222,58 @@ def test_the_door_closes_for_users_who_lost_the_memory_and_opens_for_others(serv
         knock(path, 5.0)
     door.allow(frozenset({os.getuid()}))
     knock(path, 5.0).close()
+
+
+@pytest.mark.parametrize("mapped", [None, False])
+def test_a_user_with_limited_rights_works_without_the_map_and_in_its_own_salts_alone(
+    server: Server, tokens: Path, model: ModelId, mapped: bool | None
+) -> None:
+    tokens.write_text(f'[[client]]\nuid = {os.getuid()}\nsalts = ["alice"]\n' + BOB)
+    server.reload_rights()
+    with connect(server.address, mapped=mapped) as store:
+        store.open(model)
+        assert save_all(store, chain_of(Root(model, salt=b"alice"), 3)) == 3
+        with pytest.raises(AccessDenied):
+            store.match(chain_of(Root(model, salt=b"bob"), 3), "r")
+        (session,) = server.sessions.all()
+        assert (session.mapped, session.shown.uid) == (False, os.getuid())
+    with pytest.raises(AccessDenied, match="limited rights here and may not map this arena: connect with mapped=False"):
+        connect(server.address, mapped=True)
+    with connect(server.address, mapped=mapped, token="bob-bob-bob-bob-bob") as store:
+        store.open(model)
+        assert save_all(store, chain_of(Root(model, salt=b"bob"), 3)) == 3
+
+
+@pytest.mark.parametrize(
+    ("said", "salts"), [('salts = ["alice"]', frozenset({b"alice"})), ("admin = true", None)], ids=["limited", "admin"]
+)
+def test_people_are_known_by_their_user_too(
+    start_server: StartServer, tokens: Path, said: str, salts: frozenset[bytes] | None
+) -> None:
+    tokens.write_text(f"[[client]]\nuid = {os.getuid()}\n{said}\n")
+    server = start_server(service={"tokens_file": str(tokens), "group": str(os.getgid())})
+    with Admin(Target(address=server.address)):
+        (session,) = server.sessions.all()
+        assert session.rights.salts == salts
+
+
+def test_the_way_changes_with_the_rights_of_a_client_that_lives_on(
+    server: Server, tokens: Path, model: ModelId
+) -> None:
+    chain = chain_of(Root(model, salt=b"alice"), 3)
+    with connect(server.address) as store:
+        store.open(model)
+        assert save_all(store, chain) == 3
+        for said, mapped in ((f'[[client]]\nuid = {os.getuid()}\nsalts = ["alice"]\n', False), (ALICE, True)):
+            tokens.write_text(said)
+            server.reload_rights()
+
+            def has(mapped: bool = mapped) -> bool:
+                return [session.mapped for session in server.sessions.all() if not session.ended] == [mapped]
+
+            assert eventually(has, 20.0)
+            assert eventually(lambda: store.match(chain, "r").num_blocks == 3, 20.0)
+            store.forget("r")
 
 
 def silent_stream(peer: Peer, gone: threading.Event) -> Iterator[pb.Notice]:

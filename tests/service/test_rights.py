@@ -114,6 +114,19 @@ def test_a_user_who_may_not_see_every_namespace_may_not_map_the_arena(tmp_path: 
     assert gate_of(tmp_path, "", group="kv").mapping_uids() is None
 
 
+def test_the_servers_own_user_is_limited_too_where_it_is_named_and_nobody_is_let_in_unseen(tmp_path: Path) -> None:
+    mine = os.getuid()
+    gate = gate_of(tmp_path, f'[[client]]\nuid = {mine}\nsalts = ["a"]\n')
+    assert mine not in (gate.mapping_uids() or ())
+    assert gate.unmapped_uids() == {mine}
+    assert gate.rights_of(Shown.of("", uid=mine)).salts == frozenset({b"a"})
+    with pytest.raises(AccessDenied, match="tells users apart"):
+        gate.rights_of(Shown.of("", local=True))
+    trusted = gate_of(tmp_path, f'[[client]]\nuid = {mine}\nsalts = ["*"]\n')
+    assert trusted.unmapped_uids() == frozenset()
+    assert trusted.rights_of(Shown.of("", local=True)) is FULL
+
+
 def test_a_certificate_gives_full_rights_until_entries_tell_certificates_apart(tmp_path: Path) -> None:
     plain = Gate(tcp(tmp_path, client_ca="/ca.pem"))
     assert plain.rights_of(Shown.of("", uid=None, certificate_name="engine-1")) is FULL
