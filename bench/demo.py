@@ -75,9 +75,9 @@ def show(rows: Sequence[TtftRow]) -> None:
         for turn in range(1, last + 1):
             low, high = _best_s(rows, arm, turn), max(_times_s(rows, arm, turn))
             line[f"turn {turn}"] = f"{_shown(low)}–{_shown(high)}"
-        line["at best"] = _against(_best_s(rows, BASE, last) / _best_s(rows, arm, last))
+        line[f"turn {last}, at best"] = _against(_best_s(rows, BASE, last) / _best_s(rows, arm, last))
         table.append(line)
-    table[0]["at best"] = "–"
+    table[0][f"turn {last}, at best"] = "–"
     num = len(_times_s(rows, BASE, last))
     print_table(f"Seconds to the first token, best and worst of {num} requests", table, list(table[0]))
 
