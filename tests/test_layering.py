@@ -272,7 +272,8 @@ RULES: dict[str, Rule] = {
     ),
     "kvstore.service.doctor": SERVICE,
     "kvstore.service.doctor_redis": replace(
-        SERVICE, modules=(*SERVICE.modules, "kvstore.wire.seal", "kvstore.tiers.redis_look")
+        SERVICE,
+        modules=(*SERVICE.modules, "kvstore.wire.seal", "kvstore.tiers.redis_look", "kvstore.tiers.redis_rights"),
     ),
     "kvstore.service.findings": Rule(5),
     "kvstore.service.door": Rule(5, (*FOUNDATIONS, "kvstore.service.claim")),

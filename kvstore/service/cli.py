@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
 
@@ -21,6 +22,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal of another alphabet shows ? for a bar of a chart
+    # Else what a command meets, and says in its own words, is a bare line beside its output; `serve` logs as it is set.
+    logging.getLogger("kvstore").addHandler(logging.NullHandler())
     try:
         app()
     except KVStoreError as error:

@@ -70,7 +70,7 @@ def _met(target: Target, server: Running, away: dict[str, Finding]) -> Generator
         with Admin(target, name="kvstore doctor") as admin:
             running = True
             yield from _server(admin, server)
-            yield from _store(admin, away)
+            yield from _store(admin, server, away)
     except MayNotConnect as error:
         yield problem("server", str(error), "run as the server's user, or join its group")
     except ServiceUnavailable as error:
@@ -171,7 +171,7 @@ def _server(admin: Admin, server: Running) -> Iterator[Finding]:
     server.values.update(stats.values)
 
 
-def _store(admin: Admin, away: dict[str, Finding]) -> Iterator[Finding]:
+def _store(admin: Admin, server: Running, away: dict[str, Finding]) -> Iterator[Finding]:
     try:
         faults = admin.check()
     except AccessDenied:
@@ -186,6 +186,7 @@ def _store(admin: Admin, away: dict[str, Finding]) -> Iterator[Finding]:
     for fault in faults:
         if fault.startswith(NOT_CHECKED):  # blocks in the host are served all the same
             tier, _, why = fault.removeprefix(NOT_CHECKED).removeprefix(": ").partition(": ")
+            server.failures[tier] = why
             away[tier] = note("store", f"{tier} was not looked at, since it did not answer: {why}", "run this again")
     if not broken:
         yield ok("store", "no invariant is broken" + (" in what could be looked at" if away else ""))

@@ -28,6 +28,7 @@ _CURES = {
     "MISCONF": "CONFIG SET save '' (a cache keeps nothing on disk)",
 }
 """By what a server answers to writes that it does not take."""
+_RULE = "ACL SETUSER kvstore on '>PASSWORD' {rights}"
 _LEAST_BUCKETS_OF_CLUSTER = 64
 """Each is one hash slot: of 16 over three nodes one gets 8 and the others 4 each, of 64 they get 22, 24 and 18."""
 
@@ -38,6 +39,8 @@ class Running:
 
     settings: dict[str, str] = field(default_factory=dict)
     values: dict[str, float] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    """By tier, what it met there when it looked just now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,17 +72,45 @@ def examine_tiers(config: StoreConfig, running: Running) -> Iterator[Finding]:
         elif url:
             mended = int(running.values.get(f"{name}.foreign_books", 0))
             for finding in examine_redis(name, url, TierSettings.of(config.tiers.get(name)), mended):
-                gone |= finding.name == name and finding.verdict is Verdict.PROBLEM
+                gone |= finding.name in (name, f"{name} user") and finding.verdict is Verdict.PROBLEM
                 yield finding
-        if not gone and running.values.get(f"{name}.available") == 0:
-            yield problem(
-                f"{name} of the server",
-                "the running server gets no answer from it, and serves what is in its own memory alone",
-                "look in the server's log: its network, user or password are not those of this command",
-            )
+        if not gone:
+            yield from _of_running(name, running)
         yield from _encryption(name, config, running.settings)
     if not urls:
         yield note("redis", "no lower tier is configured: blocks are kept on this host only")
+
+
+def _of_running(name: str, running: Running) -> Iterator[Finding]:
+    """What the running server meets there, whose user and password may be others than ours."""
+    away = running.values.get(f"{name}.available") == 0
+    if not away and running.values.get(f"{name}.may_write", 1):
+        return
+    why = running.failures.get(name, "")
+    if not away:
+        told = f"its user may not write there, and only what is there already is loaded: {why}".rstrip(": ")
+        yield problem(f"{name} of the server", told, cure(why) or cure("NOPERM"))
+        return
+    told = "the running server gets no answer from it, and serves what is in its own memory alone"
+    fix = "look in the server's log: its network, user or password are not those of this command"
+    if cured := cure(why):
+        told, fix = f"it refuses the running server, which serves what is in its own memory alone: {why}", cured
+    yield problem(f"{name} of the server", told, fix)
+
+
+def cure(why: str) -> str:
+    """Of what a server said when it refused us; empty for other failures."""
+    from kvstore.tiers.redis_rights import least_rights
+
+    if "NOPERM" in why or "unknown command" in why:
+        return f"{_RULE.format(rights=least_rights(cluster='cluster|' in why))}, on every node"
+    if "cluster support disabled" in why:
+        return "this server is no Cluster: use redis://"
+    if "NOAUTH" in why or "Authentication required" in why:
+        return "the server wants a password: put it into the URL"
+    if "WRONGPASS" in why or "invalid username-password" in why:
+        return "the server knows no such user or password: put those that it has into the URL"
+    return ""
 
 
 def _encryption(name: str, config: StoreConfig, settings: dict[str, str]) -> Iterator[Finding]:
@@ -115,7 +146,9 @@ def examine_redis(name: str, url: str, settings: TierSettings | None = None, num
     try:
         seen = look(url, settings.num_buckets, _TIMEOUT_S, _SCAN_S)
     except (TierError, ConfigError) as error:
-        yield problem(name, f"does not answer: {error}", f"check tiers.{name}.url, the network, user and password")
+        cured = cure(str(error))
+        fix = cured or f"check tiers.{name}.url, the network, user and password"
+        yield problem(name, f"{'refuses us' if cured else 'does not answer'}: {error}", fix)
         return
     if seen.is_part:
         yield problem(
@@ -129,8 +162,8 @@ def examine_redis(name: str, url: str, settings: TierSettings | None = None, num
     else:
         yield from _servers(name, seen, settings)
     if seen.refusal:
-        cure = _CURES.get(seen.refusal.partition(" ")[0], "see what the server's log says of it")
-        yield problem(f"{name} writes", f"none is taken now: {seen.refusal}", cure)
+        fix = _CURES.get(seen.refusal.partition(" ")[0], "see what the server's log says of it")
+        yield problem(f"{name} writes", f"none is taken now: {seen.refusal}", fix)
     yield _user(f"{name} user", url, seen)
     if not seen.lacking:
         yield _accounts(f"{name} accounts", seen, num_mended)
@@ -195,9 +228,9 @@ def _maxmemory(name: str, servers: tuple[Server, ...], capacity_bytes: int) -> F
 
 
 def _user(where: str, url: str, seen: Look) -> Finding:
-    from kvstore.tiers.redis_look import least_rights
+    from kvstore.tiers.redis_rights import least_rights
 
-    rule = f"ACL SETUSER kvstore on '>PASSWORD' {least_rights(cluster=seen.is_cluster)}"
+    rule = _RULE.format(rights=least_rights(cluster=seen.is_cluster))
     if seen.lacking:
         shown = ", ".join(seen.lacking)
         return problem(where, f"is not let run, or not on kvs2:*, what is needed: {shown}", f"{rule}, on every node")

@@ -165,6 +165,9 @@ _OF_A_TIER = {
     "available": _Name(
         "breaker_closed", "1 while the tier is asked, 0 while its breaker refuses calls.", counter=False
     ),
+    "may_write": _Name(
+        "may_write", "0 while the server's user lacks rights that writes need; loads go on.", counter=False
+    ),
     "lookup_failures": _failure("lookup"),
     "read_failures": _failure("read"),
     "write_failures": _failure("write"),

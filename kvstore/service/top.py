@@ -179,8 +179,10 @@ def _used_of(used: float, capacity: float) -> str:
 
 
 def _state(values: Mapping[str, float]) -> Text:
-    """Whether the tier's breaker lets calls through."""
-    return Text("ok", "green") if values.get("available", 1) else Text("DOWN", "bold red")
+    """Whether the tier's breaker lets calls through, and its server our writes."""
+    if not values.get("available", 1):
+        return Text("DOWN", "bold red")
+    return Text("ok", "green") if values.get("may_write", 1) else Text("no writes", "bold red")
 
 
 def _grown(now: Sample, before: Sample, key: str) -> float:

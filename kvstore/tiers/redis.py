@@ -20,6 +20,7 @@ out is decided here and not by the server (`maxmemory-policy noeviction`): the l
     redis_facts       what a server says of itself  redis_scripts  what it does for the accounts
     redis_tenants     whose which namespace is      redis_stream   sockets under a deadline
     redis_lanes       several connections a load    redis_beside   reads on threads of their own
+    redis_rights      what our user may do
     valkey            a server of our own, for url="embedded"
 """
 
@@ -50,9 +51,10 @@ from kvstore.tiers.redis_mend import Mender
 from kvstore.tiers.redis_names import MAX_BUCKETS, Names
 from kvstore.tiers.redis_nodes import Nodes, Talk
 from kvstore.tiers.redis_nodes import Options as NodeOptions
-from kvstore.tiers.redis_pool import WrongBooks
+from kvstore.tiers.redis_pool import TIER, Refused, WrongBooks
 from kvstore.tiers.redis_presence import present
 from kvstore.tiers.redis_read import Counts, Reader
+from kvstore.tiers.redis_rights import check_rights
 from kvstore.tiers.redis_sealed import Locked
 from kvstore.tiers.redis_sweep import Sweeper
 from kvstore.tiers.redis_upkeep import Upkeep, most_shift_s
@@ -168,7 +170,7 @@ class RedisTier(Tier):
         self.server = EmbeddedServer() if self.options.url == EMBEDDED else None
         url = self.server.url if self.server else self.options.url
         capacity_bytes = self.options.capacity_bytes or (_EMBEDDED_CAPACITY_BYTES if self.server else 0)
-        self._available = True
+        self._available = self._may_write = True
         self._nodes = Nodes(
             url,
             self.options.num_buckets,
@@ -180,6 +182,7 @@ class RedisTier(Tier):
             ),
             self._note_state,
         )
+        self._nodes.noted = self._note_rights
         self._names = names
         self._accounting = Accounting(
             names, capacity_bytes, self.options.namespace_capacity_bytes, self.options.tenant_capacity_bytes
@@ -209,7 +212,9 @@ class RedisTier(Tier):
     def bind(self, stats: Stats) -> None:
         super().bind(stats)
         self._upkeep.bind(stats)
-        stats.set(f"{self.name}.available", self._available)  # it may have failed before anybody counted
+        # It may have failed before anybody counted.
+        stats.set(f"{self.name}.available", self._available)
+        stats.set(f"{self.name}.may_write", self._may_write)
 
     def open(self, layout: BlockLayout) -> None:
         self._writer.learn(layout)
@@ -286,6 +291,7 @@ class RedisTier(Tier):
         deadline = time.monotonic() + deadline_s
         if not parts:
             return set()
+        self._refuse_denied()
         later = self._within_bounds(later)
         try:
             return self._write(parts, meta, deadline, later)
@@ -330,6 +336,15 @@ class RedisTier(Tier):
     def _note_state(self, available: bool) -> None:
         self._available = available
         self.stats.set(f"{self.name}.available", available)
+
+    def _note_rights(self, may_write: bool) -> None:
+        self._may_write = may_write
+        self.stats.set(f"{self.name}.may_write", may_write)
+
+    def _refuse_denied(self) -> None:
+        """What the server is known not to let us write is not sent."""
+        if self._nodes.denied:
+            raise Refused(TIER, f"not tried again yet after: {self._nodes.denied}")
 
     @property
     def span_s(self) -> float:
@@ -399,6 +414,9 @@ class RedisTier(Tier):
         Meaningful while nobody writes.
         """
         deadline = time.monotonic() + _LONG_CALL_S
+        if self._nodes.denied:
+            check_rights(self._nodes, deadline)
+        self._refuse_denied()
         with self._nodes.talk(deadline) as talk:
             foreign = Mender(self._accounting).foreign(talk, deadline)
             if foreign:  # sums and orders would be those of another program

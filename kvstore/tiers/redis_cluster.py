@@ -110,7 +110,7 @@ class ClusterBatches:
         lock = threading.Lock()
 
         def send(node: Node, positions: list[int]) -> None:
-            with node.stores.lease(deadline) as wire:
+            with node.stores.lease(deadline) as wire, self._nodes.sparing_loads():
                 arrived = send_items(wire, [items[position] for position in positions])
             with lock:
                 landed.update(arrived)

@@ -10,6 +10,7 @@ the keys it held, until its replica has taken over.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import threading
 import time
@@ -21,16 +22,26 @@ from urllib.parse import urlsplit, urlunsplit
 from redis.crc import key_slot
 
 from kvstore.errors import ConfigError, TierError, TierUnavailable
-from kvstore.tiers.redis_pool import TIER, Address, Breaker, Connections, Place, map_redis_errors
+from kvstore.tiers.redis_pool import (
+    MOVING,
+    TIER,
+    Address,
+    Breaker,
+    Connections,
+    Denied,
+    Place,
+    Refused,
+    map_redis_errors,
+)
 from kvstore.tiers.redis_sentinel import Sentinels
 from kvstore.tiers.redis_wire import ProtocolBroken, Reply, ReplyError, Wire, command
+
+log = logging.getLogger("kvstore.tiers.redis")
 
 _CLUSTER = "+cluster"
 _REFRESH_EVERY_S = 0.1
 _ROUNDS = 3
 """How often a command follows redirections."""
-MOVING = frozenset({"MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN"})
-"""Errors of a Cluster that is changing: not this node, or not now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +90,10 @@ class Nodes:
         self.is_cluster, self._url, self._seeds = _parse(self._sentinels.server_url if self._sentinels else url)
         self._options = options
         self._changed = changed
+        self.noted: Callable[[bool], None] = lambda may_write: None
+        """Told False when our user turns out to have the rights for loads and not all others, True when it has."""
+        self.denied = ""
+        """What the server said of that; empty where nothing is known to be denied."""
         self._lock = threading.Lock()
         self._slots = [key_slot(b"{%03d}" % stripe) for stripe in range(num_stripes)]
         self._known: dict[Address | None, Node] = {}
@@ -146,8 +161,8 @@ class Nodes:
                 with node.stores.lease(limit) as wire:
                     wire.send([command("CLUSTER", "SLOTS")], limit)
                     reply = wire.reply(limit)
-                    if isinstance(reply, ReplyError):
-                        raise reply
+                    if isinstance(reply, ReplyError):  # denied or not: nothing is to be had without it
+                        raise TierUnavailable(TIER, f"ReplyError: {reply}") from reply
                     addresses = _primaries(reply, self._slots, node.address)
             except TierError as failed:
                 error = failed
@@ -179,16 +194,51 @@ class Nodes:
             nodes.setdefault(self.of_stripe(stripe, deadline), []).append(position)
         return nodes
 
+    # ── rights ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def try_loads(self, deadline: float) -> None:
+        """See whether loads may be had of each node in use. Raises TierError; its breaker learns of it."""
+        self.of_stripe(0, deadline)
+        for node in dict.fromkeys(self._of_stripe):
+            node.loads.try_loads(deadline)
+
+    @contextlib.contextmanager
+    def sparing_loads(self) -> Iterator[None]:
+        """In a conversation that is no load: what our user may not do there is no failure of it: loads go on."""
+        try:
+            with map_redis_errors():
+                yield
+        except Denied as error:
+            why = str(error).removeprefix(f"{TIER}: ")
+            self.deny(why)
+            raise Refused(TIER, why) from error
+
+    def deny(self, why: str) -> None:
+        """Something that writes and upkeep need is denied."""
+        with self._lock:
+            before, self.denied = self.denied, why
+        if not before:
+            self.noted(False)
+            log.warning("redis: is only read until our user may write: %s: `kvstore doctor` has the rule", why)
+
+    def allow(self) -> None:
+        """All that is needed is allowed."""
+        with self._lock:
+            before, self.denied = self.denied, ""
+        if before:
+            self.noted(True)
+            log.info("redis: our user may write again (it was only read after: %s)", before)
+
     # ── conversations ──────────────────────────────────────────────────────────────────────────────────────────
 
     @contextlib.contextmanager
     def talk(self, deadline: float, ask_s: float = math.inf) -> Iterator[Talk]:
         """A conversation with all nodes that is no load; `ask_s`: how long one `ask` may take. Raises TierError."""
         if self.is_cluster:
-            with map_redis_errors():  # what its replies turn out to be
+            with self.sparing_loads():  # what its replies turn out to be
                 yield ClusterTalk(self, len(self._slots), ask_s)
             return
-        with self._of_stripe[0].stores.lease(deadline) as wire:
+        with self._of_stripe[0].stores.lease(deadline) as wire, self.sparing_loads():
             yield Talk(wire, ask_s)
 
     def close(self) -> None:

@@ -45,6 +45,11 @@ _PREPARE_RARER = 10
 """Where connecting ahead of need has failed, it comes so many times as late as the first probe of a server that did."""
 _NO_WRITES = frozenset({"OOM", "NOREPLICAS", "MISCONF"})
 """What it answers to writes that it cannot take now, for want of memory, of replicas, of a disk that works."""
+_LOADED = "kvs2:{000}:probe"
+_LOADS = [command("EXISTS", _LOADED), command("GET", _LOADED), command("MGET", _LOADED)]
+"""Of each kind that requests wait for: a server that answers a PING may still refuse these."""
+MOVING = frozenset({"MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN"})
+"""Errors of a Cluster that is changing: not this node, or not now."""
 
 
 @contextlib.contextmanager
@@ -70,7 +75,13 @@ def map_redis_errors() -> Iterator[None]:
 def _kind_of(error: Exception) -> type[TierUnavailable]:
     if not isinstance(error, ReplyError):
         return TierUnavailable
+    if error.is_denied:
+        return Denied
     return WrongBooks if error.is_of_type else Refused if error.code in _NO_WRITES else TierUnavailable
+
+
+class Denied(TierUnavailable):
+    """The server will not run that for us, now or later: our user may not, or it knows no such command."""
 
 
 class Refused(TierUnavailable):
@@ -102,6 +113,7 @@ class Breaker:
         """How often it has opened, or could have."""
         self._retry_at = 0.0
         self._last_error = ""
+        self._failed_at = 0.0
         self._closed = threading.Event()
         self.probe: Callable[[], None] | None = None
         """Raises TierError where the server does not work. Must not ask this breaker."""
@@ -160,7 +172,8 @@ class Breaker:
             if self._failing:
                 self._failing = False
                 self._changed(True)
-                log.warning("redis: back after: %s", self._last_error)
+                away_s = time.monotonic() - self._failed_at
+                log.info("redis: answers again (it was off for %.3g s after: %s)", away_s, self._last_error)
 
     def failed(self, error: TierError) -> None:
         """The server cannot be reached, refuses, or said nothing for a fair time."""
@@ -172,6 +185,7 @@ class Breaker:
             if self._failing:
                 return
             self._failing = True
+            self._failed_at = time.monotonic()
             self._changed(False)
         log.warning("redis: off until it answers again: %s", error)
         if self.probe is not None and self._probes:
@@ -332,12 +346,17 @@ class Connections:
     # ── connecting ─────────────────────────────────────────────────────────────────────────────────────────
 
     def probe(self) -> None:
-        """Connect anew and see whether the server takes part. Raises TierError; leaves the breaker alone."""
+        """Connect anew and see whether the server takes part, and loads work. Raises TierError.
+
+        Leaves the breaker alone. What it asks is what calls ask: of one that answers nothing but a PING, each probe
+        would find that it is back, and the next call that it is not.
+        """
         deadline = time.monotonic() + self._connect_timeout_s
         with map_redis_errors():
             wire = self._connect(deadline)
             try:
                 self._greet(wire, deadline)
+                self._try_loads(wire, deadline)
             finally:
                 wire.close()
 
@@ -363,6 +382,19 @@ class Connections:
         # In a Cluster the topology says who is what.
         if not isinstance(self._place, tuple) and isinstance(about, list) and b"replica" in about:
             raise ReplyError("READONLY it is a replica, and takes no writes")
+
+    def try_loads(self, deadline: float) -> None:
+        """See whether loads work. Raises TierError; the breaker learns of it."""
+        with self.lease(deadline) as wire:
+            self._try_loads(wire, deadline)
+
+    def _try_loads(self, wire: Wire, deadline: float) -> None:
+        in_cluster = isinstance(self._place, tuple)
+        commands = [*_LOADS, command("CLUSTER", "SLOTS")] if in_cluster else _LOADS
+        wire.send([b"".join(commands)], deadline)
+        for reply in [wire.reply(deadline) for _ in commands]:
+            if isinstance(reply, ReplyError) and not reply.is_of_type and reply.code not in MOVING:
+                raise reply
 
     def _take_place(self, deadline: float) -> None:
         with self._changed:

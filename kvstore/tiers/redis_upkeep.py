@@ -32,6 +32,7 @@ from kvstore.tiers.redis_mend import Mender
 from kvstore.tiers.redis_names import Touch, Use
 from kvstore.tiers.redis_nodes import Nodes, Talk, many, sound
 from kvstore.tiers.redis_pool import WrongBooks
+from kvstore.tiers.redis_rights import check_rights
 from kvstore.tiers.redis_sweep import Sweeper
 from kvstore.tiers.redis_wire import command
 
@@ -149,6 +150,8 @@ class Upkeep:
         self._age_every_s = min(_AGE_EVERY_S, ttl_s / 8)
         self._age_at = now + self._age_every_s
         self._look_at = now
+        self._rights_known = False
+        self._rights_at = now
         self._ping_at = now + ping_every_s
         self._sweep_at = now + sweep_every_s
         self._thread = threading.Thread(target=self._run, name="kvstore-redis-upkeep", daemon=True)
@@ -248,6 +251,7 @@ class Upkeep:
                 self._busy = True
             try:
                 self._ping()
+                self._check_rights()
                 try:
                     self._do(work)
                 except WrongBooks:
@@ -262,6 +266,7 @@ class Upkeep:
 
     def _idle_s(self) -> float:
         times = [self._look_at]
+        times += [] if self._rights_known and not self._nodes.denied else [self._rights_at]
         times += [self._age_at] if self._ttl_s else []
         times += [self._sweep_at] if self._sweep_every_s else []
         times += [self._ping_at] if self._ping_every_s else []
@@ -271,6 +276,18 @@ class Upkeep:
         if self._ping_every_s and time.monotonic() >= self._ping_at:
             left_s = self._nodes.ping(self._ping_every_s)
             self._ping_at = time.monotonic() + left_s
+
+    def _check_rights(self) -> None:
+        """At first, and for as long as some lack: else the first write would find out, and nothing that all are there.
+
+        One that is taken away later is noticed by who needs it.
+        """
+        now = time.monotonic()
+        if (self._rights_known and not self._nodes.denied) or now < self._rights_at:
+            return
+        self._rights_at = now + _LOOK_AGAIN_S
+        check_rights(self._nodes, now + self._call_timeout_s)
+        self._rights_known = True
 
     def _do(self, work: _Work) -> None:
         now = time.monotonic()

@@ -36,6 +36,11 @@ class ReplyError(Exception):
         return str(self).partition(" ")[0]
 
     @property
+    def is_denied(self) -> bool:
+        """The server will not run this command for us: our user may not, or it has none of that name."""
+        return self.code == "NOPERM" or str(self).lower().startswith("err unknown command")
+
+    @property
     def is_of_type(self) -> bool:
         """A key holds something else than it should: the server works, and others may yet be read and written."""
         text = str(self)

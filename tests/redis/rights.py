@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 from urllib.parse import quote
 
-from kvstore.tiers.redis_look import least_rights
+from kvstore.tiers.redis_rights import least_rights
 
 USER, PASSWORD = "kvstore", "pass/word"
 

@@ -17,7 +17,7 @@ from kvstore.block import Root
 from kvstore.errors import TierUnavailable
 from kvstore.service.doctor_redis import examine_redis
 from kvstore.service.findings import Finding, Verdict
-from kvstore.tiers.redis_look import COMMANDS, COMMANDS_OF_CLUSTERS
+from kvstore.tiers.redis_rights import COMMANDS, COMMANDS_OF_CLUSTERS
 from kvstore.tiers.valkey import EmbeddedServer
 from tests.redis.conftest import MakeTier
 from tests.redis.content import DEADLINE_S, Content

@@ -19,12 +19,14 @@ from kvstore.service.doctor import examine
 from kvstore.service.doctor_redis import Running, about_clock, examine_tiers
 from kvstore.service.findings import Finding, Verdict
 from kvstore.service.server import Server
+from kvstore.service.top import tiers_away
 from kvstore.tiers.redis import RedisTier
 from kvstore.tiers.redis_look import Look
 from kvstore.tiers.redis_look import Server as RedisServer
 from kvstore.tiers.valkey import EmbeddedServer
 from tests.conftest import chain_of
 from tests.patient import connect
+from tests.redis.rights import USER, add_user, as_user
 from tests.waiting import wait_until
 
 
@@ -270,3 +272,32 @@ def test_a_redis_that_we_reach_and_the_running_server_does_not_is_a_problem(valk
     assert problems(seen("redis://127.0.0.1:1", 0.0)) == {"redis"}  # one cause, one line
     hidden = seen("redis://:***@127.0.0.1:1", 0.0)  # then what the server says is all there is
     assert problems(hidden) == {"redis of the server"}
+
+
+@pytest.mark.redis
+@pytest.mark.parametrize(
+    ("rules", "away"), [(("-@all", "+@read", "+ping", "+info"), []), (("-@all", "+ping", "+info"), ["redis"])]
+)
+def test_doctor_at_a_running_server_says_what_its_user_lacks(
+    rules: tuple[str, ...], away: list[str], valkey: EmbeddedServer, start_server: Callable[..., Server]
+) -> None:
+    with redis.Redis.from_url(valkey.url) as client:
+        add_user(client)
+        client.execute_command("ACL", "SETUSER", USER, *rules)
+    server = start_server(
+        tiers=[RedisTier(RedisTier.Options(url=as_user(valkey.url), ping_every_s=0.05, breaker_open_s=0.05))]
+    )
+    wait_until(lambda: not all(server.stats().get(f"redis.{each}") for each in ("available", "may_write")))
+    assert tiers_away(server.stats()) == away
+    found: dict[str, Finding] = {}
+    config = StoreConfig.load({"tiers": {"redis": {"url": "redis://:***@elsewhere"}}}, environ={})
+    for each in examine(config, Target(address=server.address)):
+        found[each.name] = each
+    told = found["redis of the server"]
+    assert told.verdict is Verdict.PROBLEM
+    assert "NOPERM" in told.detail
+    assert "ACL SETUSER kvstore on" in told.fix
+    assert "+eval" in told.fix
+    with redis.Redis.from_url(valkey.url) as client:
+        add_user(client)
+    wait_until(lambda: server.stats()["redis.available"] == 1 and server.check() == [], 15)
