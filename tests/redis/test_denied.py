@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-import time
 
 import pytest
 import redis
@@ -19,7 +18,7 @@ from tests.ports import free_ports
 from tests.redis.conftest import MakeTier
 from tests.redis.content import DEADLINE_S, Content
 from tests.redis.rights import USER, add_user, as_user
-from tests.waiting import wait_until
+from tests.waiting import eventually, wait_until
 
 SOON = {"ping_every_s": 0.05, "breaker_open_s": 0.05}
 PROBES_S = 0.5
@@ -38,12 +37,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 def stays(tier: RedisTier, gauge: str, value: float) -> bool:
     """Whatever is called meanwhile."""
-    until = time.monotonic() + PROBES_S
-    while time.monotonic() < until:
-        if tier.stats.get(f"redis.{gauge}") != value:
-            return False
-        time.sleep(0.005)
-    return True
+    return not eventually(lambda: tier.stats.get(f"redis.{gauge}") != value, PROBES_S)
 
 
 @pytest.mark.parametrize("rules", [("-@all", "+@read", "+ping", "+info"), ("-eval", "-zmscore", "-zscore")])
