@@ -200,7 +200,7 @@ class Nodes:
         """See whether loads may be had of each node in use. Raises TierError; its breaker learns of it."""
         self.of_stripe(0, deadline)
         for node in dict.fromkeys(self._of_stripe):
-            node.loads.try_loads(deadline)
+            node.stores.try_loads(deadline)
 
     @contextlib.contextmanager
     def sparing_loads(self) -> Iterator[None]:
