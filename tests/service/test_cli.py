@@ -466,6 +466,12 @@ def test_doctor_is_content_with_a_sound_server_and_with_none_says_what_is_missin
     assert "lower host.capacity_bytes" in large.stdout
 
 
+def test_what_doctor_meets_is_in_its_findings_and_nowhere_else() -> None:
+    done = run("doctor", "--redis-url", "redis://127.0.0.1:1")
+    assert "redis: does not answer" in done.stdout
+    assert done.stderr == ""
+
+
 def test_doctor_says_that_the_store_is_sound_where_only_redis_is_away(serve: MakeServing) -> None:
     server = serve("--redis-url", "redis://127.0.0.1:1")
     report = json.loads(server.ask("doctor", "--json").stdout)
