@@ -46,38 +46,46 @@ _SPANS = 12
 _DEADLINE_S = 60.0
 
 
-class Loader:
-    """A tier, and values that it loads over and over; what comes is held against what was written."""
+class Values:
+    """What is written, and where loads of it go: one memory for all, since where it lies moves rates by a tenth."""
 
-    def __init__(self, url: str, lanes: int, num_blocks: int, seed: int) -> None:
+    def __init__(self, num_blocks: int, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        layout = layout_of(MODEL)
+        chain = Chain(Root(MODEL), rng.integers(0, 1 << 17, 64 * num_blocks))
+        keys = chain.part_keys(0, num_blocks, layout.all_parts)
+        self.meta = {block: chain.meta(at) for at, block in enumerate(chain.ids)}
+        self.content = rng.integers(0, 256, (num_blocks, layout.block_bytes), np.uint8)
+        self.memory = np.zeros_like(self.content)
+        self.parts = {key: memoryview(row) for key, row in zip(keys, self.content, strict=True)}
+        self.into: dict[PartKey, memoryview] = {
+            key: memoryview(row) for key, row in zip(keys, self.memory, strict=True)
+        }
+
+
+class Loader:
+    """A tier that loads values over and over; what comes is held against what was written."""
+
+    def __init__(self, url: str, lanes: int, values: Values) -> None:
         self.tier = RedisTier(
             RedisTier.Options(url=url, lanes=lanes, codec="raw", capacity_bytes=4 << 30, sweep_every_s=0)
         )
-        layout = layout_of(MODEL)
-        self.tier.open(layout)
-        self._chain = Chain(Root(MODEL), np.random.default_rng(seed).integers(0, 1 << 17, 64 * num_blocks))
-        keys = self._chain.part_keys(0, num_blocks, layout.all_parts)
-        content = np.random.default_rng(seed).integers(0, 256, (num_blocks, layout.block_bytes), np.uint8)
-        self._parts = {key: memoryview(row) for key, row in zip(keys, content, strict=True)}
-        self._content, self._memory = content, np.zeros_like(content)
-        self._into: dict[PartKey, memoryview] = {
-            key: memoryview(row) for key, row in zip(keys, self._memory, strict=True)
-        }
-        self.num_bytes = content.nbytes
+        self.tier.open(layout_of(MODEL))
+        self._values = values
 
     def write(self) -> None:
-        meta = {block: self._chain.meta(at) for at, block in enumerate(self._chain.ids)}
-        if len(self.tier.write(self._parts, meta, _DEADLINE_S)) != len(self._parts):
+        values = self._values
+        if len(self.tier.write(values.parts, values.meta, _DEADLINE_S)) != len(values.parts):
             raise RuntimeError("the server did not take all values")
 
     def load(self) -> float:
         """Seconds."""
-        began_s = time.perf_counter()
-        num_come = sum(map(len, self.tier.read(self._into, _DEADLINE_S)))
+        values, began_s = self._values, time.perf_counter()
+        num_come = sum(map(len, self.tier.read(values.into, _DEADLINE_S)))
         took_s = time.perf_counter() - began_s
-        if num_come != len(self._into) or not np.array_equal(self._memory, self._content):
+        if num_come != len(values.into) or not np.array_equal(values.memory, values.content):
             raise RuntimeError("not all bytes came back as they were")
-        self._memory.fill(0)
+        values.memory.fill(0)
         return took_s
 
     @property
@@ -85,14 +93,12 @@ class Loader:
         return int(self.tier.stats.get("redis.lanes"))
 
 
-def measure_flows(
-    server: EmbeddedServer, num_blocks: int, rounds: int, seed: int, tick: Callable[[], None]
-) -> dict[str, object]:
+def measure_flows(server: EmbeddedServer, values: Values, rounds: int, tick: Callable[[], None]) -> dict[str, object]:
     """The link that limits each connection: loads until there were so many with as many lanes as there may be."""
     with (
         SlowLink(server.unix_url.removeprefix("unix://"), each=True) as link,
-        closing((chosen := Loader(link.url, LANES, num_blocks, seed)).tier),
-        closing((single := Loader(link.url, 1, num_blocks, seed)).tier),
+        closing((chosen := Loader(link.url, LANES, values)).tier),
+        closing((single := Loader(link.url, 1, values)).tier),
     ):
         chosen.write()
         link.bytes_per_s = _FLOW_BYTES_PER_S
@@ -106,7 +112,7 @@ def measure_flows(
             seconds["four"].append(chosen.load())
             seconds["one"].append(single.load())
             tick()
-        rates = {name: chosen.num_bytes / statistics.median(took) / 1e9 for name, took in seconds.items()}
+        rates = {name: values.content.nbytes / statistics.median(took) / 1e9 for name, took in seconds.items()}
         return {
             "link": f"{_FLOW_BYTES_PER_S / 1e9:g} GB/s a connection",
             "lanes": chosen.lanes,
@@ -118,13 +124,11 @@ def measure_flows(
         }
 
 
-def measure_free(
-    name: str, url: str, num_blocks: int, num_loads: int, seed: int, tick: Callable[[], None]
-) -> dict[str, object]:
+def measure_free(name: str, url: str, values: Values, num_loads: int, tick: Callable[[], None]) -> dict[str, object]:
     """A link on which client and server share the cores: all loads, those that try included."""
     with (
-        closing((chosen := Loader(url, LANES, num_blocks, seed)).tier),
-        closing((single := Loader(url, 1, num_blocks, seed)).tier),
+        closing((chosen := Loader(url, LANES, values)).tier),
+        closing((single := Loader(url, 1, values)).tier),
     ):
         chosen.write()
         for loader in (chosen, single) * 5:
@@ -140,7 +144,7 @@ def measure_free(
             spans.append((four_s, one_s))
         found = estimate([math.log(four_s / one_s) for four_s, one_s in spans])
         in_all = [sum(each) for each in zip(*spans, strict=True)]
-        num_bytes = chosen.num_bytes * (num_loads // _SPANS) * _SPANS
+        num_bytes = values.content.nbytes * (num_loads // _SPANS) * _SPANS
         return {
             "link": name,
             "lanes": chosen.lanes,
@@ -185,9 +189,10 @@ def measure(
     ):
         task = progress.add_task("loads", total=None)
         tick = lambda: progress.update(task, advance=1)
-        flows = measure_flows(server, num_blocks, rounds, seed, tick)
-        unix = measure_free("Unix socket", server.unix_url, num_blocks, num_loads, seed, tick)
-        tcp = measure_free("loopback", server.url, num_blocks, num_loads, seed, tick)
+        values = Values(num_blocks, seed)
+        flows = measure_flows(server, values, rounds, tick)
+        unix = measure_free("Unix socket", server.unix_url, values, num_loads, tick)
+        tcp = measure_free("loopback", server.url, values, num_loads, tick)
     summary: dict[str, Scalar] = {
         "lanes_flow_gain": float(str(flows["gain"])),
         "lanes_flow_loads_to_learn": int(str(flows["loads_to_learn"])),
