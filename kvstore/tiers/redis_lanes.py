@@ -58,6 +58,9 @@ from kvstore.tiers.redis_wire import Wire
 log = logging.getLogger("kvstore.tiers.redis")
 
 _FIRST_S = 5.0
+_LEAST_PAUSE_S = 60.0
+"""Of loads by one lane, after a comparison in vain. What one cost is only known once it has calls of both kinds, and
+connecting is in no call: on two cores three in 12 s of loads cost 8 % of them, and seemed to have cost little."""
 _TRIAL_SHARE = 0.005
 _SEVERAL_TRIAL_SHARE = 0.02
 """Where loads take several: were one better by now, they lose more than that, and until then they gain much more."""
@@ -137,7 +140,10 @@ class LaneChoice:
         """A load of so many bytes begins, for which so many lanes are ready. Each turn is ended, or left."""
         with self._lock:
             share = _TRIAL_SHARE if self.best == 1 else _SEVERAL_TRIAL_SHARE
-            if not self.is_comparing and self._since_s >= self._lost_s / share * (1 << self._num_in_vain):
+            pause_s = self._lost_s / share
+            if self.best == 1 and self._num_in_vain:
+                pause_s = max(pause_s, _LEAST_PAUSE_S)
+            if not self.is_comparing and self._since_s >= pause_s * (1 << self._num_in_vain):
                 self._begin()
             could = max(1, min(num_ready, num_bytes // self.sizes.least_bytes))
             is_alone = not self._under_way
