@@ -8,7 +8,7 @@ out is decided here and not by the server (`maxmemory-policy noeviction`): the l
 (`redis_accounting`).
 
     redis_names       which key, which score        redis_wire    RESP straight from and into memory
-    redis_accounting  what is there, what goes      redis_pool    connections, breaker, error mapping
+    redis_accounting  what is there, what goes      redis_pool    connections
     redis_read        values into buffers           redis_write   values with their accounts, in order
     redis_nodes       which node, talk to all       redis_cluster batches over the nodes of a Cluster
     redis_sweep       repair, and check             redis_upkeep  touches, ageing, sweeps in the background
@@ -20,7 +20,8 @@ out is decided here and not by the server (`maxmemory-policy noeviction`): the l
     redis_facts       what a server says of itself  redis_scripts  what it does for the accounts
     redis_tenants     whose which namespace is      redis_stream   sockets under a deadline
     redis_lanes       several connections a load    redis_beside   reads on threads of their own
-    redis_rights      what our user may do
+    redis_rights      what our user may do          redis_breaker  whether it is believed to work
+    redis_errors      what it and its sockets raise
     valkey            a server of our own, for url="embedded"
 """
 
@@ -44,6 +45,7 @@ from kvstore.tiers.base import AS_USED, Later, More, Tier
 from kvstore.tiers.redis_accounting import Accounting
 from kvstore.tiers.redis_cluster import ClusterBatches
 from kvstore.tiers.redis_codec import AUTO, CodecChoice
+from kvstore.tiers.redis_errors import TIER, Refused, WrongBooks
 from kvstore.tiers.redis_growth import growth_of
 from kvstore.tiers.redis_lanes import LaneChoice, LanesRead
 from kvstore.tiers.redis_marks import RedisMarks
@@ -51,7 +53,6 @@ from kvstore.tiers.redis_mend import Mender
 from kvstore.tiers.redis_names import MAX_BUCKETS, Names
 from kvstore.tiers.redis_nodes import Nodes, Talk
 from kvstore.tiers.redis_nodes import Options as NodeOptions
-from kvstore.tiers.redis_pool import TIER, Refused, WrongBooks
 from kvstore.tiers.redis_presence import present
 from kvstore.tiers.redis_read import Counts, Reader
 from kvstore.tiers.redis_rights import check_rights

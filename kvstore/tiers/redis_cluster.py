@@ -14,9 +14,9 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from kvstore.block import PartKey
 from kvstore.errors import TierError
 from kvstore.tiers.redis_beside import BesideRead, Moved, end_all
+from kvstore.tiers.redis_errors import WrongBooks
 from kvstore.tiers.redis_names import Names
 from kvstore.tiers.redis_nodes import ASKING, ClusterTalk, Node, Nodes
-from kvstore.tiers.redis_pool import WrongBooks
 from kvstore.tiers.redis_presence import present
 from kvstore.tiers.redis_read import Counts, Reader
 from kvstore.tiers.redis_wire import ReplyError, command

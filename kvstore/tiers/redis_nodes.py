@@ -22,17 +22,9 @@ from urllib.parse import urlsplit, urlunsplit
 from redis.crc import key_slot
 
 from kvstore.errors import ConfigError, TierError, TierUnavailable
-from kvstore.tiers.redis_pool import (
-    MOVING,
-    TIER,
-    Address,
-    Breaker,
-    Connections,
-    Denied,
-    Place,
-    Refused,
-    map_redis_errors,
-)
+from kvstore.tiers.redis_breaker import Breaker
+from kvstore.tiers.redis_errors import MOVING, TIER, Denied, Refused, map_redis_errors
+from kvstore.tiers.redis_pool import Address, Connections, Place
 from kvstore.tiers.redis_sentinel import Sentinels
 from kvstore.tiers.redis_wire import ProtocolBroken, Reply, ReplyError, Wire, command
 

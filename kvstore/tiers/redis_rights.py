@@ -11,9 +11,9 @@ import contextlib
 from collections.abc import Mapping
 
 from kvstore.errors import TierError
+from kvstore.tiers.redis_errors import MOVING
 from kvstore.tiers.redis_names import prefix
 from kvstore.tiers.redis_nodes import Nodes
-from kvstore.tiers.redis_pool import MOVING
 from kvstore.tiers.redis_wire import Reply, ReplyError, command
 
 _KEY = f"{prefix(0)}probe"

@@ -7,7 +7,7 @@ next does not pay for finding out that it went or came back. The PING is the thr
 nor for a connection because of it, since loads have theirs. It costs the server 19 us (with HELLO, which says whether
 it is a replica now) and the store 60: a store that uses its server sends none, and a thousand idle ones send 333 a
 second, 0.6 % of a core of the server's. To one that is away each connects once a second, and every five seconds where
-it is away for long (`redis_pool.Breaker`).
+it is away for long (`redis_breaker`).
 
 One thread, one bounded queue: what does not fit is dropped and counted, since a lost touch costs a little order
 and a late one would cost a load its connection.
@@ -27,11 +27,11 @@ from kvstore.block import BlockId, PartKey
 from kvstore.errors import TierError
 from kvstore.stats import Stats
 from kvstore.tiers.redis_accounting import Accounting
+from kvstore.tiers.redis_errors import WrongBooks
 from kvstore.tiers.redis_growth import Growth, free_end, note, note_only
 from kvstore.tiers.redis_mend import Mender
 from kvstore.tiers.redis_names import Touch, Use
 from kvstore.tiers.redis_nodes import Nodes, Talk, many, sound
-from kvstore.tiers.redis_pool import WrongBooks
 from kvstore.tiers.redis_rights import check_rights
 from kvstore.tiers.redis_sweep import Sweeper
 from kvstore.tiers.redis_wire import command

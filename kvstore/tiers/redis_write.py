@@ -23,10 +23,10 @@ from kvstore.block import BlockId, BlockMeta, PartKey, RootId
 from kvstore.layout import BlockLayout
 from kvstore.tiers.redis_accounting import Accounting
 from kvstore.tiers.redis_codec import CodecChoice
+from kvstore.tiers.redis_errors import MOVING
 from kvstore.tiers.redis_facts import Facts
 from kvstore.tiers.redis_names import STEP_S, root_tag
 from kvstore.tiers.redis_nodes import Talk, many
-from kvstore.tiers.redis_pool import MOVING
 from kvstore.tiers.redis_sealed import Locked, Scratch
 from kvstore.tiers.redis_stream import Buffer
 from kvstore.tiers.redis_wire import ProtocolBroken, ReplyError, Wire, command, real

@@ -27,7 +27,8 @@ from kvstore.service.doctor_redis import examine_redis
 from kvstore.service.findings import Verdict
 from kvstore.store import KVStore
 from kvstore.tiers.redis import RedisTier
-from kvstore.tiers.redis_pool import Breaker, Connections
+from kvstore.tiers.redis_breaker import Breaker
+from kvstore.tiers.redis_pool import Connections
 from kvstore.tiers.valkey import EmbeddedServer
 from tests.patient import REQUEST
 from tests.redis.cluster import until

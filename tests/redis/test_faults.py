@@ -28,7 +28,9 @@ from kvstore.block import PartKey, Root
 from kvstore.errors import ConfigError, TierError, TierTimeout, TierUnavailable
 from kvstore.stats import Stats
 from kvstore.tiers.redis import RedisTier
-from kvstore.tiers.redis_pool import Breaker, Connections, Refused, map_redis_errors
+from kvstore.tiers.redis_breaker import Breaker
+from kvstore.tiers.redis_errors import Refused, map_redis_errors
+from kvstore.tiers.redis_pool import Connections
 from kvstore.tiers.redis_wire import ProtocolBroken, ReplyError, command
 from kvstore.tiers.valkey import EmbeddedServer, ServerOptions
 from tests.ports import free_ports

@@ -28,9 +28,10 @@ from kvstore.errors import ConfigError, TierTimeout, TierUnavailable
 from kvstore.tiers import redis_lanes
 from kvstore.tiers.redis import RedisTier
 from kvstore.tiers.redis_beside import BesideRead, end_all
+from kvstore.tiers.redis_breaker import Breaker
 from kvstore.tiers.redis_lanes import LaneChoice, Turn
 from kvstore.tiers.redis_names import Names
-from kvstore.tiers.redis_pool import Breaker, Connections
+from kvstore.tiers.redis_pool import Connections
 from kvstore.tiers.redis_read import Counts, Reader
 from kvstore.tiers.redis_wire import Wire
 from kvstore.tiers.valkey import EmbeddedServer

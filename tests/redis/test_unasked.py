@@ -19,8 +19,9 @@ import redis
 from kvstore.block import Root
 from kvstore.errors import TierTimeout, TierUnavailable
 from kvstore.tiers.redis import RedisTier
+from kvstore.tiers.redis_breaker import Breaker
 from kvstore.tiers.redis_nodes import many
-from kvstore.tiers.redis_pool import Breaker, Connections
+from kvstore.tiers.redis_pool import Connections
 from kvstore.tiers.redis_wire import command
 from kvstore.tiers.valkey import EmbeddedServer, ServerOptions, embedded_binary
 from tests.ports import free_ports
