@@ -10,6 +10,7 @@ import io
 import logging
 import os
 import sys
+from typing import NoReturn
 
 from kvstore.errors import KVStoreError
 
@@ -27,8 +28,7 @@ def main() -> None:
     try:
         app()
     except KVStoreError as error:
-        print(f"kvstore: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(error)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # a reader such as head went away
@@ -36,8 +36,12 @@ def main() -> None:
         sys.exit(141)
     except OSError as error:  # the disk is full that the output goes to, say
         _drop_output()
-        print(f"kvstore: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(error)
+
+
+def _fail(error: Exception) -> NoReturn:
+    sys.stderr.write(f"kvstore: {error}\n")  # whole: what a thread logs may not come between it and its end
+    sys.exit(2)
 
 
 def _drop_output() -> None:

@@ -350,7 +350,8 @@ def test_output_that_cannot_be_written_is_one_line_and_no_trace() -> None:
                 command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, env=environment(XDG_RUNTIME_DIR="")
             )
             assert done.returncode == 2
-            assert done.stderr.splitlines()[-1] == "kvstore: [Errno 28] No space left on device"
+            # A server that could not say that it is ready logs, from a thread, before or after this.
+            assert "kvstore: [Errno 28] No space left on device" in done.stderr.splitlines()
             assert "Traceback" not in done.stderr
 
 
