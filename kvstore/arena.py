@@ -25,7 +25,7 @@ import threading
 from bisect import bisect_right, insort
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import takewhile
 from operator import attrgetter
 
@@ -61,12 +61,6 @@ class _Extent:
     @property
     def num_slots(self) -> int:
         return (self.stop - self.start) // self.stride
-
-
-@dataclass(slots=True)
-class _SizeClass:
-    free: list[int] = field(default_factory=list)
-    num_extents: int = 0
 
 
 class Arena:
@@ -112,7 +106,8 @@ class Arena:
         self._readonly = self._view.toreadonly()
         self._extents: list[_Extent] = []
         self._ranges: list[tuple[int, int]] = [(0, self.capacity_bytes)]
-        self._classes: dict[int, _SizeClass] = {}
+        self._free: dict[int, list[int]] = {}
+        """By stride: the size class's slots that are in nobody's hands."""
         self._extent_bytes = min(_EXTENT_BYTES, max(PAGE_BYTES, self.capacity_bytes // 8))
         self.num_acquired = 0
         self.acquired_bytes = 0
@@ -164,10 +159,10 @@ class Arena:
     def acquire(self, num_bytes: int) -> int | None:
         """A slot of at least `num_bytes`, or None where no slot and no room for an extent of its size is left."""
         stride = slot_stride(num_bytes)
-        size_class = self._classes.setdefault(stride, _SizeClass())
-        if not size_class.free and not self._grow(stride, size_class):
+        free = self._free.setdefault(stride, [])
+        if not free and not self._grow(stride, free):
             return None
-        slot = size_class.free.pop()
+        slot = free.pop()
         self._extent_of(slot).num_free -= 1
         self.generation[slot // PAGE_BYTES] += 1
         self.num_acquired += 1
@@ -178,7 +173,7 @@ class Arena:
         """Give a slot back. Its bytes stay until it is handed out again."""
         extent = self._extent_of(slot)
         extent.num_free += 1
-        self._classes[extent.stride].free.append(slot)
+        self._free[extent.stride].append(slot)
         self.num_acquired -= 1
         self.acquired_bytes -= extent.stride
 
@@ -188,11 +183,11 @@ class Arena:
             one_by_one = (self.acquire(num_bytes) for _ in range(count))
             return [slot for slot in takewhile(lambda slot: slot is not None, one_by_one) if slot is not None]
         stride = slot_stride(num_bytes)
-        size_class = self._classes.setdefault(stride, _SizeClass())
+        free = self._free.setdefault(stride, [])
         found: list[int] = []
-        while len(found) < count and (size_class.free or self._grow(stride, size_class)):
-            taken = size_class.free[len(found) - count :]
-            del size_class.free[len(found) - count :]
+        while len(found) < count and (free or self._grow(stride, free)):
+            taken = free[len(found) - count :]
+            del free[len(found) - count :]
             self._count_free(taken, -1)
             found += taken[::-1]
         if found:
@@ -206,7 +201,7 @@ class Arena:
                 self.release(slot)
             return
         for extent, where in self._count_free(slots, 1):
-            self._classes[extent.stride].free.extend([slots[at] for at in where])
+            self._free[extent.stride].extend([slots[at] for at in where])
 
     def _count_free(self, slots: Sequence[int], change: int) -> list[tuple[_Extent, list[int]]]:
         """Note that slots are free, or out; gives each extent with positions in `slots` of those that lie in it."""
@@ -260,7 +255,7 @@ class Arena:
     def _extent_of(self, slot: int) -> _Extent:
         return self._extents[bisect_right(self._extents, slot, key=attrgetter("start")) - 1]
 
-    def _grow(self, stride: int, size_class: _SizeClass) -> bool:
+    def _grow(self, stride: int, free: list[int]) -> bool:
         """Carve an extent of `stride` slots from a free range, taking back empty extents of others if need be."""
         if not any(stop - start >= stride for start, stop in self._ranges) and not self._reclaim(stride):
             return False
@@ -274,17 +269,15 @@ class Arena:
         extent = _Extent(start, start + size, stride)
         extent.num_free = extent.num_slots
         insort(self._extents, extent, key=attrgetter("start"))
-        size_class.num_extents += 1
         # Lowest offsets last: popped first, so a young store touches (and prefaults) memory front to back.
-        size_class.free.extend(range(extent.stop - stride, extent.start - stride, -stride))
+        free.extend(range(extent.stop - stride, extent.start - stride, -stride))
         return True
 
     def _reclaim(self, stride: int) -> bool:
         """Return empty extents of other sizes to the free ranges; True if a slot of `stride` fits now."""
         for extent in [e for e in self._extents if e.num_free == e.num_slots and e.stride != stride]:
-            owner = self._classes[extent.stride]
-            owner.free = [slot for slot in owner.free if not extent.start <= slot < extent.stop]
-            owner.num_extents -= 1
+            free = self._free[extent.stride]
+            free[:] = [slot for slot in free if not extent.start <= slot < extent.stop]
             self._extents.remove(extent)
             # Slots of another size will begin elsewhere: whoever still copies from one of these must see it by the
             # word of that one.
@@ -332,10 +325,10 @@ class Arena:
             at = stop
         if at != self.capacity_bytes:
             faults.append(f"arena: tiles end at {at}, not {self.capacity_bytes}")
-        for stride, size_class in self._classes.items():
+        for stride, free in self._free.items():
             num_free = sum(extent.num_free for extent in self._extents if extent.stride == stride)
-            if num_free != len(size_class.free) or len(set(size_class.free)) != len(size_class.free):
-                faults.append(f"arena: size class {stride} counts {num_free} free, lists {len(size_class.free)}")
+            if num_free != len(free) or len(set(free)) != len(free):
+                faults.append(f"arena: size class {stride} counts {num_free} free, lists {len(free)}")
         num_slots = sum(extent.num_slots - extent.num_free for extent in self._extents)
         if num_slots != self.num_acquired:
             faults.append(f"arena: {num_slots} slots are out, {self.num_acquired} counted")

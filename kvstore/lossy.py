@@ -49,7 +49,6 @@ class Drift:
     """What a format does to values. `relative_rms`: RMS of the error over RMS of the values."""
 
     relative_rms: float
-    max_abs: float
     max_over_amax: float
     """Largest error as a share of the largest value."""
 
@@ -63,7 +62,7 @@ def drift(values: torch.Tensor, name: str) -> Drift:
     error = back.float() - exact
     rms, largest = exact.square().mean().sqrt().item(), exact.abs().max().item()
     worst = error.abs().max().item()
-    return Drift(error.square().mean().sqrt().item() / rms if rms else 0.0, worst, worst / largest if largest else 0.0)
+    return Drift(error.square().mean().sqrt().item() / rms if rms else 0.0, worst / largest if largest else 0.0)
 
 
 def _finite(values: torch.Tensor) -> torch.Tensor:
