@@ -16,7 +16,7 @@ from kvstore.config import StoreConfig
 from kvstore.service.client import SidecarStore
 
 ROOT = Path(__file__).parent.parent
-PAGES = [page for page in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md") if (ROOT / page).exists()]
+PAGES = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "connectors/vllm.md", "deploy/access.md")
 
 
 def test_every_public_name_resolves_and_is_listed() -> None:
@@ -36,7 +36,8 @@ def test_every_file_a_page_names_exists(page: str) -> None:
     text = (ROOT / page).read_text()
     paths = set(re.findall(r"`((?:kvstore|connectors|bench|tests|protos|deploy)/[\w./-]*\w)`", text))
     missing = [path for path in paths if not (ROOT / path).exists() and not list(ROOT.glob(path + "*"))]
-    assert missing == []
+    links = re.findall(r"\]\(([\w./-]+)\)", text)
+    assert missing + [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -55,8 +56,13 @@ def test_the_engine_example_of_the_readme_runs() -> None:
 def test_every_setting_the_readme_names_exists_with_that_default() -> None:
     config = StoreConfig.load({"tiers": {"redis": {"url": "embedded"}}}, environ={})
     known = {key: value for key, value, _ in config.explain()}
-    named = re.findall(r"^\| `([\w.]+)` \| ([^|]*) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    readme, access = ((ROOT / page).read_text() for page in ("README.md", "deploy/access.md"))
+    named = re.findall(r"^\| `([\w.]+)` \| ([^|]*) \|", readme, re.MULTILINE)
     assert len(named) >= 8
+    for key in re.findall(
+        r"`(service\.\w+)`", (ROOT / "README.md").read_text() + (ROOT / "deploy/access.md").read_text()
+    ):
+        assert key in known
     for key, default in named:
         value = known[key]
         shown = f"{value >> 30} GiB" if key == "host.capacity_bytes" and isinstance(value, int) else str(value).lower()
