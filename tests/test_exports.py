@@ -59,9 +59,7 @@ def test_every_setting_the_readme_names_exists_with_that_default() -> None:
     readme, access = ((ROOT / page).read_text() for page in ("README.md", "deploy/access.md"))
     named = re.findall(r"^\| `([\w.]+)` \| ([^|]*) \|", readme, re.MULTILINE)
     assert len(named) >= 8
-    for key in re.findall(
-        r"`(service\.\w+)`", (ROOT / "README.md").read_text() + (ROOT / "deploy/access.md").read_text()
-    ):
+    for key in re.findall(r"`(service\.\w+)`", readme + access):
         assert key in known
     for key, default in named:
         value = known[key]
