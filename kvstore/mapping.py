@@ -216,10 +216,13 @@ class _Lent:
         return True
 
     def unregister(self) -> None:
+        """Done when this returns, also where another thread had begun it: the memory may be abandoned next."""
+        if os.getpid() != self._pid:
+            return
         with self._lock:
             registration, self._registration = self._registration, None
-        if registration is not None and os.getpid() == self._pid:
-            registration.close()
+            if registration is not None:
+                registration.close()
 
     def close(self) -> bool:
         """Hand out no more. False while users have views, or a registration could not be taken back yet."""

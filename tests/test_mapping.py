@@ -434,6 +434,33 @@ def test_memory_of_a_mapping_that_nobody_asks_any_more_is_unregistered_with_its_
     assert eventually(lambda: not driver.known and mapped_bytes("kvstore-arena") == before)
 
 
+def test_memory_is_unregistered_once_it_was_closed_or_abandoned_whoever_began_it(arena: Arena) -> None:
+    """The last view goes on one thread, which begins it, while another closes or abandons what it takes for let go."""
+
+    class Slow(Registered):
+        def close(self) -> None:
+            begun.set()
+            go_on.wait(10)
+            super().close()
+
+    for end in (ArenaMapping.close, ArenaMapping.abandon):
+        begun, go_on = threading.Event(), threading.Event()
+        mapping = ArenaMapping(arena.memory_fd, arena.generation_fd, arena.capacity_bytes, populate=False)
+        driver = Driver()
+        mapping.register(lambda memory, driver=driver: Slow(driver, memory))  # type: ignore[misc]
+        view = mapping.view(0, 4096)
+        assert not mapping.close()
+        del view
+        assert begun.wait(10)
+        ending = threading.Thread(target=end, args=(mapping,))
+        ending.start()
+        ending.join(0.1)
+        assert ending.is_alive()
+        go_on.set()
+        ending.join(10)
+        assert driver.known == []
+
+
 def test_a_mapping_for_reading_only_is_registered_with_no_device(arena: Arena) -> None:
     mapping = ArenaMapping(arena.memory_fd, arena.generation_fd, arena.capacity_bytes, writable=False, populate=False)
     driver = Driver()
