@@ -48,7 +48,8 @@ from tests.waiting import eventually
 pytestmark = pytest.mark.slow  # a process a command
 
 KVSTORE = (sys.executable, "-m", "kvstore.service.cli")
-START_S = 30.0
+LONG_S = 60.0
+"""For what takes a process each time that one looks, and several seconds where many others want the processors."""
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -232,7 +233,7 @@ def test_a_fresh_server_says_how_full_redis_is_and_warns_where_redis_has_no_limi
         used = tier.accounted_bytes()
         tier.close()
         server = serve("--redis-url", valkey.url)
-        assert eventually(lambda: "redis.capacity_bytes" in server.values())
+        assert eventually(lambda: "redis.capacity_bytes" in server.values(), LONG_S)
         assert server.values()["redis.used_bytes"] == used
         (line,) = [line for line in server.log.read_text().splitlines() if "maxmemory" in line]
         assert "redis: maxmemory is not set" in line
@@ -526,7 +527,7 @@ def test_top_prints_an_interval_for_scripts(serve: MakeServing) -> None:
     assert line["clients"] == 1, "itself"
     assert line["values"]["host.capacity_bytes"] > 0
     assert line["per_second"]["host.capacity_bytes"] == 0
-    assert 0.1 <= line["seconds"] < 5
+    assert 0.1 <= line["seconds"] < LONG_S
 
 
 def test_top_prints_a_frame_for_a_pipe_and_a_screen_that_q_ends_for_a_terminal(serve: MakeServing) -> None:
@@ -647,9 +648,9 @@ def test_a_redis_that_dies_is_shown_by_every_command_though_nobody_uses_it(
         with connect(server.address) as store:
             store.open(model)
             save_all(store, Chain(Root(model), json.loads(tokens)))
-        assert eventually(lambda: server.values()["redis.available"] == 1)
+        assert eventually(lambda: server.values()["redis.available"] == 1, LONG_S)
         assert "does not answer" not in server.ask("status").stdout
-    assert eventually(lambda: server.values()["redis.available"] == 0)
+    assert eventually(lambda: server.values()["redis.available"] == 0, LONG_S)
     with urllib.request.urlopen(line.split()[-1], timeout=5) as reply:
         assert "kvstore_redis_breaker_closed 0.0" in reply.read().decode()
     for command in ("status", "top --once --every 0.1"):

@@ -222,7 +222,7 @@ def test_slots_of_an_aborted_save_wait_for_the_worker_that_still_writes(
     assert here.recv() == "filled"
     save.abort()
     assert store.match(chain, "r").num_blocks == 0
-    assert server.stats()["save.quarantined_slots"] == 3
+    wait_until(lambda: server.stats()["save.quarantined_slots"] == 3)
     with store.save(chain, 0, 3) as again:
         assert (len(again.indices), again.num_refused) == (1, 2), "one slot of four is left"
     if how == "leaves":
@@ -239,12 +239,12 @@ def test_slots_of_an_aborted_save_wait_for_the_worker_that_still_writes(
 
 
 def test_a_save_that_ended_cannot_be_joined(sharing: tuple[Server, SidecarStore], root: Root) -> None:
-    _, store = sharing
+    server, store = sharing
     save = store.save(chain_of(root, 1), 0, 1)
     assert isinstance(save, MappedSave)
     shared = save.share()
     save.abort()
-    store.stats()  # takes the abort along
+    wait_until(lambda: server.stats()["host.used_bytes"] == 0)  # it has heard of the abort
     with pytest.raises(LeaseError, match="it ended"):
         store.adopt_save(shared)
     store.close()

@@ -28,7 +28,8 @@ from kvstore.service.lane import METHODS, Lane, LaneCall, LaneError, Lanes
 from kvstore.service.server import Server
 from kvstore.service.status import error_of, is_transport
 from kvstore.wire import kvstore_pb2 as pb
-from tests.patient import connect
+from tests.fakes import FakeClock
+from tests.patient import CALL_DEADLINE_S, connect
 from tests.service.conftest import StartServer
 from tests.waiting import wait_until
 
@@ -203,11 +204,11 @@ def test_one_call_at_a_time_has_the_lane(echo: Echo) -> None:
 
 def test_calls_of_many_threads_get_their_own_replies(echo: Echo) -> None:
     wrong: list[bytes] = []
-    num_answered = 0
 
     def run(number: int) -> None:
-        nonlocal num_answered
-        for turn in range(200):
+        num_answered = turn = 0
+        while num_answered < 100:  # the lane is not had each time
+            turn += 1
             message = b"%d/%d" % (number, turn)
             if echo.lane.take():
                 if echo.lane.call(MATCH, message, 5.0) != message:
@@ -220,7 +221,6 @@ def test_calls_of_many_threads_get_their_own_replies(echo: Echo) -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
-    assert num_answered > 200
 
 
 def test_a_server_that_hangs_up_is_noticed_at_once_and_for_good(echo: Echo) -> None:
@@ -243,7 +243,7 @@ def test_closing_a_lane_frees_whoever_waits_on_it(echo: Echo) -> None:
 
     thread = threading.Thread(target=wait)
     thread.start()
-    wait_until(lambda: not echo.lane.take())
+    assert echo.saving.wait(10)
     echo.lane.close()
     thread.join(5)
     assert failures == [grpc.StatusCode.UNAVAILABLE]
@@ -322,11 +322,13 @@ def test_calls_of_a_requests_life_go_by_the_lane(server: Server, model: ModelId)
         with store.save(chain, 0, 4) as save:
             save.commit()
         assert store.match(chain, "r").num_blocks == 4
+        store.touch(chain, 4)
+        mark = store.announce(chain, 0, 4)
         with store.load("r") as load:
             assert len(list(load)) == 4
-        store.touch(chain, 4)
-        store.announce(chain, 0, 4).withdraw()
-        assert taken == [b"Save", b"Commit", b"Match", b"LoadHost", b"Touch", b"Announce"]
+            # Nothing has ended yet: the link's own thread had nothing to say, for which it takes the lane as well.
+            assert taken == [b"Save", b"Commit", b"Match", b"Touch", b"Announce", b"LoadHost"]
+        mark.withdraw()
         assert set(taken) < {name.encode() for name in METHODS}
     assert server.check() == []
 
@@ -352,19 +354,26 @@ def test_what_a_miss_shares_with_another_block_comes_with_the_match(server: Serv
         assert len(made) == 2
 
 
-def test_a_withdrawal_goes_with_the_next_call_or_soon_by_itself(server: Server, model: ModelId) -> None:
+def test_a_withdrawal_goes_with_the_next_call_or_soon_by_itself(
+    start_server: StartServer, clock: FakeClock, model: ModelId
+) -> None:
+    server = start_server(clock=clock)  # which stands still: no mark lapses
     with opened(server) as store, opened(server) as other:
         store.open(model)
         other.open(model)
         chain = Chain(Root(model), range(4 * model.block_tokens))
-        mark = store.announce(chain, 0, 4)
-        assert store.match(chain, "before").num_pending_blocks == 4
-        mark.withdraw()
-        assert store.match(chain, "after").num_pending_blocks == 0
+
+        def goes_along() -> bool:
+            mark = store.announce(chain, 0, 4)
+            assert store.match(chain, "before").num_pending_blocks == 4
+            mark.withdraw()
+            return store.match(chain, "after").num_pending_blocks == 0
+
+        assert any(goes_along() for _ in range(8))  # after a pause of this thread the link's own has taken it already
         mark = store.announce(chain, 0, 4)
         assert other.match(chain, "r").num_pending_blocks == 4
         mark.withdraw()
-        wait_until(lambda: not other.match(chain, "r").num_pending_blocks, 1.0)  # a mark lives for 2.5 s
+        wait_until(lambda: not other.match(chain, "r").num_pending_blocks)
     assert server.check() == []
 
 
@@ -450,7 +459,7 @@ def test_a_call_that_comes_again_while_the_first_is_at_work_gets_its_answer(
             busy = session.loading
         with futures.ThreadPoolExecutor(2) as both:
             with busy:
-                sent = [both.submit(getattr(connection.stub, call), request, timeout=5) for _ in range(2)]
+                sent = [both.submit(getattr(connection.stub, call), request, timeout=CALL_DEADLINE_S) for _ in range(2)]
                 wait_until(lambda: _num_waiting(call) == 2)
             one, two = (each.result() for each in sent)
         assert one == two
@@ -562,4 +571,4 @@ def test_what_is_no_message_is_refused_and_not_logged_as_a_fault(
 
 def test_a_passage_that_opens_no_session_gets_no_thread(server: Server) -> None:
     with knock(server.address.removeprefix("unix:"), 5.0):
-        assert "kvstore-lane" not in [thread.name for thread in threading.enumerate()]
+        assert len(server._servicer.lanes) == 0

@@ -25,6 +25,7 @@ from kvstore.store import KVStore
 from kvstore.tiers.base import AS_USED, Later
 from tests.conftest import MakeStore, chain_of, load_all, save_all
 from tests.fakes import DictTier, FakeClock
+from tests.ports import free_ports
 from tests.waiting import eventually
 
 
@@ -195,7 +196,8 @@ def is_closed(connection: socket.socket) -> bool:
 
 
 def test_a_taken_port_is_named_and_a_closed_endpoint_frees_its_own() -> None:
-    with MetricsEndpoint("127.0.0.1:0", dict, Latencies()) as first:
+    (port,) = free_ports(1)  # which nobody else is given once it is free again
+    with MetricsEndpoint(f"127.0.0.1:{port}", dict, Latencies()) as first:
         with pytest.raises(ConfigError, match=f"{first.address}: cannot listen there: Address already in use"):
             MetricsEndpoint(first.address, dict, Latencies())
         address = first.address

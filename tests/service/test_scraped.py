@@ -85,6 +85,7 @@ def test_what_happens_is_what_the_metrics_say(watched: Watched, valkey: Embedded
 
     assert save_all(store, first) == 12
     wait_until(lambda: watched.value("kvstore_redis_written_blocks_total") == 12)
+    wait_until(lambda: watched.value("kvstore_mover_queued_bytes") == 0)  # it has taken the time of the write as well
     moved = watched.moved()
     assert moved["kvstore_host_blocks"] == moved["kvstore_saved_blocks_total"] == 12
     assert moved["kvstore_host_used_bytes"] == moved["kvstore_saved_bytes_total"] == 12 * block_bytes
