@@ -128,6 +128,8 @@ class Bench:
         self.worker = WorkerSide(
             made, model, self.store, lambda load: cast(Load, load), self.pages, now_s=self.clock.now_s
         )
+        self.waits_for_sharing = True
+        """Whether a step comes after loads begun before it are shared, which another thread does."""
 
     def pages_for(self, request: FakeRequest) -> list[int]:
         return list(range(100, 100 - -request.num_tokens // PAGE))
@@ -139,6 +141,9 @@ class Bench:
             {request.request_id: request.num_computed_tokens for request, _ in scheduled},
             {request.request_id: self.pages_for(request) for request, _ in scheduled},
         )
+        if self.waits_for_sharing:
+            for item in self.side._leases._sharing:
+                item.lease.result(10)
         orders = self.side.orders(step)
         self.worker.load(orders)
         self.worker.save(orders)
@@ -352,12 +357,8 @@ def test_a_load_too_large_for_a_step_runs_beside_it_and_is_reported_once() -> No
     assert bench.side.match(request, 0) == (96, True)
     bench.side.allocated(request, bench.pages_for(request), 96)
     bench.step()
-    received = set[str]()
-    for _ in range(1000):
-        received |= bench.report()
-        if received:
-            break
-    assert received == {"r"}
+    assert eventually(lambda: bench.report() == {"r"})
+    assert bench.report() == set()
     bench.side.allocated(request, bench.pages_for(request), 0)  # vLLM says it twice for a load beside the steps
     bench.side.ended(request, bench.pages_for(request))
     bench.step()
@@ -727,9 +728,7 @@ def test_a_load_that_fails_is_reported_from_its_first_missing_token(fault: str, 
     assert bench.side.match(request, 0) == (96, not in_step)
     bench.side.allocated(request, bench.pages_for(request), 96)
     bench.step(*([(request, 24)] if in_step else []))
-    for _ in range(1000):
-        if bench.report() or in_step:
-            break
+    assert eventually(lambda: bench.report() == (set() if in_step else {"r"}))
     first = 3 * BLOCK if fault == "ends" else 0
     assert bench.worker.bad_pages() == set(range(100 + first // PAGE, 112))
     # What was not saved because of it will be, once it is computed; nothing is asked for a second time.
@@ -819,7 +818,8 @@ def test_a_load_given_up_before_a_thread_was_free_for_it_is_not_begun() -> None:
     for request in requests:
         bench.side.match(request, 0)
         bench.side.allocated(request, bench.pages_for(request), 96)
-    assert eventually(lambda: (bench.step(), len(bench.worker._loads.beside) == 2)[1])
+    bench.step()
+    assert len(bench.worker._loads.beside) == 2
     bench.clock.time_s += 1
     assert bench.report() == {"first", "second"}
     go.set()
@@ -868,8 +868,7 @@ def test_blocks_that_are_all_there_are_copied_by_several_threads(sync_load_ms: f
     bench.store.faults.end_load_at = end_at
     request = loading(bench)
     bench.step()
-    while not bench.report() and not sync_load_ms:
-        pass
+    assert eventually(lambda: bench.report() == (set() if sync_load_ms else {"r"}))
     num_blocks = 6 if end_at is None else end_at
     assert sorted(bench.pages.written) == [(index, 0) for index in range(num_blocks)]
     first_bad = 100 + num_blocks * BLOCK // PAGE
@@ -909,8 +908,7 @@ def test_what_counts_ends_where_the_first_thread_stopped() -> None:
         bench.pages.written.append((index, tokens.start))
 
     bench.pages.scatter = scatter  # type: ignore[method-assign]
-    while "r" not in bench.worker._loads.beside:  # shared on another thread
-        bench.step()
+    bench.step()
     job = bench.worker._loads.beside["r"]
     assert eventually(lambda: job.ended)
     assert bench.report() == {"r"}
@@ -924,10 +922,8 @@ def test_a_load_in_a_step_is_copied_by_the_engines_own_threads_and_one_beside_it
     for sync_load_ms, together in ((1000.0, True), (0.0, False)):
         bench = Bench(WholeStore(), sync_load_ms=sync_load_ms)
         request = loading(bench)
-        while not bench.pages.written:
-            bench.step()
-        while not together and not bench.report():
-            pass
+        bench.step()
+        assert eventually(lambda: bench.report() == (set() if together else {"r"}))  # noqa: B023
         assert sorted(bench.pages.written) == [(index, 0) for index in range(6)]
         assert set(bench.pages.together) == {together}
         bench.report()
@@ -1184,7 +1180,7 @@ def test_a_load_under_way_at_a_reset_fails_though_it_had_all(ended: bool) -> Non
     request = FakeRequest("r", tokens(120))
     assert bench.side.match(request, 0) == (96, True)
     bench.side.allocated(request, bench.pages_for(request), 96)
-    assert eventually(lambda: bool(bench.step().loads))
+    assert bench.step().loads
     assert eventually(lambda: len(bench.pages.written) == 6)
     job = bench.worker._loads.beside["r"]
     assert not ended or eventually(lambda: job.ended)
@@ -1200,7 +1196,8 @@ def test_a_load_under_way_at_a_reset_fails_though_it_had_all(ended: bool) -> Non
 
 
 def held_sharing(bench: Bench) -> threading.Event:
-    """Loads are shared from when it is set on."""
+    """Loads are shared from when it is set on; no step waits for that."""
+    bench.waits_for_sharing = False
     go, share = threading.Event(), bench.side._leases._share
     bench.side._leases._share = lambda load: share(load) if go.wait(10) else None
     return go
@@ -1215,8 +1212,8 @@ def test_a_load_that_was_not_shared_yet_at_a_reset_fails() -> None:
     bench.side.allocated(request, bench.pages_for(request), 96)
     assert bench.step().loads == ()
     bench.side.clear()
-    go.set()
     assert [order.lease for order in bench.step().loads] == [None]
+    go.set()
     assert eventually(lambda: bench.report() == {"r"})
     assert bench.worker.bad_pages() == set(range(100, 112))
     bench.side.ended(request, bench.pages_for(request))
@@ -1346,10 +1343,7 @@ def test_an_aborted_request_keeps_its_pages_until_its_load_is_reported() -> None
     assert not bench.side.ended(request, bench.pages_for(request))  # vLLM itself keeps pages of a pending load
     assert bench.side.check() == ["the load of r was not reported"]
     go.set()
-    received = set[str]()
-    while not received:
-        received = bench.report()
-    assert received == {"r"}
+    assert eventually(lambda: bench.report() == {"r"})
     bench.close()
 
 

@@ -13,11 +13,13 @@ import pytest
 
 from kvstore.block import Chain, Root
 from kvstore.errors import KVStoreError, ProtocolError
+from kvstore.service import admin as admin_module
 from kvstore.service.admin import Admin, Target
 from kvstore.service.handshake import hash_vector
 from kvstore.wire import kvstore_pb2 as pb
 from kvstore.wire.kvstore_pb2_grpc import KVStoreServicer, add_KVStoreServicer_to_server
 from tests.conftest import chain_of
+from tests.patient import CALL_DEADLINE_S
 
 BLOCKS_A_REPLY = 3
 
@@ -125,7 +127,10 @@ def test_a_session_that_is_kept_beats_while_nothing_is_asked(admin: Admin, recor
     assert not recorder.left.is_set()
 
 
-def test_leaving_is_said_so_that_status_shows_no_ghosts(recorder: Recorder, tmp_path: Path) -> None:
+def test_leaving_is_said_so_that_status_shows_no_ghosts(
+    recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(admin_module, "_LEAVE_S", CALL_DEADLINE_S)  # who leaves does not wait long for a slow machine
     with Admin(Target(address=f"unix:{tmp_path}/k.sock")):
         assert not recorder.left.is_set()
     assert recorder.left.wait(5)

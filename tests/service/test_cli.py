@@ -235,6 +235,7 @@ def test_a_fresh_server_says_how_full_redis_is_and_warns_where_redis_has_no_limi
         server = serve("--redis-url", valkey.url)
         assert eventually(lambda: "redis.capacity_bytes" in server.values(), LONG_S)
         assert server.values()["redis.used_bytes"] == used
+        assert eventually(lambda: "maxmemory" in server.log.read_text())
         (line,) = [line for line in server.log.read_text().splitlines() if "maxmemory" in line]
         assert "redis: maxmemory is not set" in line
         assert "`kvstore doctor` has the fix, under redis maxmemory" in line

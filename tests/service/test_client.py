@@ -500,13 +500,13 @@ def test_access_denied_is_an_error_and_no_miss(start_server: StartServer, direct
 
 
 def test_a_client_populates_its_map_only_once_the_server_has(start_server: StartServer) -> None:
-    late = threading.Event()
-    server = start_server(request={"lease_s": 0.2})
-    server._servicer._store.wait_ready = lambda _: late.is_set()  # type: ignore[method-assign]
+    late, beats = threading.Event(), list[None]()
+    server = start_server(request={"lease_s": 4.0})
+    server._servicer._store.wait_ready = lambda _: (beats.append(None), late.is_set())[1]  # type: ignore[method-assign]
     with connect(server.address) as store:
         plane = store._link.up().plane
         assert isinstance(plane, MappedPlane)
-        time.sleep(0.3)  # some beats
+        wait_until(lambda: len(beats) >= 3)  # it has had the answers to two
         assert not plane.mapping.wait_populated(0)
         late.set()
         wait_until(lambda: plane.mapping.wait_populated(0))

@@ -132,7 +132,7 @@ def in_time(call: Callable[[], Any]) -> threading.Thread:
 
 
 def test_replies_of_a_server_that_stops_answering_end_in_time_whichever_call_noticed_first(stand_in: StandIn) -> None:
-    link = link_to(stand_in.address, deadline_s=1.0)
+    link = link_to(stand_in.address, deadline_s=4.0)  # which the first reply has as well
     link.start(LIMIT_S)
     connection = link.up()
     replies = link.stream(connection, connection.stub.Load, pb.LoadRequest())

@@ -81,6 +81,7 @@ def prompt_of(chain: Chain) -> str:
 def test_what_happens_is_what_the_metrics_say(watched: Watched, valkey: EmbeddedServer, model: ModelId) -> None:
     store, block_bytes = watched.store, 4096
     first, second = chain_of(Root(model), 12, seed=1), chain_of(Root(model), 12, seed=2)
+    wait_until(lambda: any("maxmemory" in line for line in watched.log()))  # said once the tier has asked
     logged = watched.log()
 
     assert save_all(store, first) == 12
