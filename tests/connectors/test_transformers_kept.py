@@ -186,6 +186,7 @@ def test_a_turn_in_place_tells_the_store_what_it_was_good_for(llama: LlamaForCau
     store = FakeStore()
     connector = resident(llama, store)
     done = connector.generate(prompt(160), max_new_tokens=1)
+    connector.cost = CostModel(BLOCK, connector.layout.block_bytes)  # what it has seen was as short as a stalled load
     connector.cost.seen_prefill(160, 0, 100.0)
     connector.generate(goes_on(done, 1), max_new_tokens=1)
     assert store.saved_s > 0

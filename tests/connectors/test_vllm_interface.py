@@ -52,7 +52,7 @@ def imported(module: str, vllm: Path) -> str:
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,  # some imports of torch in a row, where many others want the processors
     )
     assert ran.returncode == 1
     return ran.stderr.splitlines()[-1]

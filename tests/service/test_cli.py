@@ -69,6 +69,15 @@ def run(*words: str, **more: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def examined(*words: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """What doctor says once calls take no longer than they should, as they do while others want the processors."""
+    for _ in range(10):
+        asked = run("doctor", *words, **more)
+        if "busy or throttled host" not in asked.stdout:
+            break
+    return asked
+
+
 class Serving:
     """`kvstore serve` in a process of its own, ready."""
 
@@ -452,7 +461,7 @@ def test_doctor_is_content_with_a_sound_server_and_with_none_says_what_is_missin
     tmp_path: Path, serve: MakeServing
 ) -> None:
     server = serve()
-    well = server.ask("doctor", "--json")
+    well = examined("--json", KVSTORE_ADDRESS=server.address)
     report = json.loads(well.stdout)
     names = {finding["name"]: finding["verdict"] for finding in report["findings"]}
     assert (well.returncode, report["problems"]) == (0, 0), well.stdout
@@ -477,7 +486,7 @@ def test_what_doctor_meets_is_in_its_findings_and_nowhere_else() -> None:
 
 def test_doctor_says_that_the_store_is_sound_where_only_redis_is_away(serve: MakeServing) -> None:
     server = serve("--redis-url", "redis://127.0.0.1:1")
-    report = json.loads(server.ask("doctor", "--json").stdout)
+    report = json.loads(examined("--json", KVSTORE_ADDRESS=server.address).stdout)
     store = [(found["verdict"], found["detail"]) for found in report["findings"] if found["name"] == "store"]
     assert store == [("ok", "no invariant is broken in what could be looked at")]
     assert {found["name"] for found in report["findings"] if found["verdict"] == "problem"} == {"redis"}
@@ -488,7 +497,7 @@ def test_doctor_says_that_the_store_is_sound_where_only_redis_is_away(serve: Mak
 def test_doctor_takes_the_flags_of_serve_and_finds_the_server_by_them(serve: MakeServing) -> None:
     server = serve()
     flags = ("--listen", server.address, "--tiering", "inclusive", "--redis-policy", "lru", "--redis-url", "embedded")
-    asked = run("doctor", *flags)
+    asked = examined(*flags)
     assert asked.returncode == 0, asked.stdout + asked.stderr
     assert f"socket: {server.directory}/k.sock" in asked.stdout
 

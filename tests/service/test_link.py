@@ -72,10 +72,10 @@ class StandIn(KVStoreServicer):  # type: ignore[misc]
         yield self.first_reply
         self._ending.wait()
 
-    def Release(self, request: pb.ReleaseRequest, context: grpc.ServicerContext) -> pb.ReleaseReply:  # noqa: N802
+    def Release(self, request: pb.ReleaseRequest, context: grpc.ServicerContext) -> pb.Empty:  # noqa: N802
         assert self.answers.wait(LIMIT_S)
         self.heard.append(request.ended)
-        return pb.ReleaseReply()
+        return pb.Empty()
 
     def stop(self) -> None:
         for event in (self.opens, self.answers, self._ending):
@@ -206,7 +206,7 @@ def test_what_was_on_board_of_a_call_that_came_to_nothing_is_said_again(
     wait_until(lambda: link._drowsy)  # or its thread would say it
     connection.done.add(save=7)
 
-    def interrupted(request: pb.ReleaseRequest, timeout: float) -> pb.ReleaseReply:
+    def interrupted(request: pb.ReleaseRequest, timeout: float) -> pb.Empty:
         assert request.HasField("ended")
         raise error
 

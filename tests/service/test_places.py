@@ -20,6 +20,7 @@ from kvstore.service.admin import Admin, Target
 from kvstore.service.knock import _refuse_stranger
 from kvstore.service_options import default_directory
 from tests.fakes import DictTier
+from tests.ports import free_ports
 from tests.service.conftest import StartServer
 from tests.waiting import eventually
 
@@ -95,8 +96,8 @@ def test_a_server_is_reached_over_ipv6(start_server: StartServer) -> None:
 def test_a_server_that_cannot_start_leaves_no_thread_no_socket_and_no_port(
     start_server: StartServer, directory: Path, service: dict[str, str], words: str
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    (port,) = free_ports(1)  # which nobody else is given once it is free again
+    with socket.create_server(("127.0.0.1", port)):
         filled = {key: text.format(taken=port, gone=directory / "gone") for key, text in service.items()}
         before = set(threading.enumerate())
         with pytest.raises(ConfigError, match=words):
