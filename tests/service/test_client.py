@@ -231,6 +231,7 @@ def test_slots_of_an_aborted_save_wait_for_the_worker_that_still_writes(
     else:
         worker.kill()
     wait_until(lambda: server.stats()["save.quarantined_slots"] == 0)
+    wait_until(lambda: server.stats()["host.used_bytes"] == 0)  # it has heard of the end of the second save as well
     store.forget("r")
     assert save_all(store, chain) == 3
     worker.kill()
