@@ -20,7 +20,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import grpc
@@ -253,13 +253,19 @@ class Link:
     def open_model(self, model: ModelId) -> BlockLayout:
         """Agree on a model, now if the link is up and again whenever it comes back. Raises ConfigError."""
         layout = layout_of(model)
+        with self._lock:  # first: a connection that comes up meanwhile finds it here
+            is_new = model not in self._models
+            if is_new:
+                self._models.append(model)
         try:
             self._agree(self.up(), layout)
         except Down:
             pass
-        with self._lock:
-            if model not in self._models:
-                self._models.append(model)
+        except BaseException:
+            if is_new:
+                with self._lock:
+                    self._models.remove(model)
+            raise
         return layout
 
     def _agree(self, connection: Connection, layout: BlockLayout) -> None:
@@ -351,8 +357,15 @@ class Link:
                 if not self._still_rests(failure):
                     self._lose(resting, str(error_of(failure)))
                 return False
-            with self._lock:
-                self._resting, self._connection = None, resting
+            try:
+                known = self._open_models(resting)
+                with self._lock:
+                    if self._resting is not resting:  # it ended as it answered: nobody would notice that again
+                        return False
+                    self._resting, self._connection = None, resting
+                self._open_models(resting, known)
+            except ServiceUnavailable:
+                return False
             self._say_up("answers again")
             return True
         broken = self._broken
@@ -384,22 +397,31 @@ class Link:
         options = self.options
         connection = open_session(options, self._make_plane(options.call_deadline_s), before)
         try:
-            with self._lock:
-                models = list(self._models)
-            for model in models:
-                self._reopen(connection, model)
+            known = self._open_models(connection)
             with self._lock:
                 self._connection, self._resting, self._broken, self._refusal = connection, None, None, None
+            self._open_models(connection, known)  # who opened more meanwhile found no connection to ask
             # In place by now: a stream that ends at once must find the connection that it is the end of.
             connection.begin_beats(self._take_saved, lambda: self._lose(connection, "its session stream ended"))
         except BaseException:
             with self._lock:
                 if self._connection is connection:
                     self._connection = None
+                if self._resting is connection:
+                    self._resting = None
             connection.leave(options.call_deadline_s)
             connection.plane.close()
             connection.channel.close()
             raise
+
+    def _open_models(self, connection: Connection, known: Sequence[ModelId] = ()) -> list[ModelId]:
+        """Agree on all models that were opened but those `known`; returns all. Raises ServiceUnavailable."""
+        with self._lock:
+            models = list(self._models)
+        for model in models:
+            if model not in known:
+                self._reopen(connection, model)
+        return models
 
     def _reopen(self, connection: Connection, model: ModelId) -> None:
         try:

@@ -7,15 +7,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any, cast
 
 import grpc
+import numpy as np
 import pytest
 
+from kvstore.block import ModelId
 from kvstore.errors import ConfigError, ProtocolError
-from kvstore.layout import BlockLayout
+from kvstore.layout import BlockLayout, layout_of
 from kvstore.service.connection import Connection, LinkOptions
+from kvstore.service.handshake import model_of
 from kvstore.service.link import Link
 from kvstore.service.mapped import MappedLoad
 from kvstore.service.plane import Cells, DataPlane, Down
@@ -53,6 +57,11 @@ class StandIn(KVStoreServicer):  # type: ignore[misc]
         assert self.opens.wait(LIMIT_S)
         self.num_opened += 1
         return pb.OpenReply(session=b"s%d" % self.num_opened, lease_s=4)
+
+    def OpenModel(self, request: pb.OpenModelRequest, context: grpc.ServicerContext) -> pb.OpenModelReply:  # noqa: N802
+        assert self.answers.wait(LIMIT_S)
+        sizes = [part.num_bytes for part in layout_of(model_of(request.model)).parts]
+        return pb.OpenModelReply(model=1, part_bytes=np.array(sizes, "<u8").tobytes())
 
     def Session(self, beats: Iterator[pb.Beat], context: grpc.ServicerContext) -> Iterator[pb.Notice]:  # noqa: N802
         with self._lock:
@@ -180,6 +189,60 @@ def test_a_connection_is_in_place_before_anything_can_say_that_it_has_ended(stan
     link = link_to(stand_in.address, plane)
     link.start(LIMIT_S)
     assert seen[-1], "its stream of beats begins, which asks for the lane"
+    link.close()
+
+
+def test_a_connection_that_ended_as_it_answered_again_is_not_taken_up(stand_in: StandIn) -> None:
+    """Nothing would notice its end a second time: everything would be a miss for good."""
+    link = link_to(stand_in.address)
+    link.start(LIMIT_S)
+    first = link.up()
+
+    def ends_as_it_answers(request: pb.ReleaseRequest, timeout: float) -> pb.Empty:
+        link._lose(first, "a test")
+        return pb.Empty()
+
+    first.stub = cast(Any, SimpleNamespace(Release=ends_as_it_answers))
+    link._rest(first, "a test")
+    wait_until(lambda: link.is_up)
+    assert link.up() is not first
+    assert stand_in.num_opened == 2
+    link.close()
+
+
+def test_a_model_that_is_opened_while_the_link_comes_back_is_open_there_too(
+    stand_in: StandIn, link: Link, model: ModelId
+) -> None:
+    link.open_model(model)
+    late, reopen = replace(model, model="late"), link._reopen
+
+    def meanwhile(connection: Connection, each: ModelId) -> None:
+        reopen(connection, each)
+        if each == model:
+            link.open_model(late)  # no connection is there to be asked
+
+    link._reopen = meanwhile  # type: ignore[method-assign]
+    link._lose(link.up(), "a test")
+    wait_until(lambda: link.is_up and set(link.up().models) == {model, late})
+
+
+def test_a_model_that_is_opened_while_the_server_does_not_answer_is_open_once_it_does(
+    stand_in: StandIn, model: ModelId
+) -> None:
+    """The connection is the one before: nothing else would open it there."""
+    link = link_to(stand_in.address, deadline_s=0.5)
+    link.start(LIMIT_S)
+    stand_in.answers.clear()
+    link.open_model(model)
+    link.open_model(replace(model, model="late"))
+    assert not link.is_up
+    stand_in.answers.set()
+
+    def is_open() -> bool:
+        connection = link._connection
+        return connection is not None and len(connection.models) == 2
+
+    wait_until(is_open)
     link.close()
 
 
