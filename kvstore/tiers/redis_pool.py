@@ -80,7 +80,8 @@ class Connections:
         """A wire for one conversation. Raises TierUnavailable or TierTimeout; wakes the breaker on both.
 
         A time-out while waiting for a wire, or after the server was heard in this conversation, says that it is
-        busy and not that it is gone: the breaker stays closed. So it does where the server takes no writes (`Refused`).
+        busy and not that it is gone: the breaker stays closed. So it does where an answer is there that this process,
+        held up, did not come to read in time, and where the server takes no writes (`Refused`).
         """
         self._breaker.admit()
         self._take_place(deadline)
@@ -103,8 +104,9 @@ class Connections:
                 pass
             elif not isinstance(exc, TierTimeout):
                 self._breaker.failed(exc)
-            elif wire is None or not wire.heard:
-                fair = time.monotonic() - started >= _FAIR_WAIT_S
+            elif wire is None or not wire.has_answered:
+                # It was not waited for beyond the deadline, however late this thread runs.
+                fair = min(time.monotonic(), deadline) - started >= _FAIR_WAIT_S
                 (self._breaker.failed if fair else self._breaker.doubted)(exc)
             self._give_place(wire, None)
             raise

@@ -36,6 +36,9 @@ class Stream(Protocol):
     def silent(self) -> bool:
         """Open, and nothing waits to be read."""
 
+    def has_come(self) -> bool:
+        """Open, and something waits to be read."""
+
     def close(self) -> None: ...
 
     def shut_down(self) -> None:
@@ -105,7 +108,10 @@ class PlainStream:
         return got
 
     def silent(self) -> bool:
-        return _silent(self._sock)
+        return not _state(self._sock)
+
+    def has_come(self) -> bool:
+        return _state(self._sock) == select.POLLIN
 
     def close(self) -> None:
         self._sock.close()
@@ -136,7 +142,10 @@ class TlsStream:
         return receiving.close()
 
     def silent(self) -> bool:
-        return self._sock.pending() == 0 and _silent(self._sock)
+        return self._sock.pending() == 0 and not _state(self._sock)
+
+    def has_come(self) -> bool:
+        return self._sock.pending() > 0 or _state(self._sock) == select.POLLIN
 
     def close(self) -> None:
         self._sock.close()
@@ -145,11 +154,12 @@ class TlsStream:
         _shut_down(self._sock)
 
 
-def _silent(sock: socket.socket) -> bool:
-    """Neither bytes nor an end of stream wait on the descriptor itself."""
+def _state(sock: socket.socket) -> int:
+    """What waits on the descriptor itself: bytes (POLLIN), an end or an error (other bits too), or nothing (0)."""
     poller = select.poll()
-    poller.register(sock.fileno(), select.POLLIN)
-    return not poller.poll(0)
+    poller.register(sock.fileno(), select.POLLIN | select.POLLRDHUP)
+    found = poller.poll(0)
+    return found[0][1] if found else 0
 
 
 def _shut_down(sock: socket.socket) -> None:

@@ -318,6 +318,11 @@ class Wire:
         """The server has neither hung up nor said anything since the last conversation."""
         return self.in_step() and self._stream.silent()
 
+    @property
+    def has_answered(self) -> bool:
+        """Something was heard, or waits to be read."""
+        return self.heard or self._stream.has_come()
+
     def in_step(self) -> bool:
         """All that was received was also read."""
         return self._start == self._end and not self.left and not self._cut
