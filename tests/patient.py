@@ -12,4 +12,7 @@ CALL_DEADLINE_S = 20.0
 REQUEST = {"lookup_deadline_s": CALL_DEADLINE_S}
 """The section `request` of a store that asks a lower tier."""
 
+REDIS = {"connect_timeout_s": CALL_DEADLINE_S, "call_timeout_s": CALL_DEADLINE_S}
+"""Options of a tier on Redis."""
+
 connect = partial(connecting.connect, call_deadline_s=CALL_DEADLINE_S, wait_s=CALL_DEADLINE_S)

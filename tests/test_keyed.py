@@ -11,6 +11,7 @@ import redis
 from kvstore.errors import ConfigError, TierError
 from kvstore.keyed import KeyedValues
 from kvstore.tiers.valkey import EmbeddedServer
+from tests.patient import REDIS
 
 SIZE = 4096
 
@@ -29,7 +30,7 @@ def url(server: EmbeddedServer) -> str:
 
 
 def connect(url: str, **namespace: str) -> KeyedValues:
-    return KeyedValues.connect({"redis": {"url": url}}, {"model": "m", **namespace}, SIZE)
+    return KeyedValues.connect({"redis": {"url": url, **REDIS}}, {"model": "m", **namespace}, SIZE)
 
 
 def value(seed: int) -> memoryview:

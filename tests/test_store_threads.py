@@ -15,7 +15,7 @@ from kvstore.store import KVStore
 from kvstore.tiers.redis import RedisTier
 from tests.conftest import chain_of, load_all, save_all
 from tests.fakes import DictTier
-from tests.patient import REQUEST
+from tests.patient import REDIS, REQUEST
 
 THREADS = 6
 ROUNDS = 120
@@ -23,7 +23,7 @@ ROUNDS = 120
 
 @pytest.fixture(params=["dict", "redis"])
 def busy_store(request: pytest.FixtureRequest, model: ModelId) -> Iterator[KVStore]:
-    tier = DictTier() if request.param == "dict" else RedisTier(RedisTier.Options(capacity_bytes=120 * 4500))
+    tier = DictTier() if request.param == "dict" else RedisTier(RedisTier.Options(capacity_bytes=120 * 4500, **REDIS))
     values = {
         "host": {"capacity_bytes": 40 * 4096, "prefault": False},
         "mover": {"write": "through"},

@@ -17,6 +17,7 @@ from kvstore.tiers import TIERS
 from kvstore.tiers.base import Tier
 from kvstore.tiers.redis import RedisTier
 from kvstore.tiers.valkey import EmbeddedServer
+from tests.patient import REDIS
 from tests.redis.content import DEADLINE_S, Content
 from tests.redis.rights import add_user, as_user
 from tests.service.peers import PeerWithContent
@@ -29,7 +30,7 @@ class LeastRights(RedisTier):
         self._own = EmbeddedServer()
         with redis.Redis.from_url(self._own.url) as client:
             add_user(client)
-        super().__init__(RedisTier.Options(url=as_user(self._own.url)))
+        super().__init__(RedisTier.Options(url=as_user(self._own.url), **REDIS))
 
     def close(self) -> None:
         super().close()

@@ -18,6 +18,7 @@ from kvstore.tiers.redis import RedisTier
 from kvstore.tiers.redis_lanes import LaneChoice, Sizes
 from kvstore.tiers.redis_pool import Connections
 from kvstore.tiers.valkey import EmbeddedServer, ServerOptions, embedded_binary
+from tests.patient import REDIS
 from tests.redis.pair import Pair, Pointer
 from tests.redis.rights import add_user, as_user
 
@@ -95,7 +96,7 @@ def make_tier(model: ModelId) -> Iterator[MakeTier]:
 
     def make(url: str, *, healthy: bool = True, **options: object) -> RedisTier:
         url = as_user(url) if url in _restricted else url
-        tier = RedisTier(RedisTier.Options(url=url, **{"breaker_open_s": 0.0, **options}))  # type: ignore[arg-type]
+        tier = RedisTier(RedisTier.Options(url=url, **{"breaker_open_s": 0.0, **REDIS, **options}))  # type: ignore[arg-type]
         tier.open(layout_of(model))
         made.append((tier, healthy))
         return tier

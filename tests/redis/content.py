@@ -12,8 +12,9 @@ from kvstore.block import BlockId, BlockMeta, Chain, PartKey, Root
 from kvstore.layout import layout_of
 from kvstore.tiers.base import Tier
 from kvstore.tiers.redis_names import Names
+from tests.patient import CALL_DEADLINE_S
 
-DEADLINE_S = 5.0
+DEADLINE_S = CALL_DEADLINE_S
 
 
 class Content:

@@ -137,6 +137,11 @@ class Pointer:
             with suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
 
+    @property
+    def is_unused(self) -> bool:
+        """Whether every connection has ended, on both sides."""
+        return not any(thread.is_alive() for thread in self._threads[1:])
+
     def close(self) -> None:
         for sock in (self._listener, *self._sockets):
             with suppress(OSError):

@@ -17,7 +17,7 @@ from kvstore.tiers.redis import RedisTier
 from kvstore.tiers.redis_names import Names
 from kvstore.tiers.valkey import EmbeddedServer
 from tests.conftest import content as bytes_of
-from tests.patient import REQUEST
+from tests.patient import REDIS, REQUEST
 from tests.redis.conftest import MakeTier
 from tests.redis.content import DEADLINE_S, Content
 from tests.waiting import wait_until
@@ -177,7 +177,7 @@ def store(server: EmbeddedServer, model: ModelId) -> Iterator[KVStore]:
         "mover": {"write": "through"},
         "request": REQUEST,
     }
-    tier = RedisTier(RedisTier.Options(url=server.url, sweep_every_s=0))
+    tier = RedisTier(RedisTier.Options(url=server.url, sweep_every_s=0, **REDIS))
     store = KVStore(StoreConfig.load(values, environ={}), tiers=[tier])
     store.open(model)
     yield store

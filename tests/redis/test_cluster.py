@@ -371,6 +371,9 @@ def test_writes_while_slots_move_keep_the_books(own_cluster: Cluster, make_tier:
         before = len(num_there)
         for slot in [slot for slot in slots if slot < third][:8]:
             own_cluster.begin_moving(slot, 0, 1)
+            own_cluster.move_keys(slot, 0, 1, limit=3)
+            half_moved = len(num_there)
+            until(lambda: len(num_there) > half_moved + 1)  # noqa: B023 (all of one round, after the end of another)
             while own_cluster.move_keys(slot, 0, 1, limit=3):
                 pass
             own_cluster.end_moving(slot, 0, 1)

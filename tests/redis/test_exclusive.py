@@ -23,7 +23,7 @@ from kvstore.tiers.redis import RedisTier
 from kvstore.tiers.redis_names import Names
 from kvstore.tiers.valkey import EmbeddedServer
 from tests.conftest import chain_of, load_all, save_all
-from tests.patient import REQUEST
+from tests.patient import REDIS, REQUEST
 from tests.redis.conftest import MakeTier
 from tests.redis.content import DEADLINE_S, Content
 from tests.waiting import wait_until
@@ -38,7 +38,7 @@ def replica(url: str, model: ModelId, *, num_blocks: int = HOST_BLOCKS, **mover:
         "mover": {"tiering": "exclusive", **mover},
         "request": REQUEST,
     }
-    tier = RedisTier(RedisTier.Options(url=url, sweep_every_s=0, breaker_open_s=0.0))
+    tier = RedisTier(RedisTier.Options(url=url, sweep_every_s=0, breaker_open_s=0.0, **REDIS))
     store = KVStore(StoreConfig.load(values, environ={}), tiers=[tier])
     store.open(model)
     return store
@@ -317,7 +317,7 @@ def test_what_a_closed_conversation_left_does_not_go_down_where_the_policy_knows
         "mover": {"tiering": "exclusive"},
         "request": REQUEST,
     }
-    tier = RedisTier(RedisTier.Options(url=server.url, sweep_every_s=0))
+    tier = RedisTier(RedisTier.Options(url=server.url, sweep_every_s=0, **REDIS))
     with KVStore(StoreConfig.load(values, environ={}), tiers=[tier]) as store:
         store.open(model)
         over, live = chain_of(root, 6, seed=1), chain_of(root, 6, seed=2)

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import redis
 
+from kvstore.api import Announcement
 from kvstore.block import Chain, ModelId, Root
 from kvstore.config import StoreConfig
 from kvstore.marks import MARK_TTL_S
@@ -23,10 +25,11 @@ from kvstore.store import KVStore
 from kvstore.tiers.redis import RedisTier
 from kvstore.tiers.valkey import EmbeddedServer
 from tests.conftest import chain_of, content
-from tests.patient import REQUEST
+from tests.patient import REDIS, REQUEST
 from tests.waiting import lasts, wait_until
 
 MakeReplica = Callable[..., KVStore]
+Keep = Callable[[Announcement], Announcement]
 NUM_BLOCKS = 24
 _ENOUGH_S = 2.0
 """For a mark to be seen to go, beyond its TTL; less than a second TTL."""
@@ -38,7 +41,7 @@ def replica(url: str, model: ModelId, **mover: object) -> KVStore:
         "mover": {"write": "through", **mover},
         "request": REQUEST,
     }
-    tier = RedisTier(RedisTier.Options(url=url, sweep_every_s=0))
+    tier = RedisTier(RedisTier.Options(url=url, sweep_every_s=0, **REDIS))
     store = KVStore(StoreConfig.load(values, environ={}), tiers=[tier])
     store.open(model)
     return store
@@ -59,6 +62,28 @@ def make_replica(server: EmbeddedServer, model: ModelId) -> Iterator[MakeReplica
         store.close()
     with redis.Redis.from_url(server.url) as client:
         assert list(client.scan_iter("kvs2:*:m:*")) == []
+
+
+@pytest.fixture
+def keep() -> Iterator[Keep]:
+    """Renews a mark until the test ends: its owner goes on with it, however long a busy machine takes to look at it."""
+    kept: list[Announcement] = []
+    over = threading.Event()
+
+    def renew() -> None:
+        while not over.wait(0.1):
+            for mark in list(kept):
+                mark.renew()
+
+    def keep(mark: Announcement) -> Announcement:
+        kept.append(mark)
+        return mark
+
+    thread = threading.Thread(target=renew)
+    thread.start()
+    yield keep
+    over.set()
+    thread.join()
 
 
 def compute(store: KVStore, chain: Chain, start: int, stop: int) -> None:
@@ -86,10 +111,12 @@ def taken_back(client: redis.Redis) -> Iterator[None]:
     assert client.info("stats")["expired_keys"] == before
 
 
-def test_second_replica_waits_for_the_first_and_loads_what_it_computed(make_replica: MakeReplica, root: Root) -> None:
+def test_second_replica_waits_for_the_first_and_loads_what_it_computed(
+    make_replica: MakeReplica, keep: Keep, root: Root
+) -> None:
     first, second = make_replica(), make_replica()
     chain = chain_of(root, NUM_BLOCKS)
-    mark = first.announce(chain, 0, NUM_BLOCKS)
+    mark = keep(first.announce(chain, 0, NUM_BLOCKS))
     wait_until(lambda: pending(second, chain) == (0, NUM_BLOCKS))
     assert pending(first, chain) == (0, NUM_BLOCKS)  # by its own book: it does not wait for itself in Redis
     assert second.match(chain, "waits", wait_s=5).num_pending_blocks == NUM_BLOCKS
@@ -97,7 +124,6 @@ def test_second_replica_waits_for_the_first_and_loads_what_it_computed(make_repl
     # The request that waits is told as it goes on, without asking anew.
     wait_until(lambda: second.match(chain, "waits").num_blocks == 10)
     assert second.match(chain, "waits").num_pending_blocks == NUM_BLOCKS - 10
-    mark.renew()
     compute(first, chain, 10, NUM_BLOCKS)
     mark.withdraw()  # at once: what is still on its way down is waited for all the same
     seen = []
@@ -108,12 +134,14 @@ def test_second_replica_waits_for_the_first_and_loads_what_it_computed(make_repl
     assert loaded == [(index, content(chain, index, 0, 4096)) for index in range(NUM_BLOCKS)]
 
 
-def test_only_the_common_prefix_is_waited_for(make_replica: MakeReplica, client: redis.Redis, root: Root) -> None:
+def test_only_the_common_prefix_is_waited_for(
+    make_replica: MakeReplica, keep: Keep, client: redis.Redis, root: Root
+) -> None:
     first, second = make_replica(), make_replica()
     tokens = np.random.default_rng(0).integers(0, 50_000, NUM_BLOCKS * root.model.block_tokens)
     shared = 9 * root.model.block_tokens
     other = Chain(root, np.concatenate([tokens[:shared], tokens[shared:] ^ 1]))
-    mark = first.announce(Chain(root, tokens), 0, NUM_BLOCKS)
+    mark = keep(first.announce(Chain(root, tokens), 0, NUM_BLOCKS))
     wait_until(lambda: pending(second, other) == (0, 9))
     stranger = chain_of(root, NUM_BLOCKS, seed=1)
     assert pending(second, stranger) == (0, 0)
@@ -123,10 +151,10 @@ def test_only_the_common_prefix_is_waited_for(make_replica: MakeReplica, client:
         wait_until(lambda: pending(second, other) == (0, 0))
 
 
-def test_first_producer_keeps_the_mark(make_replica: MakeReplica, client: redis.Redis, root: Root) -> None:
+def test_first_producer_keeps_the_mark(make_replica: MakeReplica, keep: Keep, client: redis.Redis, root: Root) -> None:
     first, second, third = (make_replica() for _ in range(3))
     chain = chain_of(root, NUM_BLOCKS)
-    mark = first.announce(chain, 0, NUM_BLOCKS)
+    mark = keep(first.announce(chain, 0, NUM_BLOCKS))
     wait_until(lambda: pending(third, chain) == (0, NUM_BLOCKS))
     second.announce(chain, 0, NUM_BLOCKS).withdraw()
     later = second.announce(chain, 0, 3)
@@ -139,7 +167,7 @@ def test_first_producer_keeps_the_mark(make_replica: MakeReplica, client: redis.
 
 
 def test_a_store_does_not_wait_for_what_it_says_itself(server: EmbeddedServer, root: Root) -> None:
-    tiers = [RedisTier(RedisTier.Options(url=server.url, sweep_every_s=0)) for _ in range(2)]
+    tiers = [RedisTier(RedisTier.Options(url=server.url, sweep_every_s=0, **REDIS)) for _ in range(2)]
     blocks = chain_of(root, NUM_BLOCKS).ids
     tiers[0].mark(root.id, blocks[2:9], MARK_TTL_S)
     assert [tier.marked_to(root.id, blocks, 2, 5.0) for tier in tiers] == [2, 9]
@@ -165,10 +193,12 @@ def test_mark_outlives_its_ttl_only_while_it_is_renewed(make_replica: MakeReplic
     wait_until(lambda: pending(second, chain) == (0, 0), 1.9 * MARK_TTL_S)
 
 
-def test_dropped_write_takes_the_mark_back(make_replica: MakeReplica, client: redis.Redis, root: Root) -> None:
+def test_dropped_write_takes_the_mark_back(
+    make_replica: MakeReplica, keep: Keep, client: redis.Redis, root: Root
+) -> None:
     first, second = make_replica(queue_bytes=4096), make_replica()
     chain = chain_of(root, NUM_BLOCKS)
-    mark = first.announce(chain, 0, NUM_BLOCKS)
+    mark = keep(first.announce(chain, 0, NUM_BLOCKS))
     wait_until(lambda: pending(second, chain) == (0, NUM_BLOCKS))
     with taken_back(client):
         compute(first, chain, 0, 10)  # one block fits into the queue
@@ -177,10 +207,12 @@ def test_dropped_write_takes_the_mark_back(make_replica: MakeReplica, client: re
     mark.withdraw()
 
 
-def test_store_that_does_not_write_through_announces_nothing_to_others(make_replica: MakeReplica, root: Root) -> None:
+def test_store_that_does_not_write_through_announces_nothing_to_others(
+    make_replica: MakeReplica, keep: Keep, root: Root
+) -> None:
     first, second = make_replica(write="on_reuse"), make_replica()
     chain = chain_of(root, NUM_BLOCKS)
-    mark = first.announce(chain, 0, NUM_BLOCKS)
+    mark = keep(first.announce(chain, 0, NUM_BLOCKS))
     time.sleep(0.2)
     assert pending(second, chain) == (0, 0)
     assert pending(first, chain) == (0, NUM_BLOCKS)
@@ -199,7 +231,6 @@ store = replica(sys.argv[1], model)
 mark = store.announce(chain_of(Root(model), NUM_BLOCKS), 0, NUM_BLOCKS)
 print("announced", flush=True)
 while True:
-    mark.renew()
     time.sleep(0.1)
 """
 
@@ -242,7 +273,7 @@ def test_death_of_the_producer_is_seen_within_the_ttl(
 
 
 def test_one_command_asks_for_all_marks_that_may_tell_of_a_chain(server: EmbeddedServer, root: Root) -> None:
-    tier = RedisTier(RedisTier.Options(url=server.url, sweep_every_s=0))
+    tier = RedisTier(RedisTier.Options(url=server.url, sweep_every_s=0, **REDIS))
     chain = chain_of(root, NUM_BLOCKS)
     with contextlib.closing(tier), redis.Redis.from_url(server.url) as client:
         assert tier.settle(10)  # its first look at the server is over

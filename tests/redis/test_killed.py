@@ -16,6 +16,7 @@ from kvstore.layout import layout_of
 from kvstore.tiers.redis import RedisTier
 from kvstore.tiers.redis_names import bucket_of
 from kvstore.tiers.valkey import EmbeddedServer
+from tests.patient import REDIS
 from tests.redis.conftest import MakeTier
 from tests.redis.content import Content
 from tests.waiting import wait_until
@@ -33,7 +34,7 @@ _forks.set_forkserver_preload(["pytest", "tests.redis.test_killed"])
 
 def _work(url: str, seed: int, sweep_every_s: float) -> None:
     """Chats below system prompts that all writers share, more of them than fit, until somebody kills it."""
-    tier = RedisTier(RedisTier.Options(url=url, capacity_bytes=CAPACITY_BYTES, sweep_every_s=sweep_every_s))
+    tier = RedisTier(RedisTier.Options(url=url, capacity_bytes=CAPACITY_BYTES, sweep_every_s=sweep_every_s, **REDIS))
     tier.open(layout_of(MODEL))
     rng, root = random.Random(seed), Root(MODEL)
     systems = [Content(root, 4, seed=number) for number in range(4)]
@@ -62,11 +63,19 @@ class Writer:
 def test_stores_killed_at_work_leave_right_sums_and_next_to_nothing_out_of_reach(
     sweep_every_s: float, server: EmbeddedServer, client: redis.Redis, make_tier: MakeTier
 ) -> None:
-    watcher = make_tier(server.url, sweep_every_s=0.0)
+    watcher = make_tier(server.url, sweep_every_s=0.0, connections=1)
+    assert watcher.accounted_bytes() == 0
+    num_clients = len(client.client_list())
     rng, seeds = random.Random(11), iter(range(1000))
 
     def start() -> Writer:
         return Writer(watcher.options.url, next(seeds), sweep_every_s)
+
+    def kill(writers: list[Writer]) -> None:
+        """What they had sent is done, and the server has noticed that they are gone."""
+        for writer in writers:
+            writer.kill()
+        wait_until(lambda: len(client.client_list()) <= num_clients)
 
     writers = [start() for _ in range(NUM_WRITERS)]
     worst = 0.0
@@ -77,14 +86,12 @@ def test_stores_killed_at_work_leave_right_sums_and_next_to_nothing_out_of_reach
             wait_until(lambda: int(client.info("stats")["total_commands_processed"]) > at_work)  # noqa: B023
             writers.pop(0).kill()
             if number % 10 == 9:  # a moment in which nobody writes
-                for writer in writers:
-                    writer.kill()
+                kill(writers)
                 worst = max(worst, out_of_reach(watcher, client))
                 writers = [start() for _ in range(NUM_WRITERS - 1)]
             writers.append(start())
     finally:
-        for writer in writers:
-            writer.kill()
+        kill(writers)
     worst = max(worst, out_of_reach(watcher, client))
     assert worst <= 0.01
     watcher.sweep()

@@ -579,7 +579,7 @@ def test_a_tier_closed_while_loads_run_ends_them_or_lets_them_end(
         list(reading)
     with redis.Redis.from_url(own_server.unix_url) as client:
         wait_until(lambda: num_clients(client) == 1)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("kvstore-redis")]
+    wait_until(lambda: not [each for each in threading.enumerate() if each.name.startswith("kvstore-redis")])
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from kvstore.tiers.redis_stream import Buffer, PlainStream
 from kvstore.tiers.redis_wire import Wire
 from kvstore.tiers.valkey import EmbeddedServer
 from tests.conftest import chain_of, load_all, save_all
-from tests.patient import REQUEST
+from tests.patient import REDIS, REQUEST
 from tests.redis.conftest import MakeTier
 from tests.redis.content import DEADLINE_S
 
@@ -100,7 +100,7 @@ def test_redis_is_asked_about_nothing_that_the_host_has(
             "mover": {"write": write},
             "request": REQUEST,
         }
-        made = KVStore(StoreConfig.load(values | {"tiers": {"redis": {"url": server.url}}}, environ={}))
+        made = KVStore(StoreConfig.load(values | {"tiers": {"redis": {"url": server.url, **REDIS}}}, environ={}))
         made.open(root.model)
         return made
 
@@ -112,9 +112,9 @@ def test_redis_is_asked_about_nothing_that_the_host_has(
         with client.monitor() as seen:
             match = reader.match(chain, "r", wait_s=5)
             assert (match.num_host_blocks, match.num_blocks) == (10, 24)
-            client.ping()
+            client.echo("that was all")
             asked: list[str] = []
-            while (command := seen.next_command()["command"]) != "PING":
+            while (command := seen.next_command()["command"]) != "ECHO that was all":
                 asked += command.split()[1:] if command.startswith("EXISTS") else []
         reader.forget("r")
         values = [names.value(key) for key in chain.part_keys(0, 24, (0,))]

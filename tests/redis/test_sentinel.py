@@ -89,14 +89,15 @@ def test_hung_sentinels_cost_the_deadline_and_no_more(pair: Pair, make_tier: Mak
     url = pair.watch()
     for sentinel in pair.sentinels:
         os.kill(sentinel.process.pid, signal.SIGSTOP)
-    tier = make_tier(url, healthy=False, breaker_open_s=30.0)
+    limits = {"connect_timeout_s": 1.0, "call_timeout_s": 5.0}
+    tier = make_tier(url, healthy=False, breaker_open_s=30.0, **limits)
     began = time.monotonic()
     with pytest.raises(TierError):
         tier.contains(Content(root, 2).keys, 1.0)
     assert time.monotonic() - began < 1.9
     for sentinel in pair.sentinels[1:]:
         os.kill(sentinel.process.pid, signal.SIGCONT)
-    assert not any(make_tier(url).contains(Content(root, 2).keys, 2.0))  # the first still hangs
+    assert not any(make_tier(url, **limits).contains(Content(root, 2).keys, 2.0))  # the first still hangs
     assert next(examine_redis("redis", url, TierSettings(capacity_bytes=1 << 20))).verdict is Verdict.OK
 
 

@@ -23,6 +23,7 @@ from kvstore.tiers.redis_names import Bucket
 from kvstore.tiers.redis_tenants import list_of, tenant_tag
 from kvstore.tiers.valkey import EmbeddedServer
 from tests.conftest import chain_of, save_all
+from tests.patient import REDIS
 from tests.redis.conftest import MakeTier
 from tests.redis.content import DEADLINE_S, Content
 from tests.redis.test_killed import MODEL
@@ -179,8 +180,9 @@ def brought_down(tier: RedisTier, client: redis.Redis, roots: list[Root], limit_
 def test_what_a_write_asks_does_not_grow_with_adapters_nor_with_blocks(
     url: str, client: redis.Redis, make_tier: MakeTier, root: Root, part_bytes: int, num_adapters: int
 ) -> None:
-    limited = make_tier(url, num_buckets=NUM_BUCKETS, tenant_capacity_bytes=1000 * part_bytes)
-    free = make_tier(url, num_buckets=NUM_BUCKETS)
+    silent = {"num_buckets": NUM_BUCKETS, "ping_every_s": 0}  # but for what it is asked
+    limited = make_tier(url, tenant_capacity_bytes=1000 * part_bytes, **silent)
+    free = make_tier(url, **silent)
     roots = [root_of(root, adapter) for adapter in range(num_adapters)]
     for each in roots:
         write(limited, Content(each, 1))
@@ -274,7 +276,7 @@ def test_a_store_says_whose_what_it_writes_is(
 
 def _work(url: str, seed: int, limit_bytes: int) -> None:
     """Chats of one tenant under many adapters, until somebody kills it."""
-    tier = RedisTier(RedisTier.Options(url=url, num_buckets=NUM_BUCKETS, tenant_capacity_bytes=limit_bytes))
+    tier = RedisTier(RedisTier.Options(url=url, num_buckets=NUM_BUCKETS, tenant_capacity_bytes=limit_bytes, **REDIS))
     tier.open(layout_of(MODEL))
     rng = random.Random(seed)
     while True:
@@ -289,7 +291,9 @@ def test_writers_killed_at_work_leave_accounts_that_are_the_sum_and_a_tenant_tha
     forks = multiprocessing.get_context("forkserver")
     limit_bytes, rng, seeds = 2_000_000, random.Random(3), itertools.count()
     roots = [root_of(Root(MODEL), adapter) for adapter in range(12)]
-    watcher = make_tier(url, num_buckets=NUM_BUCKETS, tenant_capacity_bytes=limit_bytes)
+    watcher = make_tier(url, num_buckets=NUM_BUCKETS, tenant_capacity_bytes=limit_bytes, connections=1)
+    assert watcher.accounted_bytes() == 0
+    num_clients = len(client.client_list())
 
     def start() -> multiprocessing.process.BaseProcess:
         process = forks.Process(target=_work, args=(watcher.options.url, next(seeds), limit_bytes), daemon=True)
@@ -310,6 +314,7 @@ def test_writers_killed_at_work_leave_accounts_that_are_the_sum_and_a_tenant_tha
         for each in writers:
             each.kill()
             each.join(60)
+    wait_until(lambda: len(client.client_list()) <= num_clients)  # what they had sent is done
     most_bytes = limit_bytes + 3 * 30 * 5120
     sizes = sum(int(size) for name in client.scan_iter("kvs2:*:s") for size in client.hvals(name))
     assert sizes == watcher.accounted_bytes() == kept(client, roots) <= most_bytes

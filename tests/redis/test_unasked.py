@@ -35,7 +35,7 @@ from tests.redis.test_faults import Proxy, proxy
 __all__ = ["own_cluster", "proxy"]  # fixtures
 
 PING_S = 0.05
-SOON = {"ping_every_s": PING_S, "breaker_open_s": PING_S, "connect_timeout_s": 0.5}
+SOON = {"ping_every_s": PING_S, "breaker_open_s": PING_S, "connect_timeout_s": 0.5, "call_timeout_s": 5.0}
 
 
 def available(tier: RedisTier) -> bool:
