@@ -15,10 +15,13 @@ pytestmark = pytest.mark.slow
 
 def test_a_crowd_that_watches_sees_events_while_matches_are_timed() -> None:
     with sidecar(64 << 20) as address:
-        with crowd(address, 4, num_processes=1) as seen:
-            latency = match_latency(address, count=50, warm_up=5)
-            time.sleep(1)
-        assert 0 < latency.p50_ms <= latency.p99_ms
+        for meanwhile_s in (1, 5, 20):  # it takes a busy machine longer to subscribe, and to store
+            with crowd(address, 4, num_processes=1) as seen:
+                latency = match_latency(address, count=50, warm_up=5)
+                time.sleep(meanwhile_s)
+            assert 0 < latency.p50_ms <= latency.p99_ms
+            if min(seen, default=0) > 0:
+                break
     assert len(seen) == 4
     assert min(seen) > 0
 

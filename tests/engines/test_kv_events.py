@@ -91,7 +91,7 @@ def test_vllm_reads_what_a_sidecar_stores_and_clears() -> None:
         address = f"unix:{Path(directory)}/s"
         serve = [sys.executable, *cli, "serve", "--listen", address, "--host-capacity", "64MiB"]
         with Printing(serve) as server:
-            assert any(line.startswith("ready:") for line in server.lines(30))
+            assert any(line.startswith("ready:") for line in server.lines(60))
             with (
                 connect(address) as store,
                 Printing([str(PYTHON), *cli, "watch", "--address", address, "--zmq", endpoint]),
@@ -105,7 +105,7 @@ def test_vllm_reads_what_a_sidecar_stores_and_clears() -> None:
                 assert (stored["parent_block_hash"], stored["block_size"]) == (None, 16)
                 assert (stored["medium"], stored["locality"], stored["ownership"]) == ("CPU", "LOCAL", "host")
                 assert store.clear() > 0
-                assert any(json.loads(line)["type"] == "AllBlocksCleared" for line in subscriber.lines(30))
+                assert any(json.loads(line)["type"] == "AllBlocksCleared" for line in subscriber.lines(60))
 
 
 def told(store: kvstore.Store, subscriber: Printing) -> Iterator[dict[str, object]]:
