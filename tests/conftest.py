@@ -23,6 +23,7 @@ from kvstore.layout import BlockLayout, layout_of
 from kvstore.store import KVStore
 from kvstore.tiers.base import Tier
 from tests.fakes import FakeClock
+from tests.patient import CALL_DEADLINE_S, REQUEST
 
 MakeStore = Callable[..., KVStore]
 
@@ -92,7 +93,8 @@ def make_store(model: ModelId, clock: FakeClock) -> Iterator[MakeStore]:
     made: list[KVStore] = []
 
     def make(num_blocks: int = 64, *, tiers: Sequence[Tier] = (), **sections: dict[str, object]) -> KVStore:
-        values = {"host": {"capacity_bytes": num_blocks * 4096, "prefault": False}, **sections}
+        host = {"capacity_bytes": num_blocks * 4096, "prefault": False}
+        values = {"host": host, "request": REQUEST, **sections}
         store = KVStore(StoreConfig.load(values, environ={}), clock=clock, tiers=tiers)
         store.open(model)
         made.append(store)
@@ -134,7 +136,9 @@ def save_all(store: Store, chain: Chain, start: int = 0, stop: int | None = None
         return save.commit()
 
 
-def load_all(store: Store, chain: Chain, *, request: str = "load", wait_s: float = 5.0, start: int = 0) -> list[str]:
+def load_all(
+    store: Store, chain: Chain, *, request: str = "load", wait_s: float = CALL_DEADLINE_S, start: int = 0
+) -> list[str]:
     """Load what matches, comparing every byte; returns the tier each block came from."""
     store.match(chain, request, wait_s=wait_s)
     tiers: list[str] = []

@@ -10,6 +10,7 @@ from bench.asked import figures_of
 from kvstore.tiers import redis_lanes
 
 
+@pytest.mark.alone
 @pytest.mark.slow  # some seconds until the choice has settled
 def test_four_connections_carry_more_than_one_where_each_carries_so_much(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(redis_lanes, "_FIRST_S", 0.0)
