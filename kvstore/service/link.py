@@ -372,7 +372,8 @@ class Link:
         if broken is not None and not self._dismantle(broken):
             return False
         try:
-            self._connect(broken)
+            # Where somebody has views yet, its slots stay out: the server takes a session before for one that is done.
+            self._connect(broken if broken is None or broken.plane.close() else None)
         except ServiceUnavailable:
             return False
         except KVStoreError as error:

@@ -332,6 +332,7 @@ class Requests:
                 session.joined[key] = save
                 return
         save.leave(session)
+        self._sessions.quarantine.left(session, save)
         raise (
             UnknownSession("the session has ended")
             if ended

@@ -120,7 +120,8 @@ class Session:
     ended: bool = False
     cancels: set[Callable[[], object]] = field(default_factory=set)
     """Each ends one of its Session streams."""
-    had_stream: bool = False
+    in_use: bool = False
+    """Whether its client has begun a stream, or what it may be writing was fenced: it has the answer to its Open."""
     models: list[BlockLayout] = field(default_factory=list)
     roots: dict[tuple[int, bytes, bytes], Root] = field(default_factory=dict)
     holds: OrderedDict[str, Held] = field(default_factory=OrderedDict)

@@ -173,7 +173,7 @@ class SessionBook:
             if session.ended:
                 raise UnknownSession("the session has ended: open again")
             session.cancels.add(cancel)
-            session.had_stream = True
+            session.in_use = True
 
     def end_stream(self, session: Session, cancel: Callable[[], object]) -> None:
         with session.lock:
@@ -308,12 +308,24 @@ class SessionBook:
     def _fence(self, session: Session) -> None:
         """A silent process that lives: others may save its blocks, nobody gets the slots it may be writing to."""
         with session.lock:
+            session.in_use = True
             saves = list(session.saves.values())
             for number in session.saves:
                 session.bury(number)
             session.saves.clear()
         for served in saves:
             self.quarantine.give_up(served)
+        with self._lock:
+            is_gone = session.id not in self._sessions and session.id not in self._revoked
+        if is_gone:  # its process has died meanwhile, which is said once
+            self.quarantine.left(session)
+
+    def _began_nothing(self, session: Session) -> bool:
+        """Whether its client has done nothing with it; if so, it can begin nothing any more."""
+        with session.lock:
+            nothing = not (session.in_use or session.saves or session.joined)
+            session.ended = session.ended or nothing
+        return nothing
 
     def _run(self) -> None:
         last_s = self._clock.now_s()
@@ -332,10 +344,10 @@ class SessionBook:
                     continue
                 if not session.mapped:
                     self._end(session)
-                elif session.had_stream or session.saves or session.joined:
-                    self._fence(session)
-                else:
+                elif self._began_nothing(session):
                     self.leave(session)  # its client never had the answer to its Open, and has opened another
+                else:
+                    self._fence(session)
 
     def close(self) -> None:
         """End every session; the server has stopped."""

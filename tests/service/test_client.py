@@ -435,6 +435,27 @@ def test_views_that_are_still_out_stay_good_when_the_server_is_gone(
         load.close()
 
 
+def test_slots_that_a_client_may_still_be_writing_to_are_nobodys_though_it_has_a_new_session(
+    start_server: StartServer, root: Root
+) -> None:
+    """It has views of them for longer than its link waits. Another client's blocks would lie under its pen."""
+    server = start_server(8)
+    with connected(server, root) as store:
+        save = store.save(chain_of(root, 3), 0, 3)
+        views = [save.views(index)[0] for index in save.indices]
+        (before,) = server.sessions.all()
+        store._link._unmap_from_s = time.monotonic() - 60
+        store._link._lose(store._link.up(), "a test")
+        wait_until(lambda: store.is_up)
+        assert [session.ended for session in (before, *server.sessions.all())] == [False] * 3
+        with store.save(chain_of(root, 8, seed=1), 0, 8) as other:
+            assert len(other.indices) == 5
+        for view in views:
+            assert view is not None
+            view[:] = bytes(len(view))
+        server.sessions.leave(before)
+
+
 def test_a_draining_server_finishes_what_was_begun_and_takes_nothing_new(start_server: StartServer, root: Root) -> None:
     server = start_server()
     store = connected(server, root)

@@ -19,7 +19,9 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from kvstore.block import FORMAT_VERSION, Chain, ModelId, Root
 from kvstore.service.handshake import hash_vector, model_message
 from kvstore.service.knock import knock
+from kvstore.service.saves import ServedSave
 from kvstore.service.server import Server
+from kvstore.service.session import Session
 from kvstore.wire import kvstore_pb2 as pb
 from kvstore.wire.kvstore_pb2_grpc import KVStoreStub
 from tests.conftest import chain_of
@@ -761,6 +763,104 @@ def test_a_session_whose_client_never_learnt_of_it_ends(
     door = server._door
     assert door is not None
     wait_until(lambda: door.num_peers == 0)
+
+
+class AskedOnce(dict[Any, Any]):
+    """Empty. Whoever asks whether it is hears so only after something else was tried, unless that has to wait."""
+
+    def __init__(self, tried: Callable[[], object]) -> None:
+        super().__init__()
+        self._tried = tried
+
+    def __len__(self) -> int:
+        num, tried = super().__len__(), threading.Thread(target=self._tried)
+        self._tried = lambda: None
+        tried.start()
+        tried.join(1.0)
+        return num
+
+
+def test_a_save_that_begins_as_its_silent_session_ends_is_refused(
+    start_server: StartServer, make_peer: Callable[..., Peer], root: Root
+) -> None:
+    """Its slots would be another's at once, and its client would go on to write to them."""
+    clock, granted = FakeClock(), list[bytes]()
+    server = start_server(clock=clock, request={"lease_s": 2.0})
+    peer = make_peer(server)
+    (session,) = server.sessions.all()
+
+    def save() -> None:
+        try:
+            granted.append(peer.save(chain_of(root, 3)).indices)
+        except grpc.RpcError:
+            pass
+
+    session.saves = AskedOnce(save)
+    for _ in range(20):
+        clock.time_s += 1
+        threading.Event().wait(0 if session.ended else 0.6)
+    wait_until(lambda: len(server.sessions) == 0)
+    assert granted == []
+
+
+def test_slots_of_a_silent_session_that_never_had_a_stream_stay_fenced_while_its_process_lives(
+    start_server: StartServer, make_peer: Callable[..., Peer], root: Root
+) -> None:
+    clock, looks = FakeClock(), list[None]()
+    server = start_server(clock=clock, request={"lease_s": 2.0})
+    make_peer(server).save(chain_of(root, 3))
+    (session,) = there = server.sessions.all()
+    server.sessions.all = lambda: (looks.append(None), there)[1]  # type: ignore[method-assign]
+    for _ in range(4):
+        clock.time_s += 1
+        before = len(looks)
+        wait_until(lambda before=before: len(looks) >= before + 2)
+    assert server.stats()["save.quarantined_slots"] == 3
+    before = len(looks)
+    wait_until(lambda: len(looks) >= before + 3)
+    assert server.stats()["save.quarantined_slots"] == 3
+    server.sessions.leave(session)
+
+
+def test_slots_fenced_from_a_process_that_died_meanwhile_come_back(
+    start_server: StartServer, make_peer: Callable[..., Peer], root: Root
+) -> None:
+    server = start_server()
+    peer = make_peer(server)
+    peer.save(chain_of(root, 3))
+    (session,) = server.sessions.all()
+    give_up = server.sessions.quarantine.give_up
+
+    def dies(save: ServedSave) -> None:
+        server.sessions.quarantine.give_up = give_up  # type: ignore[method-assign]
+        assert session.peer is not None
+        server.sessions.process_died(session.peer)
+        give_up(save)
+
+    server.sessions.quarantine.give_up = dies  # type: ignore[method-assign]
+    server.sessions._fence(session)
+    assert server.stats()["save.quarantined_slots"] == 0
+    assert server.stats()["host.used_bytes"] == 0
+
+
+def test_slots_of_a_save_that_a_dead_process_was_joining_come_back(
+    start_server: StartServer, make_peer: Callable[..., Peer], root: Root, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start_server()
+    owner, worker = make_peer(server), make_peer(server)
+    owner.save(chain_of(root, 3))
+    owns, joins = server.sessions.all()
+    join = ServedSave.join
+
+    def dies(save: ServedSave, session: Session) -> None:
+        join(save, session)
+        server.sessions.leave(joins)
+        server.sessions.end_saves(owns, [1])
+
+    monkeypatch.setattr(ServedSave, "join", dies)
+    request = pb.JoinRequest(session=worker.session, engine_key=owner.opened.engine_key, lease=1)
+    refused(grpc.StatusCode.UNAUTHENTICATED, lambda: worker.stub.Join(request))
+    assert server.stats()["save.quarantined_slots"] == 0
 
 
 # -- watching, looking in --------------------------------------------------------------------------------------
