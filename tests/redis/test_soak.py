@@ -41,6 +41,7 @@ def test_stores_under_random_faults_serve_right_bytes_on_time_and_recover(server
     assert soak.loads_over_lanes > 0
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_failover_is_measured_from_the_new_primary_to_the_last_block() -> None:
     content = [random.Random(at).randbytes(8192) for at in range(12)]
