@@ -306,6 +306,7 @@ def test_a_writer_killed_at_any_byte_of_a_write_leaves_values_and_accounts_toget
 ) -> None:
     content = Content(root, 2)
     watcher = make_tier(server.url, num_buckets=NUM_BUCKETS, connections=1)  # or its upkeep might need one more, later
+    assert watcher.settle(DEADLINE_S)  # what it asks at first ends with its connection
     assert resident(watcher, content) == watcher.check() == []
     num_clients = len(client.client_list())
     # One connection, or what each carries is a matter of when it is given back.

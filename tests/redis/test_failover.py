@@ -184,7 +184,7 @@ def test_a_lost_primary_is_left_for_the_one_that_its_address_leads_to(
 def test_a_new_primary_is_found_as_soon_as_the_next_probe(
     how: str, pair: Pair, pointer: Pointer, make_tier: MakeTier, root: Root
 ) -> None:
-    tier = make_tier(pointer.url, breaker_open_s=PROBED_EVERY_S, connect_timeout_s=CONNECT_S)
+    tier = make_tier(pointer.url, breaker_open_s=PROBED_EVERY_S, connect_timeout_s=CONNECT_S, call_timeout_s=2.0)
     content = Content(root, 10)
     assert content.write(tier) == set(content.keys)
     pair.replicated()
