@@ -133,8 +133,10 @@ class ArenaMapping:
     def wait_populated(self, timeout_s: float | None = None) -> bool:
         """Wait until the memory is populated. True when it is; False on time-out, or where it never will be."""
         self._check()
-        if self._thread is not None:
-            self._thread.join(timeout_s)
+        with self._lock:  # under which it is started
+            thread = self._thread
+        if thread is not None:
+            thread.join(timeout_s)
         return self._populated.is_set()
 
     @property

@@ -379,6 +379,32 @@ print("ok")
     assert (done.returncode, done.stdout.strip()) == (0, "ok"), done.stderr
 
 
+def test_who_asks_whether_it_is_populated_as_that_begins_is_answered(
+    arena: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beginning, go_on, said = threading.Event(), threading.Event(), list[bool]()
+
+    class Late(threading.Thread):
+        def start(self) -> None:
+            beginning.set()
+            go_on.wait(10)
+            super().start()
+
+    mapping = ArenaMapping(arena.memory_fd, arena.generation_fd, arena.capacity_bytes, populate=False)
+    asking = threading.Thread(target=lambda: said.append(mapping.wait_populated(10)))
+    populating = threading.Thread(target=mapping.populate)
+    monkeypatch.setattr(threading, "Thread", Late)
+    populating.start()
+    assert beginning.wait(10)
+    asking.start()
+    asking.join(0.1)
+    go_on.set()
+    asking.join(10)
+    populating.join(10)
+    assert said == [True]
+    assert mapping.close()
+
+
 # -- devices ---------------------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ Invariants
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
@@ -397,23 +398,25 @@ class Link:
         """A new connection. Raises ServiceUnavailable, or what the server refuses."""
         options = self.options
         connection = open_session(options, self._make_plane(options.call_deadline_s), before)
+        in_place = False
         try:
             known = self._open_models(connection)
             with self._lock:
                 self._connection, self._resting, self._broken, self._refusal = connection, None, None, None
-            self._open_models(connection, known)  # who opened more meanwhile found no connection to ask
+                in_place = True
             # In place by now: a stream that ends at once must find the connection that it is the end of.
             connection.begin_beats(self._take_saved, lambda: self._lose(connection, "its session stream ended"))
         except BaseException:
             with self._lock:
                 if self._connection is connection:
                     self._connection = None
-                if self._resting is connection:
-                    self._resting = None
-            connection.leave(options.call_deadline_s)
+            if not in_place:  # or somebody may be writing by it
+                connection.leave(options.call_deadline_s)
             connection.plane.close()
             connection.channel.close()
             raise
+        with contextlib.suppress(ServiceUnavailable):  # then it rests, or is lost, as after any call
+            self._open_models(connection, known)  # who opened more meanwhile found no connection to ask
 
     def _open_models(self, connection: Connection, known: Sequence[ModelId] = ()) -> list[ModelId]:
         """Agree on all models that were opened but those `known`; returns all. Raises ServiceUnavailable."""
