@@ -40,7 +40,7 @@ class LeastRights(RedisTier):
 # A tier as it can run in a test, on nothing that must be there already; by its name, and what is special about it.
 MADE: Mapping[str, Callable[[], Tier]] = {
     "redis, least rights": LeastRights,
-    "redis": lambda: TIERS.load("redis")(TIERS.options("redis", {"url": "embedded"})),
+    "redis": lambda: TIERS.load("redis")(TIERS.options("redis", {"url": "embedded", **REDIS})),
     "remote": PeerWithContent,
 }
 

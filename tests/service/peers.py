@@ -14,6 +14,7 @@ from kvstore.service.rights import Gate
 from kvstore.service.server import Server
 from kvstore.tiers.base import AS_USED, Later
 from kvstore.tiers.remote import RemoteTier
+from tests.patient import CALL_DEADLINE_S
 
 
 class PeerWithContent(RemoteTier):
@@ -28,7 +29,7 @@ class PeerWithContent(RemoteTier):
         self._server.start()
         self._store = self._server._store
         self._layout: BlockLayout | None = None
-        super().__init__(RemoteTier.Options(address=address))
+        super().__init__(RemoteTier.Options(address=address, call_timeout_s=CALL_DEADLINE_S))
 
     def open(self, layout: BlockLayout) -> None:
         super().open(layout)
