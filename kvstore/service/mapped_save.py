@@ -34,14 +34,17 @@ class SaveLease:
     connection: Connection
     number: int
 
-    def commit(self, indices: Sequence[int]) -> int:
+    def commit(self, indices: Sequence[int]) -> int | None:
+        """How many were published; None where the server did not say, and may not have heard."""
         connection = self.connection
         request = pb.CommitRequest(
             session=connection.session, lease=self.number, indices=np.array(indices, "<u4").tobytes()
         )
         try:
             reply = self.link.call(connection, connection.stub.Commit, request)
-        except (Down, LeaseError):
+        except Down:
+            return None
+        except LeaseError:
             return 0  # lost with its lease: nobody will match it
         return len(reply.published) // 4
 
@@ -90,6 +93,7 @@ class MappedSave:
         if len(offsets) != len(self.indices):
             raise ProtocolError(f"a save reply names {len(offsets)} blocks' slots for {len(self.indices)} blocks")
         self._open = OpenBlocks(zip(self.indices, offsets, strict=True))
+        self._unheard = False
 
     def views(self, index: int) -> tuple[memoryview | None, ...]:
         """Raises LeaseExpired where the server's memory is gone: it was restarted."""
@@ -123,12 +127,20 @@ class MappedSave:
         num_published = self._lease.commit(chosen)
         for index in chosen:
             del self._open[index]
-        return num_published
+        if num_published is None:
+            self._unheard = True
+        if self._unheard and not self._open:
+            self._end()  # or what the server takes to be open is nobody else's to save as long as this client lives
+        return num_published or 0
 
     def abort(self) -> None:
         if self._open:
             self._open.clear()
-            self._lease.end()
+            self._end()
+
+    def _end(self) -> None:
+        self._unheard = False
+        self._lease.end()
 
     def share(self) -> bytes:
         """What another process of this engine needs to write to this save too: see `SidecarStore.adopt_save`."""

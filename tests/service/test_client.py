@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection as Pipe
 from pathlib import Path
 from typing import NoReturn, cast
 
+import grpc
 import pytest
 
 import kvstore
@@ -21,6 +22,7 @@ from kvstore.errors import AccessDenied, ConfigError, LeaseError, ProtocolError,
 from kvstore.service import handshake
 from kvstore.service.admin import Admin, Target
 from kvstore.service.client import SidecarStore
+from kvstore.service.lane import LaneError
 from kvstore.service.mapped import MappedLoad, MappedPlane
 from kvstore.service.mapped_save import MappedSave
 from kvstore.service.plane import DataPlane
@@ -290,6 +292,26 @@ def test_slots_of_a_save_whose_grant_is_no_good_come_back_and_so_does_the_hold_o
         connection.plane = plane
         wait_until(lambda: server.stats()["host.used_bytes"] == used_bytes)
         wait_until(lambda: server.stats()["host.pinned_blocks"] == 0)
+
+
+def test_a_save_whose_commit_was_not_answered_ends_all_the_same(start_server: StartServer, root: Root) -> None:
+    """The server may not have heard it, and would keep its blocks from everybody as long as the client lives."""
+    server = start_server()
+    with connected(server, root) as store:
+        stub, chain = store._link.up().stub, chain_of(root, 3)
+        commit = stub.Commit
+
+        def unanswered(request: object, timeout: float) -> NoReturn:
+            stub.Commit = commit
+            raise LaneError(grpc.StatusCode.DEADLINE_EXCEEDED, "no answer in time")
+
+        stub.Commit = unanswered
+        with store.save(chain, 0, 3) as save:
+            assert save.commit(0) == 0
+            wait_until(lambda: store.is_up)
+            assert save.commit() == 0, "they lack their parent"
+        wait_until(lambda: server.stats()["host.used_bytes"] == 0)
+        assert save_all(store, chain) == 3
 
 
 # -- forks -----------------------------------------------------------------------------------------------------
