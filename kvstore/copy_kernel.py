@@ -30,8 +30,8 @@ _MAX_WORD_BYTES = 8
 _MAX_NEAR_WORDS = 1 << 31
 """What numbers of 32 bits count."""
 _NUMBERS = (
-    "planes", "pages", "slots", "slot_step", "items", "num_planes", "chunks", "plane_bytes", "piece_bytes", "step0",
-    "step1",
+    "planes", "pages", "rows", "slots", "slot_step", "items", "num_planes", "chunks", "plane_bytes", "piece_bytes",
+    "step0", "step1",
 )  # fmt: skip
 
 
@@ -90,6 +90,8 @@ class Places:
         slots: of the first block's bytes of the first of these planes; the others follow, `slot_step` bytes apart.
             Where that is 0, of a table, int64, of where each begins, `[num_blocks]`.
         alignment: bytes that divide all that the tables hold, and `slots` and `slot_step`.
+        rows: of a table, int64: where in `pages` each plane's begin, `[num_planes]`, as a number of its entries; there
+            an entry below 0 is a piece that is left out. 0 where all planes have the same, whole.
     """
 
     planes: int
@@ -100,6 +102,7 @@ class Places:
     slots: int
     slot_step: int
     alignment: int
+    rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +132,20 @@ def copy_pieces(
     if not places.num_blocks or not places.num_planes:
         return
     # Bytes beyond sixteen tell nothing, and would make each request's launch one of its own.
-    made = _launch(shape, gcd(16, places.alignment), plane_bytes, places.pieces, not places.slot_step, to_slots)
+    made = _launch(
+        shape,
+        gcd(16, places.alignment),
+        plane_bytes,
+        places.pieces,
+        tabled=not places.slot_step,
+        grouped=places.rows != 0,
+        to_slots=to_slots,
+    )
     items = places.num_blocks * places.pieces * places.num_planes * made.chunks
     launcher(_copy, device.type, _NUMBERS)[(min(items, num_programs or most_programs(device)),)](
         places.planes,
         places.pages,
+        places.rows,
         places.slots,
         places.slot_step,
         items,
@@ -147,7 +159,9 @@ def copy_pieces(
 
 
 @functools.lru_cache(maxsize=256)
-def _launch(shape: PieceShape, alignment: int, plane_bytes: int, pieces: int, tabled: bool, to_slots: bool) -> _Launch:
+def _launch(
+    shape: PieceShape, alignment: int, plane_bytes: int, pieces: int, *, tabled: bool, grouped: bool, to_slots: bool
+) -> _Launch:
     word = shape.word_bytes(alignment, plane_bytes, shape.num_bytes)
     inner = shape.sizes[2] * shape.item_bytes // word if shape.steps[2] == shape.item_bytes else shape.sizes[2]
     inner_step = 1 if shape.steps[2] == shape.item_bytes else shape.steps[2] // word
@@ -174,6 +188,7 @@ def _launch(shape: PieceShape, alignment: int, plane_bytes: int, pieces: int, ta
             "BLOCK": block,
             "FAR": span >= _MAX_NEAR_WORDS,
             "TABLED": tabled,
+            "GROUPED": grouped,
             "TO_SLOTS": to_slots,
             "num_warps": _NUM_WARPS,
         },
@@ -227,6 +242,7 @@ def _fault(device: torch.device) -> str:
 def _copy(  # type: ignore[no-untyped-def]  # Triton's own types; the capitals are its constants
     planes,
     pages,
+    rows,
     slots,
     slot_step,
     items,
@@ -247,10 +263,12 @@ def _copy(  # type: ignore[no-untyped-def]  # Triton's own types; the capitals a
     BLOCK: tl.constexpr,  # noqa: N803
     FAR: tl.constexpr,  # noqa: N803
     TABLED: tl.constexpr,  # noqa: N803
+    GROUPED: tl.constexpr,  # noqa: N803
     TO_SLOTS: tl.constexpr,  # noqa: N803
 ):
     planes_at = planes.to(tl.int64).to(tl.pointer_type(tl.int64))
     pages_at = pages.to(tl.int64).to(tl.pointer_type(tl.int64))
+    rows_at = rows.to(tl.int64).to(tl.pointer_type(tl.int64))
     first_slot = slots.to(tl.int64)
     # Times a constant, so that the compiler knows what divides a step. The steps themselves are none: those of a cache
     # that grows are others each time, and would be a kernel each time.
@@ -261,7 +279,11 @@ def _copy(  # type: ignore[no-untyped-def]  # Triton's own types; the capitals a
         chunk = item % chunks
         plane = item // chunks % num_planes
         piece = item // chunks // num_planes
-        engine = tl.load(planes_at + plane) + tl.load(pages_at + piece)
+        if GROUPED:
+            place = tl.load(pages_at + tl.load(rows_at + plane) + piece)
+            engine = tl.load(planes_at + plane) + tl.maximum(place, 0)
+        else:
+            engine = tl.load(planes_at + plane) + tl.load(pages_at + piece)
         block = piece // PIECES
         if TABLED:
             slot = tl.load(first_slot.to(tl.pointer_type(tl.int64)) + block)
@@ -283,7 +305,10 @@ def _copy(  # type: ignore[no-untyped-def]  # Triton's own types; the capitals a
         engine_at = tl.multiple_of(engine_at, ALIGN)
         slot_at = tl.multiple_of(slot_at, ALIGN)
         words = chunk * BLOCK + tl.arange(0, BLOCK)
-        inside = words < WORDS
+        if GROUPED:
+            inside = words < tl.where(place < 0, 0, WORDS)
+        else:
+            inside = words < WORDS
         if FAR:
             words = words.to(tl.int64)
         # Axes of one are left out by hand: through a remainder by one the compiler loses sight of the alignment.

@@ -8,6 +8,7 @@ from math import gcd
 import numpy as np
 import torch
 
+from kvstore.api import ABSENT
 from kvstore.copy_kernel import Places, copy_pieces
 from kvstore.copy_windows import Ints, Window
 
@@ -30,9 +31,11 @@ def by_kernel(
     """
     part = window.part
     num_planes = (window.high - window.low) * part.num_kv
-    pieces = window.work.pages.shape[1]
+    pieces = window.work.pages.shape[-1]
     alignment = gcd(part.divisor, *alignments)
-    places = Places(window.planes, num_planes, window.pages, window.num_blocks, pieces, slots, slot_step, alignment)
+    places = Places(
+        window.planes, num_planes, window.pages, window.num_blocks, pieces, slots, slot_step, alignment, window.rows
+    )
     copy_pieces(
         places, part.piece, part.device, plane_bytes=part.plane_bytes, to_slots=to_slots, num_programs=num_programs
     )
@@ -40,22 +43,39 @@ def by_kernel(
 
 def by_index(window: Window, values: torch.Tensor, *, to_slots: bool) -> None:
     """`values`: canonical bytes of the window's blocks, one after the other, uint8."""
-    part, chosen = window.part, slice(window.first, window.stop)
-    device = values.device
+    part = window.part
     shape = part.shape_of(window.num_blocks, window.high - window.low)
     shaped = values.view(part.dtype).view(shape)
-    within = np.arange(part.piece_tokens)
-    pages = np.repeat(window.work.pages[chosen].reshape(-1), part.piece_tokens)
-    tokens = (window.work.pieces[chosen].reshape(-1, 1) * part.piece_tokens + within).reshape(-1)
     cut = window.work.tokens or slice(None)
-    where = tuple(on_device(np.ascontiguousarray(at[cut]), device) for at in (pages, tokens))
+    tables: dict[int, _Where] = {}
     for layer in range(window.low, window.high):
+        number = 0 if part.groups is None else int(part.groups[layer])
+        if number not in tables:
+            tables[number] = _where(window, number, cut, values.device)
+        where, there = tables[number]
         for kv, plane in enumerate(part.planes[layer]):
             held = shaped[:, layer - window.low, kv]
             if to_slots:
                 held.copy_(plane[where].view(held.shape))
             else:
-                plane[where] = held.reshape(-1, *held.shape[2:])[cut]
+                whole = held.reshape(-1, *held.shape[2:])[cut]
+                plane[where] = whole if there is None else whole[there]
+
+
+_Where = tuple[tuple[torch.Tensor, ...], torch.Tensor | None]
+
+
+def _where(window: Window, number: int, cut: slice, device: torch.device) -> _Where:
+    """Pages and tokens of the window by its table `number`; which of those there are, where that is not all."""
+    part, work, chosen = window.part, window.work, slice(window.first, window.stop)
+    table = work.pages if part.groups is None else work.pages[number]
+    pages = np.repeat(table[chosen].reshape(-1), part.piece_tokens)[cut]
+    tokens = (work.pieces[chosen].reshape(-1, 1) * part.piece_tokens + np.arange(part.piece_tokens)).reshape(-1)[cut]
+    there = None
+    if (pages == ABSENT).any():
+        kept = np.flatnonzero(pages != ABSENT)
+        pages, tokens, there = pages[kept], tokens[kept], on_device(kept, device)
+    return tuple(on_device(np.ascontiguousarray(at), device) for at in (pages, tokens)), there
 
 
 def on_device(numbers: Ints, device: torch.device) -> torch.Tensor:

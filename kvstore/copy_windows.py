@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvstore.api import ABSENT
 from kvstore.copy_kernel import PieceShape
 from kvstore.layout import BlockLayout, PartLayout
 from kvstore.paged import Planes
@@ -25,6 +26,9 @@ WORD_BYTES = 8
 class PartWork:
     """Blocks of one part: pages, and which of a page's pieces, `[blocks, pieces of a block]`; their slots.
 
+    Pages are `[tables, blocks, pieces of a block]` where the part's layers have page tables of their own, and ABSENT
+    where there is none.
+
     With `tokens` it is one block, of which only these are written; where none of a piece is, its page is not looked at.
     """
 
@@ -38,10 +42,18 @@ class PartWork:
 
 
 class Part:
-    """One part: its planes, and the geometry of a piece."""
+    """One part: its planes, and the geometry of a piece. `groups`: of each layer, the number of its page table."""
 
-    def __init__(self, layout: BlockLayout, cell: PartLayout, planes: Planes, piece_tokens: int) -> None:
+    def __init__(
+        self,
+        layout: BlockLayout,
+        cell: PartLayout,
+        planes: Planes,
+        piece_tokens: int,
+        groups: Ints | None = None,
+    ) -> None:
         self.cell = cell
+        self.groups = groups
         self._planes = planes
         plane = planes.first
         self.device = plane.device
@@ -71,9 +83,16 @@ class Part:
     def table(self, work: PartWork) -> Ints:
         """What a launch is told, for the device: where each plane begins, `[planes]`, then bytes from there to each
         piece, `[blocks × pieces]`. Sent with each call: a table that stays there was a copy that the caller waits for.
+
+        Where layers have page tables of their own, pieces are `[tables × blocks × pieces]`, ABSENT for none; and which
+        number among them each plane's first is, stands between the two, `[planes]`.
         """
-        pieces = (work.pages * self.page_step + work.pieces * (self.piece_tokens * self.token_step)).reshape(-1)
-        return np.concatenate((self.addresses, pieces))
+        pieces = work.pages * self.page_step + work.pieces * (self.piece_tokens * self.token_step)
+        if self.groups is None:
+            return np.concatenate((self.addresses, pieces.reshape(-1)))
+        pieces[work.pages == ABSENT] = ABSENT
+        rows = np.repeat(self.groups * pieces[0].size, self.num_kv)
+        return np.concatenate((self.addresses, rows, pieces.reshape(-1)))
 
     def shape_of(self, num_blocks: int, num_layers: int) -> tuple[int, int, int, int, int, int]:
         _, kv, tokens, heads, dim = self.cell.shape
@@ -107,8 +126,14 @@ class Window:
     @property
     def pages(self) -> int:
         """And that of its pieces."""
-        before: int = len(self.part.addresses) + self.first * self.work.pages.shape[1]
+        tables = 1 if self.part.groups is None else 2
+        before: int = tables * len(self.part.addresses) + self.first * self.work.pages.shape[-1]
         return int(self.table[0].data_ptr()) + before * WORD_BYTES
+
+    @property
+    def rows(self) -> int:
+        """And that of where in it each plane's begin; 0 where all planes' are the same."""
+        return 0 if self.part.groups is None else self.planes + len(self.part.addresses) * WORD_BYTES
 
     @property
     def slots(self) -> Ints:

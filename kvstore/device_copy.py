@@ -73,7 +73,7 @@ class DeviceCopier:
     """See the module.
 
     Args:
-        planes: of each of `cells`, cut to the part's heads.
+        planes: of each of `cells`, cut to the part's heads. groups: see `Part`.
         way: None for the best that works here.
         stage_bytes: of a window; twice as many where a load goes by layers. num_stages: of each direction.
         num_lanes: streams that the windows of a direction cross the link on in turns.
@@ -86,6 +86,7 @@ class DeviceCopier:
         planes: Sequence[Planes],
         piece_tokens: int,
         *,
+        groups: Sequence[Ints] | None = None,
         way: Way | None = None,
         streams: Streams | None = None,
         copy_engine: CopyEngine | None = None,
@@ -96,7 +97,10 @@ class DeviceCopier:
         self.device = planes[0].first.device
         self.streams = streams or streams_of(self.device)
         self.way = way or best_way(self.device)
-        self._parts = [Part(layout, cell, of, piece_tokens) for cell, of in zip(cells, planes, strict=True)]
+        self._parts = [
+            Part(layout, cell, of, piece_tokens, None if groups is None else groups[at])
+            for at, (cell, of) in enumerate(zip(cells, planes, strict=True))
+        ]
         self._format = FORMATS[layout.packed] if layout.packed else None
         unpacks = layout.packed == "fp8" and self.way is Way.STAGED
         self._unpack: dict[Part, Unpacking] = unpackings(self._parts) if unpacks else {}

@@ -21,6 +21,7 @@ import functools
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +35,7 @@ from kvstore.copying import assign
 from kvstore.cpu_copy import CpuCopier
 from kvstore.device_copy import DeviceCopier
 from kvstore.device_copy import Way as Way
+from kvstore.errors import ConfigError
 from kvstore.layout import BlockLayout, PartLayout
 from kvstore.paged import PagedKV as PagedKV
 from kvstore.paged import Planes, check_fit, extent_of, kind_of
@@ -88,6 +90,18 @@ def copy_rows(into: torch.Tensor, source: torch.Tensor) -> None:
     assign(views[0], views[1])
 
 
+PageIds = Sequence[int] | Sequence[Sequence[int]]
+"""A sequence's page table, or several, see `PageCopier`."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Places:
+    """Pages, `[tables, blocks, pieces of a block]`, and which of a page's pieces it is, `[blocks, pieces]`."""
+
+    pages: Ints
+    pieces: Ints
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Slots:
     """Blocks of one call.
@@ -113,11 +127,13 @@ class PageCopier:
         layout: the model's, from `Store.open`.
         paged: the engine's tensors.
         layers, heads: which of the model's these tensors hold (one rank's under TP or PP); all if None.
+        groups: of each layer, the number of its page table, where a sequence has several: then `page_ids` are all of
+            these, and ABSENT a page that is not there, whose layers a load leaves out.
         way: how a device copies, see `kvstore.device_copy`; None for the best that works there.
         streams: the device's; a test brings its own, and then gets a device's path on the CPU too.
 
     Raises ConfigError where the tensors do not fit the layout, where pages are neither a divisor nor a
-    multiple of a block, or where the part grid is coarser than the rank.
+    multiple of a block, where the part grid is coarser than the rank, or where there are groups and a lossy format.
     """
 
     def __init__(
@@ -127,6 +143,7 @@ class PageCopier:
         *,
         layers: range | None = None,
         heads: range | None = None,
+        groups: Sequence[int] | None = None,
         way: Way | None = None,
         streams: Streams | None = None,
     ) -> None:
@@ -134,6 +151,8 @@ class PageCopier:
         layers = range(model.num_layers) if layers is None else layers
         heads = range(model.num_kv_heads) if heads is None else heads
         check_fit(layout, paged, layers, heads)
+        if groups is not None and layout.packed:
+            raise ConfigError("layers with page tables of their own are not stored in a lossy format")
         self.layout = layout
         self.paged = paged
         self.parts = layout.parts_covering(layers, heads)
@@ -144,7 +163,8 @@ class PageCopier:
         self._pieces = model.block_tokens // self._piece_tokens
         self._layer_at = layers.start
         self._head_at = heads.start
-        self._by_address = paged.device.type == "cpu" and not layout.packed and streams is None
+        self._groups: Ints | None = None if groups is None else np.array(groups, np.int64)
+        self._by_address = paged.device.type == "cpu" and not layout.packed and streams is None and groups is None
         self._way, self._streams = way, streams
         self._device: DeviceCopier | None = None
         self._lock = threading.Lock()
@@ -159,7 +179,7 @@ class PageCopier:
         """Strided copies that a piece of a page costs, over all parts."""
         return self._on_cpu.num_views
 
-    def gather(self, page_ids: Sequence[int], blocks: Blocks | OpenRun) -> int:
+    def gather(self, page_ids: PageIds, blocks: Blocks | OpenRun) -> int:
         """Copy blocks from the engine into slots; returns the bytes copied.
 
         Args:
@@ -168,7 +188,7 @@ class PageCopier:
         """
         return _finished(self.start_gather(page_ids, blocks))
 
-    def scatter(self, page_ids: Sequence[int], blocks: Blocks | LoadedRun) -> int:
+    def scatter(self, page_ids: PageIds, blocks: Blocks | LoadedRun) -> int:
         """Copy blocks from slots into the engine's pages; arguments and result as in `gather`."""
         return _finished(self.start_scatter(page_ids, blocks))
 
@@ -206,21 +226,34 @@ class PageCopier:
         numbers = np.array([index for index, _ in work], np.int64)
         return _Slots(numbers, np.array(addresses, np.int64).reshape(len(work), len(sizes)), work)
 
-    def _places(self, page_ids: Sequence[int], numbers: Ints) -> Ints:
-        """(page, piece within it) for each piece of each block, `[blocks, pieces, 2]`. Refuses what is outside."""
+    def _places(self, page_ids: PageIds, numbers: Ints, *, to_slots: bool) -> _Places:
+        """Refuses what is outside."""
+        tokens = numbers[:, None] * self._block_tokens + np.arange(self._pieces) * self._piece_tokens
+        least = 0 if to_slots else self._least
+        pages = [self._pages_in(table, numbers, tokens, least) for table in self._tables(page_ids)]
+        return _Places(np.stack(pages), tokens % self.paged.page_tokens // self._piece_tokens)
+
+    def _tables(self, page_ids: PageIds) -> Sequence[Sequence[int]]:
+        return cast(Sequence[Sequence[int]], [page_ids] if self._groups is None else page_ids)
+
+    @property
+    def _least(self) -> int:
+        """Of what stands in a page table."""
+        return 0 if self._groups is None else ABSENT
+
+    def _pages_in(self, table: Sequence[int], numbers: Ints, tokens: Ints, least: int) -> Ints:
         page_tokens, num_pages = self.paged.page_tokens, self.paged.num_pages
-        outside = (numbers < 0) | ((numbers + 1) * self._block_tokens > len(page_ids) * page_tokens)
+        outside = (numbers < 0) | ((numbers + 1) * self._block_tokens > len(table) * page_tokens)
         if outside.any():
             index = numbers[int(outside.argmax())]
-            raise ValueError(f"block {index} is outside a page table of {len(page_ids)} × {page_tokens} tokens")
-        tokens = numbers[:, None] * self._block_tokens + np.arange(self._pieces) * self._piece_tokens
-        pages = _chosen(page_ids, tokens // page_tokens)
-        outside = (pages < 0) | (pages >= num_pages)
+            raise ValueError(f"block {index} is outside a page table of {len(table)} × {page_tokens} tokens")
+        pages = _chosen(table, tokens // page_tokens)
+        outside = (pages < least) | (pages >= num_pages)
         if outside.any():
             at, piece = divmod(int(outside.argmax()), self._pieces)
             page = pages[at, piece]
             raise ValueError(f"block {numbers[at]}: page {page} is outside the engine's {num_pages} pages")
-        return np.stack((pages, tokens % page_tokens // self._piece_tokens), axis=-1)
+        return pages
 
     def _planes_of(self, cell: PartLayout) -> Planes:
         """A part's planes, cut to its heads."""
@@ -229,7 +262,7 @@ class PageCopier:
         return self.paged.cut(layers, heads)
 
     def start_gather(
-        self, page_ids: Sequence[int], blocks: Blocks | OpenRun, *, after: Moment = None, put_off: bool = False
+        self, page_ids: PageIds, blocks: Blocks | OpenRun, *, after: Moment = None, put_off: bool = False
     ) -> Copying:
         """`gather`, begun: on a device it returns at once, on the CPU when it is done. See `Copying`.
 
@@ -243,7 +276,7 @@ class PageCopier:
 
     def start_scatter(
         self,
-        page_ids: Sequence[int],
+        page_ids: PageIds,
         blocks: Blocks | LoadedRun,
         *,
         after: Moment = None,
@@ -264,29 +297,31 @@ class PageCopier:
             whole = (first >= tokens.start) & (first + self._block_tokens <= tokens.stop)
             if not whole.all():
                 inside = slots.of(whole)
-                parts = self._parts_of(self._places(page_ids, inside.numbers), inside)
+                parts = self._parts_of(self._places(page_ids, inside.numbers, to_slots=False), inside)
                 for at in np.flatnonzero(~whole).tolist():
                     parts += self._cut(page_ids, slots.of(np.array([at])), tokens)
                 return self._on_device().start(parts, to_slots=False, after=after, step_layers=step_layers)
         return self._start(page_ids, slots, to_slots=False, after=after, step_layers=step_layers)
 
-    def _cut(self, page_ids: Sequence[int], block: _Slots, tokens: range) -> list[tuple[int, PartWork]]:
+    def _cut(self, page_ids: PageIds, block: _Slots, tokens: range) -> list[tuple[int, PartWork]]:
         """Work for those of one block's tokens that are among `tokens`."""
         index = int(block.numbers[0])
         first = index * self._block_tokens
         low, high = max(first, tokens.start), min(first + self._block_tokens, tokens.stop)
         if low >= high:
             return []
-        page_tokens = self.paged.page_tokens
-        if index < 0 or high > len(page_ids) * page_tokens:
-            raise ValueError(f"token {high - 1} is outside a page table of {len(page_ids)} × {page_tokens} tokens")
-        places = np.zeros((1, self._pieces, 2), np.int64)
+        page_tokens, tables = self.paged.page_tokens, self._tables(page_ids)
+        places = _Places(np.zeros((len(tables), 1, self._pieces), np.int64), np.zeros((1, self._pieces), np.int64))
         for piece in range((low - first) // self._piece_tokens, -(-(high - first) // self._piece_tokens)):
             token = first + piece * self._piece_tokens
-            page = page_ids[token // page_tokens]
-            if not 0 <= page < self.paged.num_pages:
-                raise ValueError(f"block {index}: page {page} is outside the engine's {self.paged.num_pages} pages")
-            places[0, piece] = page, token % page_tokens // self._piece_tokens
+            places.pieces[0, piece] = token % page_tokens // self._piece_tokens
+            for at, table in enumerate(tables):
+                if index < 0 or high > len(table) * page_tokens:
+                    raise ValueError(f"token {high - 1} is outside a page table of {len(table)} × {page_tokens} tokens")
+                page = table[token // page_tokens]
+                if not self._least <= page < self.paged.num_pages:
+                    raise ValueError(f"block {index}: page {page} is outside the engine's {self.paged.num_pages} pages")
+                places.pages[at, 0, piece] = page
         return self._parts_of(places, block, slice(low - first, high - first))
 
     def now(self) -> Moment:
@@ -299,7 +334,7 @@ class PageCopier:
 
     def _start(
         self,
-        page_ids: Sequence[int],
+        page_ids: PageIds,
         slots: _Slots,
         *,
         to_slots: bool,
@@ -307,19 +342,26 @@ class PageCopier:
         step_layers: int = 0,
         put_off: bool = False,
     ) -> Copying:
-        parts = self._parts_of(self._places(page_ids, slots.numbers), slots)
+        parts = self._parts_of(self._places(page_ids, slots.numbers, to_slots=to_slots), slots)
         if self._by_address:
             return self._on_cpu.start(parts, to_slots=to_slots)
         device = self._on_device()
         return device.start(parts, to_slots=to_slots, after=after, step_layers=step_layers, put_off=put_off)
 
-    def _parts_of(self, places: Ints, slots: _Slots, cut: slice | None = None) -> list[tuple[int, PartWork]]:
+    def _parts_of(self, places: _Places, slots: _Slots, cut: slice | None = None) -> list[tuple[int, PartWork]]:
         parts: list[tuple[int, PartWork]] = []
         for at in range(len(self._cells)):
             addresses = slots.addresses[:, at]
             if (chosen := addresses != 0).any():
-                pages, pieces = places[chosen, :, 0], places[chosen, :, 1]
-                parts.append((at, PartWork(pages, pieces, addresses[chosen], slots.held, cut)))
+                pages = places.pages[:, chosen]
+                work = PartWork(
+                    pages[0] if self._groups is None else pages,
+                    places.pieces[chosen],
+                    addresses[chosen],
+                    slots.held,
+                    cut,
+                )
+                parts.append((at, work))
         return parts
 
     @functools.cached_property
@@ -330,8 +372,20 @@ class PageCopier:
         with self._lock:
             if self._device is None:
                 planes = [self._planes_of(cell) for cell in self._cells]
+                groups = None
+                if self._groups is not None:
+                    layers = [
+                        range(c.layers.start - self._layer_at, c.layers.stop - self._layer_at) for c in self._cells
+                    ]
+                    groups = [self._groups[one.start : one.stop] for one in layers]
                 self._device = DeviceCopier(
-                    self.layout, self._cells, planes, self._piece_tokens, way=self._way, streams=self._streams
+                    self.layout,
+                    self._cells,
+                    planes,
+                    self._piece_tokens,
+                    groups=groups,
+                    way=self._way,
+                    streams=self._streams,
                 )
             return self._device
 

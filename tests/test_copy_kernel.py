@@ -66,16 +66,17 @@ _PIECES = {
 @pytest.mark.filterwarnings("ignore")  # Triton's own
 @pytest.mark.parametrize("arch", _ARCHS)
 @pytest.mark.parametrize("to_slots", [True, False])
-@pytest.mark.parametrize("tabled", [True, False])
+@pytest.mark.parametrize(("tabled", "grouped"), [(True, False), (False, False), (False, True)])
 @pytest.mark.parametrize("name", _PIECES)
 def test_it_compiles_with_accesses_of_sixteen_bytes_and_spills_nothing(
-    name: str, tabled: bool, to_slots: bool, arch: int, tmp_path: Path
+    name: str, tabled: bool, grouped: bool, to_slots: bool, arch: int, tmp_path: Path
 ) -> None:
     shape = _PIECES[name]
-    made = copy_kernel._launch(shape, 16, 4 * shape.num_bytes, 4, tabled, to_slots)
+    made = copy_kernel._launch(shape, 16, 4 * shape.num_bytes, 4, tabled=tabled, grouped=grouped, to_slots=to_slots)
     numbers = (
         1 << 46,
         1 << 46,
+        (1 << 46) * grouped,
         1 << 46,
         0,
         1 << 20,
@@ -92,7 +93,7 @@ def test_it_compiles_with_accesses_of_sixteen_bytes_and_spills_nothing(
     if name == "an odd width":  # its pieces are multiples of eight bytes alone
         assert set(found.accesses) == {"ld.global.b64", "st.global.b64"}
     else:  # loads of the tables are one word each; all that moves KV is two words wide
-        assert found.accesses["ld.global.b64"] == 2 + tabled
+        assert found.accesses["ld.global.b64"] == 2 + tabled + grouped
         assert set(found.accesses) == {"ld.global.b64", "ld.global.v2.b64", "st.global.v2.b64"}
 
 
@@ -124,7 +125,15 @@ def test_heads_may_lie_further_apart_than_32_bits_count(to_slots: bool) -> None:
 def test_a_cache_that_has_grown_needs_no_kernel_of_its_own(to_slots: bool) -> None:
     """Each would be a second of compiling, in the middle of a request."""
     launches = [
-        copy_kernel._launch(PieceShape.of((64, 8, 128), (256, 256 * capacity, 2), 2), 16, 131072, 1, False, to_slots)
+        copy_kernel._launch(
+            PieceShape.of((64, 8, 128), (256, 256 * capacity, 2), 2),
+            16,
+            131072,
+            1,
+            tabled=False,
+            grouped=False,
+            to_slots=to_slots,
+        )
         for capacity in (256, 2048, 65792)
     ]
     assert launches[0].constants == launches[1].constants == launches[2].constants

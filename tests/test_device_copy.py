@@ -93,6 +93,71 @@ def test_every_way_gathers_canonical_bytes_from_every_layout(make: Make, page: i
             assert bytes(slot or b"") == expected(layout, part, logical(kv), pages, index)
 
 
+GROUPS = [0, 1, 0]
+"""Of the layers, where they have two page tables."""
+
+
+def in_order(kv: torch.Tensor, tables: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Logical KV whose pages are those that each layer's table names, in its order."""
+    return torch.stack([kv[layer][:, list(tables[group])] for layer, group in enumerate(GROUPS)])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("page", [4, 16, 64])
+@pytest.mark.parametrize("make", [nhd, cross_layer, odd_strides], ids=lambda make: make.__name__)
+def test_layers_with_page_tables_of_their_own_are_gathered_each_by_its_own(
+    make: Make, page: int, way: Way, device: str
+) -> None:
+    layout = layout_of(model(part_layers=2, part_heads=2))
+    kv = placed(make(torch.bfloat16, page), device)
+    tables = [table(page, 64), table(page, 64)]
+    copier = PageCopier(layout, kv, groups=GROUPS, way=way)
+    blocks = [(index, slots_of(layout, layout.all_parts, 0)) for index in (1, 0)]
+    blocks[0][1][0] = None
+    copier.gather(tables, blocks)
+    want = in_order(logical(kv), tables)
+    for index, slots in blocks:
+        for part, slot in enumerate(slots):
+            if slot is not None:
+                assert bytes(slot) == expected(layout, part, want, list(range(len(tables[0]))), index)
+    tables[1][0] = ABSENT
+    with pytest.raises(ValueError, match="page -1 is outside"):
+        copier.gather(tables, blocks)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("tokens", [range(64), range(3, 61), range(20, 28)])
+@pytest.mark.parametrize("page", [4, 16])
+@pytest.mark.parametrize("make", [nhd, cross_layer, odd_strides], ids=lambda make: make.__name__)
+def test_layers_whose_table_has_no_page_are_left_out_of_a_load_and_nothing_beside_it_is_written(
+    make: Make, page: int, tokens: range, way: Way, device: str
+) -> None:
+    layout = layout_of(model(part_layers=2, part_heads=2))
+    kv = placed(make(torch.bfloat16, page), device)
+    tables = [table(page, 64), table(page, 64)]
+    num_absent = 24 // page  # in the middle of a block, where pages are smaller
+    tables[1][:num_absent] = [ABSENT] * num_absent
+    blocks = [(index, slots_of(layout, layout.all_parts)) for index in range(4)]
+    before = logical(kv)
+    PageCopier(layout, kv, groups=GROUPS, way=way).start_scatter(tables, blocks, tokens=tokens).finish()
+    want = before.clone()
+    for layer, group in enumerate(GROUPS):
+        for token in tokens:
+            index, at = divmod(token, layout.model.block_tokens)
+            if tables[group][token // page] == ABSENT:
+                continue
+            for part, slot in zip(layout.parts, blocks[index][1], strict=True):
+                if layer in part.layers:
+                    held = torch.frombuffer(slot, dtype=torch.uint8).view(*part.shape, 2)
+                    heads = slice(part.heads.start, part.heads.stop)
+                    want[layer, :, tables[group][token // page], token % page, heads] = held[
+                        layer - part.layers.start, :, at
+                    ]
+    assert torch.equal(logical(kv), want)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("page", [4, 16, 64])
