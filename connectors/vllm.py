@@ -27,6 +27,7 @@ try:
         KVConnectorHandshakeMetadata,
         KVConnectorMetadata,
         KVConnectorRole,
+        KVConnectorTransferResults,
         KVConnectorWorkerMetadata,
         SupportsHMA,
     )
@@ -37,7 +38,8 @@ except ImportError as error:
     raise not_importable(error) from error
 
 from connectors.vllm_device import goes_by_layers
-from connectors.vllm_identity import check_groups, drafter_with_kv, model_id_of, rank_slice
+from connectors.vllm_groups import Groups
+from connectors.vllm_identity import drafter_with_kv, model_id_of, rank_slice
 from connectors.vllm_layout import Worker, agreed_model, platform_of, stored_pages
 from connectors.vllm_link import CLOSED, embedded, sidecar
 from connectors.vllm_plan import NO_ORDERS, Orders, PageLayout, Report, Scheduled, VllmSettings
@@ -123,16 +125,19 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             if role == KVConnectorRole.SCHEDULER:
                 log.warning(_DRAFTS, drafter)
         self._settings = replace(settings, load=loads, save=settings.save and transfer.is_kv_producer)
-        check_groups(kv_cache_config.kv_cache_groups)
-        self._page = kv_cache_config.kv_cache_groups[0].kv_cache_spec
+        self._groups = Groups.of(kv_cache_config.kv_cache_groups)
+        if loads and not self._groups.keeps_all and drafter_with_kv(vllm_config):
+            raise ConfigError(
+                "load_with_drafts is set for a model with layers in groups: loads beside both are not tried"
+            )
         self._model: ModelId = model_id_of(vllm_config, self._settings)
+        self._groups.check_block(self._model.block_tokens)
         if transfer.kv_load_failure_policy != "recompute":
             raise ConfigError('a load that fails must be computed: set "kv_load_failure_policy": "recompute"')
         link = sidecar if self._settings.address else embedded
         self._link = link(vllm_config, self._settings, is_worker=role == KVConnectorRole.WORKER)
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
-        self._pages: dict[str, list[int]] = {}
         self._layers: dict[str, int] = {}
         self._orders = NO_ORDERS
         """Of the step at hand, to this worker."""
@@ -176,12 +181,13 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 self._model,
                 self._link.store,
                 self._link.share,
-                page_tokens=self._page.block_size,
+                page_tokens=self._groups.page_tokens,
                 num_ranks=parallel.world_size,
                 may_be_alone=parallel.data_parallel_size == 1,
                 may_trail=bool(scheduling.async_scheduling)
                 or parallel.pipeline_parallel_size > 1
                 or self._config.device_config.device_type != "cpu",
+                keeps_all=self._groups.keeps_all,
             )
         return self._scheduler
 
@@ -192,23 +198,16 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return self._side().match(request, num_computed_tokens)
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
-        self._side().allocated(request, blocks.get_block_ids()[0], num_external_tokens)
+        self._side().allocated(request, blocks.get_block_ids(), num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
-        computed: dict[str, int] = {}
-        for new in scheduler_output.scheduled_new_reqs:
-            self._pages[new.req_id] = list(new.block_ids[0])
-            computed[new.req_id] = new.num_computed_tokens
+        computed = {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
         cached = scheduler_output.scheduled_cached_reqs
-        for at, request in enumerate(cached.req_ids):
-            fresh = cached.new_block_ids[at]
-            if request in cached.resumed_req_ids:
-                self._pages[request] = list(fresh[0]) if fresh else []
-            elif fresh:
-                self._pages.setdefault(request, []).extend(fresh[0])
-            computed[request] = cached.num_computed_tokens[at]
+        computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         preempted = scheduler_output.preempted_req_ids or ()
-        step = Scheduled(scheduler_output.num_scheduled_tokens, computed, self._pages, preempted)
+        # As they are: of what was told before, the engine may have let go of some since.
+        tables = scheduler_output.kv_connector_block_state.resolve_block_ids
+        step = Scheduled(scheduler_output.num_scheduled_tokens, computed, tables, preempted)
         side = self._side()
         orders = side.orders(step)
         return KVStoreMetadata(orders, side.model) if orders is not NO_ORDERS else _NOTHING_TO_DO
@@ -220,13 +219,12 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._side().reported(found.report)
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        self._pages.pop(request.request_id, None)
-        return self._side().ended(request, block_ids), None
+        return self.request_finished_all_groups(request, (block_ids,))
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        return self.request_finished(request, block_ids[0])
+        return self._side().ended(request, block_ids), None
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
         fresh = self._scheduler.figures.take() if self._scheduler is not None else {}
@@ -257,9 +255,9 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         mine = rank_slice(self._config, get_tensor_model_parallel_rank())
         self._layers = _layers_of(kv_caches, mine.layers)
         tensors = [kv_caches[name] for name in self._layers]
-        if tensors[0].shape[2] != self._page.block_size:
+        if tensors[0].shape[2] != self._groups.page_tokens:
             raise ConfigError(
-                f"the engine hands out pages of {self._page.block_size} tokens and keeps them as several of "
+                f"the engine hands out pages of {self._groups.page_tokens} tokens and keeps them as several of "
                 f"{tensors[0].shape[2]}: set --block-size to a size that its attention takes whole"
             )
         known = self._config.compilation_config.static_forward_context
@@ -271,10 +269,12 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             layers=[known[name] for name in self._layers],
             tensors=tensors,
             mine=mine,
-            page_bytes=int(self._page.page_size_bytes),
+            page_bytes=self._groups.page_bytes,
+            groups=self._groups.of_layers(list(self._layers)),
         )
         stored = stored_pages(worker, PageLayout(self._settings.layout))
         self._model, self._why_opaque = stored.model, stored.why
+        self._groups.check_block(self._model.block_tokens)
         self._worker = WorkerSide(
             self._settings,
             self._model,
@@ -283,6 +283,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             stored.pages,
             layers=mine.layers,
             saves=mine.saves,
+            keeps_all=self._groups.keeps_all,
             register=_register_with(tensors[0].device),
         )
 
@@ -332,11 +333,11 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if self._worker is not None:
             self._worker.save(self._orders)
 
-    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         if self._worker is None:
-            return None, None
+            return KVConnectorTransferResults()
         sent, received = self._worker.finished(idle=self._orders.idle)
-        return sent or None, received or None
+        return KVConnectorTransferResults(sent, received, self._worker.failed())
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._worker.bad_pages(self._orders.proofs) if self._worker is not None else set()

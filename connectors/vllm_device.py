@@ -104,7 +104,7 @@ class DeviceLoad:
         with self._lock:
             if self._given_up:
                 return False
-            begun = self.pages.start_load(order.pages, blocks, tokens, after=self.after, step_layers=self.step_layers)
+            begun = self.pages.start_load(order.tables, blocks, tokens, after=self.after, step_layers=self.step_layers)
             self._under_way.append(begun)
         return True
 
@@ -159,7 +159,7 @@ class DeviceSave:
             held.enter_context(save)
             copying = None
             if save.indices:
-                copying = pages.start_save(order.pages, _to_fill(save), put_off=share is not None)
+                copying = pages.start_save(order.tables, _to_fill(save), put_off=share is not None)
             return cls(order, save, copying, held.pop_all(), share)
 
     def leave_pages(self) -> None:

@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 """How the names of files end that hold weights."""
 _FP8 = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
-_FULL = "FullAttentionSpec"
-_WINDOWED = {"SlidingWindowSpec": "sliding_window", "ChunkedLocalAttentionSpec": "attention_chunk_size"}
-"""Kinds of groups that keep a window alone, and what its size is called there."""
 
 
 # -- the model -------------------------------------------------------------------------------------------------
@@ -112,37 +109,6 @@ def _refuse_unknown(config: VllmConfig) -> None:
         or config.parallel_config.prefill_context_parallel_size > 1
     ):
         raise ConfigError("context parallelism spreads one sequence's tokens over ranks, which is not stored")
-
-
-def check_groups(groups: Sequence[Any]) -> None:
-    """Raise ConfigError unless the engine keeps the keys and values of all tokens, in all layers, while a request runs.
-
-    That is so of one group of full attention, and there alone is a page table the pages of a request from its first
-    token on. Layers may attend to less than that group keeps: KV of a token is that of its prefix all the same. In any
-    other group pages are let go of, or never filled, as the request moves on, and their places in the table then name
-    page 0, which all requests share.
-    """
-    specs = [group.kv_cache_spec for group in groups]
-    kinds = {type(spec).__name__ for spec in specs}
-    if kinds == {_FULL} and len(specs) == 1:
-        if specs[0].non_causal:
-            raise ConfigError("some layers attend to later tokens of a prompt: their keys are not those of a prefix")
-        return
-    windows = sorted({getattr(spec, name) for spec in specs if (name := _WINDOWED.get(type(spec).__name__))})
-    if len(windows) != 1 or not kinds <= {_FULL, *_WINDOWED}:
-        raise ConfigError(
-            f"the engine keeps {len(specs)} groups of KV layers ({', '.join(sorted(kinds))}): "
-            "one group of full attention is stored"
-        )
-    behind = f"attend to a window of {windows[0]} tokens, and the engine lets go of what is before it: start it"
-    if _FULL in kinds:
-        raise ConfigError(
-            f"some layers {behind} with --disable-hybrid-kv-cache-manager, and it keeps all "
-            "(its KV cache then holds fewer tokens)"
-        )
-    raise ConfigError(
-        f"all layers {behind} with --disable-sliding-window, and it keeps all (of contexts up to the window)"
-    )
 
 
 def drafter_with_kv(config: VllmConfig) -> str:

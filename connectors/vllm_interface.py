@@ -20,7 +20,7 @@ _INTERFACE: Mapping[str, tuple[str, ...]] = {
     "on_new_request": ("request",),
     "register_kv_caches": ("kv_caches",),
     "handle_preemptions": ("kv_connector_metadata",),
-    "get_finished": ("finished_req_ids",),
+    "get_transfer_results": ("finished_req_ids",),
     "get_block_ids_with_load_errors": (),
     "start_load_kv": ("forward_context",),
     "wait_for_layer_load": ("layer_name",),

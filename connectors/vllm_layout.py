@@ -26,6 +26,7 @@ from connectors.vllm_code import (
     settings_in,
     source_digest,
 )
+from connectors.vllm_groups import LayerGroups
 from connectors.vllm_identity import RankSlice
 from connectors.vllm_opaque import (
     OpaqueDevicePages,
@@ -74,6 +75,7 @@ class Worker:
         model: the identity of its KV in canonical bytes.
         layers: vLLM's attention layers, in order, and tensors: their pages.
         page_bytes: that the engine counts for a page of one layer.
+        groups: of `layers`.
     """
 
     engine: str
@@ -84,6 +86,7 @@ class Worker:
     tensors: Sequence[torch.Tensor]
     mine: RankSlice
     page_bytes: int
+    groups: LayerGroups
 
     @property
     def is_on_device(self) -> bool:
@@ -115,7 +118,7 @@ def stored_pages(worker: Worker, wanted: PageLayout) -> StoredPages:
             "what the others mean is not known"
         )
     kind = OpaqueDevicePages if worker.is_on_device else OpaquePages
-    pages = kind(layout_of(made), worker.tensors, worker.mine.layers, worker.mine.heads)
+    pages = kind(layout_of(made), worker.tensors, worker.mine.layers, worker.mine.heads, groups=worker.groups)
     return StoredPages(made, pages, why)
 
 
@@ -147,9 +150,17 @@ def _canonical(worker: Worker) -> EnginePages | DevicePages:
         for name in sorted({name_of(type(layer.impl)) for layer in worker.layers}):
             if name not in _PLAIN_ON_DEVICES:
                 raise UnknownOrder(f"how {name} orders its pages is not known here")
-        return StridedPages(layout, worker.tensors, mine.layers, mine.heads)
+        return StridedPages(layout, worker.tensors, mine.layers, mine.heads, groups=worker.groups)
     write = _guarded(_kernel_of(worker.layers))
-    return PackedPages(layout, worker.tensors, mine.layers, mine.heads, write=write, key_dtype=worker.key_dtype)
+    return PackedPages(
+        layout,
+        worker.tensors,
+        mine.layers,
+        mine.heads,
+        groups=worker.groups,
+        write=write,
+        key_dtype=worker.key_dtype,
+    )
 
 
 # -- the engine's kernel ---------------------------------------------------------------------------------------

@@ -12,12 +12,12 @@ Invariants
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from connectors.base import FailOpen
-from connectors.vllm_plan import LoadOrder, LoadReport, pages_of
+from connectors.vllm_plan import LoadOrder, LoadReport, Tables, pages_of
 from kvstore.api import Load
 
 
@@ -86,13 +86,14 @@ class LoadLeases:
         """Whether a load of the request was begun and not reported by every worker."""
         return request_id in self._leases
 
-    def are_under(self, pages: Sequence[int]) -> bool:
-        """Whether what is computed with this page table may stand on a load that not every worker has reported."""
-        return any(not lease.pages.isdisjoint(pages) for lease in self._leases.values() if lease.pages)
+    def are_under(self, tables: Tables) -> bool:
+        """Whether what is computed with these page tables may stand on a load that not every worker has reported."""
+        under = [lease.pages for lease in self._leases.values() if lease.pages]
+        return any(not pages.isdisjoint(table) for pages in under for table in tables)
 
     def begin(self, order: LoadOrder, load: Load | None) -> None:
         """Order a load as soon as it can be shared. None, which the store did not give, workers report as failed."""
-        stretch = pages_of(order.pages, self._page_tokens, order.first_token, order.stop_token)
+        stretch = pages_of(order.tables, self._page_tokens, order.first_token, order.stop_token)
         self._leases[order.request] = _Lease(load, order.start, order.stop, frozenset(stretch if order.in_step else ()))
         if load is None:
             self._orders.append(order)

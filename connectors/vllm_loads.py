@@ -2,7 +2,9 @@
 """A worker's loads under way, from their orders to their reports: in a step, or beside the steps.
 
 Invariants
-1. Every load that was ordered is reported, by its deadline at the latest, aborted requests' too.
+1. Every load that was ordered is reported, by its deadline at the latest, aborted requests' too. What of it must be
+   computed is said by pages, or, where the engine does not keep all (`keeps_all`), by the request, which has nothing
+   then: what layers with a window would need for computing the rest lies in pages that it did not get for the load.
 2. Once a load is reported, nothing of it writes to the engine's pages any more.
 3. On a device a load that belongs to a step is settled, and its failure known, before the step's results are reported.
 4. What was ordered before a reset counts for nothing after it.
@@ -94,6 +96,7 @@ class WorkerLoads:
         report: Report,
         *,
         layers: range,
+        keeps_all: bool,
         now_s: Callable[[], float],
     ) -> None:
         self._adopt = adopt
@@ -109,7 +112,9 @@ class WorkerLoads:
         self._now_s = now_s
         self.beside: dict[str, _Job] = {}
         self.in_step: list[_Job] = []
+        self._keeps_all = keeps_all
         self._bad_pages: set[int] = set()
+        self._failed: set[str] = set()
         self._ended = threading.Condition()
         self._pool = ThreadPoolExecutor(settings.load_threads, thread_name_prefix="kvstore-load")
         self._helpers = ThreadPoolExecutor(max(1, _COPIERS - 1), thread_name_prefix="kvstore-copy")
@@ -157,6 +162,11 @@ class WorkerLoads:
         """Pages of loads reported since the last call that the engine must compute."""
         bad, self._bad_pages = self._bad_pages, set()
         return bad
+
+    def take_failed(self) -> set[str]:
+        """Requests of loads that ended since the last call, of which the engine must compute all."""
+        failed, self._failed = self._failed, set()
+        return failed
 
     def _run(self, job: _Job) -> None:
         self._end(job, sound=self._fail_open.call(lambda: self._copy(job), False))
@@ -315,7 +325,7 @@ class WorkerLoads:
                     (block.index, [block.views[part] for part in self._pages.parts])
                     for block in blocks[at : at + at_once]
                 ]
-                pages.scatter(order.pages, some, tokens, together=order.in_step)
+                pages.scatter(order.tables, some, tokens, together=order.in_step)
         return len(blocks)
 
     def _note(self, job: _Job) -> None:
@@ -323,9 +333,11 @@ class WorkerLoads:
         order = job.order
         job.cancel()
         stop = job.stop if job.ended and not job.void else order.start
-        if stop < order.stop:
+        if stop < order.stop and not self._keeps_all:
+            self._failed.add(order.request)
+        elif stop < order.stop:
             first = max(stop * self._block_tokens, order.first_token)
-            self._bad_pages.update(pages_of(order.pages, self._pages.page_tokens, first, order.stop_token))
+            self._bad_pages.update(pages_of(order.tables, self._pages.page_tokens, first, order.stop_token))
         self._report.loads[order.request] = LoadReport(
             stop,
             seconds=dict(job.seconds),

@@ -31,6 +31,7 @@ class Matching:
     """See the module. For the scheduler's thread.
 
     `may_be_alone`: see `SchedulerSide`. `brings_parts`: of a block, the first tokens' KV can be told from the rest's.
+    `in_steps`: a load may belong to a step.
 
     Attributes:
         num_waiting: requests that wait for pending blocks, since this was last set to 0.
@@ -45,6 +46,7 @@ class Matching:
         *,
         may_be_alone: bool,
         brings_parts: bool,
+        in_steps: bool,
         now_s: Callable[[], float],
     ) -> None:
         self._settings = settings
@@ -54,6 +56,7 @@ class Matching:
         self._block_tokens = cost.block_tokens
         self._may_be_alone = may_be_alone
         self._brings_parts = brings_parts
+        self._in_steps = in_steps
         self._now_s = now_s
         self.num_waiting = 0
 
@@ -115,11 +118,13 @@ class Matching:
         if stop <= start or tokens <= 0:
             self.forget(tracked)
             return 0, False
-        tracked.planned, tracked.partial_tokens, tracked.local_tokens = stop, partial_tokens, local_tokens
+        tracked.planned, tracked.partial_tokens = stop, partial_tokens
         seconds = self._cost.load_s(HOST_TIER, stop - start)
         seconds = seconds or (stop - start) * self._cost.block_bytes / _UNSEEN_BYTES_PER_S
         tracked.in_step = (
-            stop - bool(partial_tokens) <= match.num_host_blocks and seconds * 1e3 <= self._settings.sync_load_ms
+            self._in_steps
+            and stop - bool(partial_tokens) <= match.num_host_blocks
+            and seconds * 1e3 <= self._settings.sync_load_ms
         )
         return tokens, not tracked.in_step
 

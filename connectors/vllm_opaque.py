@@ -20,7 +20,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from connectors.vllm_groups import LayerGroups, arrays_of
 from connectors.vllm_pages import StridedPages, WriteKernel
+from connectors.vllm_plan import Tables
 from kvstore.api import LoadedRun
 from kvstore.block import ModelId
 from kvstore.copying import ALONE, Shape, Team, compute_team, copy_places
@@ -148,8 +150,17 @@ class OpaquePages:
     keys and values, such as scales, would have no place.
     """
 
-    def __init__(self, layout: BlockLayout, tensors: Sequence[torch.Tensor], layers: range, heads: range) -> None:
+    def __init__(
+        self,
+        layout: BlockLayout,
+        tensors: Sequence[torch.Tensor],
+        layers: range,
+        heads: range,
+        *,
+        groups: LayerGroups | None = None,
+    ) -> None:
         first = tensors[0]
+        self._groups = groups or LayerGroups.of_one(len(layers))
         self.page_tokens = int(first.shape[2])
         self._layout, self._tensors, self._first_layer = layout, tensors, layers.start
         self.parts = layout.parts_covering(layers, heads)
@@ -165,24 +176,24 @@ class OpaquePages:
         self._into_slot = Shape.of(axes, item)
         self._team = compute_team()
 
-    def gather(self, pages: Sequence[int], blocks: Sequence[tuple[int, SlotViews]]) -> None:
-        for held, engine in self._places(pages, blocks, None):
+    def gather(self, tables: Tables, blocks: Sequence[tuple[int, SlotViews]]) -> None:
+        for held, engine in self._places(tables, blocks, None):
             copy_places(held, engine, self._into_slot, team=self._team)
 
     def scatter(
-        self, pages: Sequence[int], blocks: Sequence[tuple[int, SlotViews]], tokens: range, *, together: bool
+        self, tables: Tables, blocks: Sequence[tuple[int, SlotViews]], tokens: range, *, together: bool
     ) -> None:
         """Raises ValueError where `tokens` begin or end within a page: the rest of that page is not this load's."""
         _check_uncut(tokens, self.page_tokens)
         team: Team = self._team if together else ALONE
-        for held, engine in self._places(pages, blocks, tokens):
+        for held, engine in self._places(tables, blocks, tokens):
             copy_places(engine, held, self._into_slot.turned(), team=team)
 
     def _places(
-        self, pages: Sequence[int], blocks: Sequence[tuple[int, SlotViews]], within: range | None
+        self, tables: Tables, blocks: Sequence[tuple[int, SlotViews]], within: range | None
     ) -> list[tuple[npt.NDArray[np.uintp], npt.NDArray[np.uintp]]]:
         """For each part, addresses of its pages in slots and in the engine."""
-        table = np.asarray(pages, np.int64)
+        arrays = arrays_of(tables)
         found = []
         for at, part in enumerate(self.parts):
             cell = self._layout.parts[part]
@@ -199,17 +210,15 @@ class OpaquePages:
                 begins = entries * self.page_tokens
                 inside = (begins >= within.start) & (begins < within.stop)
                 entries, held = entries[inside], held[inside]
-            if len(entries) and not 0 <= int(entries.min()) <= int(entries.max()) < len(table):
-                raise ValueError(f"entry {int(entries.max())} is outside a page table of {len(table)}")
-            numbers = table[entries]
-            if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < len(self._tensors[0]):
-                raise ValueError(f"a page in {numbers.tolist()} is outside the engine's {len(self._tensors[0])} pages")
+            mine = range(cell.layers.start - self._first_layer, cell.layers.stop - self._first_layer)
+            numbers, there = self._groups.pages(
+                arrays, entries, mine, len(self._tensors[0]), may_lack=within is not None
+            )
             layers = np.arange(len(cell.layers), dtype=np.int64)
             step = self._tensors[0].stride(0) * self._tensors[0].element_size()
-            addresses = self._addresses[cell.layers.start - self._first_layer :][: len(layers)]
-            engine = (numbers * step)[:, None] + addresses
+            engine = numbers * step + self._addresses[mine.start : mine.stop]
             held = held[:, None] + layers * (self._pages_a_block * self._page_bytes)
-            found.append((held.astype(np.uintp).ravel(), engine.astype(np.uintp).ravel()))
+            found.append((held.astype(np.uintp)[there], engine.astype(np.uintp)[there]))
         return found
 
 
@@ -227,14 +236,15 @@ class OpaqueDevicePages(StridedPages):
         layers: range,
         heads: range,
         *,
+        groups: LayerGroups | None = None,
         streams: Streams | None = None,
     ) -> None:
         check_whole(layout, tensors, heads)
-        super().__init__(layout, tensors, layers, heads, streams=streams)
+        super().__init__(layout, tensors, layers, heads, groups=groups, streams=streams)
 
     def start_load(
         self,
-        pages: Sequence[int],
+        tables: Tables,
         blocks: Blocks | LoadedRun,
         tokens: range,
         *,
@@ -242,7 +252,7 @@ class OpaqueDevicePages(StridedPages):
         step_layers: int = 0,
     ) -> Copying:
         _check_uncut(tokens, self.page_tokens)
-        return super().start_load(pages, blocks, tokens, after=after, step_layers=step_layers)
+        return super().start_load(tables, blocks, tokens, after=after, step_layers=step_layers)
 
 
 def _check_uncut(tokens: range, page_tokens: int) -> None:

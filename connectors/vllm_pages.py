@@ -23,11 +23,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvstore.api import LoadedRun, OpenRun
+from connectors.vllm_groups import Ints, LayerGroups, arrays_of
+from connectors.vllm_plan import Tables
+from kvstore.api import ABSENT, LoadedRun, OpenRun
 from kvstore.copying import ALONE, Shape, Team, compute_team, copy_places
 from kvstore.errors import ConfigError
 from kvstore.layout import BlockLayout, PartLayout
-from kvstore.transfer import Blocks, Copying, Moment, PageCopier, PagedKV, SlotViews, Streams, to_tensor
+from kvstore.transfer import Blocks, Copying, Moment, PageCopier, PagedKV, PageIds, SlotViews, Streams, to_tensor
 
 Axes = tuple[tuple[int, int], ...]
 """(size, step in elements) of each axis that an index splits into, outermost first."""
@@ -54,16 +56,20 @@ class EnginePages(Protocol):
     @property
     def page_tokens(self) -> int: ...
 
-    def gather(self, pages: Sequence[int], blocks: Sequence[tuple[int, SlotViews]]) -> None:
+    def gather(self, tables: Tables, blocks: Sequence[tuple[int, SlotViews]]) -> None:
         """Copy blocks, each an index and a slot a part, out into the slots; None where one is there already.
+
+        Raises ValueError where a page of theirs is not there.
 
         On the engine's thread, and on those it computes with.
         """
 
     def scatter(
-        self, pages: Sequence[int], blocks: Sequence[tuple[int, SlotViews]], tokens: range, *, together: bool
+        self, tables: Tables, blocks: Sequence[tuple[int, SlotViews]], tokens: range, *, together: bool
     ) -> None:
         """Copy blocks in, as far as the sequence's `tokens` go: nothing below, and no page past them.
+
+        Layers of a group that does not keep all tokens are left out where it has no page.
 
         `together`: on the engine's thread, and on those it computes with; otherwise on the calling thread alone.
         """
@@ -85,7 +91,7 @@ class DevicePages(Protocol):
     def now(self) -> Moment:
         """What the engine's thread, which calls this, has ordered so far."""
 
-    def start_save(self, pages: Sequence[int], blocks: Blocks | OpenRun, *, put_off: bool = False) -> Copying:
+    def start_save(self, tables: Tables, blocks: Blocks | OpenRun, *, put_off: bool = False) -> Copying:
         """Begin to copy blocks out, after what the calling thread has ordered so far.
 
         `put_off`: as `PageCopier.start_gather`.
@@ -93,7 +99,7 @@ class DevicePages(Protocol):
 
     def start_load(
         self,
-        pages: Sequence[int],
+        tables: Tables,
         blocks: Blocks | LoadedRun,
         tokens: range,
         *,
@@ -120,40 +126,64 @@ class StridedPages:
         layers: range,
         heads: range,
         *,
+        groups: LayerGroups | None = None,
         streams: Streams | None = None,
     ) -> None:
+        self._groups = groups or LayerGroups.of_one(len(layers))
+        one_table = self._groups.keeps == (True,)
         dim = layout.model.head_dim
         keys, values = [one[..., :dim] for one in tensors], [one[..., dim:] for one in tensors]
         paged = PagedKV.separate(keys, values, "page head token dim")
-        self._copier = PageCopier(layout, paged, layers=layers, heads=heads, streams=streams)
+        self._copier = PageCopier(
+            layout,
+            paged,
+            layers=layers,
+            heads=heads,
+            groups=None if one_table else self._groups.number.tolist(),
+            streams=streams,
+        )
         self.parts = self._copier.parts
         self.page_tokens = paged.page_tokens
 
     def warm_up(self) -> None:
         """See `DevicePages`. Kernels are compiled and tried, a second each, and the first stages allocated."""
         copier, block_tokens = self._copier, self._copier.layout.model.block_tokens
-        table = range(-(-block_tokens // self.page_tokens))
-        if len(table) <= copier.paged.num_pages:
+        table = range(1, 1 - -block_tokens // self.page_tokens)  # the first page may stand for none
+        if len(table) < copier.paged.num_pages:
             views = [memoryview(bytearray(copier.layout.parts[part].num_bytes)) for part in self.parts]
-            copier.gather(table, [(0, views)])
-            copier.scatter(table, [(0, views)])
+            page_ids = self._page_ids([table] * len(self._groups.keeps))
+            copier.gather(page_ids, [(0, views)])
+            copier.scatter(page_ids, [(0, views)])
+
+    def _page_ids(self, tables: Tables) -> PageIds:
+        """As the copier has them: one table, or one a group, ABSENT where a group that lets go of pages has none."""
+        if self._groups.keeps == (True,):
+            (table,) = tables
+            return table
+        longest = max(map(len, tables))
+        return [
+            table if keeps else [*(page or ABSENT for page in table), *[ABSENT] * (longest - len(table))]
+            for table, keeps in zip(tables, self._groups.keeps, strict=True)
+        ]
 
     def now(self) -> Moment:
         return self._copier.now()
 
-    def start_save(self, pages: Sequence[int], blocks: Blocks | OpenRun, *, put_off: bool = False) -> Copying:
-        return self._copier.start_gather(pages, blocks, put_off=put_off)
+    def start_save(self, tables: Tables, blocks: Blocks | OpenRun, *, put_off: bool = False) -> Copying:
+        return self._copier.start_gather(self._page_ids(tables), blocks, put_off=put_off)
 
     def start_load(
         self,
-        pages: Sequence[int],
+        tables: Tables,
         blocks: Blocks | LoadedRun,
         tokens: range,
         *,
         after: Moment,
         step_layers: int = 0,
     ) -> Copying:
-        return self._copier.start_scatter(pages, blocks, after=after, step_layers=step_layers, tokens=tokens)
+        return self._copier.start_scatter(
+            self._page_ids(tables), blocks, after=after, step_layers=step_layers, tokens=tokens
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,6 +311,7 @@ class PackedPages:
 
     Args:
         tensors: one a layer, `[pages, heads, page tokens, 2 × head_dim]`, in layer order.
+        groups: which of a request's tables each layer has its pages in; None for one that keeps all tokens.
         write: the engine's own kernel.
         key_dtype: what the model computes keys in; another than the tensors' means that the kernel converts.
 
@@ -295,12 +326,14 @@ class PackedPages:
         layers: range,
         heads: range,
         *,
+        groups: LayerGroups | None = None,
         write: WriteKernel,
         key_dtype: torch.dtype,
     ) -> None:
         model = layout.model
         self.parts = layout.parts_covering(layers, heads)
         self._layout, self._tensors, self._layers, self._heads = layout, tensors, layers, heads
+        self._groups = groups or LayerGroups.of_one(len(layers))
         self.order = probe_order(write, tensors[0], model.head_dim, key_dtype, model.kv_dtype)
         self.page_tokens = int(tensors[0].shape[2])
         self._piece = min(self.page_tokens, model.block_tokens)
@@ -317,15 +350,15 @@ class PackedPages:
         self._pieces = [[self._plan(layout.parts[part], kv) for kv in (0, 1)] for part in self.parts]
         self._try(write, key_dtype)
 
-    def gather(self, pages: Sequence[int], blocks: Sequence[tuple[int, SlotViews]]) -> None:
+    def gather(self, tables: Tables, blocks: Sequence[tuple[int, SlotViews]]) -> None:
         # By the threads that have just computed and still spin: 16 MiB after a forward pass take 1.4 ms. With one of
         # ours beside the engine's, which waited for a core until one of those gave up, it was 3.4 to 5.3.
-        self._copy(pages, blocks, None, self._team)
+        self._copy(tables, blocks, None, self._team)
 
     def scatter(
-        self, pages: Sequence[int], blocks: Sequence[tuple[int, SlotViews]], tokens: range, *, together: bool
+        self, tables: Tables, blocks: Sequence[tuple[int, SlotViews]], tokens: range, *, together: bool
     ) -> None:
-        self._copy(pages, blocks, tokens, self._team if together else ALONE)
+        self._copy(tables, blocks, tokens, self._team if together else ALONE)
 
     def _plan(self, cell: PartLayout, kv: int) -> _Piece:
         model, order, item = self._layout.model, self.order, self._dtype.itemsize
@@ -345,11 +378,9 @@ class PackedPages:
             slot_offset=kv * model.block_tokens * held_token_step * item,
         )
 
-    def _copy(
-        self, pages: Sequence[int], blocks: Sequence[tuple[int, SlotViews]], within: range | None, team: Team
-    ) -> None:
+    def _copy(self, tables: Tables, blocks: Sequence[tuple[int, SlotViews]], within: range | None, team: Team) -> None:
         """In, as far as the tokens `within` go, or where that is None out."""
-        table = np.asarray(pages, np.int64)
+        arrays = arrays_of(tables)
         for at, (part, pieces) in enumerate(zip(self.parts, self._pieces, strict=True)):
             cell = self._layout.parts[part]
             indices, slots = [], []
@@ -362,7 +393,7 @@ class PackedPages:
                 indices.append(index)
                 slots.append(np.frombuffer(view, np.uint8).ctypes.data)
             for piece in pieces:
-                held, engine = self._places(table, cell, piece, indices, slots, within)
+                held, engine = self._places(arrays, cell, piece, indices, slots, within)
                 if within is None:
                     copy_places(held, engine, piece.into_slot, team=team)
                 else:
@@ -370,7 +401,7 @@ class PackedPages:
 
     def _places(
         self,
-        table: npt.NDArray[np.int64],
+        tables: Sequence[Ints],
         cell: PartLayout,
         piece: _Piece,
         indices: Sequence[int],
@@ -390,20 +421,20 @@ class PackedPages:
             # A piece that begins within is copied to its end, which lies in the same page and is computed anew.
             inside = (tokens >= within.start) & (tokens < within.stop)
             tokens, slot, past = tokens[inside], slot[inside], past[inside]
-        pages = table[tokens // self.page_tokens]
-        if len(pages) and not 0 <= int(pages.min()) <= int(pages.max()) < len(self._tensors[0]):
-            raise ValueError(f"a page in {pages.tolist()} is outside the engine's {len(self._tensors[0])} pages")
+        mine = range(cell.layers.start - self._layers.start, cell.layers.stop - self._layers.start)
+        pages, there = self._groups.pages(
+            tables, tokens // self.page_tokens, mine, len(self._tensors[0]), may_lack=within is not None
+        )
         (_, step), *inner = piece.token_axes
         per_step = math.prod(size for size, _ in inner)
         token_bytes = len(cell.heads) * self._layout.model.head_dim * item
         layers = np.arange(len(cell.layers), dtype=np.int64)
         held = slot + piece.slot_offset + past * token_bytes
-        in_page = (pages * self._tensors[0].stride(0) + tokens % self.page_tokens // per_step * step) * item
-        addresses = self._addresses[cell.layers.start - self._layers.start :][: len(layers)]
-        return (
-            (held[:, None] + layers * (2 * block_tokens * token_bytes)).astype(np.uintp).ravel(),
-            (in_page[:, None] + piece.page_offset + addresses).astype(np.uintp).ravel(),
-        )
+        in_page = (tokens % self.page_tokens // per_step * step) * item
+        engine = pages * (self._tensors[0].stride(0) * item) + in_page[:, None] + piece.page_offset
+        engine = engine + self._addresses[mine.start : mine.stop]
+        held = held[:, None] + layers * (2 * block_tokens * token_bytes)
+        return held.astype(np.uintp)[there], engine.astype(np.uintp)[there]
 
     def _try(self, write: WriteKernel, key_dtype: torch.dtype) -> None:
         """What the kernel writes must be what strides read, and what loading writes what the kernel would."""
@@ -427,7 +458,8 @@ class PackedPages:
             write(keys, values, tensor, slots)
         cells = [self._layout.parts[part] for part in self.parts]
         held = [memoryview(bytearray(cell.num_bytes)) for cell in cells]
-        trial.gather(pages, [(0, held)])
+        tables = [pages] * len(self._groups.keeps)
+        trial.gather(tables, [(0, held)])
         want = [tensor.clone() for tensor in trial._tensors]
         for cell, view in zip(cells, held, strict=True):
             there = to_tensor(view, cell, self._dtype)
@@ -441,6 +473,6 @@ class PackedPages:
                 raise UnknownOrder("the engine's pages do not hold what its kernel wrote, in the order found")
         for tensor in trial._tensors:
             tensor.zero_()
-        trial.scatter(pages, [(0, held)], range(model.block_tokens), together=True)
+        trial.scatter(tables, [(0, held)], range(model.block_tokens), together=True)
         if not all(torch.equal(a, b) for a, b in zip(trial._tensors, want, strict=True)):
             raise UnknownOrder("blocks loaded into the engine's pages are not what its kernel would have written")

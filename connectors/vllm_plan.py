@@ -8,7 +8,7 @@ for drafts that may be rejected, and the last sampled token has no KV at all; `s
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -154,9 +154,29 @@ def storable_finished(num_computed: int, num_prompt: int, num_tokens: int, block
     return min(num_computed, max(num_prompt, num_tokens - 1)) // block_tokens
 
 
-def pages_of(pages: tuple[int, ...], page_tokens: int, first_token: int, stop_token: int) -> tuple[int, ...]:
-    """Of a page table, the pages that hold tokens from `first_token` up to `stop_token`."""
-    return pages[first_token // page_tokens : -(-stop_token // page_tokens)]
+Tables = Sequence[Sequence[int]]
+"""Of a request, the engine's pages from its first token on, for each group of layers that has a table of its own."""
+
+NO_PAGE = 0
+"""What stands in a table for a page that the engine has let go of, or never gave: all requests share that one."""
+
+
+def pages_of(tables: Tables, page_tokens: int, first_token: int, stop_token: int) -> tuple[int, ...]:
+    """The pages that hold tokens from `first_token` up to `stop_token`."""
+    entries = slice(first_token // page_tokens, -(-stop_token // page_tokens))
+    return tuple(page for table in tables for page in table[entries])
+
+
+def kept_from(tables: Tables, page_tokens: int, first_token: int, stop_token: int) -> int:
+    """First of the tokens up to `stop_token` from which on all pages are there; `first_token` where all are."""
+    for entry in range(-(-stop_token // page_tokens) - 1, first_token // page_tokens - 1, -1):
+        if any(entry >= len(table) or table[entry] == NO_PAGE for table in tables):
+            return (entry + 1) * page_tokens
+    return first_token
+
+
+def frozen(tables: Tables) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(table) for table in tables)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,13 +186,13 @@ class Scheduled:
     Attributes:
         num_scheduled: tokens to compute, by request; drafts among them.
         computed: tokens with KV before the step, of each of those requests.
-        pages: whole page tables, of those requests at least.
+        tables: whole page tables, of those requests at least.
         preempted: requests that have lost their pages since the step before.
     """
 
     num_scheduled: Mapping[str, int]
     computed: Mapping[str, int]
-    pages: Mapping[str, Sequence[int]]
+    tables: Callable[[str], Tables]
     preempted: Collection[str] = ()
 
 
@@ -187,7 +207,7 @@ class LoadOrder:
         first_token: nothing below it is written: other requests may be reading those pages.
         stop_token: what the load brings ends here. In the last block, where that is another chain's which begins like
             this one, and at its end otherwise.
-        pages: the request's page table from token 0.
+        tables: the request's page tables from token 0.
         lease: what the worker's store makes the load of.
         in_step: must be in place before this step's forward pass; otherwise it runs beside the steps.
     """
@@ -197,7 +217,7 @@ class LoadOrder:
     stop_token: int
     start: int
     stop: int
-    pages: tuple[int, ...]
+    tables: Tables
     lease: object
     in_step: bool
     timeout_s: float
@@ -211,7 +231,7 @@ class SaveOrder:
         adapter, salt: what the chain's root is made of; files: what `adapter` is the digest of, None for no adapter.
         known: tokens of the chain that the worker has already.
         tokens: the tokens that follow, u32 little-endian; media: (offset, digest) items among them.
-        pages: the request's page table from token 0.
+        tables: the request's page tables from token 0.
         holds: the request has ended and its pages wait for the report of this save.
         hint: what eviction may use.
     """
@@ -224,15 +244,15 @@ class SaveOrder:
     known: int
     tokens: bytes
     media: tuple[tuple[int, bytes], ...]
-    pages: tuple[int, ...]
+    tables: Tables
     holds: bool
     hint: Hint = NO_HINT
     files: AdapterFiles | None = None
 
     @classmethod
-    def of_nothing(cls, request: str, pages: tuple[int, ...]) -> SaveOrder:
+    def of_nothing(cls, request: str) -> SaveOrder:
         """Only to let go of pages that a request which has ended holds."""
-        return cls(request, 0, 0, adapter=b"", salt=b"", known=0, tokens=b"", media=(), pages=pages, holds=True)
+        return cls(request, 0, 0, adapter=b"", salt=b"", known=0, tokens=b"", media=(), tables=(), holds=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +263,7 @@ class Proof:
     """
 
     files: AdapterFiles
-    pages: tuple[int, ...]
+    tables: Tables
     first_token: int
     stop_token: int
 

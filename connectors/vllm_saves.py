@@ -15,8 +15,10 @@ no save until something may write to those tokens all the same, and these are al
 - Another request gets the pages. That takes their owner to let go of them, which vLLM does where a request ends, where
   it is preempted (resets do that too), and where a load brought nothing of a request that has computed nothing yet. The
   scheduler's side hears of the first two before the pages can be handed out, and says so with the next step (`ended`,
-  `rewritten`), ahead of whose work the engine is told to wait. A page is not let go of outside of its owner's end: one
-  group of full attention is all that is stored (`vllm_identity.check_groups`).
+  `rewritten`), ahead of whose work the engine is told to wait.
+- The owner goes on, and the engine lets go of pages that layers with a window have left behind
+  (`vllm_groups.Groups.keeps_all` is False). It does so as it schedules a step, so the engine waits for all saves before
+  each: of a long chunk as long as the link takes for what the stages do not hold.
 - The request ended, and its last save holds the pages: they are let go of when that was published, and those before it.
   Where it was not begun, the engine waits for those before it.
 - The owner computes the same tokens again, where a load failed on which others stand: then the step begins below what
@@ -110,7 +112,7 @@ class WorkerSaves:
                     pass  # a reset left nothing of it to save; its pages are let go of
                 elif order.files is not None and not is_unchanged(order.files):
                     pass  # nor will anything that follows be saved
-                elif bad_pages and not bad_pages.isdisjoint(order.pages):
+                elif bad_pages and any(not bad_pages.isdisjoint(table) for table in order.tables):
                     self._unsaved(order)
                     self._grow(order)
                 elif self._grow(order) and self._saves:
@@ -129,6 +131,11 @@ class WorkerSaves:
         for saving in self.beside:
             if saving.order.request in requests:
                 saving.begun.leave_pages()
+
+    def leave_all_pages(self) -> None:
+        """What the engine orders from now on may write to any page."""
+        for saving in self.beside:
+            saving.begun.leave_pages()
 
     def void(self) -> None:
         """What is under way is of before a reset, which is to be reported when it has ended."""
@@ -230,7 +237,7 @@ class WorkerSaves:
                 return 0, save.num_refused
             pages = self._host
             assert pages is not None
-            pages.gather(order.pages, [(index, save.views(index)) for index in save.indices])
+            pages.gather(order.tables, [(index, save.views(index)) for index in save.indices])
             return save.commit(*save.indices), save.num_refused
 
     def _count(self, name: str, value: float) -> None:

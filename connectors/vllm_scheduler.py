@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from connectors.base import CostModel, FailOpen, LoadRule, plan_save
@@ -29,7 +29,10 @@ from connectors.vllm_plan import (
     Report,
     SaveOrder,
     Scheduled,
+    Tables,
     VllmSettings,
+    frozen,
+    kept_from,
     storable_finished,
     storable_running,
 )
@@ -50,7 +53,7 @@ class _LateSave:
 
     tracked: Tracked
     stop: int
-    pages: tuple[int, ...]
+    tables: Tables
 
 
 class SchedulerSide:
@@ -62,6 +65,12 @@ class SchedulerSide:
     Where it may not, as on a CPU, workers copy on the engine's thread, and a token waits for it. So what a step fills
     is saved at the end of the next one, where one is to come: the first token does not wait. Nothing may have written
     to the pages by then, hence only if the request is in that step too.
+
+    `keeps_all` is False where the engine lets go of pages that layers with a window have left behind, as it schedules
+    the step after. Then what a step fills is saved at its end, and of what is saved later, blocks whose pages are not
+    all there any more are left out. A load is whole or counts for nothing, and runs beside the steps: of such an
+    engine's requests vLLM takes back those alone that have not begun, and all that they have. Nor is anything loaded
+    for an adapter, which may prove to be another in the first step.
     """
 
     def __init__(
@@ -75,6 +84,7 @@ class SchedulerSide:
         num_ranks: int = 1,
         may_be_alone: bool = True,
         may_trail: bool = False,
+        keeps_all: bool = True,
         now_s: Callable[[], float] = time.monotonic,
         adapters: AdapterDigests | None = None,
     ) -> None:
@@ -82,7 +92,9 @@ class SchedulerSide:
         self._settings = settings
         self._store = store
         self._num_ranks = num_ranks
-        self._saves_later = not may_trail
+        self._saves_later = keeps_all and not may_trail
+        self._keeps_all = keeps_all
+        self._page_tokens = page_tokens
         self._now_s = now_s
         self._adapters = adapters or AdapterDigests()
         self._roots = Roots(model, settings.secret.encode())
@@ -98,6 +110,7 @@ class SchedulerSide:
             self.fail_open,
             may_be_alone=may_be_alone,
             brings_parts=not model.is_opaque,
+            in_steps=keeps_all,
             now_s=now_s,
         )
         self._learning = Learning(store, self.cost, self.fail_open, num_ranks=num_ranks, now_s=now_s)
@@ -138,7 +151,7 @@ class SchedulerSide:
         """
         self.arrived(request)
         tracked = self._tracked[request.request_id]
-        tracked.planned, tracked.to_prove = 0, None
+        tracked.planned, tracked.to_prove, tracked.local_tokens = 0, None, local_tokens
         # Asked only where the request has no KV but what the engine's own cache has.
         tracked.from_before = local_tokens > 0 and self._adapters.was_rewritten(request.lora_request)
         if tracked.from_before:
@@ -147,6 +160,7 @@ class SchedulerSide:
             not self._settings.load
             or tracked.from_before
             or self._adapters.is_mixed(request.lora_request)
+            or (request.lora_request is not None and not self._keeps_all)
             or request.skip_reading_prefix_cache
             or tracked.gave_up
             or request.request_id in self._leases
@@ -160,7 +174,7 @@ class SchedulerSide:
 
     # -- loading -----------------------------------------------------------------------------------------------
 
-    def allocated(self, request: EngineRequest, pages: Sequence[int], external_tokens: int) -> None:
+    def allocated(self, request: EngineRequest, tables: Tables, external_tokens: int) -> None:
         """The engine has pages for the request: turn the plan into a load, or drop it."""
         tracked = self._tracked.get(request.request_id)
         if tracked is None or request.request_id in self._leases:
@@ -169,7 +183,7 @@ class SchedulerSide:
             if tracked.planned:
                 tracked.planned = 0
                 self._matching.forget(tracked)
-            self._announce(tracked)
+            self._announce(tracked, tables)
             return
         start, stop = tracked.local_tokens // self._block_tokens, tracked.planned
         tracked.planned = 0
@@ -184,23 +198,25 @@ class SchedulerSide:
             stop_token=num_whole * self._block_tokens + partial_tokens,
             start=start,
             stop=stop,
-            pages=tuple(pages),
+            tables=frozen(tables),
             lease=None,
             in_step=tracked.in_step,
             timeout_s=self._settings.load_deadline_ms / 1e3 * IN_TIME,
         )
         self.figures.add("loads")
         tracked.to_prove = range(order.first_token, order.stop_token)
-        self._announce(tracked)
+        self._announce(tracked, tables)
         self._leases.begin(order, load)
 
-    def _announce(self, tracked: Tracked) -> None:
+    def _announce(self, tracked: Tracked, tables: Tables) -> None:
         """Say what the request is about to compute, if that will be saved."""
         mixed = self._adapters.is_mixed(tracked.request.lora_request)
         if not self._settings.save or tracked.from_before or mixed or tracked.announcement is not None:
             return
         chain = tracked.grow(self._roots)  # only now where nothing was asked for: a producer
         start = max(tracked.in_store, tracked.num_saved)
+        if self._first_kept(tables, start, tracked.local_tokens // self._block_tokens) > start:
+            return  # what hangs from blocks that are not stored is not either
         if chain is not None and start < len(chain) and self._resets.allows(chain.root):
             mark = self.fail_open.call(lambda: self._store.announce(chain, start, len(chain)), None)
             tracked.announcement = None if mark is None else self._announced.keep(mark)
@@ -254,9 +270,11 @@ class SchedulerSide:
             if self._saves_later and request.num_tokens + 1 < request.num_prompt_tokens + request.max_tokens:
                 num_scheduled = 0  # a step follows, unless pages are taken back: what they held is lost then
             stop = storable_running(computed, num_scheduled, request.num_tokens, self._block_tokens)
-            pages = step.pages[request_id]
-            if stop > tracked.num_saved and not self._leases.are_under(pages):
-                self._save(tracked, stop, pages, holds=False)
+            if stop <= tracked.num_saved:
+                continue
+            tables = step.tables(request_id)
+            if not self._leases.are_under(tables):
+                self._save(tracked, stop, tables, holds=False)
         return tuple(rewritten)
 
     def _proofs(self, step: Scheduled) -> tuple[Proof, ...]:
@@ -268,11 +286,19 @@ class SchedulerSide:
                 continue
             loaded, tracked.to_prove = tracked.to_prove, None
             if (files := tracked.adapter.result().files) is not None:
-                proofs.append(Proof(files, tuple(step.pages[request_id]), loaded.start, loaded.stop))
+                proofs.append(Proof(files, frozen(step.tables(request_id)), loaded.start, loaded.stop))
         return tuple(proofs)
 
-    def _save(self, tracked: Tracked, stop: int, pages: Sequence[int], *, holds: bool) -> bool:
+    def _first_kept(self, tables: Tables, start: int, stop: int) -> int:
+        """Of blocks `start` … `stop`, the first one from which on the engine has all their pages."""
+        if self._keeps_all or stop <= start:
+            return start
+        tokens = kept_from(tables, self._page_tokens, start * self._block_tokens, stop * self._block_tokens)
+        return min(stop, -(-tokens // self._block_tokens))
+
+    def _save(self, tracked: Tracked, stop: int, tables: Tables, *, holds: bool) -> bool:
         """Order blocks up to `stop` to be saved; False where there is nothing to save."""
+        tracked.num_saved = self._first_kept(tables, tracked.num_saved, stop)
         chain = tracked.grow(self._roots)
         blocks = plan_save(stop * self._block_tokens, tracked.num_saved, self._block_tokens)
         if chain is None or not blocks or self.fail_open.resting or not self._resets.allows(chain.root):
@@ -297,7 +323,7 @@ class SchedulerSide:
                 known=known,
                 tokens=tokens,
                 media=media,
-                pages=tuple(pages),
+                tables=frozen(tables),
                 holds=holds,
                 hint=tracked.hint(),
                 files=tracked.adapter.result().files,
@@ -306,14 +332,14 @@ class SchedulerSide:
         tracked.num_saved, tracked.read_to = stop, max(tracked.read_to, stop * self._block_tokens)
         return True
 
-    def ended(self, request: EngineRequest, pages: Sequence[int]) -> bool:
+    def ended(self, request: EngineRequest, tables: Tables) -> bool:
         """The request is over. True: its pages must stay until workers report that they were saved."""
         tracked = self._tracked.pop(request.request_id, None)
         if tracked is None:
             return False
         tracked.withdraw()
         self._matching.forget(tracked)
-        is_under = self._leases.are_under(pages)
+        is_under = self._leases.are_under(tables)
         if request.request_id in self._leases and not is_under:
             self._ended.append(request.request_id)
             return False  # the engine keeps the pages until the load is reported, and has computed nothing in them
@@ -323,10 +349,10 @@ class SchedulerSide:
                 request.num_computed_tokens, request.num_prompt_tokens, request.num_tokens, self._block_tokens
             )
             if stop > tracked.num_saved and is_under:
-                self._late.append(_LateSave(tracked, stop, tuple(pages)))
+                self._late.append(_LateSave(tracked, stop, frozen(tables)))
                 held = True
             elif stop > tracked.num_saved:
-                held = self._save(tracked, stop, pages, holds=True)
+                held = self._save(tracked, stop, tables, holds=True)
         if not held:
             self._ended.append(request.request_id)
         return held
@@ -335,12 +361,12 @@ class SchedulerSide:
         """Save what stood on a load that has ended; where that failed, let go of the pages alone."""
         late, self._late = self._late, []
         for each in late:
-            if ended.failed and not ended.pages.isdisjoint(each.pages):
+            if ended.failed and any(not ended.pages.isdisjoint(table) for table in each.tables):
                 each.stop = 0
-            if self._leases.are_under(each.pages):
+            if self._leases.are_under(each.tables):
                 self._late.append(each)
-            elif not self._save(each.tracked, each.stop, each.pages, holds=True):
-                self._saves.append(SaveOrder.of_nothing(each.tracked.request.request_id, each.pages))
+            elif not self._save(each.tracked, each.stop, each.tables, holds=True):
+                self._saves.append(SaveOrder.of_nothing(each.tracked.request.request_id))
 
     # -- reports -----------------------------------------------------------------------------------------------
 

@@ -47,6 +47,7 @@ class Tracked:
     look_s: float = 0.0
     """No look at pending blocks before."""
     local_tokens: int = 0
+    """That the engine's own cache has, as it said last."""
     planned: int = 0
     """Blocks the plan ends at; 0 for no plan."""
     partial_tokens: int = 0

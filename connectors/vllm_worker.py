@@ -27,8 +27,8 @@ log = logging.getLogger("kvstore.connector.vllm")
 class WorkerSide:
     """See the module. `adopt` makes a Load of what the scheduler's side shared; `layers` are the pages'.
 
-    `saves`: False where another rank has the same and writes it. `register`: tells the pages' device of the memory that
-    slots lie in, without which its copies are slower.
+    `keeps_all`: see `SchedulerSide`. `saves`: False where another rank has the same and writes it. `register`: tells
+    the pages' device of the memory that slots lie in, without which its copies are slower.
 
     Made before the engine captures graphs: a device's first copies compile kernels, and to load one, on whatever
     thread, breaks a capture.
@@ -44,6 +44,7 @@ class WorkerSide:
         *,
         layers: range = range(0),
         saves: bool = True,
+        keeps_all: bool = True,
         register: Register | None = None,
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -51,10 +52,19 @@ class WorkerSide:
         if register is not None and isinstance(store, LendsMemory):
             self._registration = store.register_memory(register)
         self._page_tokens = pages.page_tokens
+        self._keeps_all = keeps_all
         self.fail_open = FailOpen(now_s=now_s)
         self._report = Report()
         self._loads = WorkerLoads(
-            settings, store.open(model), adopt, pages, self.fail_open, self._report, layers=layers, now_s=now_s
+            settings,
+            store.open(model),
+            adopt,
+            pages,
+            self.fail_open,
+            self._report,
+            layers=layers,
+            keeps_all=keeps_all,
+            now_s=now_s,
         )
         self._saves = WorkerSaves(
             store,
@@ -74,7 +84,9 @@ class WorkerSide:
 
     def leave_pages(self, orders: Orders) -> None:
         """Before anything of the step writes to pages: some may have a new owner and still be read by a save."""
-        if orders.ended or orders.rewritten:
+        if not self._keeps_all:
+            self._saves.leave_all_pages()
+        elif orders.ended or orders.rewritten:
             self._saves.leave_pages({*orders.ended, *orders.rewritten})
 
     def load(self, orders: Orders, *, layered: bool = False) -> None:
@@ -114,6 +126,10 @@ class WorkerSide:
         sent = self._saves.take_sent(idle=idle)
         return sent, self._loads.take_ended(idle=idle)
 
+    def failed(self) -> set[str]:
+        """Of requests whose load has ended, those of which the engine must compute all."""
+        return self._loads.take_failed()
+
     def bad_pages(self, proofs: Sequence[Proof] = ()) -> set[int]:
         """Pages of loads reported since the last call that the engine must compute, and of this step's `proofs`.
 
@@ -126,7 +142,7 @@ class WorkerSide:
         bad: set[int] = set()
         for proof in proofs:
             if not self._is_unchanged(proof.files):
-                bad.update(pages_of(proof.pages, self._page_tokens, proof.first_token, proof.stop_token))
+                bad.update(pages_of(proof.tables, self._page_tokens, proof.first_token, proof.stop_token))
         return bad
 
     def _is_unchanged(self, files: AdapterFiles) -> bool:

@@ -43,10 +43,10 @@ def test_an_adapter_is_a_miss_until_its_digest_is_known() -> None:
     late.future.set_result(Adapter(b"digest"))
     request.num_computed_tokens = 0
     assert [(order.adapter, order.stop) for order in bench.step((request, 120)).saves] == [(b"digest", 7)]
-    bench.side.ended(request, [])
+    bench.side.ended(request, ())
     again = FakeRequest("s", tokens(120), lora_request=SimpleNamespace(lora_int_id=1, lora_path="x"))
     assert bench.side.match(again, 0) == (112, False)
-    bench.side.ended(again, [])
+    bench.side.ended(again, ())
     bench.report()
     bench.close()
 
@@ -252,7 +252,7 @@ def test_what_was_loaded_for_an_adapter_that_was_rewritten_before_the_engine_rea
             adapted.write(b"new")
         orders, bad = adapted.runs(request)
         assert len(orders.proofs) == 1
-        assert bad == (set(adapted.bench.pages_for(request)[: 112 // PAGE]) if changes else set())
+        assert bad == (set(adapted.bench.pages_for(request)[0][: 112 // PAGE]) if changes else set())
         assert adapted.runs(request)[0].proofs == (), "it is asked once"
         adapted.ends(request)
     assert adapted.stored() == 7
@@ -283,10 +283,10 @@ def test_pages_of_a_rewritten_adapter_are_told_with_the_step_though_it_is_saved_
         adapted.starts(request)
         if name == "changed":
             adapted.write(b"new")
-            step = Scheduled({name: 8}, {name: 112}, {name: adapted.bench.pages_for(request)})
+            step = Scheduled({name: 8}, {name: 112}, {name: adapted.bench.pages_for(request)}.__getitem__)
             orders = adapted.bench.side.orders(step)
             adapted.bench.worker.load(orders)
-            want = set(adapted.bench.pages_for(request)[: 112 // PAGE])
+            want = set(adapted.bench.pages_for(request)[0][: 112 // PAGE])
             assert adapted.bench.worker.bad_pages(orders.proofs) == want, "with drafts, vLLM asks before it saves"
             adapted.bench.worker.save(orders)
             assert adapted.bench.worker.bad_pages() == set()

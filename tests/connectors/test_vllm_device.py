@@ -16,8 +16,9 @@ pytest.importorskip("torch", reason="the worker copies torch tensors")
 import torch
 
 from connectors.vllm_device import goes_by_layers
+from connectors.vllm_groups import LayerGroups
 from connectors.vllm_pages import StridedPages
-from connectors.vllm_plan import NO_ORDERS, Orders, Scheduled, VllmSettings
+from connectors.vllm_plan import NO_ORDERS, Orders, Scheduled, Tables, VllmSettings
 from connectors.vllm_scheduler import SchedulerSide
 from connectors.vllm_worker import WorkerSide
 from kvstore.api import Load, LoadedRun, Register
@@ -96,6 +97,7 @@ class Device:
         intact: bool = True,
         register: Register | None = None,
         kind: type[StridedPages] = StridedPages,
+        groups: LayerGroups | None = None,
         **settings: Any,
     ) -> None:
         self.streams = LazyStreams(seed)
@@ -104,9 +106,16 @@ class Device:
         self.tensors = [torch.zeros(64, HEADS, PAGE, 2 * DIM) for _ in range(LAYERS)]
         made = VllmSettings.of({"block_tokens": BLOCK, "load_rule": "always", "step_layers": 1, **settings})
         self.side = SchedulerSide(
-            made, MODEL, self.store, lambda load: load, page_tokens=PAGE, may_trail=True, now_s=self.clock.now_s
+            made,
+            MODEL,
+            self.store,
+            lambda load: load,
+            page_tokens=PAGE,
+            may_trail=True,
+            keeps_all=groups is None,
+            now_s=self.clock.now_s,
         )
-        pages = kind(layout_of(MODEL), self.tensors, range(LAYERS), range(HEADS), streams=self.streams)
+        pages = kind(layout_of(MODEL), self.tensors, range(LAYERS), range(HEADS), groups=groups, streams=self.streams)
         self.adopted: list[Watched] = []
 
         def adopt(shared: object) -> Load:
@@ -120,6 +129,7 @@ class Device:
             adopt,
             pages,
             layers=range(LAYERS),
+            keeps_all=groups is None,
             register=register,
             now_s=self.clock.now_s,
         )
@@ -135,11 +145,15 @@ class Device:
 
     def orders(self, *scheduled: tuple[FakeRequest, int, Pages], preempted: Sequence[str] = ()) -> Orders:
         """Of the step that begins: what it may write to is left to it."""
+        return self.ordered(*((one, count, (list(pages),)) for one, count, pages in scheduled), preempted=preempted)
+
+    def ordered(self, *scheduled: tuple[FakeRequest, int, Tables], preempted: Sequence[str] = ()) -> Orders:
+        """`orders`, of several groups."""
         made = self.side.orders(
             Scheduled(
                 {one.request_id: count for one, count, _ in scheduled},
                 {one.request_id: one.num_computed_tokens for one, _, _ in scheduled},
-                {one.request_id: list(pages) for one, _, pages in scheduled},
+                {one.request_id: tables for one, _, tables in scheduled}.__getitem__,
                 preempted,
             )
         )
@@ -163,7 +177,7 @@ class Device:
         orders = self.orders((request, num_tokens, pages))
         self.streams.run_engine(lambda: self.fill(pages, value))
         self.worker.save(orders)
-        self.side.ended(request, list(pages))
+        self.side.ended(request, (pages,))
         assert eventually(lambda: not (self.report(), self.worker._saves.beside)[1])
 
     def matched(self, num_tokens: int, pages: Pages) -> tuple[FakeRequest, Orders]:
@@ -171,7 +185,7 @@ class Device:
         request = FakeRequest("r", tokens(num_tokens))
         found, beside = self.side.match(request, 0)
         assert found
-        self.side.allocated(request, list(pages), found)
+        self.side.allocated(request, (pages,), found)
         if beside:
             made: list[Orders] = []
 
@@ -196,7 +210,7 @@ class Device:
                     parts = [to_tensor(v, p, torch.float32) for p, v in zip(layout.parts, block.views, strict=True)]
                     for at in range(0, BLOCK, PAGE):
                         values.append({x for part in parts for x in part[:, :, at : at + PAGE].unique().tolist()})
-        self.side.ended(request, [])
+        self.side.ended(request, ())
         return values
 
     def close(self) -> None:
@@ -246,13 +260,13 @@ def test_no_step_waits_for_a_save_whose_pages_nobody_may_write(seed: int) -> Non
         device.streams.run_engine(lambda: device.fill(range(8, 17), 82.0))
         device.worker.save(orders)
     request.num_computed_tokens = 128
-    assert device.side.ended(request, list(range(17))) is False
+    assert device.side.ended(request, (range(17),)) is False
     assert WAIT_FOR_A_SAVE not in device.streams.waits
     device.orders()
     assert WAIT_FOR_A_SAVE in device.streams.waits, "its pages are another's from now on"
     device.streams.run_engine(lambda: device.fill(range(17), 500.0))
     assert_saved(device, 128)
-    device.side.ended(other, [])
+    device.side.ended(other, ())
     device.close()
 
 
@@ -264,7 +278,7 @@ def test_who_may_write_to_pages_that_a_save_reads_waits(why: str, seed: int) -> 
     other = FakeRequest("other", [5] * 64)
     device.side.arrived(other)
     if why == "ended":
-        assert device.side.ended(request, list(pages)) is False, "nothing of it is left to be saved"
+        assert device.side.ended(request, (pages,)) is False, "nothing of it is left to be saved"
         device.orders((other, 64, pages))
     elif why == "preempted":
         request.num_computed_tokens = 0
@@ -280,7 +294,7 @@ def test_who_may_write_to_pages_that_a_save_reads_waits(why: str, seed: int) -> 
     device.streams.run_engine(lambda: device.fill(pages, 3.0))
     assert_saved(device)
     for each in (request, other):
-        device.side.ended(each, [])
+        device.side.ended(each, ())
     device.close()
 
 
@@ -294,13 +308,13 @@ def test_a_load_into_pages_that_a_save_reads_waits(seed: int) -> None:
     device.streams.run_engine(lambda: device.fill(pages, 2.0))
     device.streams.may_finish.clear()
     device.worker.save(orders)
-    device.side.ended(request, list(pages))
+    device.side.ended(request, (pages,))
     other, orders = device.matched(48, (4, 5, 6, 7, 30, 31))
     device.worker.load(orders)
     device.streams.may_finish.set()
     device.worker.save(orders)
     assert_saved(device)
-    device.side.ended(other, [])
+    device.side.ended(other, ())
     device.close()
 
 
@@ -308,7 +322,7 @@ def test_a_load_into_pages_that_a_save_reads_waits(seed: int) -> None:
 def test_pages_that_a_last_save_would_have_held_are_not_written_while_those_before_it_read_them(seed: int) -> None:
     device, request = under_way(seed, 80)
     request.num_computed_tokens = 80
-    assert device.side.ended(request, list(range(10))) is True
+    assert device.side.ended(request, (range(10),)) is True
     device.worker._saves.carry_out(device.orders(), {9}, lambda files: True)  # it stood on a load that failed
     assert device.report() == ({"r"}, set())
     device.streams.run_engine(lambda: device.fill(range(10), 3.0))
@@ -322,7 +336,7 @@ def test_pages_of_a_request_that_ended_are_held_until_its_save_is_published() ->
     device.side.arrived(request)
     request.num_computed_tokens = 63  # the block is final only now that the request is over
     request.all_token_ids.append(1)
-    assert device.side.ended(request, list(pages)) is True
+    assert device.side.ended(request, (pages,)) is True
     device.streams.may_finish.clear()
     device.worker.save(device.orders())
     assert device.report() == (set(), set())
@@ -353,7 +367,7 @@ def test_a_save_that_is_put_off_is_not_waited_for_longer_than_it_takes(why: str)
     assert device.worker._saves.beside
     if why == "a save that holds pages":
         request.num_computed_tokens = 64
-        assert device.side.ended(request, list(pages)) is True
+        assert device.side.ended(request, (pages,)) is True
         device.worker.save(device.orders())
     elif why == "reset":
         assert device.side.clear()
@@ -364,7 +378,7 @@ def test_a_save_that_is_put_off_is_not_waited_for_longer_than_it_takes(why: str)
     assert hurried == [True]
     if why != "reset":
         assert device.stored(64 if why == "a save that holds pages" else 32)[:4] == [{2.0 + 10 * at} for at in range(4)]
-    device.side.ended(request, list(pages))
+    device.side.ended(request, (pages,))
     device.close()
 
 
@@ -380,7 +394,7 @@ def test_with_all_of_the_link_to_take_no_save_is_put_off() -> None:
     assert saving.begun.copying is not None
     device.streams.drain()
     assert saving.begun.copying.is_done
-    device.side.ended(request, list(pages))
+    device.side.ended(request, (pages,))
     device.close()
 
 
@@ -399,7 +413,7 @@ def test_chunks_of_a_prompt_are_saved_though_the_one_before_is_still_being_copie
     device.streams.may_finish.set()
     assert eventually(lambda: not (device.report(), device.worker._saves.beside)[1])
     assert device.stored(64) == [{2.0 + 10 * number} for number in range(8)]
-    device.side.ended(request, list(pages))
+    device.side.ended(request, (pages,))
     device.close()
 
 
@@ -427,7 +441,7 @@ def test_a_save_that_a_reset_overtakes_is_not_published_and_the_reset_not_report
     device.store_blocks(64, 3.0)
     assert device.side.match(other, 0)[0] == 64
     for each in (request, other):
-        device.side.ended(each, [])
+        device.side.ended(each, ())
     device.close()
 
 
@@ -458,7 +472,7 @@ def test_a_load_of_the_step_waits_for_the_last_reader_and_the_forward_for_the_lo
     assert before == {layer: [{1.0 + 10 * number} for number in range(8)] for layer in range(LAYERS)}
     assert device.read == {layer: [{2.0 + 10 * number} for number in range(8)] for layer in range(LAYERS)}
     assert device.worker.bad_pages() == set()
-    device.side.ended(request, list(pages))
+    device.side.ended(request, (pages,))
     device.close()
 
 
@@ -479,7 +493,7 @@ def test_a_forward_begins_before_the_last_layers_are_there() -> None:
         device.streams.drain()
         device.report()
         early += not seen[0]
-        device.side.ended(request, list(range(20, 30)))
+        device.side.ended(request, (range(20, 30),))
         device.close()
     assert early > 0
 
@@ -497,7 +511,7 @@ def test_layers_are_asked_about_only_in_a_step_whose_load_goes_by_them() -> None
     assert not device.worker.goes_by_layers
     assert len(device.orders((request, 1, range(20, 30))).saves) == 1, "what was computed on the load"
     assert device.orders((request, 1, range(20, 30))) is NO_ORDERS, "a decoded token ends no block"
-    device.side.ended(request, list(range(20, 30)))
+    device.side.ended(request, (range(20, 30),))
     device.close()
 
 
@@ -515,7 +529,7 @@ def test_a_load_of_the_step_that_may_be_wrong_is_computed_again(fault: str) -> N
     assert device.stored(80) == [{2.0 + 10 * number} for number in range(8)], "nothing is saved on top of it"
     assert (device.worker._loads._step_layers == 1) == (fault == "overwritten"), "an engine is trusted once"
     device.report()
-    device.side.ended(request, list(pages))
+    device.side.ended(request, (pages,))
     device.close()
 
 
@@ -532,7 +546,7 @@ def test_a_load_of_the_step_counts_and_is_let_go_of_though_the_store_failed_mean
     assert device.worker.bad_pages() == set()
     assert [load.is_left for load in device.adopted] == [True]
     device.report()
-    device.side.ended(request, list(pages))
+    device.side.ended(request, (pages,))
     device.close()
 
 
@@ -556,7 +570,7 @@ def test_a_load_beside_the_steps_counts_only_when_it_is_done_on_the_device(seed:
         device.look(layer, pages[:8])
     assert device.read == {layer: [{2.0 + 10 * number} for number in range(8)] for layer in range(LAYERS)}
     assert device.worker.bad_pages() == set()
-    device.side.ended(request, list(pages))
+    device.side.ended(request, (pages,))
     device.close()
 
 
@@ -578,7 +592,7 @@ def test_after_a_load_is_given_up_its_copies_come_before_whatever_the_engine_doe
     device.streams.may_finish.set()
     device.look(0, pages)
     assert device.read[0] == [{5.0 + 10 * number} for number in range(10)]
-    device.side.ended(request, list(pages))
+    device.side.ended(request, (pages,))
     device.close()
 
 

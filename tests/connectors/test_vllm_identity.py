@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from connectors.vllm_identity import check_groups, model_id_of, rank_slice
+from connectors.vllm_identity import model_id_of, rank_slice
 from connectors.vllm_plan import VllmSettings
 from kvstore.block import ModelId
 from kvstore.errors import ConfigError
@@ -136,40 +136,3 @@ def test_ranks_that_share_a_sequences_tokens_are_refused(which: str) -> None:
     setattr(config.parallel_config, which, 2)
     with pytest.raises(ConfigError, match="context parallelism"):
         model_id_of(config, VllmSettings())
-
-
-def group(kind: str = "FullAttentionSpec", **spec: Any) -> Any:
-    known = {"sliding_window": None, "attention_chunk_size": None, "non_causal": False}
-    return SimpleNamespace(kv_cache_spec=type(kind, (SimpleNamespace,), {})(**{**known, **spec}))
-
-
-SLIDING = group("SlidingWindowSpec", sliding_window=8)
-CHUNKS = group("ChunkedLocalAttentionSpec", attention_chunk_size=8)
-
-
-@pytest.mark.parametrize("spec", [{}, {"sliding_window": 8}, {"attention_chunk_size": 8}])
-def test_one_group_that_keeps_every_token_is_stored_whatever_its_layers_attend_to(spec: dict[str, int]) -> None:
-    check_groups([group(**spec)])
-
-
-@pytest.mark.parametrize(
-    ("groups", "why"),
-    [
-        ([group(), SLIDING], "some layers attend to a window of 8 .* --disable-hybrid-kv-cache-manager"),
-        ([SLIDING, SLIDING, group()], "some layers attend to a window of 8"),
-        ([group(), CHUNKS], "some layers attend to a window of 8"),
-        ([SLIDING], "all layers attend to a window of 8 .* --disable-sliding-window"),
-        ([group(), SLIDING, group("SlidingWindowSpec", sliding_window=16)], "3 groups of KV layers"),
-        ([group(), group()], "2 groups of KV layers"),
-        ([group(), group("MambaSpec")], "2 groups of KV layers"),
-        ([group("MambaSpec")], "1 groups of KV layers"),
-        ([group("CrossAttentionSpec")], "1 groups"),
-        ([group("RSWASpec")], "1 groups"),
-        ([group("SlidingWindowMLASpec", sliding_window=8)], "1 groups"),
-        ([], "0 groups"),
-        ([group(non_causal=True)], "attend to later tokens"),
-    ],
-)
-def test_groups_that_keep_less_or_other_than_a_prefixs_kv_are_refused(groups: list[Any], why: str) -> None:
-    with pytest.raises(ConfigError, match=why):
-        check_groups(groups)

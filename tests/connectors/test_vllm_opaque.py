@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from connectors.vllm_code import attention_classes, attention_name, releases, source_digest
+from connectors.vllm_groups import LayerGroups
 from connectors.vllm_identity import RankSlice
 from connectors.vllm_layout import StoredPages, Worker, agreed_model, facts_of, stored_pages
 from connectors.vllm_opaque import (
@@ -129,6 +130,7 @@ class Engine:
             tensors=self.tensors,
             mine=self.mine,
             page_bytes=self.page_bytes,
+            groups=LayerGroups.of_one(len(self.tensors)),
         )
 
 
@@ -496,16 +498,16 @@ def loads(
     pages: EnginePages | DevicePages, table: list[int], blocks: list[tuple[int, list[memoryview]]], tokens: range
 ) -> None:
     if isinstance(pages, DevicePages):
-        pages.start_load(table, blocks, tokens, after=pages.now()).finish()
+        pages.start_load([table], blocks, tokens, after=pages.now()).finish()
     else:
-        pages.scatter(table, blocks, tokens, together=True)
+        pages.scatter([table], blocks, tokens, together=True)
 
 
 def saves(pages: EnginePages | DevicePages, table: list[int], blocks: list[tuple[int, list[memoryview]]]) -> None:
     if isinstance(pages, DevicePages):
-        pages.start_save(table, blocks).finish()
+        pages.start_save([table], blocks).finish()
     else:
-        pages.gather(table, blocks)
+        pages.gather([table], blocks)
 
 
 KINDS = pytest.mark.parametrize("kind", [OpaquePages, OpaqueDevicePages])
@@ -576,7 +578,7 @@ def test_a_rank_copies_its_own_parts() -> None:
     pages = OpaquePages(layout, mine, range(1, 3), range(1, 2))
     assert pages.parts == (3, 5)
     held = slots_of(layout, pages.parts)
-    pages.gather([5, 3], [(0, held)])
+    pages.gather([[5, 3]], [(0, held)])
     for tensor, view in zip(mine, held, strict=True):
         assert bytes(view) == b"".join(tensor[page].numpy().tobytes() for page in (5, 3))
     with pytest.raises(ConfigError, match="are not cut"):

@@ -93,7 +93,7 @@ def test_what_the_kernel_wrote_is_gathered_and_what_is_scattered_it_would_have_w
         write(kv[layer, 0], kv[layer, 1], tensor, places)
     index = 64 // block_tokens
     held = slots_of(pages, made)
-    pages.gather(table, [(index, held)])
+    pages.gather([table], [(index, held)])
     for part, view in zip(made.parts, held, strict=True):
         want = kv[
             part.layers.start : part.layers.stop,
@@ -104,7 +104,7 @@ def test_what_the_kernel_wrote_is_gathered_and_what_is_scattered_it_would_have_w
         assert torch.equal(torch.frombuffer(view, dtype=torch.float32).view(part.shape), want)
     there = [tensor.clone() for tensor in mine]
     other = [4, 7, 2, 6]
-    pages.scatter(other, [(index, held)], range(1 << 20), together=block_tokens == 64)
+    pages.scatter([other], [(index, held)], range(1 << 20), together=block_tokens == 64)
     wanted = places[index * block_tokens : (index + 1) * block_tokens]
     moved = torch.tensor(other)[torch.div(wanted.new_tensor(range(64, 64 + block_tokens)), PAGE, rounding_mode="floor")]
     moved = moved * PAGE + wanted % PAGE
@@ -116,12 +116,12 @@ def test_what_the_kernel_wrote_is_gathered_and_what_is_scattered_it_would_have_w
 
 def packed(made: BlockLayout, mine: list[torch.Tensor], held: list[memoryview], tokens: range) -> None:
     pages = PackedPages(made, mine, range(LAYERS), range(HEADS), write=kernel(turned, plain), key_dtype=torch.float32)
-    pages.scatter([5, 3, 8, 1], [(1, held)], tokens, together=True)
+    pages.scatter([[5, 3, 8, 1]], [(1, held)], tokens, together=True)
 
 
 def strided(made: BlockLayout, mine: list[torch.Tensor], held: list[memoryview], tokens: range) -> None:
     pages = StridedPages(made, mine, range(LAYERS), range(HEADS))
-    pages.start_load([5, 3, 8, 1], [(1, held)], tokens, after=pages.now()).finish()
+    pages.start_load([[5, 3, 8, 1]], [(1, held)], tokens, after=pages.now()).finish()
 
 
 @pytest.mark.parametrize("load", [packed, strided])
@@ -152,13 +152,13 @@ def test_all_layouts_of_vllm_on_a_gpu_map_by_strides(memory: str) -> None:
     kv = torch.randn(LAYERS, 2, made.model.block_tokens, HEADS, DIM)
     slots = [memoryview(bytearray(kv.numpy().tobytes()))]
     pages = StridedPages(made, mine, range(LAYERS), range(HEADS))
-    pages.start_load([5, 3, 8, 1], [(1, slots)], range(64, 128), after=pages.now()).finish()
+    pages.start_load([[5, 3, 8, 1]], [(1, slots)], range(64, 128), after=pages.now()).finish()
     for layer, tensor in enumerate(mine):
         keys_values = tensor[[8, 1]].transpose(1, 2).reshape(-1, HEADS, 2, DIM)
         assert torch.equal(keys_values.permute(2, 0, 1, 3), kv[layer])
         assert not tensor[[0, 2, 3, 4, 5, 6, 7]].any()
     back = slots_of(pages, made)  # type: ignore[arg-type]
-    pages.start_save([5, 3, 8, 1], [(1, back)]).finish()
+    pages.start_save([[5, 3, 8, 1]], [(1, back)]).finish()
     assert back[0] == slots[0]
 
 

@@ -106,7 +106,7 @@ class Engine:
 
     def _end(self, one: Running) -> None:
         self.running.remove(one)
-        if self.device.side.ended(one.request, list(one.pages)):
+        if self.device.side.ended(one.request, (list(one.pages),)):
             self.held[one.request.request_id] = one.pages
         else:
             self.free += one.pages
@@ -120,7 +120,7 @@ class Engine:
         for one in list(self.running):
             self._end(one)
         for one in self.waiting:
-            self.device.side.ended(one.request, [])
+            self.device.side.ended(one.request, ())
         self.device.worker.save(self.device.orders())
 
         def is_done() -> bool:

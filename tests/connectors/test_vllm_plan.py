@@ -21,6 +21,7 @@ from connectors.vllm_plan import (
     Orders,
     Report,
     Scheduled,
+    Tables,
     VllmSettings,
     pages_of,
     storable_finished,
@@ -83,14 +84,12 @@ class FakePages:
     read: list[int] = field(default_factory=list)
     together: list[bool] = field(default_factory=list)
 
-    def gather(self, pages: Sequence[int], blocks: Sequence[tuple[int, Any]]) -> None:
+    def gather(self, tables: Tables, blocks: Sequence[tuple[int, Any]]) -> None:
         for index, _ in blocks:
-            assert len(pages) * self.page_tokens >= (index + 1) * BLOCK
+            assert len(tables[0]) * self.page_tokens >= (index + 1) * BLOCK
             self.read.append(index)
 
-    def scatter(
-        self, pages: Sequence[int], blocks: Sequence[tuple[int, Any]], tokens: range, *, together: bool
-    ) -> None:
+    def scatter(self, tables: Tables, blocks: Sequence[tuple[int, Any]], tokens: range, *, together: bool) -> None:
         self.together.append(together)
         for index, views in blocks:
             assert len(views) == len(self.parts)
@@ -108,6 +107,7 @@ class Bench:
         num_ranks: int = 1,
         may_be_alone: bool = True,
         may_trail: bool = False,
+        keeps_all: bool = True,
         **settings: Any,
     ) -> None:
         self.store = store or FakeStore()
@@ -122,24 +122,31 @@ class Bench:
             num_ranks=num_ranks,
             may_be_alone=may_be_alone,
             may_trail=may_trail,
+            keeps_all=keeps_all,
             now_s=self.clock.now_s,
         )
         self.pages = FakePages()
         self.worker = WorkerSide(
-            made, model, self.store, lambda load: cast(Load, load), self.pages, now_s=self.clock.now_s
+            made,
+            model,
+            self.store,
+            lambda load: cast(Load, load),
+            self.pages,
+            keeps_all=keeps_all,
+            now_s=self.clock.now_s,
         )
         self.waits_for_sharing = True
         """Whether a step comes after loads begun before it are shared, which another thread does."""
 
-    def pages_for(self, request: FakeRequest) -> list[int]:
-        return list(range(100, 100 - -request.num_tokens // PAGE))
+    def pages_for(self, request: FakeRequest) -> Tables:
+        return (range(100, 100 - -request.num_tokens // PAGE),)
 
     def step(self, *scheduled: tuple[FakeRequest, int]) -> Orders:
         """Schedule and run one step of (request, tokens)."""
         step = Scheduled(
             {request.request_id: count for request, count in scheduled},
             {request.request_id: request.num_computed_tokens for request, _ in scheduled},
-            {request.request_id: self.pages_for(request) for request, _ in scheduled},
+            {request.request_id: self.pages_for(request) for request, _ in scheduled}.__getitem__,
         )
         if self.waits_for_sharing:
             for item in self.side._leases._sharing:
@@ -247,7 +254,7 @@ def test_drafts_never_reach_a_worker() -> None:
 
 
 def test_failed_pages_begin_with_the_page_of_the_first_missing_token() -> None:
-    pages = tuple(range(50, 60))
+    pages = (range(50, 60),)
     assert pages_of(pages, 32, 100, 256) == (53, 54, 55, 56, 57)
     assert pages_of(pages, 32, 96, 256) == (53, 54, 55, 56, 57)
     assert pages_of(pages, 128, 100, 256) == (50, 51)
@@ -396,7 +403,7 @@ def test_an_unsettled_match_is_asked_again_until_the_deadline() -> None:
     assert bench.side.match(request, 0) == (None, False)
     bench.clock.time_s += 0.06
     assert bench.side.match(request, 0) == (96, False)
-    bench.side.ended(request, [])
+    bench.side.ended(request, ())
     bench.close()
 
 
@@ -406,9 +413,9 @@ def test_a_match_waits_for_lower_tiers_only_while_its_request_is_the_only_one() 
     bench.side.match(first, 0)
     bench.side.arrived(second)
     bench.side.match(second, 0)
-    bench.side.ended(first, [])
+    bench.side.ended(first, ())
     bench.side.match(second, 0)
-    bench.side.ended(second, [])
+    bench.side.ended(second, ())
     (alone, beside, alone_again) = bench.store.waits
     assert alone == alone_again
     assert 0 < (alone or 0) <= 0.01
@@ -423,13 +430,13 @@ def test_a_few_tokens_that_another_prompt_begins_with_by_chance_are_computed() -
         bench.store.similar = found
         request = FakeRequest(f"r{number}", tokens(100, number))
         assert bench.side.match(request, local) == (brings, False)
-        bench.side.ended(request, [])
+        bench.side.ended(request, ())
     assert bench.store.calls.count("match_partial") == 5
     bench.store.calls.clear()
     for request, local in ((FakeRequest("short", tokens(16)), 0), (FakeRequest("most of it", tokens(100)), 48)):
         assert bench.side.match(request, local) == (0, False)
         assert "match_partial" not in bench.store.calls, "where not enough could be found, nobody is asked"
-        bench.side.ended(request, [])
+        bench.side.ended(request, ())
     bench.close()
 
 
@@ -440,7 +447,7 @@ def test_of_opaque_pages_the_beginning_of_anothers_block_is_not_asked_for() -> N
         request = FakeRequest("r", tokens(100))
         assert bench.side.match(request, 0) == (brings, False)
         assert ("match_partial" in bench.store.calls) is (layout == "canonical")
-        bench.side.ended(request, [])
+        bench.side.ended(request, ())
         bench.close()
 
 
@@ -453,17 +460,17 @@ def test_orders_that_are_refused_fail_their_loads_and_let_go_of_what_they_hold()
     bench.side.allocated(one, bench.pages_for(one), brings)
     bench.side.arrived(other)
     other.num_computed_tokens = 100
-    assert bench.side.ended(other, range(200, 213))
-    orders = bench.side.orders(Scheduled({}, {}, {}))
+    assert bench.side.ended(other, (range(200, 213),))
+    orders = bench.side.orders(Scheduled({}, {}, {}.__getitem__))
     assert len(orders.loads) == len(orders.saves) == 1
     bench.worker.load(orders.refused())
     bench.worker.save(orders.refused())
-    assert bench.worker.bad_pages() == set(bench.pages_for(one)[: brings // PAGE])
+    assert bench.worker.bad_pages() == set(bench.pages_for(one)[0][: brings // PAGE])
     sent, _ = bench.worker.finished(idle=True)
     assert sent == {"other"}
     assert bench.pages.written == bench.pages.read == []
     bench.side.reported(cast(Report, bench.worker.report()))
-    bench.side.ended(one, [])
+    bench.side.ended(one, ())
     bench.close()
 
 
@@ -549,7 +556,7 @@ def test_who_steps_together_with_other_engines_never_waits_as_if_alone() -> None
     request = FakeRequest("r", tokens(120))
     bench.side.match(request, 0)
     assert bench.store.waits == [0]
-    bench.side.ended(request, [])
+    bench.side.ended(request, ())
     bench.close()
 
 
@@ -616,7 +623,7 @@ def test_lower_tiers_are_neither_asked_nor_waited_for_where_computing_it_all_is_
     assert bench.side.match(third, 0) == (0, False)
     assert [wait is None for wait in waits] == [False, True, False, False]
     for request in (first, second, third):
-        bench.side.ended(request, [])
+        bench.side.ended(request, ())
     bench.close()
 
 
@@ -631,7 +638,7 @@ def test_blocks_that_somebody_computes_are_waited_for_as_long_as_that_can_pay() 
     assert bench.side.match(request, 0) == (None, False)
     bench.clock.time_s += 0.3  # 0.5 s is what computing takes, and a quarter more is patience
     assert bench.side.match(request, 0) == (32, False)
-    bench.side.ended(request, [])
+    bench.side.ended(request, ())
     bench.close()
 
 
@@ -647,7 +654,7 @@ def test_pending_blocks_are_waited_for_no_longer_than_the_deadline(deadline_ms: 
         assert bench.side.match(request, 0) == (None, False)
         bench.clock.time_s += 0.2
     assert bench.side.match(request, 0) == (0, False)
-    bench.side.ended(request, [])
+    bench.side.ended(request, ())
     bench.close()
 
 
@@ -666,7 +673,7 @@ def test_who_sees_pending_blocks_arrive_waits_for_the_rest_anew() -> None:
     assert bench.side.match(request, 0) == (None, False)  # 0.75 s in all, of the rest's 0.31 only 0.25
     bench.clock.time_s += 0.1
     assert bench.side.match(request, 0) == (64, False)
-    bench.side.ended(request, [])
+    bench.side.ended(request, ())
     bench.close()
 
 
@@ -679,7 +686,7 @@ def test_a_producer_that_gave_up_ends_the_wait() -> None:
     bench.store.num_pending = 0
     bench.clock.time_s += 0.01
     assert bench.side.match(request, 0) == (0, False)
-    bench.side.ended(request, [])
+    bench.side.ended(request, ())
     bench.close()
 
 
@@ -694,7 +701,7 @@ def test_waiting_requests_ask_the_store_now_and_then_only() -> None:
     bench.clock.time_s += 0.01
     assert bench.side.match(request, 0) == (None, False)
     assert bench.store.calls.count("match") == 2
-    bench.side.ended(request, [])
+    bench.side.ended(request, ())
     bench.close()
 
 
@@ -757,7 +764,7 @@ def test_nothing_is_saved_on_top_of_pages_that_did_not_load(chunks: tuple[int, .
     bench.step((request, 64))
     assert len(bench.store.blocks) == 6
     assert bench.report() == set()
-    bench.side.ended(FakeRequest("other", []), [])
+    bench.side.ended(FakeRequest("other", []), ())
     request.num_computed_tokens = 0
     for count in chunks:
         bench.step((request, count))
@@ -882,7 +889,7 @@ def test_a_copy_that_fails_in_one_thread_makes_the_load_fail(caplog: pytest.LogC
     bench = Bench(WholeStore(), sync_load_ms=1000)
     request = loading(bench)
 
-    def scatter(pages: Sequence[int], blocks: Sequence[tuple[int, Any]], tokens: range, *, together: bool) -> None:
+    def scatter(tables: Tables, blocks: Sequence[tuple[int, Any]], tokens: range, *, together: bool) -> None:
         if 5 in dict(blocks):
             raise RuntimeError("no such page")
 
@@ -900,7 +907,7 @@ def test_what_counts_ends_where_the_first_thread_stopped() -> None:
     bench = Bench(WholeStore(), sync_load_ms=0, load_deadline_ms=500)
     request = loading(bench)
 
-    def scatter(pages: Sequence[int], blocks: Sequence[tuple[int, Any]], tokens: range, *, together: bool) -> None:
+    def scatter(tables: Tables, blocks: Sequence[tuple[int, Any]], tokens: range, *, together: bool) -> None:
         ((index, _),) = blocks
         if index == 0:
             assert eventually(lambda: len(bench.pages.written) == 4)  # those of the other threads
@@ -936,7 +943,7 @@ def test_a_load_in_a_step_that_is_late_ends_where_it_is(monkeypatch: pytest.Monk
     bench = Bench(WholeStore(), sync_load_ms=1000, load_deadline_ms=500)
     request = loading(bench)
 
-    def scatter(pages: Sequence[int], blocks: Sequence[tuple[int, Any]], tokens: range, *, together: bool) -> None:
+    def scatter(tables: Tables, blocks: Sequence[tuple[int, Any]], tokens: range, *, together: bool) -> None:
         bench.pages.written += [(index, tokens.start) for index, _ in blocks]
         bench.clock.time_s += 1
 
@@ -956,7 +963,7 @@ def test_after_a_load_is_given_up_none_of_its_threads_writes() -> None:
     begun: list[int] = []
     go = threading.Event()
 
-    def scatter(pages: Sequence[int], blocks: Sequence[tuple[int, Any]], tokens: range, *, together: bool) -> None:
+    def scatter(tables: Tables, blocks: Sequence[tuple[int, Any]], tokens: range, *, together: bool) -> None:
         ((index, _),) = blocks
         begun.append(index)
         go.wait(10)
@@ -1060,7 +1067,7 @@ def test_a_reset_that_the_store_did_not_carry_out_is_owed_and_nothing_is_used_un
     assert len(bench.store.blocks) == 12
     request = FakeRequest("r", tokens(120), cache_salt="a")
     assert bench.side.match(request, 0) == (96, False)
-    bench.side.ended(request, [])
+    bench.side.ended(request, ())
     bench.close()
 
 
@@ -1099,7 +1106,7 @@ def test_a_clear_that_began_before_a_reset_does_not_count_for_it() -> None:
     root = Root(MODEL, salt=b"late")
     assert eventually(lambda: root.id in bench.store.cleared)
     assert not bench.side._resets.allows(root)
-    bench.side.ended(request, [])
+    bench.side.ended(request, ())
     bench.close()
 
 
@@ -1225,7 +1232,7 @@ def test_what_a_step_saves_that_was_scheduled_before_a_reset_is_removed_when_it_
     bench = Bench(may_trail=True, num_ranks=2)
     request, later = FakeRequest("r", tokens(100)), FakeRequest("later", tokens(80, 1))
     bench.side.match(request, 0)
-    before = bench.side.orders(Scheduled({"r": 100}, {"r": 0}, {"r": bench.pages_for(request)}))
+    before = bench.side.orders(Scheduled({"r": 100}, {"r": 0}, {"r": bench.pages_for(request)}.__getitem__))
     assert bench.side.clear()
     bench.worker.save(before)
     assert len(bench.store.blocks) == 6
@@ -1323,7 +1330,7 @@ def test_only_what_lies_in_the_host_is_loaded_before_the_step() -> None:
     bench.fill(tokens(100))
     request = FakeRequest("r", tokens(120))
     assert bench.side.match(request, 0) == (96, True)
-    bench.side.ended(request, [])
+    bench.side.ended(request, ())
     bench.close()
 
 
@@ -1413,7 +1420,7 @@ def test_a_salt_is_a_namespace_of_its_own() -> None:
     for salt, hit in ((None, 96), ("a", 0), ("", 96)):
         request = FakeRequest(f"r{salt}", tokens(120), cache_salt=salt)
         assert bench.side.match(request, 0) == (hit, False)
-        bench.side.ended(request, [])
+        bench.side.ended(request, ())
     bench.close()
 
 
@@ -1423,7 +1430,7 @@ def test_a_secret_keys_the_blocks_of_both_sides_alike() -> None:
         bench = Bench(store, secret=secret)
         request = FakeRequest("r", tokens(120))
         assert bench.side.match(request, 0) == (hit, False)
-        bench.side.ended(request, [])
+        bench.side.ended(request, ())
         bench.fill(tokens(100))
         bench.close()
 
@@ -1495,7 +1502,7 @@ def test_a_request_that_must_not_read_gets_nothing() -> None:
     bench.fill(tokens(100))
     request = FakeRequest("r", tokens(120), skip_reading_prefix_cache=True)
     assert bench.side.match(request, 0) == (0, False)
-    bench.side.ended(request, [])
+    bench.side.ended(request, ())
     bench.close()
 
 
@@ -1551,7 +1558,7 @@ def test_media_that_a_streaming_session_gets_later_are_part_of_its_blocks_names(
         bench.report()
         again = FakeRequest(f"{name} at once", request.all_token_ids, mm_features=(feature,))
         found, _ = bench.side.match(again, 0)
-        bench.side.ended(again, [])
+        bench.side.ended(again, ())
         return found
 
     assert session("a", "red") == 96
@@ -1613,7 +1620,7 @@ def test_nothing_is_saved_on_top_of_anothers_load_whose_pages_it_shares() -> Non
     request = hit_in_the_step(bench, 120)
     shares, other = (FakeRequest(name, tokens(120, seed)) for name, seed in (("shares", 0), ("other", 1)))
     tables = {"r": range(100, 115), "shares": range(100, 115), "other": range(200, 215)}
-    bench.pages_for = lambda request: list(tables[request.request_id])  # type: ignore[method-assign]
+    bench.pages_for = lambda request: (tables[request.request_id],)  # type: ignore[method-assign]
     assert bench.side.match(shares, 96) == (0, False)
     bench.side.match(other, 0)
     for each in (shares, other):

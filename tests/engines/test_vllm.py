@@ -99,7 +99,7 @@ def test_one_text_under_two_images_shares_nothing_and_under_the_same_image_all(r
     assert healthy(facts)
 
 
-@pytest.mark.parametrize("scenario", ["ngram", "draft_model", "medusa", "eagle"])
+@pytest.mark.parametrize("scenario", ["ngram", "draft_model", "medusa", "eagle", "windows_and_drafts"])
 def test_rejected_drafts_are_never_stored(run: Run, scenario: str) -> None:
     facts = run(scenario)
     assert facts["drafted"] > facts["accepted"] > 0
@@ -129,20 +129,69 @@ def test_without_the_save_boundary_rejected_drafts_would_be_stored(run: Run) -> 
     assert facts["error"] > 1e-2
 
 
-@pytest.mark.parametrize("scenario", ["windows", "windows_off"])
-def test_layers_with_windows_are_stored_as_others_where_the_engine_keeps_all_tokens(run: Run, scenario: str) -> None:
-    """Every other layer with a window of 48 tokens, or all of them with one that no context exceeds."""
+@pytest.mark.parametrize(
+    ("scenario", "keeps", "error"),
+    [
+        ("windows", [False, True], 1e-4),
+        ("windows_in_one_step", [False, True], 1e-4),
+        ("windows_in_pages_of_128", [False, True], 1e-4),
+        ("windows_kept", [True], 1e-4),
+        ("windows_and_sinks", [False, True], 1e-3),
+        ("windows_alone", [False], 1e-4),
+    ],
+)
+def test_layers_with_windows_are_stored_as_others_whatever_the_engine_keeps_of_them(
+    run: Run, scenario: str, keeps: list[bool], error: float
+) -> None:
+    """Every other layer, or all of them, with a window of 48 tokens, and prompts and answers of several windows."""
     facts = run(scenario)
+    assert facts["keeps"] == keeps
     assert facts["equal"] == [True, True, True]
     assert facts["hits"] == [0, 299, 352]
     assert facts["num_blocks"] == 11
-    assert facts["error"] < 1e-4
+    assert facts["error"] < error
     assert facts["num_distinct"] > 20
     assert healthy(facts)
 
 
-def test_layers_that_attend_within_chunks_are_stored_where_the_engine_keeps_all_tokens(run: Run) -> None:
-    facts = run("chunked_attention")
+def test_what_the_engines_own_cache_has_of_layers_with_windows_is_gone_on_from(run: Run) -> None:
+    facts = run("windows_in_chats")
+    assert facts["keeps"] == [False, True]
+    assert len(facts["equal"]) > 20
+    assert all(facts["equal"])
+    assert any(local for local, _ in facts["began"])
+    assert any(not local for local, _ in facts["began"])
+    assert facts["missing"] == [0, 0, 0]
+    assert facts["error"] < 1e-4
+    assert healthy(facts)
+
+
+def test_engines_of_one_model_share_whether_they_keep_windows_in_groups_or_not_and_at_any_split(run: Run) -> None:
+    facts = run("windows_in_a_fleet")
+    assert {name: engine["hits"] for name, engine in facts.items()} == {
+        "ranks save": [0],
+        "stages load": [299, 0],
+        "one that keeps all loads": [299, 299, 0],
+        "one in groups loads": [299, 299, 299],
+        "ranks load": [299],
+    }
+    for name, engine in facts.items():
+        assert engine["keeps"] == ([True] if name == "one that keeps all loads" else [False, True])
+        assert all(engine["equal"])
+        assert engine["error"] < 1e-4
+        assert set(engine["num_blocks"]) == {11}
+        assert engine["held"] == []
+    assert facts["ranks load"]["control_differs"]
+
+
+@pytest.mark.parametrize(
+    ("scenario", "keeps"), [("chunked_attention", [False, True]), ("chunked_attention_kept", [True])]
+)
+def test_layers_that_attend_within_chunks_are_stored_whatever_the_engine_keeps_of_them(
+    run: Run, scenario: str, keeps: list[bool]
+) -> None:
+    facts = run(scenario)
+    assert sorted(facts["keeps"]) == sorted(keeps)
     assert facts["equal"] == [True, True, True]
     assert facts["layout"] == "opaque"
     assert facts["hits"] == [0, 288, 352]
@@ -163,7 +212,7 @@ def test_preempted_requests_come_back_from_the_store(run: Run, scenario: str) ->
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("scenario", ["faults", "faults_beside_the_step"])
+@pytest.mark.parametrize("scenario", ["faults", "faults_beside_the_step", "windows_and_faults"])
 def test_a_store_that_fails_changes_no_token_and_costs_its_deadline_at_most(run: Run, scenario: str) -> None:
     facts = run(scenario)
     assert all(facts["equal"].values()), facts["equal"]
@@ -175,8 +224,9 @@ def test_a_store_that_fails_changes_no_token_and_costs_its_deadline_at_most(run:
     assert healthy(facts)
 
 
-def test_aborted_requests_leave_nothing_behind(run: Run) -> None:
-    facts = run("aborts")
+@pytest.mark.parametrize("scenario", ["aborts", "windows_and_aborts"])
+def test_aborted_requests_leave_nothing_behind(run: Run, scenario: str) -> None:
+    facts = run(scenario)
     assert facts["seen"]["in its prompt"] == ["RUNNING"]
     assert facts["seen"]["in its load"] == ["WAITING_FOR_REMOTE_KVS"]
     assert facts["blocks_before_the_first_token"] > 0
@@ -371,11 +421,10 @@ def test_a_producer_saves_and_does_not_load_and_a_consumer_the_reverse(run: Run)
 def test_an_engine_that_cannot_be_served_does_not_start_and_says_why_in_one_sentence(run: Run) -> None:
     refused = run("refusals")
     assert refused["nothing"] == ""
-    assert "some layers attend to a window of 48 tokens" in refused["windows"]
-    assert "--disable-hybrid-kv-cache-manager" in refused["windows"]
-    for name in ("windows alone", "windows alone, hybrid manager off"):
-        assert "all layers attend to a window of 48 tokens" in refused[name]
-        assert "--disable-sliding-window" in refused[name]
+    assert "some layers attend to a window of 48 tokens" in refused["windows below a block"]
+    assert "set a smaller block_tokens" in refused["windows below a block"]
+    assert "some layers attend within chunks of 64 tokens" in refused["chunks below a block"]
+    assert "load_with_drafts is set for a model with layers in groups" in refused["windows beside a drafter"]
     assert "has another connector interface (get_num_new_matched_tokens" in refused["interface"]
     assert "tested are 0.32" in refused["interface"]
     assert 'set "kv_load_failure_policy": "recompute"' in refused["policy"]

@@ -80,13 +80,16 @@ def turns(
     cold, cold_hits = engine.generate([prompt])
     error, num_blocks = worst_error(store, engine.model_id, reference, [*prompt, *want])
     engine.forget()
+    engine.spoil_pages()
     warm, warm_hits = engine.generate([prompt])
     longer = [*prompt, *want, *tokens_of(2, 50)]
     engine.forget()
+    engine.spoil_pages()
     second, second_hits = engine.generate([longer])
     error = max(error, worst_error(store, engine.model_id, reference, longer)[0])
     poison(store, engine.model_id, longer)
     engine.forget()
+    engine.spoil_pages()
     control, _ = engine.generate([longer])
     fits = store.check()
     return {
@@ -100,6 +103,7 @@ def turns(
             for name in ("loads", "failed_loads", "saved_blocks", "loaded_bytes")
         },
         "num_distinct": len(set(want)),
+        "keeps": engine.connector._groups.keeps,
         "is_real": type(store).__name__ == "KVStore",
         "held": engine.close(),
         "check": fits,
@@ -190,12 +194,14 @@ def eagle(workdir: Path) -> dict[str, Any]:
     return {"method": "eagle", "model": str(directory), "num_speculative_tokens": 3}
 
 
-def speculation(workdir: Path, drafts: dict[str, Any], *, clamp: bool = True) -> Facts:
+def speculation(
+    workdir: Path, drafts: dict[str, Any], *, clamp: bool = True, reference: Reference | None = None
+) -> Facts:
     """Drafts, many of them wrong, in answers that end on a block boundary.
 
     Without `clamp` the connector stores every block whose tokens are known, as it would without the save boundary.
     """
-    reference = Reference(workdir)
+    reference = reference or Reference(workdir)
     store = FaultyStore()
     if not clamp:
         vllm_scheduler.storable_finished = lambda computed, prompt, tokens, block: tokens // block
@@ -255,12 +261,12 @@ def control(engine: Engine, store: FaultyStore, prompt: Sequence[int], want: Seq
     return outs[0] != list(want)
 
 
-def preemption(workdir: Path, *, reference: Reference | None = None, **options: Any) -> Facts:
+def preemption(workdir: Path, *, reference: Reference | None = None, num_pages: int = 36, **options: Any) -> Facts:
     """Four requests that grow beyond the engine's pages."""
     reference = reference or Reference(workdir)
     store = FaultyStore()
     # Without its own prefix cache, or the engine would find what it preempted there.
-    options |= {"num_gpu_blocks_override": 36, "max_model_len": 1024, "enable_prefix_caching": False}
+    options |= {"num_gpu_blocks_override": num_pages, "max_model_len": 1024, "enable_prefix_caching": False}
     engine = Engine(reference.directory, store, **options)
     prompts = [tokens_of(seed, 200) for seed in range(30, 34)]
     wants = [reference.generate(prompt, 200) for prompt in prompts]
@@ -281,9 +287,9 @@ def preemption(workdir: Path, *, reference: Reference | None = None, **options: 
     }
 
 
-def faults(workdir: Path, sync_load_ms: float = 20.0) -> Facts:
+def faults(workdir: Path, sync_load_ms: float = 20.0, *, reference: Reference | None = None) -> Facts:
     """A store that ends loads early, breaks, lies, answers late or never: the same tokens, within the deadline."""
-    reference = Reference(workdir)
+    reference = reference or Reference(workdir)
     store = FaultyStore()
     extra = {"sync_load_ms": sync_load_ms, "load_deadline_ms": 1000, "match_deadline_ms": 1000}
     engine = Engine(reference.directory, store, extra=extra)
@@ -333,11 +339,11 @@ def faults(workdir: Path, sync_load_ms: float = 20.0) -> Facts:
     return {**facts, "held": engine.close(), "check": store.check()}
 
 
-def aborts(workdir: Path) -> Facts:
+def aborts(workdir: Path, *, reference: Reference | None = None) -> Facts:
     """Requests that go away in the middle of their prompt, their load and their answer."""
     from vllm import SamplingParams
 
-    reference = Reference(workdir)
+    reference = reference or Reference(workdir)
     store = FaultyStore()
     engine = Engine(
         reference.directory, store, extra={"sync_load_ms": 0}, max_num_batched_tokens=64, max_model_len=1024
@@ -520,13 +526,17 @@ def refusals(workdir: Path) -> Facts:
 
     ours = {"kv_connector": "KVStoreConnector", "kv_connector_module_path": "connectors.vllm", "kv_role": "kv_both"}
     extra = {"kv_connector_extra_config": {"block_tokens": BLOCK}}
-    mixed, sliding = vllm_windows.of_some_layers(workdir), vllm_windows.of_all_layers(workdir)
+    windows = vllm_windows.of_some_layers(workdir)
     tried: dict[str, Callable[[], Facts]] = {
         "nothing": start,
-        "windows": lambda: start(directory=mixed.directory),
-        "windows alone": lambda: start(directory=sliding.directory),
-        "windows alone, hybrid manager off": lambda: start(
-            directory=sliding.directory, disable_hybrid_kv_cache_manager=True
+        "windows below a block": lambda: start(directory=windows.directory, extra={"block_tokens": 64}),
+        "chunks below a block": lambda: start(
+            directory=vllm_windows.of_chunks(workdir).directory, extra={"block_tokens": 128}
+        ),
+        "windows beside a drafter": lambda: start(
+            directory=windows.directory,
+            extra={"load_with_drafts": True},
+            speculative_config=draft_model(workdir),
         ),
         "interface": another_interface,
         "policy": lambda: start(transfer={**ours, **extra}),
@@ -536,9 +546,6 @@ def refusals(workdir: Path) -> Facts:
     }
     return {name: in_fork(one)["refused"] for name, one in tried.items()}
 
-
-KEPT = {"disable_hybrid_kv_cache_manager": True}
-"""The engine keeps what layers with windows have left behind."""
 
 SCENARIOS: dict[str, Callable[[Path], Facts]] = {
     "partial": partial_blocks,
@@ -562,15 +569,34 @@ SCENARIOS: dict[str, Callable[[Path], Facts]] = {
     "drafter_alone": drafter_alone,
     "preemption": preemption,
     "windows": lambda workdir: turns(
-        workdir, reference=vllm_windows.of_some_layers(workdir), **KEPT, max_num_batched_tokens=64
+        workdir, reference=vllm_windows.of_some_layers(workdir), max_num_batched_tokens=64
+    ),
+    "windows_in_one_step": lambda workdir: turns(
+        workdir, reference=vllm_windows.of_some_layers(workdir), enable_prefix_caching=False
+    ),
+    "windows_in_pages_of_128": lambda workdir: turns(
+        workdir, reference=vllm_windows.of_some_layers(workdir), block_size=128
+    ),
+    "windows_kept": lambda workdir: turns(
+        workdir, reference=vllm_windows.of_some_layers(workdir), **vllm_windows.KEPT, max_num_batched_tokens=64
+    ),
+    "windows_and_sinks": lambda workdir: turns(
+        workdir, reference=vllm_windows.with_sinks(workdir), max_num_batched_tokens=64
+    ),
+    "windows_alone": lambda workdir: turns(
+        workdir, reference=vllm_windows.of_all_layers(workdir), max_num_batched_tokens=96
     ),
     "windows_through_preemption": lambda workdir: preemption(
-        workdir, reference=vllm_windows.of_some_layers(workdir), **KEPT
+        workdir, reference=vllm_windows.of_some_layers(workdir), num_pages=52, max_num_batched_tokens=128
     ),
-    "windows_off": lambda workdir: turns(
-        workdir, reference=vllm_windows.of_all_layers(workdir, 1024), disable_sliding_window=True, max_model_len=1024
+    "windows_in_chats": lambda workdir: vllm_windows.chats(
+        workdir, num_gpu_blocks_override=48, max_num_batched_tokens=128
     ),
-    "chunked_attention": vllm_windows.chunks,
+    "windows_and_drafts": lambda workdir: speculation(workdir, NGRAM, reference=vllm_windows.of_some_layers(workdir)),
+    "windows_and_faults": lambda workdir: faults(workdir, reference=vllm_windows.of_some_layers(workdir)),
+    "windows_and_aborts": lambda workdir: aborts(workdir, reference=vllm_windows.of_some_layers(workdir)),
+    "chunked_attention": lambda workdir: vllm_windows.chunks(workdir, max_num_batched_tokens=64),
+    "chunked_attention_kept": lambda workdir: vllm_windows.chunks(workdir, **vllm_windows.KEPT),
     "faults": faults,
     "faults_beside_the_step": lambda workdir: faults(workdir, 0.0),
     "aborts": aborts,

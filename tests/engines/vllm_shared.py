@@ -26,6 +26,7 @@ from connectors.vllm_plan import VllmSettings
 from kvstore.block import Chain, Root
 from kvstore.tiers.valkey import embedded_binary
 from tests import patient
+from tests.engines import vllm_windows
 from tests.engines.vllm_support import (
     NEW,
     Engine,
@@ -402,16 +403,17 @@ def member(
     num_kv_heads: int = 2,
     reset: bool = False,
     damaged: Mapping[str, int] | None = None,
+    reference: Reference | None = None,
 ) -> Facts:
     """One engine of a fleet: its answers to some prompts, what it found, and what is stored then.
 
     `damaged`: of which of them something is, by what; how much longer these took than when they are computed.
     `reset`: all caches are emptied before; where steps are scheduled ahead, saves go on when all ranks have said so.
     """
-    reference = Reference(workdir, num_kv_heads=num_kv_heads)
+    reference = reference or Reference(workdir, num_kv_heads=num_kv_heads)
     engine = Engine(reference.directory, None, extra={"address": address, **_FINE}, **options)
     wants = {seed: reference.generate(tokens_of(seed), NEW) for seed in seeds}
-    facts: Facts = {"equal": [], "hits": [], "blocks": {}}
+    facts: Facts = {"equal": [], "hits": [], "blocks": {}, "keeps": engine.connector._groups.keeps}
     took_s = {}
     if reset:
         assert engine.llm.reset_prefix_cache(reset_connector=True)
@@ -489,6 +491,29 @@ def replicas(workdir: Path) -> Facts:
             sidecar.stop()
 
 
+def windows_in_a_fleet(workdir: Path) -> Facts:
+    """Engines of a model with windows, which keep them in groups or all tokens in one, alone and as ranks."""
+    reference = vllm_windows.of_some_layers(workdir)
+    with tempfile.TemporaryDirectory(prefix="kv", dir="/tmp") as name:
+        sidecar = Sidecar(Path(name))
+
+        def run(seeds: Sequence[int], options: Mapping[str, Any], control: int | None = None) -> Facts:
+            return in_fork(
+                lambda: member(workdir, sidecar.address, seeds, options, control=control, reference=reference)
+            )
+
+        try:
+            return {
+                "ranks save": run([1], TP2),
+                "stages load": run([1, 2], PP2),
+                "one that keeps all loads": run([1, 2, 3], vllm_windows.KEPT),
+                "one in groups loads": run([3, 2, 1], {}),
+                "ranks load": run([3], TP2, control=3),
+            }
+        finally:
+            sidecar.stop()
+
+
 def roles(workdir: Path) -> Facts:
     """An engine that only saves, then one that only loads, of one sidecar, as vLLM's `kv_role` says."""
     Reference(workdir)
@@ -537,4 +562,5 @@ SCENARIOS: dict[str, Callable[[Path], Facts]] = {
     "tp2": lambda workdir: fleet(workdir, TP2),
     "tp2_replicas": replicas,
     "pp2": lambda workdir: fleet(workdir, PP2),
+    "windows_in_a_fleet": windows_in_a_fleet,
 }

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,32 @@ from transformers import (
     DynamicCache,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
     Llama4ForCausalLM,
     Llama4TextConfig,
     MistralConfig,
     MistralForCausalLM,
 )
 
-from tests.engines.vllm_support import NEW, Engine, Facts, FaultyStore, Reference, bytes_of, poison, tokens_of
+from tests.engines.vllm_support import (
+    BLOCK,
+    NEW,
+    Engine,
+    Facts,
+    FaultyStore,
+    Reference,
+    bytes_of,
+    poison,
+    tokens_of,
+    worst_error,
+)
 
 WINDOW = 48
 """No multiple of a page."""
 CHUNK = 64
+KEPT = {"disable_hybrid_kv_cache_manager": True}
+"""The engine keeps in one group what layers with windows have left behind."""
 _SIZES: dict[str, Any] = {
     "vocab_size": 256,
     "hidden_size": 128,
@@ -72,6 +88,22 @@ def of_some_layers(workdir: Path) -> Reference:
     return _made(workdir / "gemma-3", lambda: Gemma3ForCausalLM(config))
 
 
+def with_sinks(workdir: Path) -> Reference:
+    """A gpt-oss: every other layer has a window, all have sinks, and tokens go to some of its experts."""
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 2048}
+    config = GptOssConfig(
+        **{**_SIZES, "intermediate_size": 128},
+        num_hidden_layers=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        sliding_window=WINDOW,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        rope_parameters={**rope, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+        tie_word_embeddings=False,
+    )
+    return _made(workdir / "gpt-oss", lambda: GptOssForCausalLM(config))
+
+
 def of_all_layers(workdir: Path, window: int = WINDOW) -> Reference:
     """A Mistral."""
     config = MistralConfig(**_SIZES, num_hidden_layers=3, sliding_window=window)
@@ -95,11 +127,11 @@ def of_chunks(workdir: Path) -> Reference:
     return _made(workdir / "llama-4", lambda: Llama4ForCausalLM(config))
 
 
-def chunks(workdir: Path) -> Facts:
+def chunks(workdir: Path, **options: Any) -> Facts:
     """Turns of a model with chunks. Its pages are stored as they are: on a CPU its layers are of two kinds."""
     reference = of_chunks(workdir)
     store = FaultyStore()
-    engine = Engine(reference.directory, store, disable_hybrid_kv_cache_manager=True)
+    engine = Engine(reference.directory, store, **options)
     prompt = tokens_of(1)
     longer = [*prompt, *reference.generate(prompt, NEW), *tokens_of(2, 50)]
     wants = [reference.generate(each, NEW) for each in (prompt, prompt, longer)]
@@ -107,6 +139,7 @@ def chunks(workdir: Path) -> Facts:
     for each, want in zip((prompt, prompt, longer), wants, strict=True):
         outs, found = engine.generate([each])
         engine.forget()
+        engine.spoil_pages()
         equal.append(outs[0] == want)
         hits.append(found[0])
     reused = bytes_of(store, engine.model_id, longer)
@@ -122,7 +155,51 @@ def chunks(workdir: Path) -> Facts:
         "apart": max(_apart(reused[index], computed[index]) for index in computed),
         "num_blocks": [len(reused), len(computed)],
         "control_differs": control[0] != wants[2],
+        "keeps": engine.connector._groups.keeps,
         "layout": engine.model_id.layout.partition(":")[0],
+        "held": engine.close(),
+        "check": store.check(),
+    }
+
+
+def chats(workdir: Path, *, rounds: int = 12, **options: Any) -> Facts:
+    """Chats that grow side by side in an engine with few pages: what its own cache has of them changes, and is less.
+
+    `began`: where loads began, and how many tokens they brought.
+    """
+    reference, lot = of_some_layers(workdir), random.Random(5)
+    store = FaultyStore()
+    engine = Engine(reference.directory, store, max_model_len=768, **options)
+    side, began = engine.connector._side(), []
+    match = side.match
+
+    def watched(request: Any, local_tokens: int) -> Any:
+        found = match(request, local_tokens)
+        if found[0]:
+            began.append((local_tokens, found[0]))
+        return found
+
+    side.match = watched
+    said = [tokens_of(40 + number, 150) for number in range(3)]
+    equal = []
+    for at in range(rounds):
+        some = lot.sample(range(len(said)), lot.randint(1, 3))
+        outs, _ = engine.generate([said[number] for number in some], 30)
+        for number, out in zip(some, outs, strict=True):
+            equal.append(out == reference.generate(said[number], 30))
+            said[number] = [*said[number], *out, *tokens_of(100 + at, 15)]
+    found = [worst_error(store, engine.model_id, reference, each[:-15]) for each in said]
+    poison(store, engine.model_id, said[0])
+    engine.forget()
+    control, _ = engine.generate([said[0]], 30)
+    return {
+        "equal": equal,
+        "began": began,
+        "preemptions": engine.metric("vllm:num_preemptions"),
+        "error": max(error for error, _ in found),
+        "missing": [len(each[:-15]) // BLOCK - count for each, (_, count) in zip(said, found, strict=True)],
+        "control_differs": control[0] != reference.generate(said[0], 30),
+        "keeps": engine.connector._groups.keeps,
         "held": engine.close(),
         "check": store.check(),
     }
