@@ -42,6 +42,7 @@ class StandIn(KVStoreServicer):  # type: ignore[misc]
         self.num_opened = 0
         self.num_asked_to_open = 0
         self.num_sessions = 0
+        self.num_byes = 0
         self.heard: list[pb.Ended] = []
         self.first_reply = pb.LoadReply()
         self._ending = threading.Event()
@@ -69,6 +70,7 @@ class StandIn(KVStoreServicer):  # type: ignore[misc]
         try:
             for beat in beats:
                 if beat.bye:
+                    self.num_byes += 1
                     return
                 yield pb.Notice()
         except grpc.RpcError:  # it hung up
@@ -190,6 +192,20 @@ def test_a_connection_is_in_place_before_anything_can_say_that_it_has_ended(stan
     link.start(LIMIT_S)
     assert seen[-1], "its stream of beats begins, which asks for the lane"
     link.close()
+
+
+def test_a_connection_that_fails_once_it_is_in_place_is_not_said_to_be_left(stand_in: StandIn) -> None:
+    """Somebody may be writing by it: the server would give the slots to others."""
+
+    def fails() -> None:
+        if link.is_up:
+            raise MemoryError
+
+    link = link_to(stand_in.address, FakePlane(fails))
+    with pytest.raises(MemoryError):
+        link.start(LIMIT_S)
+    assert not link.is_up
+    assert (stand_in.num_opened, stand_in.num_byes) == (1, 0)
 
 
 def test_a_connection_that_ended_as_it_answered_again_is_not_taken_up(stand_in: StandIn) -> None:
