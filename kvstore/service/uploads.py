@@ -74,6 +74,8 @@ class RemoteSave:
         self.indices: tuple[int, ...] = ticket.indices[:num_taken]
         self.num_refused = ticket.num_refused + len(ticket.indices) - num_taken
         self._open = OpenBlocks({index: place for place, index in enumerate(self.indices)})
+        self._is_lost = False
+        """Whether the server may have blocks open that it was to publish."""
 
     def views(self, index: int) -> tuple[memoryview | None, ...]:
         place, ticket, rented = self._open.place(index), self._ticket, self._rented
@@ -90,6 +92,7 @@ class RemoteSave:
         published = self._upload(self._messages(views))
         for index in chosen:
             del self._open[index]
+        self._is_lost = self._is_lost or len(published) < len(chosen)
         if not self._open:
             self._give_back()
         return len(published)
@@ -106,8 +109,10 @@ class RemoteSave:
         yield from packer.rest()
 
     def abort(self) -> None:
-        if self._open or len(self.indices) < len(self._ticket.indices):
+        # What the server takes to be open is nobody else's to save as long as this client lives.
+        if self._open or self._is_lost or len(self.indices) < len(self._ticket.indices):
             self._open.clear()
+            self._is_lost = False
             self._ended()
         self._give_back()
 

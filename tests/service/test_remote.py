@@ -593,12 +593,22 @@ def test_buffers_are_used_again_and_never_exceed_their_budget() -> None:
     assert buffers.total_bytes == 32 << 20
 
 
-def test_save_whose_upload_fails_publishes_nothing_and_is_ended() -> None:
+@pytest.mark.parametrize("committed", [(3,), (3, 5), ()], ids=["one", "both", "all"])
+def test_save_whose_upload_fails_publishes_nothing_and_is_ended(committed: tuple[int, ...]) -> None:
+    """Otherwise nobody else could save its blocks as long as this client lives."""
     ended: list[bool] = []
     ticket = SaveTicket(b"s", 1, (3, 5), ((True,), (True,)), (4096,), 0)
     with RemoteSave(ticket, Buffers(1 << 24), lambda messages: [], lambda: ended.append(True)) as save:
-        assert save.commit(3) == 0
+        assert save.commit(*committed) == 0
     assert ended == [True]
+
+
+def test_save_that_was_published_whole_is_not_ended_again() -> None:
+    ended: list[bool] = []
+    ticket = SaveTicket(b"s", 1, (3, 5), ((True,), (True,)), (4096,), 0)
+    with RemoteSave(ticket, Buffers(1 << 24), lambda messages: [3, 5], lambda: ended.append(True)) as save:
+        assert save.commit() == 2
+    assert ended == []
 
 
 # ---- a sidecar that reads from another ----
