@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 import grpc
 
-from kvstore.errors import CapacityError, KVStoreError, ServiceUnavailable
+from kvstore.errors import CapacityError, KVStoreError
 from kvstore.service.status import abort_with, code_of
 
 log = logging.getLogger("kvstore.service")
@@ -62,8 +62,8 @@ class Calls:
         observed = self.observed(name, method)
 
         def call(request: Any, context: grpc.ServicerContext) -> Reply:
+            _refuse_late(context)
             try:
-                _refuse_late(context)
                 return observed(request, context)
             except KVStoreError as error:
                 abort_with(context, error)
@@ -129,10 +129,10 @@ def _failure(name: str, error: Exception) -> KVStoreError:
 
 
 def _refuse_late(context: grpc.ServicerContext) -> None:
-    """A call that waited until nobody waits for it any more is not begun."""
+    """A call that waited until nobody waits for it any more is not begun. Who reads this all the same had no answer."""
     left_s = remaining_s(context)
     if left_s is not None and left_s <= 0:
-        raise ServiceUnavailable("the deadline passed before the call began")
+        context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed before the call began")
 
 
 def remaining_s(context: Timed) -> float | None:

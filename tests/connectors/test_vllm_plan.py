@@ -827,6 +827,7 @@ def test_a_load_given_up_before_a_thread_was_free_for_it_is_not_begun() -> None:
         bench.side.allocated(request, bench.pages_for(request), 96)
     bench.step()
     assert len(bench.worker._loads.beside) == 2
+    assert eventually(lambda: len(adopted) == 1)  # the first has the thread
     bench.clock.time_s += 1
     assert bench.report() == {"first", "second"}
     go.set()

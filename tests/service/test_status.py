@@ -12,6 +12,8 @@ import pytest
 from kvstore import errors
 from kvstore.errors import KVStoreError, TierError
 from kvstore.service import status
+from kvstore.service.calls import Calls
+from kvstore.service.metrics import Latencies
 
 
 def all_errors(kind: type[KVStoreError] = KVStoreError) -> Iterator[type[KVStoreError]]:
@@ -49,6 +51,26 @@ def failing() -> Iterator[grpc.Channel]:
     server.stop(0).wait()
 
 
+@pytest.fixture
+def late() -> Iterator[grpc.Channel]:
+    """A server whose calls have come after their deadline."""
+    answer = Calls(Latencies(), 1).unary("Late", lambda request, context: request)
+
+    def call(request: bytes, context: grpc.ServicerContext) -> bytes:
+        context.time_remaining = lambda: 0.0  # type: ignore[method-assign]
+        answered: bytes = answer(request, context)
+        return answered
+
+    server = grpc.server(ThreadPoolExecutor(2))
+    handler = grpc.unary_unary_rpc_method_handler(call)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test", {"Late": handler}),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        yield channel
+    server.stop(0).wait()
+
+
 def test_the_table_has_every_error() -> None:
     assert set(PUBLIC) == set(status.CODES)
 
@@ -72,6 +94,14 @@ def test_a_status_from_elsewhere_is_one_of_ours_too(failing: grpc.Channel, code:
     assert str(error) == "from elsewhere"
     lost = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED}
     assert status.is_transport(caught.value) == (code in lost)
+
+
+def test_a_call_that_comes_too_late_is_one_that_was_not_answered(late: grpc.Channel) -> None:
+    """Not one of a server that drains, whose end would be waited for. A client that was starved may read the answer."""
+    with pytest.raises(grpc.RpcError) as caught:
+        late.unary_unary("/test/Late")(b"")
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert status.is_transport(caught.value)
 
 
 def test_an_error_without_a_row_has_that_of_the_class_above_it() -> None:
