@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import inspect
 import itertools
+import math
 import random
 import re
 import sys
@@ -399,7 +400,7 @@ def shadowed(
         number = rng.randrange(60) if again else 1000 + step
         block = BlockId(hashlib.sha256(str(number).encode()).digest())
         had = int(block in shadow._level_of and not (in_vain and shadow.wins))
-        shadow.use([block], 0, had, [(0, int(again))], float(step), lambda level, _: worth_of[level])
+        shadow.use([block], 0, had, [(0, int(again))], float(step), lambda level, _: (worth_of[level], math.inf))
         believed.append(shadow.wins)
     return believed
 
@@ -506,7 +507,7 @@ def test_shadow_judges_a_request_as_one_that_asks_first_and_saves_the_rest_piece
     blocks = ids(*range(8))
     for step in range(4):  # the last is not judged yet
         for start, stop in ((0, 4), (4, 5), (5, 8)):
-            shadow.use(blocks[:stop], start, 4, [(0, 1)], float(step), lambda level, _: 0.0)
+            shadow.use(blocks[:stop], start, 4, [(0, 1)], float(step), lambda level, _: (0.0, math.inf))
             shadow._lru.clear()
     more = [0, 8, 8]  # LRU had nothing each time, the levels all of it from the second on
     assert shadow._square == pytest.approx(sum(each * each for each in more), rel=0.01)
@@ -538,6 +539,56 @@ def test_samples_begin_with_the_cache_where_its_size_is_known() -> None:
     chat(policy, 1, 2, 3)
     policy.expect(0)  # nobody knows
     assert set(policy._shadow._lru) == set(ids(1, 2, 3))
+
+
+class LooksAnew(ReturnsPolicy):
+    """Remembers nothing of which heads its queues have, nor do those of its sample."""
+
+    name = "looks_anew"
+
+    def _use(self, runs: list[Run], starts: Sequence[int], blocks: Sequence[BlockId], hint: Hint) -> None:
+        self._shadow.relearned()
+        super()._use(runs, starts, blocks, hint)
+
+    def _walk_begins(self) -> None:
+        super()._walk_begins()
+        self._changed.update(range(self.num_queues))
+
+
+def believing(policy: ReturnsPolicy, monkeypatch: pytest.MonkeyPatch) -> ReturnsPolicy:
+    policy.expect(400)
+    policy._shadow.wins = True
+    monkeypatch.setattr(policy._shadow, "_judge", lambda more, num_asked: None)
+    return policy
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_heads_that_returns_remembers_are_those_that_it_would_find(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chats that branch, are used in part and return after any time, and lose tails in walks that break off."""
+    rng, policies = random.Random(seed), [believing(kind(), monkeypatch) for kind in (ReturnsPolicy, LooksAnew)]
+    first, anew = policies
+    chains: list[list[int]] = [[]]
+    time_s = 0.0
+    for step in range(1500):
+        time_s += 30.0 if rng.random() < 0.05 else rng.random() / 10
+        base = rng.choice(chains[-40:] if rng.random() < 0.7 else chains)
+        base = base[: rng.choice((len(base), len(base), rng.randint(0, 9)))]
+        known = next((at for at, each in enumerate(base) if ids(each)[0] not in first), len(base))
+        chain = base[:known] + [10_000 + 20 * step + at for at in range(rng.choice((0, 1, 2, 9)))]
+        for each in policies:
+            chat(each, *chain, known=known, hint=Hint(time_s=time_s))
+        chains.append(chain)
+        while len(first) > 300 or rng.random() < 0.2:
+            walks, share = [each.victims() for each in policies], rng.choice((0.0, 0.8, 1.0))
+            for _ in range(rng.randint(1, 12)):
+                gone = [next(walk, None) for walk in walks]
+                assert gone[0] == gone[1]
+                assert first._heads == anew._heads
+                if gone[0] is not None and rng.random() < share:  # the others are held
+                    for each in policies:
+                        each.remove([gone[0]])
+        assert list(first._shadow._level_of) == list(anew._shadow._level_of)
+    assert first._by_odds
 
 
 def test_returns_is_lru_until_it_has_learned() -> None:

@@ -53,6 +53,8 @@ class Bands:
         self._ordinary = ordinary
         self._banks: dict[int, int] = {ordinary: 0}  # by priority
         self._priorities = [ordinary]  # by bank
+        self.plain = True
+        """Whether nobody ever wished for anything."""
         self._order = [(ordinary, 0)]
         self.now_s = 0.0
         self._wish_of: dict[int, Wish] = {}
@@ -61,11 +63,6 @@ class Bands:
         """Holders by the second in which their time ends."""
         self._seconds: list[int] = []
 
-    @property
-    def plain(self) -> bool:
-        """Whether nobody ever wished for anything."""
-        return len(self._order) == 1
-
     def bank(self, priority: int) -> int:
         """The bank of a priority; a new one lies behind all others."""
         found = self._banks.get(priority)
@@ -73,6 +70,7 @@ class Bands:
             found = self._banks[priority] = len(self._order) * self.num_queues
             self._priorities.append(priority)
             insort(self._order, (priority, found))
+            self.plain = False
         return found
 
     @property

@@ -33,6 +33,7 @@ _NUM_CELLS = _TURNS * _NEWS * _LENGTHS
 _FIRST_EDGE_S, _EDGE_RATIO, _NUM_BINS = 0.5, 1.25, 52
 _EDGES_S: Floats = np.concatenate([[0.0], _FIRST_EDGE_S * _EDGE_RATIO ** np.arange(_NUM_BINS)])
 _EDGE_LIST_S: list[float] = _EDGES_S.tolist()
+_ENDS_S = [*_EDGE_LIST_S[1:], float("inf")]
 _LEVELS: Floats = np.array([0.01, 0.02, 0.04, 0.07, 0.11, 0.16, 0.22, 0.28, 0.34, 0.41, 0.48, 0.56, 0.65, 0.75, 0.85])
 NUM_LEVELS = len(_LEVELS) + 1
 _PRIOR_P = 0.3
@@ -131,9 +132,10 @@ class Odds:
         """How many requests of a cell are followed."""
         return self._share_of[cell]
 
-    def worth(self, level: int, age_s: float) -> float:
-        """Hits per second of keeping a block of a level, `age_s` seconds after its request."""
-        return self._worth[level][_bin_of(age_s)]
+    def worth(self, level: int, age_s: float) -> tuple[float, float]:
+        """Hits per second of keeping a block of a level, `age_s` seconds after its request; and until which age."""
+        found = bisect.bisect_right(_EDGE_LIST_S, age_s) - 1 if age_s > 0 else 0
+        return self._worth[level][found], _ENDS_S[found]
 
     def fit(self, now_s: float) -> None:
         """Learn from what was noted until now: under a millisecond for a thousand requests, linear beyond."""
@@ -190,10 +192,6 @@ class Odds:
         # be the reason, and then it is the fresh that would have come back. Held against rates as they are on first
         # halves of traces: 18.7 % of the gap for 16.8 %.
         self._worth = np.minimum.accumulate(rate, axis=1).tolist()
-
-
-def _bin_of(age_s: float) -> int:
-    return bisect.bisect_right(_EDGE_LIST_S, age_s) - 1 if age_s > 0 else 0
 
 
 def _logistic(odds: Floats) -> Floats:

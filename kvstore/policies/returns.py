@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 from kvstore.api import Hint
 from kvstore.block import BlockId
@@ -19,7 +20,7 @@ _FEW_RETURNS = 30
 _SHARED_LEVEL = 10  # 0.45: chosen on the first halves of two traces, where 10 to 15 do as well
 _WHOLE = 0.5
 _PLACED_AT_ONCE = 2048  # runs
-_NOTHING = (float("inf"), 0, -1)
+_NOTHING = (inf, 0, -1)
 
 
 @dataclass(slots=True)
@@ -87,6 +88,8 @@ class ReturnsPolicy(RunPolicy):
         self._num_noted = 0
         self._next_fit = _FIT_EVERY // 16
         self._heads = [_NOTHING] * self.num_queues
+        """What the queues' lowest ends are worth, each until the time in `_ends_s`, where nothing is `_changed`."""
+        self._ends_s = [inf] * self.num_queues
         self._shadow = Shadow(NUM_LEVELS)
         self._next_best = -1
         self._by_odds = False
@@ -161,6 +164,8 @@ class ReturnsPolicy(RunPolicy):
 
     def _deepest_mark(self, blocks: Sequence[BlockId]) -> tuple[int, int]:
         marks = self._marks
+        if marks.keys().isdisjoint(blocks):
+            return -1, _NO_RECORD
         for at in range(len(blocks) - 1, -1, -1):
             number = marks.get(blocks[at], _NO_RECORD)
             if number != _NO_RECORD:
@@ -182,6 +187,8 @@ class ReturnsPolicy(RunPolicy):
 
     def _learn(self) -> None:
         self._odds.fit(self._now_s)
+        self._shadow.relearned()
+        self._changed.update(range(self.num_queues))
         self._unplaced = list(self._runs)
         self._place_some()
 
@@ -232,19 +239,22 @@ class ReturnsPolicy(RunPolicy):
 
     def _walk_begins(self) -> None:
         self._shadow.resize(len(self))
-        self._by_odds = self._odds.num_returned >= _FEW_RETURNS and self._shadow.wins
-        self._changed.update(range(self.num_queues))
+        by_odds = self._odds.num_returned >= _FEW_RETURNS and self._shadow.wins
+        if by_odds != self._by_odds:
+            self._by_odds = by_odds
+            self._changed.update(range(self.num_queues))
+        elif by_odds and min(self._ends_s) <= self._now_s:
+            self._changed.update(queue for queue, end_s in enumerate(self._ends_s) if end_s <= self._now_s)
 
     def _next_queue(self) -> int:
         if not self._changed:
             return self._next_best
         for queue in self._changed:
-            head = self._head(queue)
-            if head is None:
-                self._heads[queue] = _NOTHING
-            else:
-                worth = self._odds.worth(queue, self._now_s - head.at_s) if self._by_odds else 0.0
-                self._heads[queue] = (worth, head.key, queue)
+            head, worth, end_s = self._head(queue), 0.0, inf
+            if head is not None and self._by_odds:
+                worth, end_s = self._odds.worth(queue, self._now_s - head.at_s)
+            self._heads[queue] = _NOTHING if head is None else (worth, head.key, queue)
+            self._ends_s[queue] = inf if head is None else head.at_s + end_s
         self._changed.clear()
         self._next_best = min(self._heads)[2]
         return self._next_best

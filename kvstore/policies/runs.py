@@ -18,6 +18,7 @@ Invariants
 1. The blocks of a run follow each other in one chain; what hangs from a run hangs from its last block.
 2. Every end that was touched, or was there when a walk began, has an entry in the heap where it belongs.
 3. Blocks that were yielded count as gone until the next walk begins, then as there again where nobody removed them.
+4. What is remembered of a queue's lowest end holds until the queue is in `_changed`: a walk looks at those alone.
 """
 
 from __future__ import annotations
@@ -159,6 +160,7 @@ class RunPolicy(Policy):
         runs, starts = self._find(blocks)
         if not runs:
             return
+        self._changed.update([run.queue for run in runs])
         if not self._bands.plain or wishes(hint):
             self._heed(runs, starts, len(blocks), hint)
         self._use(runs, starts, blocks, hint)
@@ -189,8 +191,9 @@ class RunPolicy(Policy):
         self._put_back()
         walk = self._walks
         self._push_untouched()
-        self._expire()
-        self._turn_to(self._bands.lowest)
+        if not self._bands.plain:
+            self._expire()
+            self._turn_to(self._bands.lowest)
         self._walk_begins()
         while walk == self._walks and (queue := self._next_heap()) >= 0:
             run = self._runs[self._heaps.lists[queue][0][1]]
@@ -244,15 +247,17 @@ class RunPolicy(Policy):
     def _put_back(self) -> None:
         """End the walk: what it yielded and nobody removed is there again."""
         self._walks += 1
-        out, self._out = self._out, {}
-        for run in out.values():
-            run.num_out = run.out_children = 0
-            if run.is_out:
-                run.is_out = False
-                if run.parent is not None:
-                    run.parent.out_children = 0
-                if not run.children:
-                    self._push(run)
+        if self._out:
+            out, self._out = self._out, {}
+            for run in out.values():
+                run.num_out = run.out_children = 0
+                if run.is_out:
+                    run.is_out = False
+                    if run.parent is not None:
+                        run.parent.out_children = 0
+                        self._changed.add(run.parent.queue)  # it was an end while this one was out
+                    if not run.children:
+                        self._push(run)
         if self._heaps.is_crowded:
             heap = self._heaps.compact_some(self.compacted_at_once)
             if heap != NOWHERE:
@@ -452,7 +457,7 @@ class RunPolicy(Policy):
         block = run.ids[run.length]
         if run.length < len(run.ids) // 2:
             run.ids = run.blocks
-        for child in list(run.children):
+        for child in list(run.children) if run.children else ():
             self._leave_parent(child)
         run.parted = True
         self._left(run, block, evicted=run.num_out > 0)
