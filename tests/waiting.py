@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 def eventually(true: Callable[[], bool], limit_s: float = 10.0) -> bool:
@@ -33,6 +35,41 @@ def lasts(true: Callable[[], bool], seconds: float) -> bool:
         if time.monotonic() - seen_s < 0.5 or not eventually(true):
             return False
     return False
+
+
+class Timed:
+    """How long something took."""
+
+    def __init__(self) -> None:
+        self.took_s = 0.0
+        self.held_up_s = 0.0
+        """Of that, by how much a thread that does nothing but wait came late: this process was held up for so long."""
+
+    @property
+    def awake_s(self) -> float:
+        return self.took_s - self.held_up_s
+
+
+@contextmanager
+def timed() -> Iterator[Timed]:
+    timed, over = Timed(), threading.Event()
+
+    def watch() -> None:
+        ended = False
+        while not ended:
+            due_s = time.monotonic() + 0.02
+            ended = over.wait(0.02)
+            timed.held_up_s += max(0.0, time.monotonic() - due_s)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    began_s = time.monotonic()
+    try:
+        yield timed
+    finally:
+        timed.took_s = time.monotonic() - began_s
+        over.set()
+        thread.join()
 
 
 def wait_until(true: Callable[[], bool], limit_s: float = 10.0) -> None:
