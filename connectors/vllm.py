@@ -261,6 +261,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 f"{tensors[0].shape[2]}: set --block-size to a size that its attention takes whole"
             )
         known = self._config.compilation_config.static_forward_context
+        owners = [getattr(known[name], "kv_sharing_target_layer_name", None) or name for name in self._layers]
         worker = Worker(
             engine=f"vllm {vllm_version()}",
             platform=platform_of(tensors[0].device),
@@ -270,7 +271,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             tensors=tensors,
             mine=mine,
             page_bytes=self._groups.page_bytes,
-            groups=self._groups.of_layers(list(self._layers)),
+            groups=self._groups.of_layers(owners),
         )
         stored = stored_pages(worker, PageLayout(self._settings.layout))
         self._model, self._why_opaque = stored.model, stored.why

@@ -32,7 +32,8 @@ class Groups:
 
     Attributes:
         page_tokens: of all groups; page_bytes: of one layer.
-        number: of each layer's group, by the layer's name. Under PP, of the layers that this rank has.
+        number: of each layer's group, by the layer's name. Under PP, of the layers that this rank has. One that attends
+            to another layer's keys and values is not among them: it has no pages but that one's.
         keeps: of each group, whether it keeps all tokens while a request runs.
         windows, chunks: sizes of what other groups keep.
     """
@@ -91,6 +92,7 @@ class Groups:
             )
 
     def of_layers(self, names: Sequence[str]) -> LayerGroups:
+        """`names`: of each layer, the one whose pages it has."""
         return LayerGroups(np.array([self.number[name] for name in names], np.int64), self.keeps)
 
 

@@ -580,6 +580,12 @@ SCENARIOS: dict[str, Callable[[Path], Facts]] = {
     "windows_kept": lambda workdir: turns(
         workdir, reference=vllm_windows.of_some_layers(workdir), **vllm_windows.KEPT, max_num_batched_tokens=64
     ),
+    "windows_and_shared_layers": lambda workdir: turns(
+        workdir, reference=vllm_windows.of_shared_layers(workdir), max_num_batched_tokens=64
+    ),
+    "windows_and_shared_layers_kept": lambda workdir: turns(
+        workdir, reference=vllm_windows.of_shared_layers(workdir), **vllm_windows.KEPT, max_num_batched_tokens=64
+    ),
     "windows_and_sinks": lambda workdir: turns(
         workdir, reference=vllm_windows.with_sinks(workdir), max_num_batched_tokens=64
     ),

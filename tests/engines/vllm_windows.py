@@ -12,6 +12,8 @@ import torch
 from transformers import (
     DynamicCache,
     Gemma3ForCausalLM,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
     GptOssConfig,
     GptOssForCausalLM,
@@ -55,14 +57,21 @@ _SIZES: dict[str, Any] = {
 
 
 class _Windowed(Reference):
-    """A reference whose KV is that of all tokens: transformers' own cache keeps what a layer still attends to."""
+    """A reference whose KV is that of all tokens: transformers' own cache keeps what a layer still attends to.
+
+    Attributes:
+        sources: of each layer, the one whose keys and values it attends to; None where that is itself.
+    """
+
+    sources: Sequence[int] | None = None
 
     def kv(self, tokens: Sequence[int]) -> torch.Tensor:
         cache = DynamicCache()
         with torch.no_grad():
             self.model(torch.tensor([list(tokens)]), use_cache=True, past_key_values=cache)
+        layers = [cache.layers[at] for at in self.sources or range(len(cache.layers))]
         return torch.stack(
-            [torch.stack([layer.keys[0].transpose(0, 1), layer.values[0].transpose(0, 1)]) for layer in cache.layers]
+            [torch.stack([layer.keys[0].transpose(0, 1), layer.values[0].transpose(0, 1)]) for layer in layers]
         )
 
 
@@ -86,6 +95,24 @@ def of_some_layers(workdir: Path) -> Reference:
         tie_word_embeddings=False,
     )
     return _made(workdir / "gemma-3", lambda: Gemma3ForCausalLM(config))
+
+
+def of_shared_layers(workdir: Path) -> Reference:
+    """A Gemma 3n, whose last layers attend to keys and values of earlier ones: with a window and without."""
+    config = Gemma3nTextConfig(
+        **{**_SIZES, "initializer_range": 0.05},
+        num_hidden_layers=6,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        sliding_window=WINDOW,
+        num_kv_shared_layers=3,
+        vocab_size_per_layer_input=256,
+        hidden_size_per_layer_input=32,
+        laurel_rank=16,
+        activation_sparsity_pattern=[0.0] * 6,
+    )
+    reference = _made(workdir / "gemma-3n", lambda: Gemma3nForCausalLM(config))
+    reference.sources = [0, 1, 2, 1, 1, 2]
+    return reference
 
 
 def with_sinks(workdir: Path) -> Reference:
