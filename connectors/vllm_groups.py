@@ -24,6 +24,7 @@ _FULL = "FullAttentionSpec"
 _WINDOW, _CHUNK = "SlidingWindowSpec", "ChunkedLocalAttentionSpec"
 
 Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,27 +116,48 @@ class LayerGroups:
 
     def pages(
         self, tables: Sequence[Ints], entries: Ints, layers: range, num_pages: int, *, may_lack: bool
-    ) -> tuple[Ints, npt.NDArray[np.bool_]]:
+    ) -> tuple[Ints, Bools | None]:
         """Pages at `entries` of the tables, of each of `layers`, and which of them are there: both `[entries, layers]`.
+
+        Where one table is all layers', and all is there, it is `[entries, 1]`, and None.
 
         Raises ValueError where one is outside the engine's `num_pages`, or is not there though its group keeps all, or
         although it `may_lack` none.
         """
         if len(tables) != len(self.keeps):
             raise ValueError(f"a request has {len(tables)} page tables where there are {len(self.keeps)} groups")
+        if self.keeps == (True,):  # most engines: a step's end waits for this
+            return _within(tables[0][_kept(tables[0], entries)], num_pages)[:, None], None
         found = np.zeros((len(tables), len(entries)), np.int64)
         there = np.ones_like(found, dtype=np.bool_)
         for at, (table, keeps) in enumerate(zip(tables, self.keeps, strict=True)):
+            if keeps:
+                found[at] = table[_kept(table, entries)]
+                continue
             outside = (entries < 0) | (entries >= len(table))
-            if keeps and outside.any():
-                raise ValueError(f"entry {int(entries[outside][0])} is outside a page table of {len(table)}")
             if len(table):
                 found[at] = table[np.where(outside, 0, entries)]
-            if not keeps:
-                there[at] = ~outside & (found[at] != NO_PAGE)
-        if len(entries) and not 0 <= int(found.min()) <= int(found.max()) < num_pages:
-            raise ValueError(f"a page in {found.tolist()} is outside the engine's {num_pages} pages")
+            there[at] = ~outside & (found[at] != NO_PAGE)
+        _within(found, num_pages)
         if not (may_lack or there.all()):
             raise ValueError("pages of a block that is to be copied out are not there any more")
         number = self.number[layers.start : layers.stop]
         return found[number].T, there[number].T
+
+
+def chosen(places: Ints, there: Bools | None) -> Ints:
+    """Those of `places` that are `there`, see `LayerGroups.pages`, one after the other."""
+    return places.ravel() if there is None else places[there]
+
+
+def _kept(table: Ints, entries: Ints) -> Ints:
+    """`entries`, which `table` must have."""
+    if len(entries) and not 0 <= int(entries.min()) <= int(entries.max()) < len(table):
+        raise ValueError(f"entry {int(entries.max())} is outside a page table of {len(table)}")
+    return entries
+
+
+def _within(pages: Ints, num_pages: int) -> Ints:
+    if pages.size and not 0 <= int(pages.min()) <= int(pages.max()) < num_pages:
+        raise ValueError(f"a page in {pages.tolist()} is outside the engine's {num_pages} pages")
+    return pages

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from connectors.vllm_groups import LayerGroups, arrays_of
+from connectors.vllm_groups import LayerGroups, arrays_of, chosen
 from connectors.vllm_pages import StridedPages, WriteKernel
 from connectors.vllm_plan import Tables
 from kvstore.api import LoadedRun
@@ -218,7 +218,7 @@ class OpaquePages:
             step = self._tensors[0].stride(0) * self._tensors[0].element_size()
             engine = numbers * step + self._addresses[mine.start : mine.stop]
             held = held[:, None] + layers * (self._pages_a_block * self._page_bytes)
-            found.append((held.astype(np.uintp)[there], engine.astype(np.uintp)[there]))
+            found.append((chosen(held, there).astype(np.uintp), chosen(engine, there).astype(np.uintp)))
         return found
 
 

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from connectors.vllm_groups import Ints, LayerGroups, arrays_of
+from connectors.vllm_groups import Ints, LayerGroups, arrays_of, chosen
 from connectors.vllm_plan import Tables
 from kvstore.api import ABSENT, LoadedRun, OpenRun
 from kvstore.copying import ALONE, Shape, Team, compute_team, copy_places
@@ -434,7 +434,7 @@ class PackedPages:
         engine = pages * (self._tensors[0].stride(0) * item) + in_page[:, None] + piece.page_offset
         engine = engine + self._addresses[mine.start : mine.stop]
         held = held[:, None] + layers * (2 * block_tokens * token_bytes)
-        return held.astype(np.uintp)[there], engine.astype(np.uintp)[there]
+        return chosen(held, there).astype(np.uintp), chosen(engine, there).astype(np.uintp)
 
     def _try(self, write: WriteKernel, key_dtype: torch.dtype) -> None:
         """What the kernel writes must be what strides read, and what loading writes what the kernel would."""

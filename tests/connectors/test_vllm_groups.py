@@ -15,7 +15,7 @@ pytest.importorskip("torch", reason="the worker copies torch tensors")
 
 import numpy as np
 
-from connectors.vllm_groups import Groups, LayerGroups, arrays_of
+from connectors.vllm_groups import Groups, LayerGroups, arrays_of, chosen
 from connectors.vllm_plan import Tables, kept_from
 from kvstore.errors import ConfigError
 from tests.connectors.test_vllm_device import BLOCK, LAYERS, PAGE, WAIT_FOR_A_SAVE, Device
@@ -103,6 +103,7 @@ def test_each_layer_has_the_pages_of_its_own_group() -> None:
     groups = named.of_layers(["a", "b", "c"])
     pages, there = groups.pages(arrays_of([[0, 5], [3, 4]]), np.array([1, 0]), range(3), 9, may_lack=True)
     assert pages.tolist() == [[5, 4, 5], [0, 3, 0]]
+    assert there is not None
     assert there.tolist() == [[True, True, True], [False, True, False]]
     pages, _ = groups.pages(arrays_of([[0, 5], [3, 4]]), np.array([1]), range(1, 3), 9, may_lack=False)
     assert pages.tolist() == [[4, 5]]
@@ -125,7 +126,20 @@ def test_a_page_that_is_not_there_is_not_read_and_lacks_only_where_its_group_let
     with pytest.raises(ValueError, match=why):
         groups.pages(arrays_of(tables), np.array([0, 1]), range(2), 9, may_lack=may_lack)
     pages, there = groups.pages(arrays_of([[2], [3, 4]]), np.array([0, 1]), range(2), 9, may_lack=True)
-    assert pages[there].tolist() == [2, 3, 4], "a table that ends early lacks what follows"
+    assert chosen(pages, there).tolist() == [2, 3, 4], "a table that ends early lacks what follows"
+
+
+def test_one_table_of_all_layers_is_looked_at_once() -> None:
+    groups = LayerGroups.of_one(3)
+    pages, there = groups.pages(arrays_of([[7, 5]]), np.array([1, 0, 1]), range(3), 9, may_lack=False)
+    assert (pages.tolist(), there) == ([[5], [7], [5]], None)
+    assert groups.pages(arrays_of([[]]), np.array([], np.int64), range(3), 9, may_lack=False)[0].tolist() == []
+
+
+@pytest.mark.parametrize(("table", "entry", "why"), [([7, 5], 2, "entry 2 is outside"), ([7, 9], 1, "the engine's 9")])
+def test_of_one_table_no_page_may_lack(table: list[int], entry: int, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        LayerGroups.of_one(3).pages(arrays_of([table]), np.array([0, entry]), range(3), 9, may_lack=True)
 
 
 @pytest.mark.parametrize(
