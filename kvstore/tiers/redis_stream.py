@@ -52,15 +52,25 @@ def _remaining_s(deadline: float) -> float:
     return remaining
 
 
+def _await(poller: select.poll, deadline: float) -> None:
+    """Until the socket is ready, or has failed, which the next call on it says."""
+    if not poller.poll(1e3 * _remaining_s(deadline)):
+        raise TimeoutError("the deadline passed")
+
+
 class PlainStream:
     """A socket in blocking mode whose time-outs the kernel keeps.
 
-    Python's own time-outs make the socket non-blocking and poll before each call, and a non-blocking socket
-    hands out what little lies in its buffer; this one fills megabytes in one call (MSG_WAITALL).
+    Python's own time-outs make the socket non-blocking, and such a socket hands out what little lies in its buffer;
+    this one fills megabytes in one call (MSG_WAITALL). That a call can begin is waited for by a poll: after a signal
+    Python begins one that has moved nothing anew, with all its time, and one that has moved something returns.
     """
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        self._readable, self._writable = select.poll(), select.poll()
+        self._readable.register(sock.fileno(), select.POLLIN)
+        self._writable.register(sock.fileno(), select.POLLOUT)
         self._armed_s = {socket.SO_SNDTIMEO: 0.0, socket.SO_RCVTIMEO: 0.0}
         sock.setblocking(True)
 
@@ -77,14 +87,14 @@ class PlainStream:
         self._sock.setsockopt(socket.SOL_SOCKET, option, packed)
 
     def send(self, buffers: list[Buffer], deadline: float, meanwhile: Callable[[], bool] | None = None) -> int:
-        if meanwhile is not None:
-            try:
-                return self._sock.sendmsg(buffers, (), socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                _remaining_s(deadline)
-                if meanwhile():
-                    return 0
+        _remaining_s(deadline)
+        try:  # before it is waited for: it counts as writable only once a good part of its buffer is free
+            return self._sock.sendmsg(buffers, (), socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            if meanwhile is not None and meanwhile():
+                return 0
         while True:
+            _await(self._writable, deadline)
             self._limit(socket.SO_SNDTIMEO, deadline)
             try:
                 return self._sock.sendmsg(buffers)
@@ -93,9 +103,11 @@ class PlainStream:
 
     def recv(self, view: memoryview, deadline: float, *, fill: bool) -> int:
         while True:
-            self._limit(socket.SO_RCVTIMEO, deadline)
+            _await(self._readable, deadline)
+            if fill:
+                self._limit(socket.SO_RCVTIMEO, deadline)
             try:
-                return self._sock.recv_into(view, 0, socket.MSG_WAITALL if fill else 0)
+                return self._sock.recv_into(view, 0, socket.MSG_WAITALL if fill else socket.MSG_DONTWAIT)
             except BlockingIOError:
                 continue
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+import signal
 import socket
 import threading
 import time
@@ -153,6 +154,36 @@ def test_silent_peer_costs_the_deadline_and_no_more(pair: tuple[Wire, socket.soc
     with pytest.raises(TimeoutError):
         wire.send([bytes(64 << 20)], soon(0.7))
     assert 1.4 <= time.monotonic() - started < 2
+
+
+@pytest.fixture
+def interrupted() -> Iterator[None]:
+    """This thread gets a signal every 20 ms, for three seconds at most, as a profiler sends them."""
+    me, over = threading.get_ident(), threading.Event()
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+
+    def run() -> None:
+        until_s = soon(3.0)
+        while time.monotonic() < until_s and not over.wait(0.02):
+            signal.pthread_kill(me, signal.SIGUSR1)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    yield
+    over.set()
+    thread.join()
+    signal.signal(signal.SIGUSR1, before)
+
+
+def test_signals_put_off_no_deadline(pair: tuple[Wire, socket.socket], interrupted: None) -> None:
+    wire, theirs = pair
+    theirs.send(b"$10\r\nabc")
+    began_s = time.monotonic()
+    with pytest.raises(TimeoutError):
+        wire.reply(soon(0.3))
+    with pytest.raises(TimeoutError):
+        wire.send([bytes(16 << 20)], soon(0.3))
+    assert time.monotonic() - began_s < 2.0
 
 
 @pytest.mark.alone
