@@ -151,7 +151,7 @@ class SchedulerSide:
         """
         self.arrived(request)
         tracked = self._tracked[request.request_id]
-        tracked.planned, tracked.to_prove, tracked.local_tokens = 0, None, local_tokens
+        tracked.planned, tracked.to_prove, tracked.local_tokens, tracked.has_run = 0, None, local_tokens, False
         # Asked only where the request has no KV but what the engine's own cache has.
         tracked.from_before = local_tokens > 0 and self._adapters.was_rewritten(request.lora_request)
         if tracked.from_before:
@@ -256,6 +256,7 @@ class SchedulerSide:
             tracked = self._tracked.get(request_id)
             if tracked is None:
                 continue
+            tracked.has_run = True
             computed = step.computed[request_id]
             if computed < tracked.read_to:
                 tracked.read_to = computed
@@ -344,7 +345,8 @@ class SchedulerSide:
             self._ended.append(request.request_id)
             return False  # the engine keeps the pages until the load is reported, and has computed nothing in them
         held = False
-        if self._settings.save and not tracked.from_before:
+        # Of one that has not run, another connector may still be loading what the engine counts as computed.
+        if self._settings.save and tracked.has_run and not tracked.from_before:
             stop = storable_finished(
                 request.num_computed_tokens, request.num_prompt_tokens, request.num_tokens, self._block_tokens
             )

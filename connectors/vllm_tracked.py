@@ -48,6 +48,8 @@ class Tracked:
     """No look at pending blocks before."""
     local_tokens: int = 0
     """That the engine's own cache has, as it said last."""
+    has_run: bool = False
+    """In a step since it last got pages: what the engine says it has computed is there, whoever brought it."""
     planned: int = 0
     """Blocks the plan ends at; 0 for no plan."""
     partial_tokens: int = 0

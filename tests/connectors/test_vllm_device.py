@@ -334,6 +334,7 @@ def test_pages_of_a_request_that_ended_are_held_until_its_save_is_published() ->
     device = Device(1)
     request, pages = FakeRequest("r", tokens(64)), range(8)
     device.side.arrived(request)
+    device.ordered((request, 1, (pages,)))
     request.num_computed_tokens = 63  # the block is final only now that the request is over
     request.all_token_ids.append(1)
     assert device.side.ended(request, (pages,)) is True

@@ -456,9 +456,10 @@ def test_orders_that_are_refused_fail_their_loads_and_let_go_of_what_they_hold()
     bench.fill(tokens(100))
     bench.pages.read.clear()
     one, other = FakeRequest("one", tokens(100)), FakeRequest("other", tokens(100, 1))
+    bench.side.arrived(other)
+    bench.step((other, 4))
     brings, _ = bench.side.match(one, 0)
     bench.side.allocated(one, bench.pages_for(one), brings)
-    bench.side.arrived(other)
     other.num_computed_tokens = 100
     assert bench.side.ended(other, (range(200, 213),))
     orders = bench.side.orders(Scheduled({}, {}, {}.__getitem__))
@@ -1689,6 +1690,21 @@ def test_pages_of_a_load_that_the_store_did_not_give_are_not_saved_where_the_req
     assert eventually(lambda: (bench.report(), not bench.side.check())[1])
     bench.step()
     assert len(bench.store.blocks) == 6
+    bench.close()
+
+
+@pytest.mark.parametrize("has_run", [False, True])
+def test_what_another_connector_may_still_be_loading_is_not_saved_where_the_request_is_aborted(has_run: bool) -> None:
+    bench = Bench()
+    request = FakeRequest("r", tokens(120))
+    assert bench.side.match(request, 0) == (0, False)
+    bench.side.allocated(request, bench.pages_for(request), 0)
+    request.num_computed_tokens = 96  # counted from the moment that the other's load is begun
+    if has_run:
+        bench.step((request, 8))
+    assert bench.side.ended(request, bench.pages_for(request)) is False
+    bench.step()
+    assert len(bench.store.blocks) == (6 if has_run else 0)
     bench.close()
 
 
