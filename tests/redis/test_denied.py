@@ -20,6 +20,8 @@ from tests.redis.content import DEADLINE_S, Content
 from tests.redis.rights import USER, add_user, as_user
 from tests.waiting import eventually, wait_until
 
+pytestmark = pytest.mark.slow  # as long as a probe takes to notice that rights have changed
+
 SOON = {"ping_every_s": 0.05, "breaker_open_s": 0.05}
 PROBES_S = 0.5
 """Ten probes and pings: who is not steady has changed by then."""

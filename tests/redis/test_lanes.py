@@ -39,6 +39,8 @@ from tests.redis.conftest import MakeTier, take_lanes
 from tests.redis.content import DEADLINE_S, Content
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.slow  # loads by the hundred, which choices are made from
+
 LOAD_BYTES = 256 << 20
 
 

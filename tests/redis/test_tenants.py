@@ -29,6 +29,8 @@ from tests.redis.content import DEADLINE_S, Content
 from tests.redis.test_killed import MODEL
 from tests.waiting import eventually, wait_until
 
+pytestmark = pytest.mark.slow  # namespaces by the hundred
+
 NUM_BUCKETS = 4
 _seeds = itertools.count(1000)
 LIMIT = 40

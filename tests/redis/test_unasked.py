@@ -32,6 +32,8 @@ from tests.redis.pair import Pair, Server
 from tests.redis.test_cluster import own_cluster
 from tests.redis.test_faults import Proxy, proxy
 
+pytestmark = pytest.mark.slow  # seconds of silence, until a server is seen to be gone
+
 __all__ = ["own_cluster", "proxy"]  # fixtures
 
 PING_S = 0.05

@@ -25,6 +25,8 @@ from tests.patient import connect
 from tests.service.conftest import StartServer
 from tests.waiting import eventually
 
+pytestmark = pytest.mark.slow  # as many connections and streams as a server takes
+
 OPEN: dict[str, object] = {"listen_tcp": "127.0.0.1:0", "serve_anyone_on_the_network_without_authentication": True}
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # and empty settings
 
