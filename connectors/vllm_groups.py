@@ -109,6 +109,11 @@ class LayerGroups:
     number: Ints
     keeps: tuple[bool, ...]
 
+    @property
+    def keeps_all(self) -> bool:
+        """As `Groups.keeps_all`."""
+        return self.keeps == (True,)
+
     @classmethod
     def of_one(cls, num_layers: int) -> Self:
         """All layers in one group, which keeps all."""
@@ -126,7 +131,7 @@ class LayerGroups:
         """
         if len(tables) != len(self.keeps):
             raise ValueError(f"a request has {len(tables)} page tables where there are {len(self.keeps)} groups")
-        if self.keeps == (True,):  # most engines: a step's end waits for this
+        if self.keeps_all:  # most engines: a step's end waits for this
             return _within(tables[0][_kept(tables[0], entries)], num_pages)[:, None], None
         found = np.zeros((len(tables), len(entries)), np.int64)
         there = np.ones_like(found, dtype=np.bool_)

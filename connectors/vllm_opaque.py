@@ -21,7 +21,8 @@ import numpy.typing as npt
 import torch
 
 from connectors.vllm_groups import LayerGroups, arrays_of, chosen
-from connectors.vllm_pages import StridedPages, WriteKernel
+from connectors.vllm_order import WriteKernel
+from connectors.vllm_pages import StridedPages
 from connectors.vllm_plan import Tables
 from kvstore.api import LoadedRun
 from kvstore.block import ModelId

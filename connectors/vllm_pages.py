@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's KV tensors as canonical bytes.
 
-vLLM registers one tensor a layer with axes (page, head, token, channel), the channels being K then V. On a GPU that
-is what memory holds, in whichever order, and strides describe it: `kvstore.transfer` copies it. On a CPU each
-page is packed in an order that its attention kernel likes, and differs by instruction set. The order is found by
-letting the engine's own write kernel write known values, reduced to strides, and tried on random data. Copies then
-go by strides in both directions, a call for all layers of some blocks. Loading through the kernel itself costs a second
-copy, into the tensors it takes, and its threads meet at a barrier a layer, for which a busy machine waits long.
+vLLM registers one tensor a layer with axes (page, head, token, channel), the channels being K then V. On a GPU that is
+what memory holds, in whichever order, and strides describe it: `kvstore.transfer` copies it. On a CPU each page is
+packed in an order that its attention kernel likes, which `connectors.vllm_order` finds. Copies then go by strides in
+both directions, a call for all layers of some blocks. Loading through the kernel itself costs a second copy, into the
+tensors it takes, and its threads meet at a barrier a layer, for which a busy machine waits long.
 
 Invariants: nothing below a load's first token is written; bytes are never converted.
 """
@@ -14,7 +13,7 @@ Invariants: nothing below a load's first token is written; bytes are never conve
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -24,26 +23,13 @@ import numpy.typing as npt
 import torch
 
 from connectors.vllm_groups import Ints, LayerGroups, arrays_of, chosen
+from connectors.vllm_order import DIGIT, Axes, UnknownOrder, WriteKernel, plain, probe_order
 from connectors.vllm_plan import Tables
 from kvstore.api import ABSENT, LoadedRun, OpenRun
 from kvstore.copying import ALONE, Shape, Team, compute_team, copy_places
 from kvstore.errors import ConfigError
 from kvstore.layout import BlockLayout, PartLayout
 from kvstore.transfer import Blocks, Copying, Moment, PageCopier, PagedKV, PageIds, SlotViews, Streams, to_tensor
-
-Axes = tuple[tuple[int, int], ...]
-"""(size, step in elements) of each axis that an index splits into, outermost first."""
-
-WriteKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
-"""(keys, values [tokens, heads, dim], one layer's tensor, slot of each token): write them as the engine does."""
-
-
-class UnknownOrder(ConfigError):
-    """The engine packs its pages in an order that is not known here: they can be kept as they are, or not at all."""
-
-
-_DIGIT = 4
-"""Values the probe writes lie below it: exact in every dtype, the fp8 ones included."""
 
 
 class EnginePages(Protocol):
@@ -130,7 +116,6 @@ class StridedPages:
         streams: Streams | None = None,
     ) -> None:
         self._groups = groups or LayerGroups.of_one(len(layers))
-        one_table = self._groups.keeps == (True,)
         dim = layout.model.head_dim
         keys, values = [one[..., :dim] for one in tensors], [one[..., dim:] for one in tensors]
         paged = PagedKV.separate(keys, values, "page head token dim")
@@ -139,7 +124,7 @@ class StridedPages:
             paged,
             layers=layers,
             heads=heads,
-            groups=None if one_table else self._groups.number.tolist(),
+            groups=None if self._groups.keeps_all else self._groups.number.tolist(),
             streams=streams,
         )
         self.parts = self._copier.parts
@@ -157,7 +142,7 @@ class StridedPages:
 
     def _page_ids(self, tables: Tables) -> PageIds:
         """As the copier has them: one table, or one a group, ABSENT where a group that lets go of pages has none."""
-        if self._groups.keeps == (True,):
+        if self._groups.keeps_all:
             (table,) = tables
             return table
         longest = max(map(len, tables))
@@ -184,106 +169,6 @@ class StridedPages:
         return self._copier.start_scatter(
             self._page_ids(tables), blocks, after=after, step_layers=step_layers, tokens=tokens
         )
-
-
-@dataclass(frozen=True, slots=True)
-class PackedOrder:
-    """Where a head's keys and values of one page lie, in elements from the head's start."""
-
-    k_token: Axes
-    k_dim: Axes
-    v_token: Axes
-    v_dim: Axes
-    v_offset: int
-
-    @property
-    def token_step(self) -> int:
-        """Fewest tokens that can be told apart by a slice: pieces of a page are multiples of it."""
-        return max(math.prod(size for size, _ in axes[1:]) for axes in (self.k_token, self.v_token))
-
-
-def probe_order(
-    write: WriteKernel, tensor: torch.Tensor, head_dim: int, key_dtype: torch.dtype, kv_dtype: str
-) -> PackedOrder:
-    """Find the order in which `write` packs a page of a tensor like `tensor`, whose elements mean `kv_dtype`.
-
-    Raises UnknownOrder where it is not an affine function of the bits of token and channel.
-    """
-    _, heads, page_tokens, _ = tensor.shape
-    scratch = torch.zeros((2, *tensor.shape[1:]), dtype=tensor.dtype)
-    slots = torch.arange(page_tokens, dtype=torch.int64) + page_tokens  # page 1: an offset of 0 proves nothing
-    number = torch.arange(page_tokens * head_dim).view(page_tokens, 1, head_dim).expand(-1, heads, -1)
-    num_digits = math.ceil(math.log(page_tokens * head_dim, _DIGIT))
-    found: list[torch.Tensor] = []
-    for which in (0, 1):
-        seen = torch.zeros(heads, page_tokens * 2 * head_dim, dtype=torch.int64)
-        marked = torch.zeros_like(seen, dtype=torch.bool)
-        for digit in range(num_digits):
-            value = (number // _DIGIT**digit % _DIGIT).to(key_dtype).contiguous()
-            blank = torch.zeros_like(value)
-            keys, values = (value, blank) if which == 0 else (blank, value)
-            write(keys, values, scratch, slots)
-            seen += _plain(scratch[1], kv_dtype).reshape(heads, -1).round().long() * _DIGIT**digit
-        mark = torch.ones(page_tokens, heads, head_dim, dtype=key_dtype)
-        blank = torch.zeros_like(mark)
-        keys, values = (mark, blank) if which == 0 else (blank, mark)
-        write(keys, values, scratch, slots)
-        marked = _plain(scratch[1], kv_dtype).reshape(heads, -1) != 0
-        if not (torch.equal(seen[0].expand_as(seen), seen) and int(marked[0].sum()) == page_tokens * head_dim):
-            raise UnknownOrder("the engine's pages are packed across heads, which is not known here")
-        place = torch.empty(page_tokens * head_dim, dtype=torch.int64)
-        where = torch.nonzero(marked[0])[:, 0]
-        if not torch.equal(seen[0][where].sort().values, torch.arange(len(place))):
-            raise UnknownOrder("the engine's pages do not hold each number once, as it was written")
-        place[seen[0][where]] = where
-        found.append(place.view(page_tokens, head_dim))
-    k_offset, v_offset = int(found[0][0, 0]), int(found[1][0, 0])
-    if k_offset:
-        raise UnknownOrder(f"the engine's keys begin {k_offset} elements into a page, which is not known here")
-    k_token, k_dim = _affine(found[0])
-    v_token, v_dim = _affine(found[1] - v_offset)
-    return PackedOrder(k_token, k_dim, v_token, v_dim, v_offset)
-
-
-def _plain(page: torch.Tensor, kv_dtype: str) -> torch.Tensor:
-    """Numbers, where the engine keeps them as bytes of `kv_dtype`."""
-    return (page.view(getattr(torch, kv_dtype)) if page.dtype == torch.uint8 else page).float()
-
-
-def _affine(place: torch.Tensor) -> tuple[Axes, Axes]:
-    """Axes of token and channel such that `place[token, channel]` is the sum of their steps."""
-    tokens, dims = place.shape
-    token_axes = _split(place[:, 0])
-    dim_axes = _split(place[0])
-    steps = [_walk(token_axes), _walk(dim_axes)]
-    if not torch.equal(steps[0][:, None] + steps[1][None, :], place):
-        raise UnknownOrder(f"the engine packs pages of {tokens} × {dims} in an order that strides do not describe")
-    return token_axes, dim_axes
-
-
-def _split(line: torch.Tensor) -> Axes:
-    """The fewest axes whose steps give `line`, which starts at 0."""
-    axes: list[tuple[int, int]] = []
-    size, at = len(line), 1
-    while at < size:
-        step = int(line[at])
-        count = 1
-        while (count + 1) * at <= size and (count * at >= size or int(line[count * at]) == count * step):
-            count += 1
-        while size % (count * at):
-            count -= 1
-        axes.append((count, step))
-        at *= count
-        if count == 1:
-            break
-    return tuple(reversed(axes)) or ((1, 1),)
-
-
-def _walk(axes: Axes) -> torch.Tensor:
-    total = torch.zeros(1, dtype=torch.int64)
-    for size, step in axes:
-        total = (total[:, None] + torch.arange(size)[None, :] * step).flatten()
-    return total
 
 
 @dataclass(frozen=True, slots=True)
@@ -453,7 +338,7 @@ class PackedPages:
         wrote = torch.randn(size, generator=generator).to(key_dtype)
         if self._dtype != key_dtype:
             # Numbers that no conversion changes: the kernel cuts off what fp8 has no bits for, torch rounds.
-            wrote = torch.randint(1 - _DIGIT, _DIGIT, size, generator=generator).to(key_dtype)
+            wrote = torch.randint(1 - DIGIT, DIGIT, size, generator=generator).to(key_dtype)
         for tensor, (keys, values) in zip(trial._tensors, wrote, strict=True):
             write(keys, values, tensor, slots)
         cells = [self._layout.parts[part] for part in self.parts]
@@ -469,7 +354,7 @@ class PackedPages:
                 :,
                 cell.heads.start - self._heads.start : cell.heads.stop - self._heads.start,
             ]
-            if not torch.equal(_plain(there, model.kv_dtype), mine.float()):
+            if not torch.equal(plain(there, model.kv_dtype), mine.float()):
                 raise UnknownOrder("the engine's pages do not hold what its kernel wrote, in the order found")
         for tensor in trial._tensors:
             tensor.zero_()

@@ -329,12 +329,22 @@ RULES: dict[str, Rule] = {
     "connectors.vllm": Rule(6, (*PUBLIC, "connectors.vllm_*"), ("torch", "vllm")),
     # The store and its configuration are loaded where it is kept in the engine's own process.
     "connectors.vllm_link": Rule(6, (*PUBLIC, "connectors.vllm_plan", "kvstore.config", "kvstore.store"), ("vllm",)),
+    "connectors.vllm_order": Rule(6, PUBLIC, ("torch",)),
     "connectors.vllm_pages": Rule(
-        6, (*PUBLIC, "kvstore.copying", "connectors.vllm_groups", "connectors.vllm_plan"), ("torch",)
+        6,
+        (*PUBLIC, "kvstore.copying", "connectors.vllm_groups", "connectors.vllm_order", "connectors.vllm_plan"),
+        ("torch",),
     ),
     "connectors.vllm_opaque": Rule(
         6,
-        (*PUBLIC, "kvstore.copying", "connectors.vllm_groups", "connectors.vllm_pages", "connectors.vllm_plan"),
+        (
+            *PUBLIC,
+            "kvstore.copying",
+            "connectors.vllm_groups",
+            "connectors.vllm_order",
+            "connectors.vllm_pages",
+            "connectors.vllm_plan",
+        ),
         ("torch",),
     ),
     # An engine that offloads by itself: no store, a tier for its own keys.

@@ -28,7 +28,8 @@ from connectors.vllm_opaque import (
     page_digest,
     steps_in_page,
 )
-from connectors.vllm_pages import DevicePages, EnginePages, PackedPages, StridedPages, UnknownOrder
+from connectors.vllm_order import UnknownOrder
+from connectors.vllm_pages import DevicePages, EnginePages, PackedPages, StridedPages
 from connectors.vllm_plan import PageLayout
 from kvstore.block import ModelId
 from kvstore.errors import ConfigError

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from connectors.vllm_pages import PackedPages, StridedPages, WriteKernel
+from connectors.vllm_order import WriteKernel
+from connectors.vllm_pages import PackedPages, StridedPages
 from kvstore.block import ModelId
 from kvstore.errors import ConfigError
 from kvstore.layout import BlockLayout, layout_of
