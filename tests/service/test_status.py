@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import grpc
 import pytest
@@ -29,6 +30,18 @@ def made(kind: type[KVStoreError]) -> KVStoreError:
     return kind("redis", "what: happened") if issubclass(kind, TierError) else kind("what: happened")
 
 
+@contextmanager
+def serving(method: str, call: Callable[[bytes, grpc.ServicerContext], bytes]) -> Iterator[grpc.Channel]:
+    server = grpc.server(ThreadPoolExecutor(2))
+    handler = grpc.unary_unary_rpc_method_handler(call)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test", {method: handler}),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        yield channel
+    server.stop(0).wait()
+
+
 @pytest.fixture(scope="module")
 def failing() -> Iterator[grpc.Channel]:
     """A server whose calls fail with the error that the request names."""
@@ -41,14 +54,8 @@ def failing() -> Iterator[grpc.Channel]:
         context.abort(grpc.StatusCode[name], "from elsewhere")
         return b""
 
-    server = grpc.server(ThreadPoolExecutor(2))
-    handler = grpc.unary_unary_rpc_method_handler(fail)
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test", {"Fail": handler}),))
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+    with serving("Fail", fail) as channel:
         yield channel
-    server.stop(0).wait()
 
 
 @pytest.fixture
@@ -61,14 +68,8 @@ def late() -> Iterator[grpc.Channel]:
         answered: bytes = answer(request, context)
         return answered
 
-    server = grpc.server(ThreadPoolExecutor(2))
-    handler = grpc.unary_unary_rpc_method_handler(call)
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test", {"Late": handler}),))
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+    with serving("Late", call) as channel:
         yield channel
-    server.stop(0).wait()
 
 
 def test_the_table_has_every_error() -> None:
